@@ -1,0 +1,42 @@
+# Two commands: `make demo` trains a small model and shows its memory at work, `make test` checks everything.
+# Both build .venv by themselves when it is missing or older than what it is built from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.built
+
+# Waiting threads sleep instead of spinning: with two test processes on two cores spinning costs minutes.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python -m titans.experiments.demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --summary=none
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build backend is installed into an environment of its own, which only these two variables can pin.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is missing, older than 3.11 or cannot create environments;" \
+	       "on Debian or Ubuntu: apt-get install python3 python3-venv" \
+	       "(or name another Python: make PYTHON=python3.12)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	  $(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
