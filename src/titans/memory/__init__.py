@@ -1,0 +1,39 @@
+"""The neural long-term memory: a small network per head whose weights are learned while the model reads.
+
+Notation, here and in the paper (arXiv 2501.00663):
+
+====================  ========================  ==========  ==================================
+here                  paper                     equation    shape
+====================  ========================  ==========  ==================================
+``queries``           q_t                       (15)        (batch, time, heads, head_dim)
+``keys, values``      k_t, v_t                  (11)        (batch, time, heads, head_dim)
+``forget``            α_t, the part forgotten   (13)        (batch, time, heads, depth)
+``momentum``          η_t, past surprise kept   (14)        (batch, time, heads, depth)
+``step_size``         θ_t                       (14)        (batch, time, heads, depth)
+``state.weights``     M_t                       (13)        depth × (batch, heads, out, in)
+``state.momentum``    S_t                       (14)        depth × (batch, heads, out, in)
+``state.anchor``      M_t', chunk start         (16)        depth × (batch, heads, out, in)
+``state.position``    t                                     (batch,)
+``chunk_size``        b                         (16)
+surprise              ‖M(k_t) − v_t‖²           (12)        (batch, time, heads)
+====================  ========================  ==========  ==================================
+
+Read `reference.py` first: it is the method. `chunkwise.py` is the same function, fast.
+"""
+
+from titans.memory.dispatch import BACKENDS, Backend, memory_read, memory_scan
+from titans.memory.network import MemoryNetwork
+from titans.memory.objective import OBJECTIVES
+from titans.memory.rule import UPDATE_RULES
+from titans.memory.state import MemoryState
+
+__all__ = [
+    "BACKENDS",
+    "OBJECTIVES",
+    "UPDATE_RULES",
+    "Backend",
+    "MemoryNetwork",
+    "MemoryState",
+    "memory_read",
+    "memory_scan",
+]

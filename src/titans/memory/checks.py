@@ -1,0 +1,118 @@
+"""Refusing wrong arguments of the public calls, each with one line that names it, its value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from titans.memory.network import MemoryNetwork
+from titans.memory.state import MemoryState
+
+
+def _expect_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give {tuple(shape)}, {meaning}")
+
+
+def _expect_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}: give a floating dtype, for example torch.float32")
+
+
+def _expect_range(name: str, gate: Tensor, mask: Tensor | None, highest: float | None) -> None:
+    # On an accelerator, or in a compiled graph, looking at values would stop the stream.
+    if gate.device.type != "cpu" or torch.compiler.is_compiling() or not gate.numel():
+        return
+    gate = gate.detach()
+    if mask is not None:
+        gate = torch.where(mask[..., None, None], gate, 0)
+    low, high = (x.item() for x in gate.aminmax())
+    domain = "at least 0" if highest is None else f"between 0 and {highest:g}"
+    if not (low >= 0 and high < float("inf") and (highest is None or high <= highest)):
+        raise ValueError(f"{name} spans [{low:g}, {high:g}]: give finite values {domain}")
+
+
+def check_read(
+    net: MemoryNetwork,
+    queries: Tensor,
+    state: MemoryState,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    """Checks shared by reading and scanning: queries against the network, the state against both."""
+    if queries.dim() != 4 or queries.shape[-1] != net.head_dim:
+        raise ValueError(
+            f"queries has shape {tuple(queries.shape)}: give (batch, time, heads, head_dim={net.head_dim})"
+        )
+    _expect_floating("queries", queries)
+    batch, _, heads, head_dim = queries.shape
+    for part in ("weights", "momentum", "anchor"):
+        _check_weights(f"state.{part}", getattr(state, part), net, (batch, heads), "(batch, heads, out, in)")
+    _expect_shape("state.position", state.position, (batch,), "one position for each row")
+    if state.position.dtype != torch.int64:
+        raise ValueError(f"state.position has dtype {state.position.dtype}: give torch.int64")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor is not None:
+            if not net.norm:
+                raise ValueError(f"{name} is given but the network has norm=False: leave it out")
+            _expect_shape(name, tensor, (heads, head_dim), "(heads, head_dim)")
+            _expect_floating(name, tensor)
+
+
+def _check_weights(
+    name: str, weights: Sequence[Tensor], net: MemoryNetwork, leading: tuple[int, ...], meaning: str
+) -> None:
+    if len(weights) != net.depth:
+        raise ValueError(f"{name} has {len(weights)} tensors: give one for each of the {net.depth} layers")
+    for layer, (weight, shape) in enumerate(zip(weights, net.weight_shapes, strict=True)):
+        _expect_shape(f"{name}[{layer}]", weight, (*leading, *shape), meaning)
+        _expect_floating(f"{name}[{layer}]", weight)
+
+
+def check_scan(
+    net: MemoryNetwork,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    forget: Tensor,
+    momentum: Tensor,
+    step_size: Tensor,
+    state: MemoryState,
+    chunk_size: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    initial: Sequence[Tensor] | None,
+    initial_momentum: Sequence[Tensor] | None,
+) -> None:
+    """Raise ValueError for the first argument of `memory_scan` that is wrong."""
+    check_read(net, queries, state, norm_weight, norm_bias)
+    batch, time, heads, _ = queries.shape
+    for name, tensor in (("keys", keys), ("values", values)):
+        _expect_shape(name, tensor, queries.shape, "the shape of queries")
+        _expect_floating(name, tensor)
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1")
+    for name, flags in (("mask", mask), ("reset", reset)):
+        if flags is not None:
+            _expect_shape(name, flags, (batch, time), "(batch, time)")
+            if flags.dtype != torch.bool:
+                raise ValueError(f"{name} has dtype {flags.dtype}: give torch.bool")
+    for name, gate, highest in (
+        ("forget", forget, 1.0),
+        ("momentum", momentum, 1.0),
+        ("step_size", step_size, None),
+    ):
+        _expect_shape(name, gate, (batch, time, heads, net.depth), "(batch, time, heads, depth)")
+        _expect_floating(name, gate)
+        _expect_range(name, gate, mask, highest)
+    if reset is not None and initial is None:
+        raise ValueError(
+            "initial=None: with reset, give the weights to start afresh from, (heads, out, in) each"
+        )
+    for name, weights in (("initial", initial), ("initial_momentum", initial_momentum)):
+        if weights is not None:
+            _check_weights(name, weights, net, (heads,), "(heads, out, in)")

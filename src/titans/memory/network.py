@@ -1,0 +1,144 @@
+"""The fast network of one memory head: its shape, its forward pass, and what keeps its inner steps bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.memory.objective import OBJECTIVES
+from titans.memory.rule import UPDATE_RULES
+
+NORM_EPS = 1e-5
+STEP_NORMALIZER_FLOOR = 1e-6
+# The largest slope of both activations lies just under this (GELU 1.1289, SiLU 1.0998).
+ACTIVATION_SLOPE = 1.13
+
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return grad * gate * (1 + x * (1 - gate))
+
+
+# grad · activation'(x), and differentiable, which the outer gradient needs (torch's own silu_backward is not).
+ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "silu": _silu_backward,
+}
+
+
+@dataclass(frozen=True)
+class MemoryNetwork:
+    """The inner problem of one head: which network is trained at test time, on what, and by which rule.
+
+    With weights W_1 … W_L, each (out, in), h_0 = x and h_l = activation(W_l h_{l-1}),
+    the network is f(x) = W_L h_{L-1}; then LayerNorm(f) · gain + bias if `norm`; then + x if `residual`.
+
+    Args:
+        head_dim: width of keys, queries and values of one head.
+        depth: number of weight matrices; 1 is a linear memory.
+        expansion: hidden width divided by `head_dim` (no hidden layer at depth 1).
+        activation: "gelu" (exact, erf) or "silu".
+        residual: add the input to the output.
+        norm: LayerNorm on the output, its gain and bias being slow weights.
+        normalize_step: divide each step size by a bound on the curvature of the inner objective (see
+            `step_normalizers`), which makes the step size a fraction of the largest safe one.
+        unit_rows: at each chunk end rescale the rows of every matrix to L2 norm 1 (without `norm`: only longer ones).
+        objective: name in `titans.memory.objective.OBJECTIVES`.
+        update_rule: name in `titans.memory.rule.UPDATE_RULES`.
+
+    Raises:
+        ValueError: for a value outside the domains above.
+
+    Source: section 3.1 of the paper; residual and LayerNorm from the camera-ready's default memory.
+    """
+
+    head_dim: int = 64
+    depth: int = 2
+    expansion: int = 4
+    activation: str = "gelu"
+    residual: bool = True
+    norm: bool = True
+    normalize_step: bool = False
+    unit_rows: bool = False
+    objective: str = "squared_error"
+    update_rule: str = "momentum"
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "depth", "expansion"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r}: choose one of {sorted(OBJECTIVES)}")
+        if self.update_rule not in UPDATE_RULES:
+            raise ValueError(f"update_rule={self.update_rule!r}: choose one of {sorted(UPDATE_RULES)}")
+
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of W_1 … W_L."""
+        widths = [self.head_dim] + [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
+        return tuple((out, inp) for inp, out in zip(widths[:-1], widths[1:], strict=True))
+
+    def features(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, head_dim), W (…, out, in)."""
+        inputs, outputs = [x], []
+        for weight in weights:
+            outputs.append(inputs[-1] @ weight.mT)
+            inputs.append(ACTIVATIONS[self.activation](outputs[-1]))
+        return inputs[:-1], outputs
+
+    def finish(self, features: Tensor, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+        """M(x) from f(x): LayerNorm and residual; gain and bias broadcast against x."""
+        out = features
+        if self.norm:
+            out = F.layer_norm(out, (self.head_dim,), eps=NORM_EPS)
+            out = out if gain is None else out * gain
+            out = out if bias is None else out + bias
+        return out + x if self.residual else out
+
+    def __call__(
+        self, weights: Sequence[Tensor], x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """M(x; weights): x (…, rows, head_dim), weights (…, out, in), gain and bias broadcast against x."""
+        return self.finish(self.features(weights, x)[1][-1], x, gain, bias)
+
+    def step_normalizers(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], features: Tensor, gain: Tensor | None
+    ) -> list[Tensor]:
+        """What `normalize_step` divides each layer's step size by: L · max(c_l, 1e-6), each (…, rows).
+
+        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l: ρ = max|gain| · rsqrt(var f + ε)
+        is the slope of the norm (1 without it), κ_l = ∏_{j>l} 1.13 ‖W_j‖_F that of the layers above.
+        """
+        slope: Tensor | float = 1.0
+        if self.norm:
+            slope = torch.rsqrt(features.var(-1, correction=0) + NORM_EPS)
+            if gain is not None:
+                slope = slope * gain.abs().amax(-1)
+        above: Tensor | float = 1.0
+        normalizers = []
+        for weight, layer_input in zip(reversed(weights), reversed(inputs), strict=True):
+            curvature = 2 * (slope * above) ** 2 * layer_input.square().sum(-1)
+            normalizers.append(self.depth * curvature.clamp_min(STEP_NORMALIZER_FLOOR))
+            above = above * (ACTIVATION_SLOPE * torch.linalg.matrix_norm(weight)).unsqueeze(-1)
+        return normalizers[::-1]
+
+    def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The weights as a finished chunk leaves them: rows rescaled if `unit_rows`, else unchanged."""
+        if not self.unit_rows:
+            return tuple(weights)
+        settled = []
+        for weight in weights:
+            square = weight.square().sum(-1, keepdim=True)
+            # A row of zeros stays; the inner where keeps its gradient finite.
+            rescale = square > 0 if self.norm else square > 1
+            settled.append(weight * torch.where(rescale, torch.where(rescale, square, 1).rsqrt(), 1))
+        return tuple(settled)

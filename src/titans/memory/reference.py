@@ -1,0 +1,78 @@
+"""The oracle: one token at a time, the inner gradient by autograd. Slow, and written to be read beside the paper."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans.memory.objective import OBJECTIVES
+from titans.memory.problem import ScanProblem
+from titans.memory.rule import UPDATE_RULES
+from titans.memory.state import MemoryState, where_rows
+
+
+def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
+    """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    net, state = problem.net, problem.state
+    objective, rule = OBJECTIVES[net.objective], UPDATE_RULES[net.update_rule]
+    gain, bias = problem.gain, problem.bias
+    batch, time, heads, _ = problem.keys.shape
+    everywhere = torch.ones(batch, dtype=torch.bool, device=problem.keys.device)
+
+    def inner_loss(weights: tuple[Tensor, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        losses = objective.value(net(weights, key, gain, bias), value)
+        # The sum over sequences and heads: each has its own weights, so each gets its own gradient.
+        return losses.sum(), losses
+
+    reads, surprises = [], []
+    for t in range(time):
+        real = everywhere if problem.mask is None else problem.mask[:, t]
+        if problem.reset is not None:
+            state = where_rows(problem.reset[:, t], problem.fresh_state(), state)
+
+        def token(x: Tensor, t: int = t, real: Tensor = real) -> Tensor:
+            return torch.where(real[:, None, None], x[:, t], 0).unsqueeze(2)
+
+        query, key, value = token(problem.queries), token(problem.keys), token(problem.values)
+
+        # (12): the gradient of the loss at the weights this chunk started from.
+        gradients, surprise = torch.func.grad(inner_loss, has_aux=True)(state.anchor, key, value)
+        normalizers: list[Tensor | float] = [1.0] * net.depth
+        if net.normalize_step:
+            inputs, outputs = net.features(state.anchor, key)
+            normalizers = [
+                n.unsqueeze(-1) for n in net.step_normalizers(state.anchor, inputs, outputs[-1], gain)
+            ]
+
+        weights, momentum = [], []
+        for layer in range(net.depth):
+            alpha, eta, theta = (
+                torch.where(real[:, None], gate[:, t, :, layer], 0)[..., None, None]
+                for gate in (problem.forget, problem.momentum, problem.step_size)
+            )
+            # (13) and (14).
+            weight, moment = rule.step(
+                state.weights[layer],
+                state.momentum[layer],
+                gradients[layer],
+                alpha,
+                eta,
+                theta / normalizers[layer],
+            )
+            weights.append(weight)
+            momentum.append(moment)
+
+        # (15): read with the weights just written.
+        read = net(weights, query, gain, bias).squeeze(2)
+        reads.append(torch.where(real[:, None, None], read, 0))
+        surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
+
+        written = MemoryState(tuple(weights), tuple(momentum), state.anchor, state.position + 1)
+        settled = net.settle(weights)
+        closed = MemoryState(settled, written.momentum, settled, written.position)
+        chunk_ends = written.position % problem.chunk_size == 0
+        state = where_rows(real, where_rows(chunk_ends, closed, written), state)
+
+    if not time:
+        return torch.zeros_like(problem.queries), state, problem.keys.new_zeros(batch, 0, heads)
+    return torch.stack(reads, 1), state, torch.stack(surprises, 1).detach()

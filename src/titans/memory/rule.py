@@ -1,0 +1,107 @@
+"""Update rules: how surprise moves the weights. Each is stated twice, per token and summed over a chunk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.memory.decay import decay_products
+
+
+class ChunkCoefficients(NamedTuple):
+    """The weights after token t of a chunk, and the state after its last token, as sums over the chunk.
+
+    With W, S at the chunk's first token and u_j the gradient of token j (leading dimensions … shared):
+      W_t   = read_weights_t W + read_momentum_t S − Σ_j read_steps[t, j] u_j
+      W_end = W + end_weights W + end_momentum S − Σ_j end_steps_j u_j
+      S_end = momentum_momentum S − Σ_j momentum_steps_j u_j
+    """
+
+    read_weights: Tensor  # (…, time, 1)
+    read_momentum: Tensor  # (…, time, 1)
+    read_steps: Tensor  # (…, time, time)
+    end_weights: (
+        Tensor  # (…, 1, 1), the change: half-lives of 10⁶ tokens would be 4 % off as a float32 factor
+    )
+    end_momentum: Tensor  # (…, 1, 1)
+    end_steps: Tensor  # (…, time, 1)
+    momentum_momentum: Tensor  # (…, 1, 1)
+    momentum_steps: Tensor  # (…, time, 1)
+
+
+class UpdateRule(Protocol):
+    """One token's update, and the same rule in closed form over a chunk whose gradients are known up front."""
+
+    def step(
+        self,
+        weight: Tensor,
+        state: Tensor,
+        gradient: Tensor,
+        forget: Tensor,
+        momentum: Tensor,
+        step_size: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """New (weight, momentum state) of one layer; the gates broadcast against the weight."""
+        ...
+
+    def coefficients(
+        self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
+    ) -> ChunkCoefficients:
+        """Gates (…, time) of a chunk, and which tokens are written at all (None: every one)."""
+        ...
+
+
+class MomentumRule:
+    """Gradient descent with momentum and forgetting: equations 13 and 14."""
+
+    def step(
+        self,
+        weight: Tensor,
+        state: Tensor,
+        gradient: Tensor,
+        forget: Tensor,
+        momentum: Tensor,
+        step_size: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        state = momentum * state - step_size * gradient
+        return (1 - forget) * weight + state, state
+
+    def coefficients(
+        self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
+    ) -> ChunkCoefficients:
+        # In double precision, because 1 − alpha loses a slow gate's alpha in float32; the tensors are tiny.
+        dtype = step_size.dtype
+        retain, carry = 1 - forget.double(), momentum.double()
+        if written is not None:
+            retain, carry = torch.where(written, retain, 1), torch.where(written, carry, 1)
+            step_size = torch.where(written, step_size, 0)
+        # A leading gate stands for the state at the chunk's start: column 0 of the products.
+        weight_decay = decay_products(F.pad(retain, (1, 0), value=1.0))
+        momentum_decay = decay_products(F.pad(carry, (1, 0), value=1.0))
+        deposits = weight_decay[..., 1:, 1:]
+        if written is not None:
+            # M ← M + S moves M even when every gate is 0, so an unwritten token must deposit nothing.
+            deposits = deposits * written.unsqueeze(-2)
+        moved = deposits @ momentum_decay[..., 1:, :]
+        kept, moved, momentum_end = (
+            weight_decay[..., 1:, :1],
+            moved.to(dtype),
+            momentum_decay[..., -1:, :].to(dtype),
+        )
+        read_steps = moved[..., 1:] * step_size.unsqueeze(-2)
+        return ChunkCoefficients(
+            read_weights=kept.to(dtype),
+            read_momentum=moved[..., :1],
+            read_steps=read_steps,
+            end_weights=(kept[..., -1:, :] - 1).to(dtype),
+            end_momentum=moved[..., -1:, :1],
+            end_steps=read_steps[..., -1, :].unsqueeze(-1),
+            momentum_momentum=momentum_end[..., :1],
+            momentum_steps=(momentum_end[..., 0, 1:] * step_size).unsqueeze(-1),
+        )
+
+
+UPDATE_RULES: dict[str, UpdateRule] = {"momentum": MomentumRule()}
