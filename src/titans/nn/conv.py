@@ -1,0 +1,88 @@
+"""Short causal convolution, one filter per channel, whose past is a value."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.nn.packing import newest, real_tokens, take, zero_padding
+
+
+class CausalConv(nn.Module):
+    """y_t = Σ_k weight[:, k] · x_{t − kernel_size + 1 + k} per channel; before the row there are zeros.
+
+    weight: (channels, kernel_size), the last column meets the newest token. Initially normal with variance
+    1 / kernel_size, so that white noise comes out with the variance it went in with.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size} must be at least 1")
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.kernel_size**-0.5)
+
+    def initial_tail(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The tail of a row that has seen nothing: zeros (batch, kernel_size − 1, channels)."""
+        return torch.zeros(batch, self.kernel_size - 1, self.weight.shape[0], device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        tail: Tensor | None = None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Filter a stretch; returns y like x (zeros at padding) and the new tail.
+
+        x: (batch, time, channels), packed rows. tail: (batch, kernel_size − 1, channels), the last real
+        inputs before x, zeros where there were none; None for the start of a row. lengths: (batch,) int64 or
+        None. reset: (batch, time) bool or None: before this token the row starts afresh, and no filter
+        reaches across.
+        """
+        width, time = self.kernel_size, x.shape[1]
+        real = real_tokens(lengths, time)
+        x = zero_padding(x, real)
+        if tail is None:
+            tail = self.initial_tail(x.shape[0], x.device, x.dtype)
+        if time == 0:
+            return x, tail
+        extended = torch.cat([tail.to(x.dtype), x], dim=1)
+        if reset is None:
+            y = zero_padding(self._filter(extended), real)
+            return y, newest(tail, x, lengths, width - 1)
+
+        stretch = F.pad((reset if real is None else reset & real).cumsum(1), (width - 1, 0))
+        y = x * self.weight[:, -1].to(x.dtype)
+        for back, column in enumerate(self.weight.to(x.dtype).unbind(1)[-2::-1], start=1):
+            same = stretch[:, width - 1 :] == stretch[:, width - 1 - back : -back]
+            y = y + zero_padding(extended[:, width - 1 - back : -back], same) * column
+        begin = torch.full((x.shape[0], 1), time, device=x.device) if lengths is None else lengths[:, None]
+        index = begin + torch.arange(width - 1, device=x.device)
+        kept = stretch.gather(1, index) == stretch[:, -1:]
+        return zero_padding(y, real), zero_padding(take(extended, index), kept)
+
+    def _filter(self, extended: Tensor) -> Tensor:
+        width, time = self.kernel_size, extended.shape[1] - self.kernel_size + 1
+        weight = self.weight.to(extended.dtype)
+        if time == 1:
+            return (extended * weight.t()).sum(1, keepdim=True)
+        if extended.device.type == "cpu" and extended.dtype != torch.float64:
+            # As a channels-last image of height 1 the row needs no transposition: forward and backward this
+            # is 4.5 times as fast as shifted multiply-adds and 3 times as fast as conv1d, and bf16 gains from
+            # float32 too, casts included.
+            image = extended.float().transpose(1, 2).unsqueeze(2)
+            y = F.conv2d(image, weight.float()[:, None, None], groups=weight.shape[0])
+            return y.squeeze(2).transpose(1, 2).to(extended.dtype)
+        columns = weight.unbind(1)
+        y = extended[:, width - 1 :] * columns[-1]
+        for shift, column in enumerate(columns[:-1]):
+            y = y + extended[:, shift : shift + time] * column
+        return y

@@ -1,0 +1,44 @@
+"""Root-mean-square normalisation, computed in float32 or wider whatever the dtype of its input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis; (..., dim) → (..., dim) in the dtype of x.
+
+    The learned weight (dim,) starts at `init`.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, init: float = 1.0) -> None:
+        super().__init__()
+        self.eps, self.init = eps, init
+        self.weight = nn.Parameter(torch.full((dim,), init))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over each head's features with a weight of its own; (..., num_heads, head_dim) → the same."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, init: float = 1.0) -> None:
+        super().__init__()
+        self.eps, self.init = eps, init
+        self.weight = nn.Parameter(torch.full((num_heads, head_dim), init))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (F.rms_norm(wide, self.weight.shape[-1:], eps=self.eps) * self.weight.to(wide.dtype)).to(
+            x.dtype
+        )
