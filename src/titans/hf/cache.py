@@ -1,0 +1,255 @@
+"""The model's state as transformers' `Cache`. The only file that knows the library's cache interface."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from titans.hf.configuration_titans import TitansConfig
+from titans.memory.state import map_state
+from titans.nn.blocks import BLOCKS
+
+FORMAT = "titans-state/1"
+# Every field that decides what a state means; a file of another value is refused.
+_STATE_FIELDS = (
+    "variant", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "memory_depth",
+    "memory_expansion", "memory_activation", "memory_residual", "memory_norm", "memory_normalize_step",
+    "memory_unit_rows", "chunk_size", "segment_length", "sliding_window", "conv_kernel", "rope_theta",
+)  # fmt: skip
+
+
+class TitansCacheLayer(CacheLayerMixin):
+    """One block's state, or None before the first token."""
+
+    def __init__(self, cache: TitansCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.state: Any = None
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Blocks make their own first state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("a TitansCache holds whole block states: it is filled by the model, not by update()")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TitansCache(Cache):
+    """Everything a model has read, per layer: memory, attention window or segment, convolution tails.
+
+    It can be reordered, repeated, selected, reset, copied (`clone`), saved and loaded; it cannot be cropped, because
+    what a memory has learned cannot be unlearned.
+    """
+
+    layers: list[TitansCacheLayer]
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(layers=[TitansCacheLayer(self) for _ in range(config.num_hidden_layers)])
+        self.config = config
+        self.num_columns = 0
+        self._columns_before_call = 0
+
+    @property
+    def states(self) -> tuple[Any, ...] | None:
+        """The blocks' states, or None before the first token."""
+        states = tuple(layer.state for layer in self.layers)
+        return None if states[0] is None else states
+
+    def store(self, states: tuple[Any, ...], num_columns: int) -> None:
+        """Keep what the model returned for a stretch of `num_columns` tokens, padding included."""
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.state = map_state(Tensor.detach, state)
+        self.num_columns += num_columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included, since `begin_call` (or ever)."""
+        return self.num_columns - self._columns_before_call
+
+    def begin_call(self, fresh: bool) -> None:
+        """Count columns from here (fresh) or from the start: `generate` slices ids and masks by that count."""
+        self._columns_before_call = self.num_columns if fresh else 0
+
+    def _map(self, function: Any) -> None:
+        for layer in self.layers:
+            layer.state = map_state(function, layer.state)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self.layers:
+            layer.state = None
+        self.num_columns = self._columns_before_call = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        raise ValueError(
+            f"crop({tokens_to_remove}): a memory cannot unlearn its last tokens; clone() before reading them instead"
+        )
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, or −1 before the first token."""
+        return -1 if self.states is None else pytree.tree_leaves(self.states)[0].shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes held by all states."""
+        return sum({id(t): t.nbytes for t in pytree.tree_leaves(self.states) if isinstance(t, Tensor)}.values())
+
+    def clone(self) -> TitansCache:
+        """An independent copy: both may go on reading."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TitansCache:
+        other = TitansCache(self.config)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            # States are never written in place, so sharing them is copying them.
+            theirs.state = mine.state
+        other.num_columns = self.num_columns
+        return other
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the states to one safetensors file, through a temporary name.
+
+        Raises:
+            ValueError: before the first token.
+        """
+        if self.states is None:
+            raise ValueError("the cache is empty: read something before saving it")
+        path = Path(path)
+        tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in _named_leaves(self.states)}
+        about = {
+            **(metadata or {}),
+            "format": FORMAT,
+            "config": json.dumps({name: getattr(self.config, name) for name in _STATE_FIELDS}),
+            "num_columns": str(self.num_columns),
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, about)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, config: TitansConfig, device: torch.device | str = "cpu") -> TitansCache:
+        """Read a file written by `save`; nothing in it is executed.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: for a damaged file, another format, a state of another configuration, or values that no
+                model could have written; says which.
+        """
+        about, tensors = read_state_file(path, device)
+        saved = json.loads(about["config"])
+        for name in _STATE_FIELDS:
+            if saved.get(name) != getattr(config, name):
+                raise ValueError(
+                    f"{path} was written with {name}={saved.get(name)!r}, the model has "
+                    f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
+                )
+        cache = cls(config)
+        template = _template(config)
+        expected = dict(_named_leaves(template))
+        if missing := sorted(expected.keys() ^ tensors.keys()):
+            raise ValueError(f"{path} does not hold exactly the tensors of such a model: {missing[0]} differs")
+        batch = tensors[next(iter(expected))].shape[0]
+        for name, leaf in expected.items():
+            _check_leaf(path, name, tensors[name], leaf, batch)
+        leaves, structure = pytree.tree_flatten(template)
+        ordered = [tensors[name] for name, _ in _named_leaves(template)]
+        assert len(ordered) == len(leaves)
+        for layer, state in zip(cache.layers, pytree.tree_unflatten(ordered, structure), strict=True):
+            layer.state = state
+        cache.num_columns = int(about["num_columns"])
+        return cache
+
+
+def read_state_file(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a state file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a readable state file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file: give a memory written by `save` or `titans memorize`")
+    try:
+        with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
+    try:
+        if not isinstance(json.loads(about["config"]), dict) or int(about["num_columns"]) < 0:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
+    return about, tensors
+
+
+def _named_leaves(states: Any) -> list[tuple[str, Tensor]]:
+    pairs, _ = pytree.tree_flatten_with_path(states)
+    return [(pytree.keystr(path).lstrip("."), leaf) for path, leaf in pairs]
+
+
+def _template(config: TitansConfig) -> tuple[Any, ...]:
+    """States of the right structure and shapes, without storage; a size of 0 stands for any."""
+    settings = config.block_settings()
+    with torch.device("meta"):
+        block = BLOCKS[config.variant](_without_persistent(settings))
+        return tuple(block.initial_state(1) for _ in range(config.num_hidden_layers))
+
+
+def _without_persistent(settings: Any) -> Any:
+    # Their number shapes no state, and reading them needs real weights.
+    return type(settings)(**{**vars(settings), "num_persistent_tokens": 0})
+
+
+def _check_leaf(path: str | Path, name: str, tensor: Tensor, expected: Tensor, batch: int) -> None:
+    shape = (batch, *expected.shape[1:])
+    fits = tensor.dim() == len(shape) and all(
+        want in (0, got) for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
+    if tensor.is_floating_point() != expected.is_floating_point():
+        raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {expected.dtype}")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
+    if not tensor.is_floating_point() and (tensor.dtype != torch.int64 or (tensor < 0).any()):
+        raise ValueError(f"{path}: {name} holds no valid positions; the memory is damaged")

@@ -1,0 +1,180 @@
+"""The configuration of a Titans model, and the sizes it comes in."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+from titans.nn.blocks import BLOCKS, BlockSettings
+
+# What the library itself hands to a configuration beside its fields.
+_LIBRARY_KEYS = {
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "per_layer_config", "tokenizer_class", "torch_dtype", "use_cache",
+}  # fmt: skip
+# How the library names the kind of a layer, for the parts of it that want to know.
+_LAYER_TYPES = {"lmm": "linear_attention", "transformer": "full_attention"}
+
+
+@strict
+class TitansConfig(PreTrainedConfig):
+    """Sizes and choices of a Titans model; unknown fields are an error.
+
+    Args:
+        variant: "mac", "mag", "mal", "lmm", or "transformer" (the baseline without a memory).
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in any language model.
+        num_attention_heads, head_dim: heads of the attention and of the memory.
+        memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
+        memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
+        memory_normalize_step, memory_unit_rows, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
+        memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
+        chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
+        segment_length: tokens in a segment of attention ("mac").
+        sliding_window: tokens a token attends to, itself included ("mag", "mal").
+        num_persistent_tokens: learned tokens per layer.
+        conv_kernel: width of the convolution on the memory's queries, keys and values.
+
+    Raises:
+        ValueError: for an unknown field or a value outside its domain.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference = ["past_key_values", "memory_states"]
+
+    variant: str = "mac"
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    head_dim: int = 64
+    memory_depth: int = 2
+    memory_expansion: int = 4
+    memory_activation: str = "gelu"
+    memory_residual: bool = True
+    memory_norm: bool = True
+    memory_normalize_step: bool = True
+    memory_unit_rows: bool = True
+    memory_max_momentum: float = 0.9
+    memory_max_step_size: float | None = None
+    chunk_size: int = 16
+    segment_length: int = 512
+    sliding_window: int = 2048
+    num_persistent_tokens: int = 128
+    conv_kernel: int = 4
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    layer_types: list[str] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = _LIBRARY_KEYS | GenerationConfig._get_default_generation_params().keys()
+        unknown = sorted(k for k in kwargs if k not in known and not k.startswith("_"))
+        if unknown:
+            own = sorted(f.name for f in fields(type(self)) if f.name in TitansConfig.__annotations__)
+            raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is not a field of TitansConfig: choose from {own}")
+        if self.layer_types is None:
+            kind = _LAYER_TYPES.get(self.variant, "hybrid_sliding")
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Called by the library once the fields are set."""
+        if self.variant not in BLOCKS:
+            raise ValueError(f"variant={self.variant!r}: choose one of {sorted(BLOCKS)}")
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "head_dim", "memory_depth", "memory_expansion", "chunk_size", "segment_length", "sliding_window",
+            "conv_kernel",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a whole number of at least 1")
+        if self.num_persistent_tokens < 0:
+            raise ValueError(f"num_persistent_tokens={self.num_persistent_tokens}: give 0 or more")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even number")
+        if not 0 <= self.memory_max_momentum < 1:
+            raise ValueError(f"memory_max_momentum={self.memory_max_momentum}: give a number in [0, 1)")
+        if self.memory_activation not in ("gelu", "silu"):
+            raise ValueError(f"memory_activation={self.memory_activation!r}: choose 'gelu' or 'silu'")
+
+    def block_settings(self) -> BlockSettings:
+        """The same sizes as the blocks take them."""
+        return BlockSettings(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            head_dim=self.head_dim,
+            chunk_size=self.chunk_size,
+            segment_length=self.segment_length,
+            window=self.sliding_window,
+            num_persistent_tokens=self.num_persistent_tokens,
+            conv_kernel=self.conv_kernel,
+            memory_depth=self.memory_depth,
+            memory_expansion=self.memory_expansion,
+            rope_theta=self.rope_theta,
+            norm_eps=self.rms_norm_eps,
+            memory_options={
+                "activation": self.memory_activation,
+                "residual": self.memory_residual,
+                "norm": self.memory_norm,
+                "normalize_step": self.memory_normalize_step,
+                "unit_rows": self.memory_unit_rows,
+                "max_momentum": self.memory_max_momentum,
+                "max_step_size": self.memory_max_step_size,
+            },
+        )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> TitansConfig:
+        """A configuration of `PRESETS`, with fields replaced.
+
+        Raises:
+            ValueError: for an unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known: choose one of {sorted(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+def _paper(num_layers: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
+    return dict(
+        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_attention_heads=hidden_size // 64,
+    )
+
+
+_BYTES = dict(vocab_size=256, chunk_size=16, segment_length=64, sliding_window=64, num_persistent_tokens=4)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        **_BYTES,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        memory_expansion=2,
+    ),
+    "small": dict(
+        **_BYTES, hidden_size=256, intermediate_size=704, num_hidden_layers=7, num_attention_heads=4
+    ),
+    # The paper's sizes (camera-ready, appendix E); the width of the SwiGLU is not given there.
+    "170m": _paper(12, 768, 2048),
+    "340m": _paper(24, 1024, 2752),
+    "760m": _paper(24, 1536, 4096),
+    "1.3b": _paper(18, 2048, 5504),
+}
+
+# The paper's where it gives one.
+PEAK_LEARNING_RATES = {
+    "tiny": 3e-3, "small": 3e-3, "170m": 3e-3, "340m": 1.5e-3, "760m": 1.25e-3, "1.3b": 7e-4,
+}  # fmt: skip

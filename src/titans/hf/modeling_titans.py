@@ -1,0 +1,324 @@
+"""Titans models in the transformers library: `TitansModel`, `TitansForCausalLM`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from titans.hf.cache import TitansCache
+from titans.hf.configuration_titans import TitansConfig
+from titans.memory.state import where_rows
+from titans.nn.blocks import BLOCKS, BlockContext
+from titans.nn.mlp import SwiGLU
+from titans.nn.norm import RMSNorm
+from titans.nn.packing import take
+
+PREFILL_LENGTH = 2048
+
+
+@dataclass
+class TitansOutput(ModelOutput):
+    """What the models return.
+
+    loss: mean cross-entropy in nats, with `labels`. logits: (batch, time, vocab_size). last_hidden_state and
+    hidden_states: (batch, time, hidden_size). past_key_values: the cache. memory_states: the blocks' states,
+    inside the autograd graph. surprises: per memory layer (batch, time, heads), ‖M(k) − v‖² before each write.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: TitansCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    memory_states: tuple[Any, ...] | None = None
+    surprises: tuple[Tensor, ...] | None = None
+
+
+class TitansLayer(GradientCheckpointingLayer):
+    """One block of the chosen variant, then SwiGLU, each behind a norm and beside a residual."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.mixer = BLOCKS[config.variant](config.block_settings())
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, state: Any, restart: Tensor | None, context: BlockContext
+    ) -> tuple[Tensor, Any]:
+        """x (batch, time, hidden_size); state of this layer or None; rows (batch,) to start afresh or None.
+
+        The initial state is made here, where sharded parameters have been gathered, and is an argument and a result
+        of the layer because gradient checkpointing drops any cache.
+        """
+        if state is None:
+            state = self.mixer.initial_state(x.shape[0])
+        elif restart is not None:
+            state = where_rows(restart, self.mixer.initial_state(x.shape[0]), state)
+        x, state = self.mixer(x, state, context)
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what the library may and may not do with these models."""
+
+    config: TitansConfig
+    config_class = TitansConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TitansLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        own = list(module.parameters(recurse=False)) or list(module.parameters())
+        if all(getattr(p, "_is_hf_initialized", False) for p in own):
+            return
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif hasattr(module, "persistent"):
+            nn.init.normal_(module.persistent)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Turn on gradient checkpointing, of the non-re-entrant kind.
+
+        Raises:
+            ValueError: for use_reentrant=True, whose gradients through a carried state are silently wrong.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True gives wrong gradients through the memory's state: pass use_reentrant=False"
+            )
+        self._activation_checkpointing_enable(
+            {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}, **kwargs
+        )
+
+
+class TitansModel(TitansPreTrainedModel):
+    """Embedding, blocks and final norm; state in, state out."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TitansLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        memory_states: tuple[Any, ...] | None = None,
+        restart: Tensor | None = None,
+        return_memory_states: bool = False,
+        output_surprise: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TitansOutput | tuple[Any, ...]:
+        """Read a stretch of tokens.
+
+        Args:
+            input_ids: (batch, time) int64, or `inputs_embeds` (batch, time, hidden_size).
+            attention_mask: (batch, seen + time) or (batch, time); 0 marks padding, anywhere. Only its last `time`
+                columns are read.
+            past_key_values: what was read before, for inference; it is updated.
+            use_cache: return a cache; by default as configured, outside training.
+            memory_states: what was read before, for training; gradients flow through it.
+            restart: (batch,) bool, rows of `memory_states` that start afresh.
+            return_memory_states: return the blocks' states, inside the autograd graph.
+            output_surprise: return each memory's surprise at every token.
+
+        Raises:
+            ValueError: for contradictory or ill-shaped arguments.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None and memory_states is not None:
+            raise ValueError("give past_key_values (inference) or memory_states (training), not both")
+        if past_key_values is not None and not isinstance(past_key_values, TitansCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}: a Titans model needs TitansCache(config)"
+            )
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, time, _ = x.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None and memory_states is None:
+            past_key_values = TitansCache(self.config)
+        if past_key_values is not None:
+            if past_key_values.batch_size not in (-1, batch):
+                raise ValueError(
+                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat or "
+                    "select its rows first"
+                )
+            memory_states = past_key_values.states
+
+        real = self._real_tokens(attention_mask, batch, time)
+        lengths, rank = None, None
+        if real is not None:
+            # Everything stateful sees real tokens only, each row's moved to its front.
+            lengths, rank = real.sum(1), real.cumsum(1) - real.long()
+            x = take(x, torch.argsort(~real, dim=1, stable=True))
+
+        def unpack(x: Tensor) -> Tensor:
+            return x if real is None or rank is None else torch.where(real.unsqueeze(-1), take(x, rank), 0)
+
+        surprises: list[Tensor] | None = [] if output_surprise else None
+        context = BlockContext(lengths, surprises)
+        hidden_states = [unpack(x)] if output_hidden_states else None
+        states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            before = None if memory_states is None else memory_states[index]
+            x, state = layer(x, before, restart, context)
+            states.append(state)
+            if hidden_states is not None:
+                hidden_states.append(unpack(x))
+        x = self.norm(unpack(x))
+
+        if past_key_values is not None:
+            past_key_values.store(tuple(states), time)
+        output = TitansOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            memory_states=tuple(states) if return_memory_states else None,
+            surprises=None if surprises is None else tuple(unpack(s) for s in surprises),
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    @staticmethod
+    def _real_tokens(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < time:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, seen + time) or "
+                f"({batch}, {time}), 0 for padding"
+            )
+        real = attention_mask[:, attention_mask.shape[1] - time :].bool()
+        return None if bool(real.all()) else real
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """A Titans model with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # The loss is a mean; without this the Trainer would rescale it under gradient accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        memory_states: tuple[Any, ...] | None = None,
+        restart: Tensor | None = None,
+        return_memory_states: bool = False,
+        output_surprise: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TitansOutput | tuple[Any, ...]:
+        """Logits of the next token; see `TitansModel.forward`.
+
+        Args:
+            labels: (batch, time) int64, the input ids again; shifted here, −100 is ignored.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            memory_states=memory_states,
+            restart=restart,
+            return_memory_states=return_memory_states,
+            output_surprise=output_surprise,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        output.logits = self.lm_head(output.last_hidden_state[:, keep])
+        if labels is not None:
+            output.loss = self.loss_function(
+                logits=output.logits, labels=labels, vocab_size=self.config.vocab_size
+            )
+        output.last_hidden_state = None
+        return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """The one hook through which our cache, chunked prefill and beam search work together."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a Titans model keeps its own "
+                "TitansCache; leave this unset"
+            )
+        if generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TitansCache(self.config)
+        if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
+            generation_config.prefill_chunk_size = PREFILL_LENGTH
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; with a filled `past_key_values` the ids given are the new ones.
+
+        The library would need an attention mask over everything ever seen to continue, and drops tokens silently
+        without one. Here new ids alone are enough; a mask may cover the new ids, or seen + new (then the ids may be
+        the whole text again, as the library expects it).
+
+        Raises:
+            ValueError: for a mask of any other length.
+        """
+        cache = kwargs.get("past_key_values")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if not isinstance(cache, TitansCache) or cache.states is None or ids is None:
+            return super().generate(inputs, *args, **kwargs)
+        seen, given = cache.num_columns, ids.shape[1]
+        mask = kwargs.get("attention_mask")
+        width = given if mask is None else mask.shape[1]
+        if mask is not None and width == given > seen:
+            return super().generate(inputs, *args, **kwargs)
+        if width not in (given, seen + given):
+            raise ValueError(
+                f"attention_mask covers {width} tokens: give the {given} new ones, or {seen + given} with those seen"
+            )
+        kwargs["attention_mask"] = torch.ones_like(ids) if mask is None else mask[:, width - given :]
+        cache.begin_call(fresh=True)
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            cache.begin_call(fresh=False)
+
+
+AutoConfig.register("titans", TitansConfig)
+AutoModel.register(TitansConfig, TitansModel)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)

@@ -1,0 +1,30 @@
+"""Plain causal attention over everything seen: the baseline, without a memory."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.full_attention import FullAttention, FullAttentionState
+from titans.nn.norm import RMSNorm
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)); the state grows with what has been seen."""
+
+    def __init__(self, settings: BlockSettings) -> None:
+        super().__init__()
+        s = settings
+        self.norm = RMSNorm(s.hidden_size, s.norm_eps)
+        self.attention = FullAttention(s.hidden_size, s.num_heads, s.head_dim, s.rope_theta)
+
+    def initial_state(self, batch: int) -> FullAttentionState:
+        weight = self.norm.weight
+        return self.attention.initial_state(batch, weight.device, weight.dtype)
+
+    def forward(
+        self, x: Tensor, state: FullAttentionState, context: BlockContext
+    ) -> tuple[Tensor, FullAttentionState]:
+        """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
+        y, state = self.attention(self.norm(x), state, context.lengths)
+        return x + y, state

@@ -1,0 +1,49 @@
+"""Memory as gate: window attention and memory side by side (section 4.2, equations 26 to 28)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from titans.memory.state import register_state
+from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.gate import MemoryGate
+from titans.nn.memory import NeuralMemoryState
+from titans.nn.norm import RMSNorm
+from titans.nn.window_attention import WindowAttention, WindowState
+
+
+@register_state
+@dataclass(frozen=True)
+class MAGState:
+    window: WindowState
+    memory: NeuralMemoryState
+
+
+class MAGBlock(nn.Module):
+    """x + gate(attention(norm(x)), memory(norm(x)))."""
+
+    def __init__(self, settings: BlockSettings) -> None:
+        super().__init__()
+        s = settings
+        self.persistent = s.persistent_tokens()
+        self.norm = RMSNorm(s.hidden_size, s.norm_eps)
+        self.attention = WindowAttention(s.hidden_size, s.num_heads, s.head_dim, s.window, s.rope_theta)
+        self.memory = s.memory()
+        self.gate = MemoryGate(s.hidden_size, s.norm_eps)
+
+    def initial_state(self, batch: int) -> MAGState:
+        return MAGState(
+            self.attention.initial_state(batch, self.persistent.device, self.persistent.dtype),
+            self.memory.initial_state(batch, self.persistent),
+        )
+
+    def forward(self, x: Tensor, state: MAGState, context: BlockContext) -> tuple[Tensor, MAGState]:
+        """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
+        normed = self.norm(x)
+        attention, window = self.attention(normed, state.window, self.persistent, context.lengths)
+        memory, remembered = self.memory.packed(
+            normed, state.memory, context.lengths, surprises=context.surprises
+        )
+        return x + self.gate(attention, memory), MAGState(window, remembered)

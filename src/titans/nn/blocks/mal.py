@@ -1,0 +1,48 @@
+"""Memory as layer: the memory, then window attention over what it made of the tokens (section 4.3, (29) to (31))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from titans.memory.state import register_state
+from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.memory import NeuralMemoryState
+from titans.nn.norm import RMSNorm
+from titans.nn.window_attention import WindowAttention, WindowState
+
+
+@register_state
+@dataclass(frozen=True)
+class MALState:
+    memory: NeuralMemoryState
+    window: WindowState
+
+
+class MALBlock(nn.Module):
+    """x + memory(norm(x)), then x + attention(norm(x)), each with its own norm and residual."""
+
+    def __init__(self, settings: BlockSettings) -> None:
+        super().__init__()
+        s = settings
+        self.persistent = s.persistent_tokens()
+        self.memory_norm = RMSNorm(s.hidden_size, s.norm_eps)
+        self.memory = s.memory()
+        self.attention_norm = RMSNorm(s.hidden_size, s.norm_eps)
+        self.attention = WindowAttention(s.hidden_size, s.num_heads, s.head_dim, s.window, s.rope_theta)
+
+    def initial_state(self, batch: int) -> MALState:
+        return MALState(
+            self.memory.initial_state(batch, self.persistent),
+            self.attention.initial_state(batch, self.persistent.device, self.persistent.dtype),
+        )
+
+    def forward(self, x: Tensor, state: MALState, context: BlockContext) -> tuple[Tensor, MALState]:
+        """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
+        y, memory = self.memory.packed(
+            self.memory_norm(x), state.memory, context.lengths, surprises=context.surprises
+        )
+        x = x + y
+        y, window = self.attention(self.attention_norm(x), state.window, self.persistent, context.lengths)
+        return x + y, MALState(memory, window)

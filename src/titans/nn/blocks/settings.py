@@ -1,0 +1,62 @@
+"""What a block is built from, and what it is told with every call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans.nn.memory import NeuralMemory
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """Sizes of one token-mixing block; every variant takes what it needs.
+
+    memory_options: further keyword arguments of `NeuralMemory`.
+    """
+
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    chunk_size: int
+    segment_length: int
+    window: int
+    num_persistent_tokens: int
+    conv_kernel: int
+    memory_depth: int
+    memory_expansion: int
+    rope_theta: float
+    norm_eps: float
+    memory_options: dict[str, Any] = field(default_factory=dict)
+
+    def memory(self) -> NeuralMemory:
+        """A memory of these sizes."""
+        return NeuralMemory(
+            self.hidden_size,
+            self.num_heads,
+            self.head_dim,
+            self.memory_depth,
+            self.memory_expansion,
+            self.chunk_size,
+            self.conv_kernel,
+            **self.memory_options,
+        )
+
+    def persistent_tokens(self) -> nn.Parameter:
+        """Learned tokens (num_persistent_tokens, hidden_size), on the scale of a normalised token."""
+        return nn.Parameter(torch.randn(self.num_persistent_tokens, self.hidden_size))
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What a model tells its blocks with a call.
+
+    lengths: (batch,) int64, how many of each row's tokens are real (they come first), or None for all.
+    surprises: a list in which memories leave (batch, time, heads), or None.
+    """
+
+    lengths: Tensor | None = None
+    surprises: list[Tensor] | None = None

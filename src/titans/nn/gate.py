@@ -1,0 +1,25 @@
+"""How memory and attention are combined."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titans.nn.norm import RMSNorm
+
+
+class MemoryGate(nn.Module):
+    """Norm(attention) ⊙ σ(Norm(memory)): the memory decides what of the attention passes (equations 25 and 28).
+
+    The paper asks for learnable vector weights on both branches and a non-linearity, and says no more. The
+    attention's weight starts small, so that a fresh block changes the residual stream little.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(hidden_size, eps, init=0.1)
+        self.memory_norm = RMSNorm(hidden_size, eps)
+
+    def forward(self, attention: Tensor, memory: Tensor) -> Tensor:
+        """(batch, time, hidden_size) twice to the same shape."""
+        return self.attention_norm(attention) * torch.sigmoid(self.memory_norm(memory))

@@ -1,0 +1,225 @@
+"""The long-term memory as a layer: projections, short convolution, gates, and a scan that learns while it reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.memory.state import map_state, register_state
+from titans.nn.conv import CausalConv
+from titans.nn.norm import HeadRMSNorm
+from titans.nn.packing import real_tokens, take
+
+LONGEST_HALF_LIFE = 1e6
+SHORTEST_HALF_LIFE_IN_CHUNKS = 4
+
+
+@register_state
+@dataclass(frozen=True)
+class NeuralMemoryState:
+    """What a `NeuralMemory` carries: the convolution's last inputs (batch, kernel − 1, channels), and the memory."""
+
+    tail: Tensor
+    memory: MemoryState
+
+
+class NeuralMemory(nn.Module):
+    """A layer that memorises its input at test time and answers from what it has memorised (section 3.1).
+
+    q, k, v are projected, convolved, passed through SiLU and, q and k, L2-normalised per head; forget, momentum and
+    step size are functions of the token, one for each head and memory layer. The reads are normalised per head,
+    gated by silu of a projection, and projected back.
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads, head_dim: each head has a memory of its own.
+        depth, expansion, activation, residual, norm, normalize_step, unit_rows: see `MemoryNetwork`.
+        chunk_size: tokens that share one set of gradient weights.
+        conv_kernel: width of the causal convolution on q, k and v.
+        max_momentum: upper bound of the momentum gate.
+        max_step_size: upper bound of the step-size gate; by default 8 (1 − max_momentum) / chunk_size.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int = 64,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk_size: int = 16,
+        conv_kernel: int = 4,
+        *,
+        activation: str = "gelu",
+        residual: bool = True,
+        norm: bool = True,
+        normalize_step: bool = True,
+        unit_rows: bool = True,
+        max_momentum: float = 0.9,
+        max_step_size: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = MemoryNetwork(
+            head_dim, depth, expansion, activation, residual, norm, normalize_step, unit_rows
+        )
+        self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
+        self.max_step_size = 8 * (1 - max_momentum) / chunk_size if max_step_size is None else max_step_size
+        width = num_heads * head_dim
+        self.input = nn.Linear(hidden_size, 4 * width, bias=False)
+        self.conv = CausalConv(3 * width, conv_kernel)
+        self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
+        self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
+        self.initial_weights = nn.ParameterList(
+            torch.empty(num_heads, *shape) for shape in self.network.weight_shapes
+        )
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
+        self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
+        self.read_norm = HeadRMSNorm(num_heads, head_dim)
+        self.output = nn.Linear(width, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gates with half-lives log-spaced over heads; initial weights wide enough to bend the activation."""
+        nn.init.normal_(self.gate_weight, std=0.02)
+        heads = self.num_heads
+        shortest = SHORTEST_HALF_LIFE_IN_CHUNKS * self.chunk_size
+        longest = max(LONGEST_HALF_LIFE, shortest)
+        spread = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
+        half_lives = shortest * (longest / shortest) ** spread
+        self.gate_bias.zero_()
+        # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
+        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives.double())).unsqueeze(-1)
+        for layer, weight in enumerate(self.initial_weights):
+            # Keys have unit length: fan-in initialisation would leave the activation all but linear.
+            nn.init.normal_(
+                weight, std=1.0 if layer == 0 and self.network.depth > 1 else weight.shape[-1] ** -0.5
+            )
+            if self.network.unit_rows:
+                weight.copy_(F.normalize(weight, dim=-1))
+        if self.norm_weight is not None and self.norm_bias is not None:
+            nn.init.constant_(self.norm_weight, 0.5)
+            nn.init.zeros_(self.norm_bias)
+
+    def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
+        """The state of rows that have read nothing but the persistent tokens (num_persistent, hidden_size), if any.
+
+        These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
+        """
+        weights = [w.unsqueeze(0) for w in self.initial_weights]
+        memory = MemoryState.initial(weights)
+        if persistent is not None and len(persistent):
+            _, after = self.packed(persistent.unsqueeze(0), NeuralMemoryState(self._empty_tail(1), memory))
+            written = after.memory
+            memory = MemoryState(written.weights, written.momentum, written.weights, memory.position)
+        expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
+        return NeuralMemoryState(self._empty_tail(batch), expanded)
+
+    def _empty_tail(self, batch: int) -> Tensor:
+        return self.conv.initial_tail(batch, self.conv.weight.device, self.conv.weight.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        persistent: Tensor | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """Read a stretch; returns the answers and the new state.
+
+        Args:
+            x: (batch, time, hidden_size).
+            state: None for the start of every row.
+            mask: (batch, time) bool; a False token is not read, and its answer is 0.
+            reset: (batch, time) bool; before such a token the row starts afresh.
+            persistent: (num_persistent, hidden_size) tokens that a fresh row has read first.
+
+        Returns:
+            (batch, time, hidden_size) and the state.
+        """
+        if mask is None:
+            return self.packed(x, state, None, reset, persistent=persistent)
+        batch, time = mask.shape
+        rank = mask.cumsum(1) - mask.long()
+        lengths = mask.sum(1)
+        packed_reset = None
+        if reset is not None:
+            # A reset on a masked token takes effect before the next real one, or after the last.
+            resets = torch.zeros(batch, time + 1, dtype=torch.int64, device=x.device)
+            packed_reset = resets.scatter_add(1, rank, reset.long())[:, :time] > 0
+        order = torch.argsort(~mask, dim=1, stable=True)
+        y, state = self.packed(take(x, order), state, lengths, packed_reset, persistent=persistent)
+        return torch.where(mask.unsqueeze(-1), take(y, rank), 0), state
+
+    def packed(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        persistent: Tensor | None = None,
+        surprises: list[Tensor] | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """`forward` for packed rows: row b's real tokens are its first lengths[b]; a list collects the surprises.
+
+        A reset at slot lengths[b] makes the row's state after the stretch a fresh one.
+        """
+        if state is None:
+            state = self.initial_state(x.shape[0], persistent)
+        batch, time, _ = x.shape
+        real = real_tokens(lengths, time)
+        if real is not None:
+            x = torch.where(real.unsqueeze(-1), x, 0)
+        heads, head_dim = self.num_heads, self.network.head_dim
+
+        qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
+        qkv, tail = self.conv(qkv, state.tail, lengths, reset)
+        queries, keys, values = F.silu(qkv).view(batch, time, 3, heads, head_dim).unbind(2)
+        forget, momentum, step_size = self._gates(x)
+        fresh = None if reset is None else self.initial_state(1, persistent).memory
+        reads, memory, surprise = memory_scan(
+            self.network,
+            F.normalize(queries, dim=-1),
+            F.normalize(keys, dim=-1),
+            values,
+            forget,
+            momentum,
+            step_size,
+            state.memory,
+            self.chunk_size,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            mask=real,
+            reset=reset,
+            initial=None if fresh is None else [w[0] for w in fresh.weights],
+            initial_momentum=None if fresh is None else [m[0] for m in fresh.momentum],
+            return_surprise=True,
+        )
+        if surprises is not None:
+            surprises.append(surprise)
+        if reset is not None and lengths is not None:
+            ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
+            tail = torch.where(ended[:, None, None], 0, tail)
+        y = self.read_norm(reads).flatten(-2) * F.silu(gate)
+        return self.output(y), NeuralMemoryState(tail, memory)
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            raw = F.linear(x.to(dtype), self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())
+            raw = raw.view(*x.shape[:2], *self.gate_bias.shape)
+            forget, momentum, step_size = raw.unbind(2)
+            return (
+                -torch.expm1(-F.softplus(forget)),
+                self.max_momentum * torch.sigmoid(momentum),
+                self.max_step_size * torch.sigmoid(step_size),
+            )
