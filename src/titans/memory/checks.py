@@ -22,8 +22,10 @@ def _expect_floating(name: str, tensor: Tensor) -> None:
 
 
 def _expect_range(name: str, gate: Tensor, mask: Tensor | None, highest: float | None) -> None:
-    # On an accelerator, or in a compiled graph, looking at values would stop the stream.
+    # On an accelerator, or in a compiled graph, looking at values would stop the stream; vmap forbids it.
     if gate.device.type != "cpu" or torch.compiler.is_compiling() or not gate.numel():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return
     gate = gate.detach()
     if mask is not None:

@@ -222,6 +222,17 @@ class _GroupedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Second derivatives through a recomputation would silently lose terms.
+            raise RuntimeError(
+                "backend='chunkwise' is differentiable once, create_graph=True asks for more: use 'reference'"
+            )
+        with torch.autocast(grads[0].device.type, enabled=False):
+            # Whoever goes backward under autocast must still get the gradient of what went forward.
+            return _GroupedScan._recompute(ctx, *grads)
+
+    @staticmethod
+    def _recompute(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments: _Arguments = ctx.arguments
         depth = arguments.net.depth
         saved = ctx.saved_tensors
@@ -237,13 +248,8 @@ class _GroupedScan(torch.autograd.Function):
             wanted = [x for x in leaves if x is not None]
             with torch.enable_grad():
                 read, _, weights, momentum, anchor = arguments.run(leaves, group)
-            outputs, cotangents = [], []
-            for output, cotangent in zip(
-                (read, *weights, *momentum, *anchor), (read_grads[group], *state_grads), strict=True
-            ):
-                # A partial chunk hands its anchor through untouched; the leaf itself is a valid output.
-                outputs.append(output)
-                cotangents.append(cotangent)
+            # A partial chunk hands its anchor through untouched; the leaf itself is a valid output.
+            outputs, cotangents = (read, *weights, *momentum, *anchor), (read_grads[group], *state_grads)
             found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
             grad = [None if x is None else next(found) for x in leaves]
             for into, part in zip(token_grads, grad[:6], strict=True):

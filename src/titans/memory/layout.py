@@ -44,8 +44,8 @@ def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor |
     column = opens.cumsum(1) - 1
     slot = rank - torch.where(opens, rank, -1).cummax(1).values
 
-    num_columns = int(torch.where(real, column, -1).max()) + 1 if time else 0
-    width = int(torch.where(real, slot, -1).max()) + 1 if time else 0
+    num_columns = int(torch.where(real, column, -1).max()) + 1 if real.numel() else 0
+    width = int(torch.where(real, slot, -1).max()) + 1 if real.numel() else 0
     place = torch.where(real, column * width + slot, num_columns * width)
     spill = num_columns * width + 1
 
