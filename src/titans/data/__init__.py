@@ -1,0 +1,22 @@
+"""Text in, training examples out: corpora, tokenizers, whole-document splits and batches."""
+
+from __future__ import annotations
+
+from titans.data.batches import CarryDataset, WindowDataset
+from titans.data.corpora import list_corpora, load_corpus
+from titans.data.documents import Document
+from titans.data.split import hold_out
+from titans.data.tokenizer import byte_tokenizer, encode_document, is_byte_tokenizer, load_tokenizer
+
+__all__ = [
+    "CarryDataset",
+    "Document",
+    "WindowDataset",
+    "byte_tokenizer",
+    "encode_document",
+    "hold_out",
+    "is_byte_tokenizer",
+    "list_corpora",
+    "load_corpus",
+    "load_tokenizer",
+]

@@ -1,0 +1,142 @@
+"""Where documents come from: files, folders, Hugging Face data sets and built-in books."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titans.data.builtin import BUILTIN_CORPORA
+from titans.data.documents import Document
+
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+
+
+def list_corpora() -> dict[str, str]:
+    """Names of the built-in corpora and one line about each."""
+    return {name: corpus.description for name, corpus in BUILTIN_CORPORA.items()}
+
+
+def load_corpus(source: str | Path) -> list[Document]:
+    """All documents of a corpus, in a fixed order, none of them empty.
+
+    `source` is one of
+    - the name of a built-in corpus: see `list_corpora`;
+    - `hf:NAME[:config[:split[:column]]]`, a Hugging Face data set, one document per row (unless named, split
+      `train` and column `text`, or the only column of strings);
+    - a folder written by `datasets.save_to_disk`, likewise;
+    - any other folder: every `.txt`, `.md` and `.text` file below it, hidden and empty ones left out;
+    - a file of any kind, which is one document.
+
+    Raises ValueError when there is no such source or nothing in it, ConnectionError when a download fails.
+    """
+    if isinstance(source, str) and source in BUILTIN_CORPORA:
+        return BUILTIN_CORPORA[source].load()
+    if isinstance(source, str) and source.startswith("hf:"):
+        documents = _from_hub(source)
+    else:
+        path = Path(source)
+        if path.is_file():
+            documents = [Document(path.name, _read(path))]
+        elif not path.is_dir():
+            raise ValueError(
+                f"corpus={str(source)!r} is neither a file nor a folder nor a built-in name "
+                f"({', '.join(BUILTIN_CORPORA)}); a Hugging Face data set is written hf:NAME"
+            )
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            documents = _from_saved_dataset(path)
+        else:
+            documents = [
+                Document(file.relative_to(path).as_posix(), _read(file)) for file in _text_files(path)
+            ]
+    documents = [document for document in documents if document.data]
+    if not documents:
+        raise ValueError(
+            f"corpus={str(source)!r} holds no text: a file must not be empty, and in a folder only "
+            f"{', '.join(TEXT_SUFFIXES)} files are read"
+        )
+    return documents
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be read ({error.strerror}); remove it or change its rights"
+        ) from error
+
+
+def _text_files(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} could not be read ({error.strerror})") from error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in files
+            if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            "reading a Hugging Face data set needs the package datasets: pip install 'titans-ltm[train]'"
+        ) from error
+    return datasets
+
+
+def _from_hub(source: str) -> list[Document]:
+    parts = source.split(":")[1:]
+    if not parts[0] or len(parts) > 4:
+        raise ValueError(f"corpus={source!r} is not of the form hf:NAME[:config[:split[:column]]]")
+    name, config, split, column = (*parts, *[""] * (4 - len(parts)))
+    library = _datasets()
+    try:
+        table = library.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library raises what its own dependencies raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = ConnectionError if isinstance(error, ConnectionError) or "reach" in reason else ValueError
+        raise kind(f"corpus={source!r} could not be loaded: {reason}") from error
+    return list(_rows(table, column, label=f"{name}/{split or 'train'}", source=source))
+
+
+def _from_saved_dataset(path: Path) -> list[Document]:
+    library = _datasets()
+    try:
+        table = library.load_from_disk(str(path))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"corpus={str(path)!r} is not a data set that can be loaded: {reason}") from error
+    if isinstance(table, dict):
+        if "train" not in table:
+            splits = ", ".join(f"{path / split}" for split in table)
+            raise ValueError(
+                f"corpus={str(path)!r} has no split named train; give one of its folders: {splits}"
+            )
+        table = table["train"]
+    return list(_rows(table, "", label=path.name, source=str(path)))
+
+
+def _rows(table: Any, column: str, *, label: str, source: str) -> Iterator[Document]:
+    strings = [
+        name
+        for name, kind in table.features.items()
+        if getattr(kind, "dtype", "") in ("string", "large_string")
+    ]
+    chosen = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else "")
+    if chosen not in strings:
+        asked = f"no column of strings named {column!r}" if column else "no column named 'text'"
+        raise ValueError(
+            f"corpus={source!r} has {asked}; its columns of strings are: {', '.join(strings) or 'none'}; "
+            "choose one with hf:NAME:config:split:COLUMN, or rename it to 'text'"
+        )
+    for number, text in enumerate(table[chosen]):
+        yield Document(f"{label}/{number:08d}", (text or "").encode())

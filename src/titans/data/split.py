@@ -1,0 +1,54 @@
+"""Which documents are kept away from training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from titans.data.documents import Document
+
+
+def hold_out(
+    documents: Sequence[Document], fraction: float = 0.1, names: Iterable[str] | None = None
+) -> tuple[list[Document], list[Document]]:
+    """Split a corpus into (training, held-out) documents; no document is ever cut.
+
+    With `names` exactly these are held out. Otherwise the documents are ranked by a hash of their name and
+    the first `fraction` of them, rounded, at least one and never all, are: the same corpus gives the same
+    split everywhere. Both parts keep the order of `documents`.
+
+    Raises ValueError for a single document, names that occur twice, a fraction outside (0, 1), an unknown
+    name, or names that leave one side empty.
+    """
+    if len(documents) < 2:
+        raise ValueError(
+            f"documents holds {len(documents)} document(s), of which none can be held out whole; give "
+            "evaluation data separately, or split the text into several files"
+        )
+    known = [document.name for document in documents]
+    if len(set(known)) < len(known):
+        twice = sorted({name for name in known if known.count(name) > 1})
+        raise ValueError(
+            f"documents has several named {', '.join(twice[:10])}; a split needs one name for each"
+        )
+    if names is not None:
+        chosen = set(names)
+        unknown = sorted(chosen.difference(known))
+        if unknown:
+            raise ValueError(f"names={unknown!r} are not in the corpus; it has {', '.join(known[:50])}")
+        if not 0 < len(chosen) < len(known):
+            raise ValueError(
+                f"names={sorted(chosen)!r} leaves no document on one side; name some, but not all"
+            )
+    else:
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction={fraction!r} must lie between 0 and 1, both excluded")
+        count = min(max(round(fraction * len(documents)), 1), len(documents) - 1)
+        chosen = set(sorted(known, key=_rank)[:count])
+    train = [document for document in documents if document.name not in chosen]
+    held_out = [document for document in documents if document.name in chosen]
+    return train, held_out
+
+
+def _rank(name: str) -> tuple[bytes, str]:
+    return hashlib.sha256(name.encode()).digest(), name
