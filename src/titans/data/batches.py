@@ -51,8 +51,7 @@ class _Segments:
     def draw(self, generator: np.random.Generator) -> None:
         """Choose anew how many positions are missing at the first segment of each document."""
         missing = self.counts * self.length - np.array([len(document) - 1 for document in self.documents])
-        # A single segment has no other to share the gap with.
-        self.missing_first = np.where(self.counts > 1, generator.integers(0, missing + 1), 0)
+        self.missing_first = generator.integers(0, missing + 1)
 
     def locate(self, number: int) -> tuple[int, int]:
         """(document, segment within it) of a segment's number."""
@@ -63,8 +62,7 @@ class _Segments:
         """One padded example."""
         tokens = self.documents[document]
         begin = segment * self.length - int(self.missing_first[document])
-        end = min(begin + self.length, len(tokens) - 1)
-        piece = torch.from_numpy(tokens[max(begin, 0) : end + 1].astype(np.int64))
+        piece = torch.from_numpy(tokens[max(begin, 0) : begin + self.length + 1].astype(np.int64))
         real = len(piece) - 1
         input_ids = torch.zeros(self.length, dtype=torch.int64)
         labels = torch.full((self.length,), -100, dtype=torch.int64)
