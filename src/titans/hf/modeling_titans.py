@@ -292,26 +292,28 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         """transformers' `generate`; with a filled `past_key_values` the ids given are the new ones.
 
         The library would need an attention mask over everything ever seen to continue, and drops tokens silently
-        without one. Here new ids alone are enough; a mask may cover the new ids, or seen + new (then the ids may be
-        the whole text again, as the library expects it).
+        without one. Here new ids alone are enough, or new ids with a mask over seen + new, or the whole text again with
+        a mask of its length. Without a mask every id is a real token, the padding id too.
 
         Raises:
             ValueError: for a mask of any other length.
         """
         cache = kwargs.get("past_key_values")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if not isinstance(cache, TitansCache) or cache.states is None or ids is None:
+        if ids is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(inputs, *args, **kwargs)
-        seen, given = cache.num_columns, ids.shape[1]
-        mask = kwargs.get("attention_mask")
-        width = given if mask is None else mask.shape[1]
-        if mask is not None and width == given > seen:
+        mask_given = kwargs.get("attention_mask") is not None
+        # The library would take a token equal to the padding id for padding.
+        mask = kwargs["attention_mask"] if mask_given else torch.ones_like(ids)
+        kwargs["attention_mask"] = mask
+        seen, given, width = cache.num_columns if isinstance(cache, TitansCache) else 0, ids.shape[1], mask.shape[1]
+        if width == given and (not seen or given > seen and mask_given):
             return super().generate(inputs, *args, **kwargs)
         if width not in (given, seen + given):
             raise ValueError(
                 f"attention_mask covers {width} tokens: give the {given} new ones, or {seen + given} with those seen"
             )
-        kwargs["attention_mask"] = torch.ones_like(ids) if mask is None else mask[:, width - given :]
+        kwargs["attention_mask"] = mask[:, width - given :]
         cache.begin_call(fresh=True)
         try:
             return super().generate(inputs, *args, **kwargs)
