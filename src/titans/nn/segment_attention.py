@@ -85,6 +85,8 @@ class SegmentAttention(nn.Module):
         not read and only the new keys are scored; a state of None means the same.
         """
         time = x.shape[1]
+        if time == 0 and state is not None:
+            return x, state
         if time > self.segment_length:
             raise ValueError(
                 f"time={time} exceeds segment_length={self.segment_length}: call once per segment"
@@ -119,7 +121,10 @@ class SegmentAttention(nn.Module):
             seen = tuple(
                 place(o, n, start, lengths, self.segment_length) for o, n in zip(old, new, strict=True)
             )
-            state = SegmentState(*seen)
+            # A row without new tokens keeps its state, stale slots and all.
+            idle = None if lengths is None else (lengths == 0)[:, None, None, None]
+            kept = seen if idle is None else (torch.where(idle, o, s) for o, s in zip(old, seen, strict=True))
+            state = SegmentState(*kept)
         visible = torch.arange(seen[0].shape[1], device=x.device) <= index[..., None]
         z = attend(
             apply_rotary(plain, cos, sin),

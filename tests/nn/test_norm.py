@@ -1,0 +1,33 @@
+"""Normalisation and the feed-forward half against their formulas."""
+
+from __future__ import annotations
+
+import torch
+
+from titans.nn.mlp import SwiGLU
+from titans.nn.norm import HeadRMSNorm, RMSNorm
+
+
+def test_formula_and_weight():
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm, heads = RMSNorm(6, eps=0.1, init=0.5).double(), HeadRMSNorm(4, 6, eps=0.1).double()
+    with torch.no_grad():
+        heads.weight.copy_(torch.arange(24.0).view(4, 6))
+    unit = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    torch.testing.assert_close(norm(x), 0.5 * unit)
+    torch.testing.assert_close(heads(x), unit * torch.arange(24.0, dtype=torch.float64).view(4, 6))
+
+
+def test_bfloat16_is_normalised_in_float32():
+    x = torch.full((1, 512), 300.0, dtype=torch.bfloat16)
+    for norm in (RMSNorm(512), RMSNorm(512).bfloat16(), HeadRMSNorm(1, 512).bfloat16()):
+        y = norm(x if isinstance(norm, RMSNorm) else x[:, None])
+        assert y.dtype == torch.bfloat16 and (y == 1).all()
+
+
+def test_swiglu_is_its_formula():
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(4, 6).double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    gate, up = mlp.gate_up.weight.split(6)
+    g = x @ gate.t()
+    torch.testing.assert_close(mlp(x), (g * g.sigmoid() * (x @ up.t())) @ mlp.down.weight.t())
