@@ -1,0 +1,195 @@
+"""Every fast backend computes the reference's function: reads, state, surprise, gradients, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from titans.memory import BACKENDS, OBJECTIVES, UPDATE_RULES, MemoryState
+
+from ..tolerances import FLOAT64
+from .problems import GATES, TOKENS, Problem, answers, assert_same, everything, make_problem, parts
+
+FAST = [name for name in BACKENDS if name != "reference"]
+
+networks = dict(
+    head_dim=st.integers(1, 5),
+    depth=st.integers(1, 4),
+    expansion=st.integers(1, 3),
+    activation=st.sampled_from(["gelu", "silu"]),
+    residual=st.booleans(),
+    norm=st.booleans(),
+    normalize_step=st.booleans(),
+    unit_rows=st.booleans(),
+)
+calls = st.fixed_dictionaries(
+    networks
+    | dict(
+        seed=st.integers(0, 2**20),
+        batch=st.integers(1, 3),
+        heads=st.integers(1, 2),
+        affine=st.booleans(),
+        mask=st.sampled_from(["none", "random", "rows"]),
+        reset=st.sampled_from(["none", "random", "last"]),
+        initial_momentum=st.booleans(),
+        position=st.sampled_from(["zero", "same", "apart"]),
+        closed_gates=st.booleans(),
+    )
+)
+# Seven chunks and more are three groups or more, each of which the backward recomputes.
+stretches = st.tuples(st.integers(1, 7), st.integers(0, 13), st.integers(0, 6)).map(
+    lambda x: dict(chunk_size=x[0], time=min(40, x[0] * x[1] + x[2]))
+)
+# The same examples every time, so that a red test stays red.
+bounded = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def tame(found: tuple[dict[str, Tensor], Tensor]) -> bool:
+    """No gradient so large that it says a rounding is amplified beyond what 1e-10 allows."""
+    return all(x.abs().max() < 1e4 for x in found[0].values() if x.numel())
+
+
+def agree(problem: Problem, backend: str) -> None:
+    assert_same(everything(problem, backend), everything(problem, "reference"), FLOAT64)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("update_rule", UPDATE_RULES)
+@settings(bounded, max_examples=150)
+@given(call=calls, stretch=stretches)
+def test_any_call(backend, objective, update_rule, call, stretch):
+    event(f"three groups or more: {stretch['time'] // stretch['chunk_size'] >= 7}")
+    problem = make_problem(**call, **stretch, objective=objective, update_rule=update_rule)
+    expected = everything(problem, "reference")
+    assume(tame(expected))
+    assert_same(everything(problem, backend), expected, FLOAT64)
+
+
+CORNERS = {
+    "whole chunks, many groups": dict(time=39, chunk_size=3),
+    "a token a chunk": dict(time=20, chunk_size=1),
+    "one chunk longer than the stretch": dict(time=5, chunk_size=64),
+    "one token at the start": dict(time=1),
+    "one token inside a chunk": dict(time=1, position="same", seed=4),
+    "no token": dict(time=0, mask="random", reset="last", position="apart"),
+    "no row": dict(batch=0, mask="random", reset="random"),
+    "head, body and tail": dict(time=31, chunk_size=5, position="same", seed=3),
+    "rows apart, many groups": dict(batch=3, time=38, chunk_size=3, position="apart"),
+    "a row without a real token": dict(mask="rows", position="apart"),
+    "documents packed, many groups": dict(time=38, chunk_size=3, reset="last", mask="random"),
+    "documents that start with momentum": dict(reset="last", mask="random", initial_momentum=True),
+    "deep, every option": dict(
+        depth=4, normalize_step=True, unit_rows=True, reset="random", mask="random", position="apart"
+    ),
+    "linear and plain": dict(depth=1, residual=False, norm=False, time=40, chunk_size=4),
+    "rows kept short": dict(norm=False, unit_rows=True, activation="silu", time=30),
+    "features of one number": dict(head_dim=1, expansion=1, depth=3, activation="silu"),
+    "norm without gain": dict(affine=False, normalize_step=True),
+}
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("corner", CORNERS)
+def test_corner(backend, corner):
+    agree(make_problem(**CORNERS[corner]), backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("gates", [("forget",), ("momentum",), ("forget", "momentum"), GATES])
+def test_gates_closed_and_open_throughout(backend, gates, value, depth):
+    problem = make_problem(depth=depth, time=22, chunk_size=3, norm=False, mask="random")
+    extreme = {name: torch.full_like(problem.leaves[name], value) for name in gates}
+    if value and "step_size" in gates:
+        extreme["step_size"] *= 0.03
+    agree(problem.change(**extreme), backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_masked_inputs_reach_nothing(backend):
+    """NaN in every masked slot changes nothing, and its gradient is exactly 0."""
+    problem = make_problem(time=23, mask="random", reset="random", position="apart")
+    hidden = ~problem.mask
+    assert hidden.any() and problem.leaves["keys"][hidden].isnan().all()
+    found, _ = everything(problem, backend)
+    for name in TOKENS:
+        assert (found[f"gradient of {name}"][hidden] == 0).all()
+    assert (found["reads"][hidden] == 0).all() and (found["surprise"][hidden] == 0).all()
+    zeros = {name: problem.leaves[name].nan_to_num() for name in TOKENS}
+    for name, value in everything(problem.change(**zeros), backend)[0].items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gradcheck(backend, depth, ragged):
+    """Against finite differences, from an open chunk, where weights and anchor are two tensors."""
+    flags = dict(mask="random", reset="random", initial_momentum=True) if ragged else {}
+    problem = make_problem(
+        batch=1,
+        time=7,
+        heads=1,
+        head_dim=3,
+        depth=depth,
+        expansion=1,
+        chunk_size=3,
+        closed_gates=False,
+        **flags,
+    )
+    anchor = make_problem(seed=1, batch=1, heads=1, head_dim=3, depth=depth, expansion=1)
+    leaves = {name: problem.leaves[name].nan_to_num(0.5) for name in TOKENS}
+    leaves |= {f"state.anchor.{layer}": anchor.leaves[f"state.anchor.{layer}"] for layer in range(depth)}
+    problem = replace(problem.change(**leaves), position=torch.tensor([4])).require_grad()
+
+    def function(*leaves):
+        changed = problem.change(**dict(zip(problem.leaves, leaves, strict=True)))
+        reads, state, _ = changed.scan(backend)
+        return reads, *parts(state).values()
+
+    assert torch.autograd.gradcheck(function, tuple(problem.leaves.values()))
+    reads, _, _ = problem.scan(backend)
+    for part in ("weights", "anchor"):
+        for grad in torch.autograd.grad(reads.sum(), problem.layers(f"state.{part}"), retain_graph=True):
+            assert grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_backward_under_autocast_is_the_gradient_of_what_went_forward(backend):
+    """The recomputation must not run in bfloat16 because the caller goes backward under autocast."""
+    problem = make_problem(head_dim=16, time=20).to(torch.float32).require_grad()
+
+    def gradient(enabled):
+        reads, _, _ = problem.scan(backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(reads.square().sum(), problem.leaves["keys"])[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    problem = make_problem(time=5).require_grad()
+    reads, _, _ = problem.scan("chunkwise")
+    with pytest.raises(RuntimeError, match=r"differentiable once.*create_graph=True.*use 'reference'"):
+        torch.autograd.grad(reads.sum(), problem.leaves["keys"], create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_autograd_the_values_are_the_same(backend):
+    problem = make_problem(time=25, reset="random", mask="random", position="apart")
+    recording = answers(*problem.require_grad().scan(backend))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            reads, state, surprise = problem.scan(backend)
+        assert isinstance(state, MemoryState)
+        for name, value in answers(reads, state, surprise).items():
+            assert torch.equal(value, recording[name]), name

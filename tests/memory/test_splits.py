@@ -1,0 +1,93 @@
+"""A stretch read in any number of calls is the stretch read in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from titans.memory import BACKENDS
+
+from ..tolerances import FLOAT64
+from .problems import answers, assert_same, everything, make_problem, parts
+from .test_conformance import bounded, calls, stretches, tame
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(bounded, max_examples=40)
+@given(call=calls, stretch=stretches, cuts=st.lists(st.integers(0, 40), min_size=1, max_size=6))
+def test_any_split(backend, call, stretch, cuts):
+    """Reads, state, surprise, and the gradients that flow back through the chain of calls."""
+    problem = make_problem(**call, **stretch)
+    whole = everything(problem, backend)
+    assume(tame(whole))
+    cuts = sorted(min(cut, problem.time) for cut in cuts)
+    assert_same(everything(problem, backend, cuts), whole, FLOAT64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{}, dict(mask="random", reset="random", position="apart", unit_rows=True)]
+)
+def test_token_by_token(backend, options):
+    problem = make_problem(time=19, **options)
+    cuts = range(1, problem.time)
+    assert_same(everything(problem, backend, cuts), everything(problem, backend), FLOAT64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_between_chunks_the_anchor_is_the_weights(backend, unit_rows):
+    problem = make_problem(
+        batch=3, time=30, mask="random", reset="random", position="apart", unit_rows=unit_rows
+    )
+    state, seen = problem.state, 0
+    for t in range(problem.time):
+        _, state, _ = problem.scan(backend, state, slice(t, t + 1))
+        closed = state.position % problem.chunk_size == 0
+        seen += closed.sum().item()
+        for weight, anchor in zip(state.weights, state.anchor, strict=True):
+            same = (weight == anchor).flatten(1).all(1)
+            assert same[closed].all() and not same[~closed].any()
+    assert 10 < seen < 80
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_a_masked_call_changes_no_bit(backend, unit_rows):
+    """Not even by momentum, which moves the weights when every gate is 0."""
+    problem = make_problem(position="apart", seed=2, unit_rows=unit_rows)
+    nothing = torch.zeros_like(problem.mask)
+    reads, state, surprise = problem.scan(backend, mask=nothing)
+    assert (reads == 0).all() and (surprise == 0).all()
+    assert torch.equal(state.position, problem.position)
+    for name, leaf in parts(state).items():
+        assert torch.equal(leaf, problem.leaves[name]), name
+    # Nor a row that sits out while the others read.
+    nothing[1] = True
+    _, state, _ = problem.scan(backend, mask=nothing)
+    for name, leaf in parts(state).items():
+        assert torch.equal(leaf[0], problem.leaves[name][0]), name
+    assert not torch.equal(state.weights[0][1], problem.state.weights[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reset_starts_the_row_afresh(backend):
+    """A packed row is its documents, each read alone from the initial weights."""
+    problem = make_problem(time=20, reset="random", position="apart")
+    begin = torch.zeros_like(problem.mask)
+    begin[:, 7], begin[:, 16] = True, True
+    packed = answers(*problem.scan(backend, reset=begin))
+    first = begin[:, :13].clone()
+    first[:, 0], first[:, 7] = True, False
+    for document in (slice(7, 16), slice(16, 20)):
+        flags = first[:, : document.stop - document.start]
+        alone = answers(*problem.scan(backend, cut=document, reset=flags))
+        assert_same(
+            ({"reads": packed["reads"][:, document]}, problem.position),
+            ({"reads": alone["reads"]}, problem.position),
+            FLOAT64,
+        )
+    alone.pop("reads"), alone.pop("surprise")
+    assert_same(({k: packed[k] for k in alone}, problem.position), (alone, problem.position), FLOAT64)
