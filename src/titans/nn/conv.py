@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.nn.packing import newest, real_tokens, take, zero_padding
+from titans.nn.packing import real_tokens, take, zero_padding, zero_padding_
 
 
 class CausalConv(nn.Module):
@@ -55,19 +55,20 @@ class CausalConv(nn.Module):
         if time == 0:
             return x, tail
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
+        if lengths is None:
+            last = torch.arange(time, time + width - 1, device=x.device).expand(x.shape[0], -1)
+        else:
+            last = lengths[:, None] + torch.arange(width - 1, device=x.device)
+        new_tail = take(extended, last)
         if reset is None:
-            y = zero_padding(self._filter(extended), real)
-            return y, newest(tail, x, lengths, width - 1)
+            return zero_padding_(self._filter(extended), real), new_tail
 
         stretch = F.pad((reset if real is None else reset & real).cumsum(1), (width - 1, 0))
         y = x * self.weight[:, -1].to(x.dtype)
         for back, column in enumerate(self.weight.to(x.dtype).unbind(1)[-2::-1], start=1):
             same = stretch[:, width - 1 :] == stretch[:, width - 1 - back : -back]
             y = y + zero_padding(extended[:, width - 1 - back : -back], same) * column
-        begin = torch.full((x.shape[0], 1), time, device=x.device) if lengths is None else lengths[:, None]
-        index = begin + torch.arange(width - 1, device=x.device)
-        kept = stretch.gather(1, index) == stretch[:, -1:]
-        return zero_padding(y, real), zero_padding(take(extended, index), kept)
+        return zero_padding_(y, real), zero_padding_(new_tail, stretch.gather(1, last) == stretch[:, -1:])
 
     def _filter(self, extended: Tensor) -> Tensor:
         width, time = self.kernel_size, extended.shape[1] - self.kernel_size + 1

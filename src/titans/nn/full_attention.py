@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from titans.nn.packing import place, real_tokens, zero_padding
+from titans.nn.packing import place, real_tokens, zero_padding, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 
@@ -77,7 +77,7 @@ class FullAttention(nn.Module):
             slots = torch.arange(state.keys.shape[1], device=x.device)
             visible = (slots <= positions[..., None])[:, None]
             y = _attention(queries, state.keys, state.values, visible=visible)
-        return zero_padding(self.output(y.flatten(-2)), real), state
+        return zero_padding_(self.output(y.flatten(-2)), real), state
 
     def _grow(
         self, state: FullAttentionState, keys: Tensor, values: Tensor, lengths: Tensor | None

@@ -17,7 +17,14 @@ def zero_padding(x: Tensor, real: Tensor | None) -> Tensor:
     """x (batch, time, ...) with zeros where not `real`; NaN there reaches neither value nor gradient."""
     if real is None:
         return x
-    return torch.where(real.view(real.shape + (1,) * (x.dim() - 2)), x, x.new_zeros(()))
+    return x.masked_fill(~real.view(real.shape + (1,) * (x.dim() - 2)), 0)
+
+
+def zero_padding_(y: Tensor, real: Tensor | None) -> Tensor:
+    """`zero_padding` in place, for a result just computed; spares a tensor of its size."""
+    if real is None:
+        return y
+    return y.masked_fill_(~real.view(real.shape + (1,) * (y.dim() - 2)), 0)
 
 
 def newest(past: Tensor | None, new: Tensor, lengths: Tensor | None, size: int) -> Tensor:
@@ -49,7 +56,7 @@ def place(past: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None, s
     filled = slots < position + (new.shape[1] if lengths is None else lengths[:, None])
     index = torch.where(slots < position, slots, past.shape[1] + slots - position)
     both = torch.cat([past.to(new.dtype), new], dim=1)
-    return zero_padding(take(both, index.clamp(max=max(both.shape[1] - 1, 0))), filled)
+    return zero_padding_(take(both, index.clamp(max=max(both.shape[1] - 1, 0))), filled)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.attend import attend
-from titans.nn.packing import place, real_tokens, zero_padding
+from titans.nn.packing import place, real_tokens, zero_padding, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 
@@ -134,7 +134,7 @@ class SegmentAttention(nn.Module):
             torch.cat([visible, visible], dim=-1),
             None if persistent is None else self._keys_values(persistent),
         )
-        return zero_padding(self.output(z.flatten(-2)), real), state
+        return zero_padding_(self.output(z.flatten(-2)), real), state
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.key_value(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)

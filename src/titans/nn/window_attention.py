@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.attend import attend
-from titans.nn.packing import newest, real_tokens, zero_padding
+from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 
@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
         rotated, keys = apply_rotary(plain, cos, sin), apply_rotary(keys, cos, sin)
 
         y = self._attend_blocks(rotated, plain, keys, values, state, persistent)
-        y = zero_padding(self.output(y.flatten(-2)), real)
+        y = zero_padding_(self.output(y.flatten(-2)), real)
         return y, self._next_state(keys, values, state, lengths)
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
