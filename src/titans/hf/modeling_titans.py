@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -275,11 +275,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         """The one hook through which our cache, chunked prefill and beam search work together."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a Titans model keeps its own "
-                "TitansCache; leave this unset"
-            )
+        _refuse_cache_kind(generation_config.cache_implementation)
         if generation_config.use_cache is False:
             return
         if model_kwargs.get("past_key_values") is None:
@@ -296,8 +292,10 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         a mask of its length. Without a mask every id is a real token, the padding id too.
 
         Raises:
-            ValueError: for a mask of any other length.
+            ValueError: for a mask of any other length, or a `cache_implementation`.
         """
+        # "paged" would never come to the hook above: the library branches off before it.
+        _refuse_cache_kind(kwargs.get("cache_implementation"))
         cache = kwargs.get("past_key_values")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None or kwargs.get("inputs_embeds") is not None:
@@ -306,7 +304,11 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         # The library would take a token equal to the padding id for padding.
         mask = kwargs["attention_mask"] if mask_given else torch.ones_like(ids)
         kwargs["attention_mask"] = mask
-        seen, given, width = cache.num_columns if isinstance(cache, TitansCache) else 0, ids.shape[1], mask.shape[1]
+        seen, given, width = (
+            cache.num_columns if isinstance(cache, TitansCache) else 0,
+            ids.shape[1],
+            mask.shape[1],
+        )
         if width == given and (not seen or given > seen and mask_given):
             return super().generate(inputs, *args, **kwargs)
         if width not in (given, seen + given):
@@ -319,6 +321,18 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
         finally:
             cache.begin_call(fresh=False)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: what the library batches continuously are pages of keys and values, and a memory has none."""
+        _refuse_cache_kind("paged")
+        raise AssertionError
+
+
+def _refuse_cache_kind(name: str | None) -> None:
+    if name is not None:
+        raise ValueError(
+            f"cache_implementation={name!r}: a Titans model keeps its own TitansCache; leave this unset"
+        )
 
 
 AutoConfig.register("titans", TitansConfig)
