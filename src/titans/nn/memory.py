@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
-from titans.memory.state import map_state, register_state
+from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
 from titans.nn.norm import HeadRMSNorm
 from titans.nn.packing import real_tokens, take
@@ -119,6 +119,17 @@ class NeuralMemory(nn.Module):
             memory = MemoryState(written.weights, written.momentum, written.weights, memory.position)
         expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
         return NeuralMemoryState(self._empty_tail(batch), expanded)
+
+    def fresh_context(self, state: NeuralMemoryState) -> NeuralMemoryState:
+        """What has been memorised, at the start of a new text: position 0, and nothing in the convolution.
+
+        A chunk still open is closed where it stands; the momentum is kept, as after persistent tokens.
+        """
+        memory = state.memory
+        closed = self.network.settle(memory.weights)
+        weights = where_rows(memory.position % self.chunk_size != 0, closed, memory.weights)
+        fresh = MemoryState(weights, memory.momentum, weights, torch.zeros_like(memory.position))
+        return NeuralMemoryState(torch.zeros_like(state.tail), fresh)
 
     def _empty_tail(self, batch: int) -> Tensor:
         return self.conv.initial_tail(batch, self.conv.weight.device, self.conv.weight.dtype)

@@ -2,6 +2,7 @@
 
 A block is built from `BlockSettings`, makes its own fresh state with `initial_state(batch)`, and maps
 (x, state, context) to (x, state): norms and residuals are its own, the SwiGLU that follows is the model's.
+`fresh_context(state)` is an initial state that keeps what the long-term memory has learned, and nothing else.
 """
 
 from titans.nn.blocks.attention import AttentionBlock

@@ -22,6 +22,10 @@ class AttentionBlock(nn.Module):
         weight = self.norm.weight
         return self.attention.initial_state(batch, weight.device, weight.dtype)
 
+    def fresh_context(self, state: FullAttentionState) -> FullAttentionState:
+        """An initial state: nothing is kept, for there is no memory."""
+        return self.initial_state(state.position.shape[0])
+
     def forward(
         self, x: Tensor, state: FullAttentionState, context: BlockContext
     ) -> tuple[Tensor, FullAttentionState]:

@@ -21,6 +21,10 @@ class LMMBlock(nn.Module):
     def initial_state(self, batch: int) -> NeuralMemoryState:
         return self.memory.initial_state(batch, self.persistent)
 
+    def fresh_context(self, state: NeuralMemoryState) -> NeuralMemoryState:
+        """An initial state that keeps what the memory has learned."""
+        return self.memory.fresh_context(state)
+
     def forward(
         self, x: Tensor, state: NeuralMemoryState, context: BlockContext
     ) -> tuple[Tensor, NeuralMemoryState]:

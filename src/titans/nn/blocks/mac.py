@@ -7,7 +7,7 @@ token by token (24, 25); gate. Position i sees recalled and segment tokens up to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,13 @@ class MACBlock(nn.Module):
             memory.memory.weights,
             self.attention.initial_state(batch, device, dtype),
             self.recall_conv.initial_tail(batch, device, dtype),
+        )
+
+    def fresh_context(self, state: MACState) -> MACState:
+        """An initial state, at a segment's start, that keeps and recalls what the memory has learned."""
+        memory = self.memory.fresh_context(state.memory)
+        return replace(
+            self.initial_state(state.recall_tail.shape[0]), memory=memory, snapshot=memory.memory.weights
         )
 
     def forward(self, x: Tensor, state: MACState, context: BlockContext) -> tuple[Tensor, MACState]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -38,6 +38,11 @@ class MAGBlock(nn.Module):
             self.attention.initial_state(batch, self.persistent.device, self.persistent.dtype),
             self.memory.initial_state(batch, self.persistent),
         )
+
+    def fresh_context(self, state: MAGState) -> MAGState:
+        """An initial state, the window empty, that keeps what the memory has learned."""
+        fresh = self.initial_state(state.memory.tail.shape[0])
+        return replace(fresh, memory=self.memory.fresh_context(state.memory))
 
     def forward(self, x: Tensor, state: MAGState, context: BlockContext) -> tuple[Tensor, MAGState]:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""

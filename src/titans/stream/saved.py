@@ -1,0 +1,122 @@
+"""What a memory holds, in numbers, and which weights it belongs to: in a session or in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
+from titans.hf.cache import read_state_file
+from titans.memory import MemoryState
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Frobenius norms over all heads and matrices of one layer's memory.
+
+    weight_norm, momentum_norm: of the weights and of their momentum. change: ‖W − W_0‖ / ‖W_0‖, W_0 as a
+    fresh session begins; None where the model is not at hand.
+    """
+
+    weight_norm: float
+    momentum_norm: float
+    change: float | None
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """tokens: taken in so far. state_bytes: held by all states. layers: one entry for each memory layer."""
+
+    tokens: int
+    state_bytes: int
+    layers: tuple[LayerStats, ...]
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """What a saved memory contains: the sizes it belongs to, the weights' fingerprint, its statistics."""
+
+    config: dict[str, Any]
+    fingerprint: str | None
+    stats: SessionStats
+
+
+def fingerprint(model: TitansForCausalLM) -> str:
+    """A short name for the weights: sha256 over 64 values of every parameter, rounded to bfloat16.
+
+    Rounded, so that a checkpoint keeps its name when it is loaded in another precision.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        sample = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)][:64]
+        digest.update(bytes(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).tolist()))
+    return digest.hexdigest()[:32]
+
+
+def describe_memory(path: str | Path) -> MemoryFile:
+    """What a memory file contains, without the model it belongs to.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged.
+    """
+    about, _ = read_state_file(path)
+    config = json.loads(about["config"])
+    try:
+        cache = TitansCache.load(path, TitansConfig(**config))
+    except (TypeError, StrictDataclassError):
+        raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
+    tokens = cache.num_columns + bool(recent_tokens(path, about, None))
+    return MemoryFile(config, about.get("fingerprint"), stats_of(cache, tokens, None))
+
+
+def recent_tokens(path: str | Path, about: dict[str, str], vocab_size: int | None) -> tuple[int, ...]:
+    """The last tokens a session had taken in, from a file's header; ValueError where they are no ids."""
+    try:
+        recent = json.loads(about.get("recent_tokens", "[]"))
+        if all(isinstance(t, int) and 0 <= t < (vocab_size or math.inf) for t in recent):
+            return tuple(recent)
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} has a damaged header: its recent_tokens are not ids of this model")
+
+
+@torch.no_grad()
+def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:
+    """The states of one row that has read nothing."""
+    return tuple(layer.mixer.initial_state(1) for layer in model.model.layers)
+
+
+def _memories(states: tuple[Any, ...] | None) -> list[MemoryState]:
+    def is_memory(x: Any) -> bool:
+        return isinstance(x, MemoryState)
+
+    return [leaf for leaf in pytree.tree_leaves(states, is_leaf=is_memory) if is_memory(leaf)]
+
+
+def stats_of(cache: TitansCache, tokens: int, initial: tuple[Any, ...] | None) -> SessionStats:
+    """Statistics of a cache of one row; `initial` is what a fresh one would hold, or None if not at hand."""
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
+
+    now = _memories(cache.states or initial)
+    layers = []
+    for memory, fresh in zip(now, _memories(initial) or [None] * len(now), strict=True):
+        change = None
+        if fresh is not None:
+            difference = [w - w_0 for w, w_0 in zip(memory.weights, fresh.weights, strict=True)]
+            change = norm(difference) / norm(fresh.weights)
+        layers.append(LayerStats(norm(memory.weights), norm(memory.momentum), change))
+    return SessionStats(tokens, cache.nbytes(), tuple(layers))

@@ -1,0 +1,272 @@
+"""A session with one reader: feed it text of any length, generate, save what it has learned, go on later."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from titans.hf import TitansCache, TitansForCausalLM
+from titans.hf.cache import read_state_file
+from titans.stream.saved import SessionStats, fingerprint, initial_states, recent_tokens, stats_of
+from titans.stream.text import NUM_RECENT, text_after, token_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+PIECE_LENGTH = 2048
+_SET_BY_SESSION = (
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache",
+    "num_return_sequences", "return_dict_in_generate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FeedResult:
+    """What `Session.feed` reports.
+
+    tokens: how many were taken in. seconds: how long it took. start: index in the session of the first token
+    the model read meanwhile: it is one behind, because the last token waits for the next call.
+    mean_surprise: mean over the tokens read, layers and heads of ‖M(k) − v‖² before each write; None without
+    a memory or when nothing was read. surprises: (tokens read, layers) float32, mean over heads, where asked
+    for.
+    """
+
+    tokens: int
+    seconds: float
+    start: int
+    mean_surprise: float | None
+    surprises: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Now:
+    """Where a session stands; replaced as a whole, so that whatever is interrupted has not happened.
+
+    cache: has read all tokens but the last, and is never written to again. recent: the last tokens.
+    """
+
+    cache: TitansCache
+    recent: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cache.num_columns + bool(self.recent)
+
+
+class Session:
+    """A reader with a memory: one text, of any length, in any pieces, at constant memory.
+
+    The last token is kept back until more is known, so that `generate` has something to start from; how a
+    text is cut into feeds changes nothing. A variant without a memory ("transformer") keeps its whole past
+    and grows with it.
+
+    Args:
+        model: any `TitansForCausalLM`; it is left as it is.
+        tokenizer: a Hugging Face tokenizer, or None to work in token ids.
+
+    Example:
+        session = Session(model, tokenizer)
+        session.feed(Path("book.txt").read_text())
+        session.save("book.memory")
+        print(session.generate(max_new_tokens=200, do_sample=True))
+    """
+
+    def __init__(self, model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._now = _Now(TitansCache(model.config))
+
+    @property
+    def cache(self) -> TitansCache:
+        """A copy of the cache; it has read everything but the last token."""
+        return self._now.cache.clone()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken in so far, fed or generated."""
+        return self._now.num_tokens
+
+    def feed(
+        self,
+        text: str | bytes | Tensor | Sequence[int] | np.ndarray,
+        *,
+        collect_surprise: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> FeedResult:
+        """Read on, in pieces of 2048 tokens; an interrupted feed ends after its last whole piece.
+
+        Args:
+            text: a string (needs the tokenizer; no special tokens are added), token ids (n,) or (1, n), or
+                bytes: token ids for a byte model, UTF-8 for any other tokenizer.
+            collect_surprise: return the surprise at every token.
+            progress: called after every piece with the number of tokens taken in by this call.
+
+        Raises:
+            ValueError: for a string without a tokenizer, bytes that are not UTF-8, or ids that the model has
+                not.
+        """
+        began, start, taken = time.perf_counter(), self._now.cache.num_columns, 0
+        ids, collected = token_ids(text, self.tokenizer, self.model.config.vocab_size), []
+        total, count = 0.0, 0
+        while taken < len(ids):
+            # Pieces end at multiples of their length, where chunks and segments do, too.
+            room = PIECE_LENGTH - self._now.cache.num_columns % PIECE_LENGTH
+            piece = ids[taken : taken + room + (not self._now.recent)]
+            surprise = self._read(piece.long())
+            taken += len(piece)
+            if surprise is not None and surprise.numel():
+                total += float(surprise.sum(dtype=torch.float64))
+                count += surprise.numel()
+                if collect_surprise:
+                    collected.append(surprise.cpu())
+            if progress is not None:
+                progress(taken)
+        return FeedResult(
+            tokens=taken,
+            seconds=time.perf_counter() - began,
+            start=start,
+            mean_surprise=total / count if count else None,
+            surprises=torch.cat(collected) if collected else None,
+        )
+
+    def generate(self, **kwargs: Any) -> str | Tensor:
+        """Continue the text; what is generated becomes part of the session.
+
+        Args:
+            kwargs: of transformers' `generate`: max_new_tokens, do_sample, temperature, streamer, …
+
+        Returns:
+            With a tokenizer the new text; a last character that is not complete yet is given by the next
+            call. Without one the new ids (1, n).
+
+        Raises:
+            ValueError: before anything was fed, or for an argument that the session sets itself.
+        """
+        for name in _SET_BY_SESSION:
+            if name in kwargs:
+                raise ValueError(f"{name}={kwargs[name]!r}: a session sets this itself; leave it out")
+        now = self._now
+        if not now.recent:
+            raise ValueError("the session has no token to start from: feed() it at least one first")
+        cache = now.cache.clone()
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        cache.batch_repeat_interleave(kwargs.get("num_beams") or settings.num_beams or 1)
+        with self._inference():
+            start = torch.tensor([[now.recent[-1]]], device=self.model.device)
+            new = self.model.generate(start, past_key_values=cache, **kwargs)[0, 1:]
+        ids = tuple(new.tolist())
+        if cache.batch_size == 1 and cache.num_columns == now.cache.num_columns + len(ids):
+            self._now = _Now(cache, (now.recent + ids)[-NUM_RECENT:])
+        else:
+            # Beam search leaves the states of all beams, in no order to rely on.
+            self.feed(ids)
+        return new.unsqueeze(0) if self.tokenizer is None else text_after(self.tokenizer, now.recent, ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that was read to one safetensors file, through a temporary name.
+
+        Raises:
+            ValueError: before anything was fed.
+        """
+        now = self._now
+        if not now.num_tokens:
+            raise ValueError("the session is empty: feed() something before saving it")
+        cache = now.cache
+        if cache.states is None:
+            cache = cache.clone()
+            with self._inference():
+                self.model(
+                    torch.zeros(1, 0, dtype=torch.int64, device=self.model.device), past_key_values=cache
+                )
+        about = {"fingerprint": fingerprint(self.model), "recent_tokens": json.dumps(now.recent)}
+        cache.save(path, about)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: TitansForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        strict: bool = True,
+    ) -> Session:
+        """Go on where `save` was called; nothing in the file is executed.
+
+        Args:
+            strict: refuse a memory that was made with other weights of the same sizes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: for a damaged file, or one of another configuration, checkpoint or number of rows.
+        """
+        cache = TitansCache.load(path, model.config, model.device)
+        about, _ = read_state_file(path)
+        if cache.batch_size != 1:
+            raise ValueError(f"{path} holds {cache.batch_size} rows: a session reads one")
+        if strict and about.get("fingerprint", "") not in ("", fingerprint(model)):
+            raise ValueError(
+                f"{path} was made with another checkpoint of the same sizes: load it with that one, or pass "
+                "strict=False if the two understand each other"
+            )
+        session = cls(model, tokenizer)
+        # The precision of the running model decides, not that of the one that wrote the file.
+        wanted = pytree.tree_leaves(initial_states(model))
+        held, structure = pytree.tree_flatten(cache.states)
+        leaves = [leaf.to(like.dtype) for leaf, like in zip(held, wanted, strict=True)]
+        for layer, state in zip(cache.layers, pytree.tree_unflatten(leaves, structure), strict=True):
+            layer.state = state
+        session._now = _Now(cache, recent_tokens(path, about, model.config.vocab_size))
+        return session
+
+    def fork(self) -> Session:
+        """An independent session that has read the same; it costs nothing until one of them reads on."""
+        other = Session(self.model, self.tokenizer)
+        other._now = self._now
+        return other
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._now = _Now(TitansCache(self.model.config))
+
+    def stats(self) -> SessionStats:
+        """Tokens read, bytes held, and the norms of every layer's memory."""
+        return stats_of(self._now.cache, self.num_tokens, initial_states(self.model))
+
+    def _read(self, piece: Tensor) -> Tensor | None:
+        """Take in (n,) ids; the surprise (tokens read, layers) of what the model read, or None if it has no
+        memory."""
+        now = self._now
+        unread = torch.cat([torch.tensor(now.recent[-1:], dtype=torch.int64), piece])[:-1]
+        cache, surprise = now.cache.clone(), None
+        if len(unread):
+            with self._inference():
+                output = self.model(
+                    input_ids=unread.unsqueeze(0).to(self.model.device),
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                    output_surprise=True,
+                )
+            if output.surprises:
+                surprise = torch.stack([s[0].mean(-1).float() for s in output.surprises], -1)
+        self._now = _Now(cache, (now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:])
+        return surprise
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)

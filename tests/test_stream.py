@@ -1,0 +1,249 @@
+"""A session: cut as you like, saved and forked exactly, at constant memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from titans.data import byte_tokenizer
+from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
+from titans.hf.cache import read_state_file
+from titans.nn.blocks import BLOCKS
+from titans.stream import Session, describe_memory, fingerprint
+from titans.stream import session as session_module
+
+MEMORIES = sorted(set(BLOCKS) - {"transformer"})
+
+
+def small_model(variant: str = "mac", seed: int = 0, **overrides: object) -> TitansForCausalLM:
+    torch.manual_seed(seed)
+    sizes = dict(
+        variant=variant, vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=4, segment_length=8,
+        sliding_window=8, num_persistent_tokens=2, initializer_range=0.3,
+    )  # fmt: skip
+    return TitansForCausalLM(TitansConfig(**{**sizes, **overrides})).double()
+
+
+def some_ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8)
+
+
+def next_logits(session: Session) -> Tensor:
+    last = torch.tensor([session._now.recent[-1:]])
+    with torch.no_grad():
+        return session.model(last, past_key_values=session.cache).logits[0, -1]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "PIECE_LENGTH", 16)
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -> None:
+    model, ids = small_model(variant), some_ids(60)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(ids.astype(np.int64))[None], output_surprise=True)
+    for sizes in ([60], [1, 2, 33, 0, 24], [1] * 60):
+        session, surprises = Session(model), []
+        for piece in np.split(ids, np.cumsum(sizes)[:-1]):
+            result = session.feed(piece, collect_surprise=True)
+            assert result.tokens == len(piece)
+            surprises += [] if result.surprises is None else [result.surprises]
+        assert session.num_tokens == 60
+        torch.testing.assert_close(next_logits(session), expected.logits[0, -1], rtol=0, atol=1e-8)
+        if expected.surprises:
+            each = torch.stack([s[0, :-1].mean(-1) for s in expected.surprises], -1).float()
+            torch.testing.assert_close(torch.cat(surprises), each)
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_saved_forked_and_untouched_sessions_go_on_alike(variant: str, tmp_path: Path) -> None:
+    model = small_model(variant).train()
+    session = Session(model)
+    session.feed(some_ids(21))
+    session.save(tmp_path / "memory")
+    fork, loaded = session.fork(), Session.load(tmp_path / "memory", model)
+    fork.feed(some_ids(30, seed=1))
+
+    expected = session.generate(max_new_tokens=24, do_sample=False)
+    assert len(expected[0].unique()) > 3
+    assert torch.equal(loaded.generate(max_new_tokens=24, do_sample=False), expected)
+    assert torch.equal(next_logits(loaded), next_logits(session))
+    assert (session.num_tokens, fork.num_tokens, loaded.num_tokens) == (45, 51, 45)
+
+    whole = Session(model)
+    whole.feed(np.concatenate([some_ids(21), some_ids(30, seed=1)]))
+    torch.testing.assert_close(next_logits(fork), next_logits(whole), rtol=0, atol=1e-8)
+    assert model.training, "a session leaves the model's mode as it was"
+
+
+def test_what_is_generated_is_read_whatever_the_method(short_pieces: None) -> None:
+    model = small_model()
+    for options in (dict(do_sample=False), dict(do_sample=False, num_beams=3)):
+        session, reader = Session(model), Session(model)
+        session.feed(some_ids(20))
+        new = session.generate(max_new_tokens=9, **options)
+        reader.feed(some_ids(20))
+        reader.feed(new)
+        assert session.num_tokens == reader.num_tokens == 29
+        torch.testing.assert_close(next_logits(session), next_logits(reader), rtol=0, atol=1e-8)
+
+
+def test_one_token_is_enough_to_save_and_none_is_not(tmp_path: Path) -> None:
+    model = small_model()
+    session = Session(model)
+    with pytest.raises(ValueError, match=r"feed\(\)"):
+        session.save(tmp_path / "memory")
+    with pytest.raises(ValueError, match=r"feed\(\)"):
+        session.generate(max_new_tokens=1)
+    session.feed([7])
+    session.save(tmp_path / "memory")
+    loaded = Session.load(tmp_path / "memory", model)
+    torch.testing.assert_close(next_logits(loaded), next_logits(session), rtol=0, atol=0)
+    loaded.reset()
+    assert loaded.num_tokens == 0
+
+
+@pytest.mark.parametrize("variant", MEMORIES)
+def test_memory_stays_constant(variant: str) -> None:
+    sizes = dict(chunk_size=16, segment_length=64, sliding_window=64, num_hidden_layers=1)
+    model = small_model(variant, **sizes).float()
+    session, seen = Session(model), []
+    for _ in range(2):
+        session.feed(some_ids(2000))
+        seen.append(session.stats())
+        session.feed(some_ids(16000))
+    assert seen[0].tokens == 2000 and seen[1].tokens == 20000
+    assert seen[0].state_bytes == seen[1].state_bytes
+    assert all(0 < layer.change < 10 for layer in seen[1].layers)
+
+
+def test_an_interrupted_feed_ends_after_a_whole_piece(short_pieces: None) -> None:
+    model = small_model()
+
+    def stop(taken: int) -> None:
+        if taken > 30:
+            raise KeyboardInterrupt
+
+    session, expected = Session(model), Session(model)
+    with pytest.raises(KeyboardInterrupt):
+        session.feed(some_ids(100), progress=stop)
+    assert 30 < session.num_tokens < 50
+    expected.feed(some_ids(100)[: session.num_tokens])
+    assert torch.equal(next_logits(session), next_logits(expected))
+
+
+def test_text_comes_in_whole_characters(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(small_model(), tokenizer)
+    target = "naïve 😀 “x”".encode() + b"\xff\xff" + "é\xff".encode()
+    produced: list[int] = []
+
+    def scripted(start: Tensor, past_key_values: TitansCache, max_new_tokens: int) -> Tensor:
+        new = list(target[len(produced) : len(produced) + max_new_tokens])
+        produced.extend(new)
+        return torch.cat([start, torch.tensor([new])], 1)
+
+    monkeypatch.setattr(session.model, "generate", scripted)
+    session.feed("é".encode()[:1])  # half a character, whose second half is generated
+    target = "é".encode()[1:] + target
+    pieces = []
+    while len(produced) < len(target):
+        pieces.append(session.generate(max_new_tokens=1 + len(pieces) % 3))
+    assert "".join(pieces) == ("é".encode()[:1] + target).decode(errors="replace")
+
+
+def test_text_bytes_and_ids_are_the_same_to_a_byte_model(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "Full fathom five thy father lies; ÿ"
+    sessions = [Session(small_model(), tokenizer) for _ in range(4)]
+    kinds = text, text.encode(), list(text.encode()), torch.tensor([list(text.encode())])
+    for session, kind in zip(sessions, kinds, strict=True):
+        session.feed(kind)
+        assert torch.equal(next_logits(session), next_logits(sessions[0]))
+    sessions[0].feed(b"\xff\x00")  # no text, but bytes all the same
+    sessions[0].feed("")
+    assert sessions[0].num_tokens == len(text.encode()) + 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("text", "no tokenizer"),
+        ([1, 256], "256 is outside the model's vocabulary"),
+        ([-1], "-1 is outside"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"shape \(2, 3\)"),
+        (torch.zeros(3), "float32"),
+    ],
+)
+def test_wrong_input_is_refused_and_changes_nothing(wrong: object, message: str) -> None:
+    session = Session(small_model())
+    with pytest.raises(ValueError, match=message):
+        session.feed(wrong)
+    assert session.num_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "attention_mask", "num_return_sequences"])
+def test_generate_refuses_what_the_session_sets(name: str) -> None:
+    session = Session(small_model())
+    session.feed([1])
+    with pytest.raises(ValueError, match=name):
+        session.generate(max_new_tokens=1, **{name: None})
+
+
+def test_a_memory_belongs_to_its_weights(tmp_path: Path) -> None:
+    path, model = tmp_path / "memory", small_model()
+    session = Session(model)
+    session.feed(some_ids(20))
+    session.save(path)
+    with pytest.raises(ValueError, match="another checkpoint"):
+        Session.load(path, small_model(seed=1))
+    assert Session.load(path, small_model(seed=1), strict=False).num_tokens == 20
+    with pytest.raises(ValueError, match="segment_length"):
+        Session.load(path, small_model(segment_length=4))
+    # The same checkpoint in another precision is the same checkpoint.
+    lower = Session.load(path, small_model().to(torch.bfloat16))
+    assert lower.generate(max_new_tokens=3, do_sample=False).shape == (1, 3)
+
+
+@pytest.mark.parametrize("recent", ["[256]", "[-1]", '["a"]', "{", "3"])
+def test_a_damaged_header_is_refused(recent: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "memory", small_model()
+    session = Session(model)
+    session.feed([1, 2])
+    session.save(path)
+    about, _ = read_state_file(path)
+    save_file(load_file(path), path, {**about, "recent_tokens": recent})
+    with pytest.raises(ValueError, match="damaged header"):
+        Session.load(path, model)
+
+
+def test_a_memory_file_describes_itself(tmp_path: Path) -> None:
+    session = Session(small_model("mag"))
+    session.feed(some_ids(50))
+    session.save(tmp_path / "memory")
+    found, expected = describe_memory(tmp_path / "memory"), session.stats()
+    assert found.config["variant"] == "mag" and found.stats.tokens == 50
+    assert found.stats.state_bytes == expected.state_bytes
+    assert [layer.weight_norm for layer in found.stats.layers] == [
+        layer.weight_norm for layer in expected.layers
+    ]
+    assert found.fingerprint == fingerprint(session.model)
+
+    about, _ = read_state_file(tmp_path / "memory")
+    save_file(load_file(tmp_path / "memory"), tmp_path / "memory", {**about, "config": '{"variant": 3}'})
+    with pytest.raises(ValueError, match="damaged header"):
+        describe_memory(tmp_path / "memory")
