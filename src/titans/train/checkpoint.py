@@ -1,0 +1,191 @@
+"""What a run needs to go on exactly, in files that hold data only: safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+NUM_KEPT = 2
+_NAME = re.compile(r"checkpoint-(\d+)")
+_OPTIMIZER_FILE, _RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in an output folder, oldest first."""
+    if not output.is_dir():
+        return []
+    found = [
+        (int(m[1]), path) for path in output.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`: it takes its name once the block is done, or is deleted.
+
+    Raises:
+        OSError: if writing fails, naming what is still there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        share(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        left = checkpoints(target.parent)
+        raise OSError(
+            f"{target} could not be written ({_reason(error)}): make room there; "
+            + (f"the last good checkpoint is {left[-1].name}" if left else "there is no earlier checkpoint")
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def share(folder: Path) -> None:
+    """Give a folder and its files the usual rights: as temporary files they are for their owner alone."""
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~_umask())
+    folder.chmod(0o777 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).strip().splitlines()[0]
+
+
+def delete_old(output: Path) -> None:
+    """Keep the newest checkpoints."""
+    for path in checkpoints(output)[:-NUM_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def delete_unfinished(output: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in output.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a temporary name."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file through a temporary name in the same folder."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({_reason(error)}): delete {path.parent.name} to resume from an "
+            "older checkpoint"
+        ) from None
+
+
+def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Write the optimizer's state, by parameter name."""
+    tensors = {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(tensors, folder / _OPTIMIZER_FILE)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Restore the state; learning rate and decay stay as the optimizer was made with.
+
+    Raises:
+        ValueError: if the file is missing, damaged or of another model.
+    """
+    _, tensors = read_tensors(folder / _OPTIMIZER_FILE)
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        states.setdefault(parameter, {})[key] = value
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    described = optimizer.state_dict()
+    try:
+        described["state"] = {
+            index: states[names[id(parameter)]]
+            for group, original in zip(described["param_groups"], optimizer.param_groups, strict=True)
+            for index, parameter in zip(group["params"], original["params"], strict=True)
+        }
+    except KeyError as error:
+        raise ValueError(
+            f"{folder / _OPTIMIZER_FILE} holds nothing for {error}: it is of another model"
+        ) from None
+    optimizer.load_state_dict(described)
+
+
+def save_random_state(folder: Path) -> None:
+    """Write the states of all global random number generators."""
+    _, keys, *numpy_rest = np.random.get_state()
+    version, python_numbers, gauss = random.getstate()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    about = {
+        "numpy": json.dumps([int(numpy_rest[0]), int(numpy_rest[1]), float(numpy_rest[2])]),
+        "python": json.dumps([version, list(python_numbers), gauss]),
+    }
+    save_file(tensors, folder / _RANDOM_FILE, about)
+
+
+def load_random_state(folder: Path) -> None:
+    """Restore what `save_random_state` wrote.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    about, tensors = read_tensors(folder / _RANDOM_FILE)
+    version, python_numbers, gauss = json.loads(about["python"])
+    random.setstate((version, tuple(python_numbers), gauss))
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *json.loads(about["numpy"])))
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda.{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)

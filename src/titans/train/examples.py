@@ -1,0 +1,118 @@
+"""Corpora → what a run trains on and what it is evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+
+from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
+from titans.data.batches import Item
+from titans.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class EpochAfterEpoch(Dataset[Item]):
+    """`num_examples` examples in the order of training: one epoch of a data set after another.
+
+    An example depends on its number alone, so a run that goes on from any step sees what it would have seen.
+    """
+
+    def __init__(self, dataset: WindowDataset | CarryDataset, num_examples: int, seed: int) -> None:
+        self.dataset = dataset
+        self.num_examples = num_examples
+        self.seed = seed
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch = epoch
+        self.dataset.set_epoch(epoch)
+        size = len(self.dataset)
+        # A carried memory reads in order; windows are independent and are shuffled.
+        carried = isinstance(self.dataset, CarryDataset)
+        self._order = (
+            np.arange(size) if carried else np.random.default_rng([self.seed, epoch]).permutation(size)
+        )
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> Item:
+        epoch, place = divmod(index, len(self.dataset))
+        if epoch != self._epoch:
+            self._begin(epoch)
+        return self.dataset[int(self._order[place])]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out text in windows of one length, each starting with an empty memory.
+
+    `tokens_per_byte` turns bits per token into bits per byte: tokens over bytes of all the held-out text.
+    """
+
+    windows: Dataset[Item]
+    tokens_per_byte: float
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A run's data, and the numbers people want to know about it."""
+
+    train: EpochAfterEpoch
+    held_out: HeldOut | None
+    num_train_documents: int
+    num_train_tokens: int
+    held_out_names: tuple[str, ...]
+
+
+def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Load, split and encode the corpora of a run.
+
+    Raises:
+        ValueError: for a corpus that cannot be read, holds nothing, or cannot be split.
+        ConnectionError: when a download fails.
+    """
+    documents = load_corpus(settings.data)
+    evaluation: list[Document] = []
+    if settings.eval_data is not None:
+        evaluation = load_corpus(settings.eval_data)
+    elif settings.hold_out:
+        if len(documents) == 1:
+            raise ValueError(
+                f"data={settings.data!r} is a single document, and documents are held out whole: give "
+                "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
+            )
+        documents, evaluation = hold_out(documents, settings.hold_out)
+    tokens = _encode(tokenizer, documents)
+    dataset: WindowDataset | CarryDataset
+    if settings.carry_memory:
+        dataset = CarryDataset(tokens, settings.sequence_length, settings.batch_size, settings.seed)
+    else:
+        dataset = WindowDataset(tokens, settings.sequence_length, settings.seed)
+    return Examples(
+        train=EpochAfterEpoch(dataset, settings.steps * settings.batch_size, settings.seed),
+        held_out=_held_out(settings, tokenizer, evaluation) if evaluation else None,
+        num_train_documents=len(documents),
+        num_train_tokens=sum(map(len, tokens)),
+        held_out_names=tuple(document.name for document in evaluation),
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:
+    return [encode_document(tokenizer, document.data, document.name) for document in documents]
+
+
+def _held_out(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> HeldOut:
+    tokens = _encode(tokenizer, documents)
+    windows = WindowDataset(tokens, settings.sequence_length, seed=None)
+    count = min(max(settings.eval_tokens // settings.sequence_length, 1), len(windows))
+    chosen = np.linspace(0, len(windows) - 1, count).round().astype(int).tolist()
+    num_bytes = sum(len(document.data) for document in documents)
+    return HeldOut(Subset(windows, chosen), sum(map(len, tokens)) / num_bytes)

@@ -1,0 +1,53 @@
+"""AdamW and its schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay applies to.
+
+    These are the matrices that project activations, and of the gates what depends on the token. Everything
+    else is a value of its own, for which zero is no natural centre: embeddings (and a head tied to them),
+    persistent tokens, the memory's initial weights, whose rows have a length that matters, norms, convolution
+    taps, and biases, which hold the gates' half-lives.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    projections = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in embeddings and (id(parameter) in projections or name.endswith("gate_weight"))
+    ]
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in a group that decays and one that does not."""
+    decayed = set(decayed_parameters(model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int, min_ratio: float
+) -> LambdaLR:
+    """Linear warm-up to the peak, then half a cosine down to `min_ratio` of it at the last step."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = min((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.0)
+        return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2
+
+    return LambdaLR(optimizer, factor)

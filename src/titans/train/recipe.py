@@ -1,0 +1,277 @@
+"""From settings to a trained model in a folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging as library_logging
+
+from titans.data import load_tokenizer
+from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
+from titans.train.checkpoint import checkpoints, delete_unfinished, share, write_json
+from titans.train.examples import make_examples
+from titans.train.metrics import MetricsLog, draw_curves, read_metrics
+from titans.train.optimizer import make_optimizer, make_schedule
+from titans.train.settings import SETTINGS_FILE, TrainSettings
+from titans.train.trainer import TitansTrainer
+
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped from the keyboard, after its last step had been saved."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run, resumed parts included.
+
+    `losses` are (step, nats per token) of every logged step, `evaluations` (step, held-out bits per byte);
+    `bits_per_byte` is the last of these, None without held-out text; `tokens_per_second` is the mean over the
+    logged steps; `elapsed` is in seconds.
+    """
+
+    output: Path
+    steps: int
+    num_parameters: int
+    losses: tuple[tuple[int, float], ...]
+    evaluations: tuple[tuple[int, float], ...]
+    bits_per_byte: float | None
+    tokens_per_second: float
+    elapsed: float
+
+
+def model_config(settings: TrainSettings, vocab_size: int) -> TitansConfig:
+    """The configuration that a run's preset, variant and changed fields describe.
+
+    Raises:
+        ValueError: for an unknown preset, variant or field, or a value outside its domain.
+    """
+    overrides = dict(settings.config)
+    if "vocab_size" in overrides or "variant" in overrides:
+        name = "vocab_size" if "vocab_size" in overrides else "variant"
+        raise ValueError(
+            f"config {name}={overrides[name]!r}: "
+            + ("the tokenizer decides it, remove it" if name == "vocab_size" else "set variant instead")
+        )
+    defaults = TitansConfig()
+    for name, value in overrides.items():
+        expected = getattr(defaults, name, None)
+        kinds = (int, float) if type(expected) is float else (type(expected),)
+        if expected is not None and type(value) not in kinds:
+            raise ValueError(f"config {name}={value!r}: give a value of type {type(expected).__name__}")
+    try:
+        return TitansConfig.from_preset(
+            settings.preset, variant=settings.variant, vocab_size=vocab_size, **overrides
+        )
+    except StrictDataclassError as error:
+        # The library wraps the reason and its type in lines of its own.
+        raise ValueError(str(error).splitlines()[-1].strip().removeprefix("ValueError: ")) from None
+
+
+def check(settings: TrainSettings) -> None:
+    """Find what is wrong with the settings themselves, before anything is read or written.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+    settings.check()
+    model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
+    found = checkpoints(settings.output)
+    if settings.resume:
+        if not found:
+            raise ValueError(
+                f"resume: there is no checkpoint in output={str(settings.output)!r}; start without it"
+            )
+        settings.check_resumes(found[-1])
+    elif found or (settings.output / "model.safetensors").exists():
+        raise ValueError(
+            f"output={str(settings.output)!r} already holds a run: set resume to continue it, or give "
+            "another folder"
+        )
+    elif settings.output.exists() and not settings.output.is_dir():
+        raise ValueError(f"output={str(settings.output)!r} is a file: give a folder")
+
+
+class TrainingRun:
+    """A run that is ready to start: data read, model built.
+
+    Raises:
+        ValueError: for settings, data or a checkpoint that cannot be used.
+        OSError: if the output folder cannot be written.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        check(settings)
+        self.settings = settings
+        self.checkpoint = checkpoints(settings.output)[-1] if settings.resume else None
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.examples = make_examples(settings, self.tokenizer)
+        config = model_config(settings, len(self.tokenizer))
+        set_seed(settings.seed)
+        self.model = TitansForCausalLM(config)
+        if settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.num_parameters = self.model.num_parameters()
+
+    def summary(self) -> str:
+        """What is going to happen, in one line."""
+        settings, examples = self.settings, self.examples
+        held_out = ", ".join(examples.held_out_names[:3]) + (" …" if len(examples.held_out_names) > 3 else "")
+        size = f"{settings.preset} {settings.variant}, {self.num_parameters / 1e6:.2f} M parameters"
+        data = (
+            f"{settings.data}: {examples.num_train_documents} documents, {examples.num_train_tokens:,} tokens"
+        )
+        work = f"{settings.steps} steps of {settings.batch_size} × {settings.sequence_length} tokens"
+        resuming = f"; resuming from {self.checkpoint.name}" if self.checkpoint else ""
+        return (
+            f"{size}; {data}; held out: {held_out or 'nothing'}; {work}; output: {settings.output}{resuming}"
+        )
+
+    def run(self, on_log: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+        """Train to the end; `on_log` is called with every object that goes into metrics.jsonl.
+
+        Raises:
+            NonFiniteError: if the loss or the gradient is NaN or infinite.
+            Interrupted: after SIGINT, once a checkpoint has been written.
+            OSError: if the output folder cannot be written; the last good checkpoint is still there.
+        """
+        settings = self.settings
+        settings.output.mkdir(parents=True, exist_ok=True)
+        delete_unfinished(settings.output)
+        if self.checkpoint is None:
+            (settings.output / METRICS_FILE).unlink(missing_ok=True)
+        write_json(settings.output / SETTINGS_FILE, settings.to_json())
+        with _quiet_library():
+            trainer = self._trainer(on_log)
+            with _stops_on_interrupt(trainer):
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            step = trainer.state.global_step
+            if step < settings.steps:
+                raise Interrupted(
+                    f"interrupted after step {step} of {settings.steps}; checkpoint-{step} in "
+                    f"{settings.output} is complete: continue with --resume"
+                )
+            self._write_model(trainer)
+        return self._result()
+
+    def _trainer(self, on_log: Callable[[dict[str, Any]], None] | None) -> TitansTrainer:
+        settings = self.settings
+        arguments = TrainingArguments(
+            output_dir=str(settings.output),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            max_steps=settings.steps,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            bf16=settings.dtype == "bfloat16",
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cache=self.model.config.use_cache,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+        )
+        if arguments.world_size > 1:
+            raise ValueError(f"{arguments.world_size} processes were started: training runs in one")
+        # With several devices in sight the library would split each step between copies of the model.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        peak = (
+            PEAK_LEARNING_RATES[settings.preset] if settings.learning_rate is None else settings.learning_rate
+        )
+        warmup = min(settings.steps // 10, 2000) if settings.warmup_steps is None else settings.warmup_steps
+        optimizer = make_optimizer(self.model, peak, settings.weight_decay, settings.betas)
+        return TitansTrainer(
+            self.model,
+            arguments,
+            self.examples.train,
+            self.examples.held_out,
+            (optimizer, make_schedule(optimizer, settings.steps, warmup, settings.min_learning_rate)),
+            MetricsLog(settings.output / METRICS_FILE, on_log),
+            carry_memory=settings.carry_memory,
+            eval_every=settings.eval_every,
+            save_every=settings.save_every,
+            log_every=settings.log_every,
+            save_extras=self._save_extras,
+        )
+
+    def _save_extras(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / SETTINGS_FILE, self.settings.to_json())
+
+    def _write_model(self, trainer: TitansTrainer) -> None:
+        output = self.settings.output
+        with tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint-final.") as folder:
+            trainer.save_into(Path(folder))
+            share(Path(folder))
+            for file in Path(folder).iterdir():
+                os.replace(file, output / file.name)
+        draw_curves(read_metrics(output / METRICS_FILE), output / CURVES_FILE)
+
+    def _result(self) -> TrainResult:
+        lines = read_metrics(self.settings.output / METRICS_FILE)
+        training = [line for line in lines if line["kind"] == "train"]
+        evaluations = tuple((line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == "eval")
+        return TrainResult(
+            output=self.settings.output,
+            steps=self.settings.steps,
+            num_parameters=self.num_parameters,
+            losses=tuple((line["step"], line["loss"]) for line in training),
+            evaluations=evaluations,
+            bits_per_byte=evaluations[-1][1] if evaluations else None,
+            tokens_per_second=sum(line["tokens_per_second"] for line in training) / len(training),
+            elapsed=lines[-1]["elapsed"],
+        )
+
+
+def train(settings: TrainSettings, on_log: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+    """Train a model as the settings say; see `TrainingRun` and `TrainingRun.run` for the errors."""
+    return TrainingRun(settings).run(on_log)
+
+
+@contextmanager
+def _stops_on_interrupt(trainer: TitansTrainer) -> Iterator[None]:
+    """The first SIGINT lets the step end and a checkpoint be written; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        if bars:
+            library_logging.enable_progress_bar()

@@ -1,0 +1,131 @@
+"""Everything that decides a training run, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SETTINGS_FILE = "training.json"
+# A checkpoint continues a run only where these agree; the others change neither the data nor the model.
+_FIXED = (
+    "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
+    "carry_memory", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What to train, on what, and how; `training.json` beside every model holds it."""
+
+    data: str
+    """Corpus: a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare, bible."""
+    output: Path = Path("run")
+    """Folder of the run: model, tokenizer, checkpoints, metrics.jsonl, curves.png."""
+    preset: str = "tiny"
+    """Size of the model: tiny, small, 170m, 340m, 760m, 1.3b."""
+    variant: str = "mac"
+    """mac, mag, mal, lmm, or transformer (the baseline without a memory)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of TitansConfig that differ from the preset."""
+    tokenizer: str = "bytes"
+    """bytes, or the folder or name of a Hugging Face tokenizer."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows in a step."""
+    sequence_length: int = 256
+    """Tokens in a row."""
+    carry_memory: bool = False
+    """Consecutive steps read consecutive segments of a document, and the memory is carried over."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default the preset's."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; by default a tenth of all, at most 2000."""
+    min_learning_rate: float = 0.1
+    """Where the cosine ends, as a fraction of the peak."""
+    weight_decay: float = 0.1
+    """Of the projections; norms, biases, embeddings and the memory's initial weights do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two averaging constants."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are shortened to it."""
+    eval_data: str | None = None
+    """Corpus to evaluate on, instead of documents held out of `data`."""
+    hold_out: float = 0.1
+    """Fraction of the documents kept for evaluation, whole ones, at least one; 0 for no evaluation."""
+    eval_every: int = 100
+    """Steps from one evaluation to the next; the last step is always evaluated."""
+    eval_tokens: int = 65536
+    """An evaluation reads at most about this many tokens, in windows spread evenly over the held-out text."""
+    save_every: int = 100
+    """Steps from one checkpoint to the next; the last step is always saved, the two newest are kept."""
+    log_every: int = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    seed: int = 0
+    """Of the initial weights and the order of the examples."""
+    dtype: str = "float32"
+    """float32, or bfloat16: mixed precision, with parameters and memory in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    threads: int | None = None
+    """CPU threads; by default PyTorch's choice."""
+    resume: bool = False
+    """Continue from the last checkpoint in the output folder, exactly as if there had been no break."""
+
+    def check(self) -> None:
+        """Find what can be found wrong without reading data.
+
+        Raises:
+            ValueError: naming the field, its value and the remedy.
+        """
+        whole = {"steps": 1, "batch_size": 1, "sequence_length": 1, "eval_every": 1, "eval_tokens": 1,
+                 "save_every": 1, "log_every": 1, "seed": 0, "warmup_steps": 0, "threads": 1}  # fmt: skip
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
+        ranges = {"learning_rate": (0, math.inf), "min_learning_rate": (0, 1), "weight_decay": (0, math.inf),
+                  "max_grad_norm": (0, math.inf), "hold_out": (0, 1)}  # fmt: skip
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}={value!r}: give a number from {least} to {most}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: give two numbers in [0, 1)")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'")
+        if self.hold_out == 1:
+            raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
+        if self.carry_memory and self.variant == "transformer":
+            raise ValueError(
+                "carry_memory with variant='transformer': it has no memory, and what its attention keeps "
+                "grows with every step; choose mac, mag, mal or lmm"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+    def check_resumes(self, folder: Path) -> None:
+        """Whether the checkpoint in `folder` belongs to the same data and the same model.
+
+        Raises:
+            ValueError: naming the first field that differs, or if the settings file is damaged.
+        """
+        try:
+            saved = json.loads((folder / SETTINGS_FILE).read_text())
+            differing = [name for name in _FIXED if saved[name] != self.to_json()[name]]
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError(
+                f"{folder / SETTINGS_FILE} is damaged: delete the checkpoint to use an older one"
+            ) from None
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{name}={getattr(self, name)!r}, but {folder} was trained with {name}={saved[name]!r}: "
+                "resume with the same value, or start another run in another output folder"
+            )

@@ -1,0 +1,271 @@
+"""transformers' Trainer with a carried memory, and checkpoints that are exact and hold data only."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from transformers import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from titans.hf import TitansCache, TitansForCausalLM
+from titans.memory.state import map_state
+from titans.train import checkpoint as files
+from titans.train.examples import EpochAfterEpoch, HeldOut
+from titans.train.metrics import MetricsLog
+
+_MEMORY_FILE = "carried_memory.safetensors"
+_STATE_FILE = "trainer_state.json"
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or its gradient is NaN or infinite."""
+
+
+class TitansTrainer(Trainer):
+    """Trains a Titans model on examples of `titans.data`, whose labels are already shifted.
+
+    The loss is the mean cross-entropy over the real targets of a step. With `carry_memory` what the model has
+    read in one step is where the next one starts, cut off from the gradient, except in rows marked `restart`.
+    Nothing it reads back is ever unpickled.
+
+    Args:
+        model, args: as for `Trainer`; logging, evaluation and saving are not taken from `args`.
+        train_dataset: examples in the order of training.
+        held_out: text to evaluate on, or None.
+        optimizers: the optimizer and its schedule.
+        metrics: where results are written.
+        carry_memory: whether states pass from step to step.
+        eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
+        save_extras: called with the folder of every checkpoint, to put files beside the model.
+    """
+
+    def __init__(
+        self,
+        model: TitansForCausalLM,
+        args: TrainingArguments,
+        train_dataset: EpochAfterEpoch,
+        held_out: HeldOut | None,
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
+        metrics: MetricsLog,
+        *,
+        carry_memory: bool = False,
+        eval_every: int = 100,
+        save_every: int = 100,
+        log_every: int = 10,
+        save_extras: Callable[[Path], None] | None = None,
+    ) -> None:
+        if carry_memory and model.config.variant == "transformer":
+            raise ValueError("carry_memory=True: variant 'transformer' has no memory to carry")
+        super().__init__(
+            model,
+            args,
+            data_collator=default_collate,
+            train_dataset=train_dataset,
+            optimizers=optimizers,
+            callbacks=[_Flow(self)],
+        )
+        self.remove_callback(DefaultFlowCallback)
+        self.remove_callback(PrinterCallback)
+        # The library wraps, and types as optional, what it was given.
+        self._network = model
+        self._folder = Path(str(args.output_dir))
+        self._adamw, self._schedule = optimizers
+        self.held_out = held_out
+        self.metrics = metrics
+        self.carry_memory = carry_memory
+        self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
+        self.save_extras = save_extras
+        self.stop_requested = False
+        self.carried: tuple[Any, ...] | None = None
+
+    # Loss and gradient
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy in nats of labels that are already shifted."""
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            memory_states=self.carried,
+            restart=inputs["restart"] if self.carried is not None else None,
+            return_memory_states=self.carry_memory,
+        )
+        loss = F.cross_entropy(output.logits.float().flatten(0, 1), inputs["labels"].flatten())
+        value = loss.item()
+        self._refuse_non_finite(value, "loss")
+        if self.carry_memory:
+            self.carried = map_state(Tensor.detach, output.memory_states)
+        self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
+        return (loss, output) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last call before the optimizer step: a bad gradient must not reach the weights.
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        self._refuse_non_finite(norm, "gradient's norm")
+        self.metrics.grad_norm = norm
+        self.metrics.learning_rate = self._adamw.param_groups[0]["lr"]
+        return norm
+
+    def _refuse_non_finite(self, value: float, what: str) -> None:
+        if math.isfinite(value):
+            return
+        left = files.checkpoints(self._folder)
+        raise NonFiniteError(
+            f"the {what} is {value} at step {self.state.global_step + 1}: training stopped before that step; "
+            + (f"the last good checkpoint is {left[-1]}: " if left else "there is no checkpoint yet: ")
+            + ("resume from it" if left else "start again")
+            + " with a lower learning_rate"
+        )
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss in nats per token and bits per byte; every window starts with an empty memory.
+
+        Raises:
+            ValueError: if the trainer was given no held-out text, or is handed another data set here.
+        """
+        held_out = self.held_out
+        if held_out is None or eval_dataset is not None:
+            raise ValueError(
+                "evaluate() reads the held-out text that the trainer was made with: give held_out"
+            )
+        self._network.eval()
+        total, count = 0.0, 0
+        for batch in DataLoader(held_out.windows, self.args.eval_batch_size, collate_fn=default_collate):
+            batch = self._prepare_inputs(batch)
+            logits = self._network(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits
+            labels = batch["labels"]
+            total += F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
+            count += int((labels != -100).sum())
+        self._network.train()
+        loss = total / count
+        bits = loss / math.log(2) * held_out.tokens_per_byte
+        return {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_bits_per_byte": bits}
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        with self.metrics.paused():
+            results = self.evaluate()
+        self.metrics.log_evaluation(
+            self.state.global_step, results["eval_loss"], results["eval_bits_per_byte"]
+        )
+        self.control.should_evaluate = False  # the library asks again at the end of the epoch
+        return results
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.metrics.paused():
+            with files.atomic_folder(self._folder / f"checkpoint-{self.state.global_step}") as folder:
+                self.save_into(folder)
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_rng_state(str(folder))
+                if self.carried is not None:
+                    cache = TitansCache(self._network.config)
+                    cache.store(self.carried, num_columns=0)
+                    cache.save(folder / _MEMORY_FILE)
+                self.metrics.save(folder)
+                self.state.save_to_json(str(folder / _STATE_FILE))
+            files.delete_old(self._folder)
+
+    def save_into(self, folder: Path) -> None:
+        """Write the model and what belongs beside it, so that the folder can be used on its own."""
+        # One file, whatever the size: a checkpoint is read back by name.
+        self._network.save_pretrained(folder, max_shard_size="1000GB")
+        if self.save_extras is not None:
+            self.save_extras(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        file = folder / "model.safetensors"
+        try:
+            load_model(self._network, str(file), device=str(self.args.device))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{file} is missing, damaged or of another model ({reason}): delete {folder.name} to resume "
+                "from an older checkpoint"
+            ) from None
+        if self.carry_memory:
+            self.carried = TitansCache.load(
+                folder / _MEMORY_FILE, self._network.config, self.args.device
+            ).states
+        self.metrics.load(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        files.save_optimizer(Path(output_dir), self._adamw, self._network)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        files.load_optimizer(Path(checkpoint), self._adamw, self._network)
+        # The learning rate is a function of the step alone.
+        schedule, step = self._schedule, self.state.global_step
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_step_count": step + 1})
+        for group, base, factor in zip(
+            self._adamw.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(step)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        files.save_random_state(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            files.load_random_state(Path(checkpoint))
+
+
+class _Flow(TrainerCallback):
+    """When to log, evaluate, save and stop, from the trainer's own settings.
+
+    transformers' own flow prefers the intervals of a resumed checkpoint to those asked for.
+    """
+
+    def __init__(self, trainer: TitansTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.metrics.start(time.perf_counter())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, step = self.trainer, state.global_step
+        last = step >= state.max_steps
+        if last or step % trainer.log_every == 0:
+            trainer.metrics.log_training(step)
+        control.should_evaluate = trainer.held_out is not None and (last or step % trainer.eval_every == 0)
+        control.should_save = last or trainer.stop_requested or step % trainer.save_every == 0
+        control.should_training_stop = last or trainer.stop_requested
