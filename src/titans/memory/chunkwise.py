@@ -1,9 +1,7 @@
-"""The fast path in plain torch: a chunk is a handful of batched matrix products, and no per-token weights exist.
+"""The fast path in plain torch: chunks in sequence, each a handful of batched matrix products (`chunk.py`).
 
-Inside a chunk every gradient is taken at the chunk-start weights, so each is an outer product δ_j h_jᵀ known before
-any weight moves, and W_t is a weighted sum of them (`rule.ChunkCoefficients`). Reading with W_t is then, per layer,
-two products with the chunk-start matrices and one attention-like pair: (coefficients ⊙ q hᵀ) δ. Only the step from
-chunk to chunk is sequential. Derivation: docs/maths.md.
+Going backward, chunks are recomputed a group at a time: with √chunks groups, training memory grows with the square
+root of the length (inputs aside).
 """
 
 from __future__ import annotations
@@ -14,14 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titans.memory.chunk import Chunk, ChunkGradients, ChunkTape, Weights, chunk_backward, run_chunk
 from titans.memory.layout import Columns, cut_columns
-from titans.memory.network import ACTIVATION_BACKWARDS, ACTIVATIONS, NORM_EPS, MemoryNetwork
-from titans.memory.objective import OBJECTIVES
+from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.rule import UPDATE_RULES, ChunkCoefficients
 from titans.memory.state import MemoryState
-
-Weights = tuple[Tensor, ...]
 
 
 class _Tokens(NamedTuple):
@@ -55,170 +51,127 @@ class _Marks(NamedTuple):
     fresh: Tensor | None
     complete: Tensor | bool
 
-
-def _output_errors(
-    net: MemoryNetwork,
-    features: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the inner objective with respect to f(k), and the objective, per token."""
-    objective = OBJECTIVES[net.objective]
-    if not net.norm:
-        answer = features + keys if net.residual else features
-        return objective.gradient(answer, values), objective.value(answer, values)
-    centred = features - features.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
-    normed = centred * scale
-    answer = normed if gain is None else normed * gain
-    answer = answer if bias is None else answer + bias
-    answer = answer + keys if net.residual else answer
-    error = objective.gradient(answer, values)
-    error = error if gain is None else error * gain
-    along = (error * normed).mean(-1, keepdim=True)
-    return (error - error.mean(-1, keepdim=True) - normed * along) * scale, objective.value(answer, values)
+    def at(self, chunks: slice | int) -> _Marks:
+        return _Marks(*(m[chunks] if isinstance(m, Tensor) else m for m in self))
 
 
-def _write_and_read(
-    net: MemoryNetwork,
-    tokens: _Tokens,
-    coefficients: list[ChunkCoefficients],
-    slow: _Slow,
-    weights: Weights,
-    momentum: Weights,
-    anchor: Weights,
-) -> tuple[Tensor, Weights, Weights, Tensor]:
-    """One chunk: its reads, the weights and momentum after it, and the surprise of its tokens."""
-    layer_inputs, layer_outputs = net.features(anchor, tokens.keys)
-    delta, surprise = _output_errors(net, layer_outputs[-1], tokens.keys, tokens.values, slow.gain, slow.bias)
-    deltas = [delta]
-    for weight, output in zip(reversed(anchor[1:]), reversed(layer_outputs[:-1]), strict=True):
-        delta = ACTIVATION_BACKWARDS[net.activation](torch.bmm(delta, weight), output)
-        deltas.append(delta)
-    deltas.reverse()
-    if net.normalize_step:
-        normalizers = net.step_normalizers(anchor, layer_inputs, layer_outputs[-1], slow.gain)
-        deltas = [d / n.unsqueeze(-1) for d, n in zip(deltas, normalizers, strict=True)]
+class _State(NamedTuple):
+    """Weights (rows, out, in) per layer. After a whole chunk `anchor` is `weights`, the same tensors."""
 
-    hidden, new_weights, new_momentum = tokens.queries, [], []
-    for layer, (c, delta, inputs) in enumerate(zip(coefficients, deltas, layer_inputs, strict=True)):
-        weight, moment = weights[layer], momentum[layer]
-        out = torch.bmm(hidden * c.read_weights, weight.mT)
-        out = torch.baddbmm(out, hidden * c.read_momentum, moment.mT)
-        out = torch.baddbmm(out, torch.bmm(hidden, inputs.mT) * c.read_steps, delta, alpha=-1)
-        if layer + 1 < net.depth:
-            hidden = (
-                torch.nn.functional.gelu(out) if net.activation == "gelu" else torch.nn.functional.silu(out)
-            )
-        moved = torch.addcmul(torch.addcmul(weight, weight, c.end_weights), moment, c.end_momentum)
-        new_weights.append(torch.baddbmm(moved, (delta * c.end_steps).mT, inputs, alpha=-1))
-        carried = moment * c.momentum_momentum
-        new_momentum.append(torch.baddbmm(carried, (delta * c.momentum_steps).mT, inputs, alpha=-1))
-    reads = net.finish(out, tokens.queries, slow.gain, slow.bias)
-    return reads, tuple(new_weights), tuple(new_momentum), surprise
+    weights: Weights
+    momentum: Weights
+    anchor: Weights
 
 
 def _where(rows: Tensor, chosen: Weights, otherwise: Weights) -> Weights:
     return tuple(torch.where(rows[:, None, None], a, b) for a, b in zip(chosen, otherwise, strict=True))
 
 
+def _begin(marks: _Marks, slow: _Slow, state: _State) -> _State:
+    """The state with which a chunk begins: rows that start afresh do so now."""
+    if marks.fresh is None:
+        return state
+    return _State(
+        _where(marks.fresh, slow.initial, state.weights),
+        _where(marks.fresh, slow.initial_momentum, state.momentum),
+        _where(marks.fresh, slow.initial, state.anchor),
+    )
+
+
+def _end(net: MemoryNetwork, marks: _Marks, weights: Weights, momentum: Weights, anchor: Weights) -> _State:
+    """The state a chunk leaves: where it is complete its weights settle and become the anchor."""
+    if isinstance(marks.complete, Tensor):
+        settled = net.settle(weights)
+        return _State(
+            _where(marks.complete, settled, weights), momentum, _where(marks.complete, settled, anchor)
+        )
+    if marks.complete:
+        settled = net.settle(weights)
+        return _State(settled, momentum, settled)
+    return _State(weights, momentum, anchor)
+
+
+def _coefficients(net: MemoryNetwork, tokens: _Tokens, marks: _Marks) -> ChunkCoefficients:
+    """Of all chunks and layers at once: (chunks, depth, rows, …)."""
+    written = None if marks.filled is None else marks.filled.unsqueeze(1)
+    rule = UPDATE_RULES[net.update_rule]
+    return rule.coefficients(tokens.forget, tokens.momentum, tokens.step_size, written)
+
+
+def _by_layer(coefficients: ChunkCoefficients, chunk: int) -> list[ChunkCoefficients]:
+    return [ChunkCoefficients(*layer) for layer in zip(*(c[chunk].unbind(0) for c in coefficients), strict=True)]
+
+
 def _scan_group(
     net: MemoryNetwork,
     tokens: _Tokens,
+    coefficients: ChunkCoefficients,
     marks: _Marks,
     slow: _Slow,
-    weights: Weights,
-    momentum: Weights,
-    anchor: Weights,
-) -> tuple[Tensor, Tensor, Weights, Weights, Weights]:
-    """A few chunks in sequence: reads, surprise, and the state after them."""
-    written = None if marks.filled is None else marks.filled.unsqueeze(1)
-    together = UPDATE_RULES[net.update_rule].coefficients(
-        tokens.forget, tokens.momentum, tokens.step_size, written
-    )
-    # unbind, never an index in a loop: the backward of x[i] writes a full-size zero tensor each time.
-    by_chunk = zip(*(part.unbind(0) for part in together), strict=True)
-    by_token = zip(*(part.unbind(0) for part in tokens[:3]), strict=True)
+    state: _State,
+    tapes: list[tuple[ChunkTape, Weights]] | None = None,
+) -> tuple[Tensor, Tensor, _State]:
+    """A few chunks in sequence: reads, surprise, and the state after them; a list collects the tapes."""
     reads, surprises = [], []
-    for n, (parts, (queries, keys, values)) in enumerate(zip(by_chunk, by_token, strict=True)):
-        coefficients = [
-            ChunkCoefficients(*layer) for layer in zip(*(p.unbind(0) for p in parts), strict=True)
-        ]
-        if marks.fresh is not None:
-            weights = _where(marks.fresh[n], slow.initial, weights)
-            momentum = _where(marks.fresh[n], slow.initial_momentum, momentum)
-            anchor = _where(marks.fresh[n], slow.initial, anchor)
-        chunk = tokens._replace(queries=queries, keys=keys, values=values)
-        read, weights, momentum, surprise = _write_and_read(
-            net, chunk, coefficients, slow, weights, momentum, anchor
+    for n in range(tokens.keys.shape[0]):
+        here = marks.at(n)
+        state = _begin(here, slow, state)
+        chunk = Chunk(
+            tokens.queries[n], tokens.keys[n], tokens.values[n], _by_layer(coefficients, n), slow.gain, slow.bias
         )
-        if isinstance(marks.complete, Tensor):
-            settled = net.settle(weights)
-            anchor = _where(marks.complete[n], settled, anchor)
-            weights = _where(marks.complete[n], settled, weights) if net.unit_rows else weights
-        elif marks.complete:
-            anchor = weights = net.settle(weights)
+        read, weights, momentum, tape = run_chunk(net, chunk, *state)
+        state = _end(net, here, weights, momentum, state.anchor)
         reads.append(read)
-        surprises.append(surprise)
-    return torch.stack(reads), torch.stack(surprises), weights, momentum, anchor
+        surprises.append(tape.keys.surprise)
+        if tapes is not None:
+            tapes.append((tape, weights))
+    return torch.stack(reads), torch.stack(surprises), state
 
 
 class _Arguments:
-    """The tensors of a group, flattened for autograd and put back together; optional ones keep their place."""
+    """The tensors of a scan, flattened for autograd and put back together; optional ones keep their place."""
 
-    def __init__(self, net: MemoryNetwork, marks: _Marks) -> None:
+    def __init__(self, net: MemoryNetwork, marks: _Marks, tokens: _Tokens, slow: _Slow, state: _State) -> None:
         self.net, self.marks = net, marks
+        self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum]
+        self.flat += [w for part in state for w in part]
 
-    def flatten(self, tokens: _Tokens, slow: _Slow, *state: Weights) -> list[Tensor | None]:
-        return [
-            *tokens,
-            slow.gain,
-            slow.bias,
-            *slow.initial,
-            *slow.initial_momentum,
-            *(w for part in state for w in part),
-        ]
-
-    def run(self, flat: Any, chunks: slice) -> tuple[Tensor, Tensor, Weights, Weights, Weights]:
+    def unflatten(self, flat: Any) -> tuple[_Tokens, _Slow, _State]:
         depth = self.net.depth
         layered = [tuple(flat[i : i + depth]) for i in range(8, len(flat), depth)]
         # Without resets there are no initial weights to put back.
         initial, initial_momentum = layered[:2] if self.marks.fresh is not None else ((), ())
-        marks = _Marks(*(m[chunks] if isinstance(m, Tensor) else m for m in self.marks))
-        slow = _Slow(flat[6], flat[7], initial, initial_momentum)
-        return _scan_group(self.net, _Tokens(*flat[:6]), marks, slow, *layered[-3:])
+        return _Tokens(*flat[:6]), _Slow(flat[6], flat[7], initial, initial_momentum), _State(*layered[-3:])
 
 
 class _GroupedScan(torch.autograd.Function):
-    """A scan that keeps the state once per group of chunks and recomputes the inside of a group going backward.
-
-    With √chunks groups, training memory grows with the square root of the length (inputs aside).
-    """
+    """A scan that keeps the state once per group of chunks and recomputes the inside of a group going backward."""
 
     @staticmethod
     def forward(ctx: Any, arguments: _Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        depth = arguments.net.depth
-        num_chunks = flat[0].shape[0]  # type: ignore[union-attr]
+        net = arguments.net
+        tokens, slow, state = arguments.unflatten(flat)
+        num_chunks = tokens.keys.shape[0]
         size = math.isqrt(num_chunks - 1) + 1
         ctx.arguments, ctx.groups = arguments, [slice(i, i + size) for i in range(0, num_chunks, size)]
-        slow, state = flat[6 : -3 * depth], flat[-3 * depth :]
-        starts, reads, surprises = [], [], []
+        starts: list[Tensor] = []
+        # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
+        ctx.shared = []
+        reads, surprises = [], []
         for group in ctx.groups:
-            starts.extend(state)
-            inputs = [x[group] for x in flat[:6]]  # type: ignore[index]
-            read, surprise, weights, momentum, anchor = arguments.run([*inputs, *slow, *state], group)
+            ctx.shared.append(state.anchor[0] is state.weights[0])
+            starts += [*state.weights, *state.momentum, *state.anchor]
+            part, marks = _Tokens(*(x[group] for x in tokens)), arguments.marks.at(group)
+            read, surprise, state = _scan_group(net, part, _coefficients(net, part, marks), marks, slow, state)
             reads.append(read)
             surprises.append(surprise)
-            state = (*weights, *momentum, *anchor)
         ctx.num_inputs = len(flat)
         ctx.save_for_backward(*flat, *starts)
         surprise = torch.cat(surprises)
         ctx.mark_non_differentiable(surprise)
         # Autograd must see distinct outputs: after a whole chunk the anchor is the weights themselves.
-        outputs = (torch.cat(reads), surprise, *state)
-        return (*outputs[: -depth], *(x.clone() for x in state[-depth:]))
+        anchor = (x.clone() for x in state.anchor)
+        return (torch.cat(reads), surprise, *state.weights, *state.momentum, *anchor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,34 +187,129 @@ class _GroupedScan(torch.autograd.Function):
     @staticmethod
     def _recompute(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments: _Arguments = ctx.arguments
-        depth = arguments.net.depth
+        net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
         saved = ctx.saved_tensors
-        flat, starts = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
-        read_grads, state_grads = grads[0], grads[2:]
-        token_grads = [torch.empty_like(x) for x in flat[:6]]
-        slow_grads: list[Tensor | None] = [None] * (len(flat) - 6 - 3 * depth)
+        tokens, slow, _ = arguments.unflatten(saved[: ctx.num_inputs])
+        starts = saved[ctx.num_inputs :]
+        token_grads = _Tokens(*(torch.empty_like(x) for x in tokens))
+        slow_grads = _SlowGradients(slow)
+        weights, momentum, anchor = (list(grads[i : i + depth]) for i in range(2, 2 + 3 * depth, depth))
+        state_grads = _StateGradients(weights, momentum, anchor)
         for g in reversed(range(len(ctx.groups))):
             group = ctx.groups[g]
-            state = starts[g * 3 * depth : (g + 1) * 3 * depth]
-            inputs = [*(x[group] for x in flat[:6]), *flat[6 : -3 * depth], *state]
-            leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
-            wanted = [x for x in leaves if x is not None]
+            flat = starts[g * 3 * depth : (g + 1) * 3 * depth]
+            start = _State(*(tuple(flat[i : i + depth]) for i in range(0, 3 * depth, depth)))
+            if ctx.shared[g]:
+                start = start._replace(anchor=start.weights)
+            part, here = _Tokens(*(x[group] for x in tokens)), marks.at(group)
+            gates = [x.detach().requires_grad_() for x in part[3:]]
             with torch.enable_grad():
-                read, _, weights, momentum, anchor = arguments.run(leaves, group)
-            # A partial chunk hands its anchor through untouched; the leaf itself is a valid output.
-            outputs, cotangents = (read, *weights, *momentum, *anchor), (read_grads[group], *state_grads)
-            found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
-            grad = [None if x is None else next(found) for x in leaves]
-            for into, part in zip(token_grads, grad[:6], strict=True):
-                into[group] = 0 if part is None else part
-            for i, part in enumerate(grad[6 : -3 * depth]):
-                if part is not None:
-                    slow_grads[i] = part if slow_grads[i] is None else slow_grads[i] + part
-            state_grads = tuple(
-                torch.zeros_like(x) if part is None else part
-                for x, part in zip(state, grad[-3 * depth :], strict=True)
-            )
-        return (None, *token_grads, *slow_grads, *state_grads)
+                attached = _coefficients(net, part._replace(forget=gates[0], momentum=gates[1], step_size=gates[2]), here)
+            coefficients = ChunkCoefficients(*(c.detach() for c in attached))
+            tapes: list[tuple[ChunkTape, Weights]] = []
+            _scan_group(net, part, coefficients, here, slow, start, tapes)
+
+            coefficient_grads: list[list[ChunkCoefficients]] = []
+            for n in reversed(range(len(tapes))):
+                tape, unsettled = tapes.pop()
+                at = here.at(n)
+                state_grads.through_end(net, at, unsettled)
+                chunk_grads = chunk_backward(
+                    net, tape, grads[0][group.start + n], state_grads.weights, state_grads.momentum
+                )
+                state_grads.through_chunk(chunk_grads)
+                state_grads.through_begin(at, slow_grads)
+                for into, grad in zip(token_grads[:3], chunk_grads[:3], strict=True):
+                    into[group.start + n] = grad
+                slow_grads.add_affine(chunk_grads.gain, chunk_grads.bias)
+                coefficient_grads.append(chunk_grads.coefficients)
+            coefficient_grads.reverse()
+            stacked = [
+                torch.stack([torch.stack([layer[i] for layer in layers]) for layers in coefficient_grads])
+                for i in range(len(attached))
+            ]
+            for into, grad in zip(token_grads[3:], torch.autograd.grad(attached, gates, stacked), strict=True):
+                into[group] = grad
+        return (None, *token_grads, *slow_grads.flat(), *state_grads.flat(ctx.shared[0]))
+
+
+class _SlowGradients:
+    """Sums over chunks of the gradients of what they share."""
+
+    def __init__(self, slow: _Slow) -> None:
+        self.gain, self.bias = (None if x is None else torch.zeros_like(x) for x in (slow.gain, slow.bias))
+        self.initial = [torch.zeros_like(w) for w in slow.initial]
+        self.initial_momentum = [torch.zeros_like(m) for m in slow.initial_momentum]
+
+    def add_affine(self, gain: Tensor | None, bias: Tensor | None) -> None:
+        for total, part in ((self.gain, gain), (self.bias, bias)):
+            if total is not None and part is not None:
+                total += part
+
+    def flat(self) -> list[Tensor | None]:
+        return [self.gain, self.bias, *self.initial, *self.initial_momentum]
+
+
+class _StateGradients:
+    """The gradient of the state on its way back through the chunks. `anchor` is None while it is in `weights`."""
+
+    def __init__(self, weights: list[Tensor], momentum: list[Tensor], anchor: list[Tensor] | None) -> None:
+        self.weights, self.momentum, self.anchor = weights, momentum, anchor
+
+    def through_end(self, net: MemoryNetwork, marks: _Marks, unsettled: Weights) -> None:
+        """Back through `_end`."""
+        if marks.complete is False:
+            return
+        if marks.complete is True:
+            both = self.weights
+            if self.anchor is not None:
+                both = [w + a for w, a in zip(self.weights, self.anchor, strict=True)]
+            self.weights, self.anchor = net.settle_backward(unsettled, both), None
+            return
+        closed = marks.complete[:, None, None]
+        assert self.anchor is not None
+        settled = [
+            torch.where(closed, w + a, 0) for w, a in zip(self.weights, self.anchor, strict=True)
+        ]
+        settled = net.settle_backward(unsettled, settled)
+        self.weights = [torch.where(closed, s, w) for s, w in zip(settled, self.weights, strict=True)]
+        self.anchor = [torch.where(closed, 0, a) for a in self.anchor]
+
+    def through_chunk(self, grads: ChunkGradients) -> None:
+        """Back through `run_chunk`, which uses the anchor and hands it on."""
+        self.weights, self.momentum = grads.weights, grads.momentum
+        if grads.anchor is not None:
+            passed = self.anchor
+            self.anchor = grads.anchor if passed is None else [a.add_(p) for a, p in zip(grads.anchor, passed, strict=True)]
+        elif self.anchor is not None:
+            self.weights = [w.add_(a) for w, a in zip(self.weights, self.anchor, strict=True)]
+            self.anchor = None
+
+    def through_begin(self, marks: _Marks, slow: _SlowGradients) -> None:
+        """Back through `_begin`."""
+        if marks.fresh is None:
+            return
+        fresh = marks.fresh[:, None, None]
+        assert self.anchor is not None
+        for into, parts in (
+            (slow.initial, self.weights),
+            (slow.initial, self.anchor),
+            (slow.initial_momentum, self.momentum),
+        ):
+            for total, part in zip(into, parts, strict=True):
+                total += torch.where(fresh, part, 0)
+        self.weights, self.momentum, self.anchor = (
+            [torch.where(fresh, 0, x) for x in part] for part in (self.weights, self.momentum, self.anchor)
+        )
+
+    def flat(self, shared: bool) -> list[Tensor | None]:
+        """Per input; an anchor that is the weights themselves has its gradient in theirs."""
+        anchor: list[Tensor | None] = [None] * len(self.weights)
+        if self.anchor is not None:
+            anchor = list(self.anchor)
+        elif not shared:
+            anchor = [torch.zeros_like(w) for w in self.weights]
+        return [*self.weights, *self.momentum, *anchor]
 
 
 def _scan_columns(
@@ -274,8 +322,11 @@ def _scan_columns(
     def shared(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.expand(batch, *x.shape).reshape(rows, *x.shape[1:])
 
+    # An anchor that is the weights stays the same tensors, which spares a second set of gradients.
+    flattened: dict[int, Tensor] = {}
+
     def flat(weights: Weights) -> Weights:
-        return tuple(w.reshape(rows, *w.shape[2:]) for w in weights)
+        return tuple(flattened.setdefault(id(w), w.reshape(rows, *w.shape[2:])) for w in weights)
 
     initial: Weights = ()
     initial_momentum: Weights = ()
@@ -283,13 +334,16 @@ def _scan_columns(
         fresh = problem.fresh_state()
         initial, initial_momentum = flat(fresh.weights), flat(fresh.momentum)
     slow = _Slow(shared(problem.gain), shared(problem.bias), initial, initial_momentum)
-    arguments = _Arguments(net, marks)
-    inputs = arguments.flatten(tokens, slow, flat(state.weights), flat(state.momentum), flat(state.anchor))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        reads, surprise, *leaves = _GroupedScan.apply(arguments, *inputs)
-        parts = [tuple(leaves[i : i + net.depth]) for i in range(0, 3 * net.depth, net.depth)]
+    start = _State(flat(state.weights), flat(state.momentum), flat(state.anchor))
+    parts: _State
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*tokens, *slow[:2], *initial, *initial_momentum, *sum(start, ()))
+    ):
+        arguments = _Arguments(net, marks, tokens, slow, start)
+        reads, surprise, *leaves = _GroupedScan.apply(arguments, *arguments.flat)
+        parts = _State(*(tuple(leaves[i : i + net.depth]) for i in range(0, 3 * net.depth, net.depth)))
     else:
-        reads, surprise, *parts = arguments.run(inputs, slice(None))
+        reads, surprise, parts = _scan_group(net, tokens, _coefficients(net, tokens, marks), marks, slow, start)
     shaped = [tuple(w.view(batch, heads, *w.shape[1:]) for w in part) for part in parts]
     return reads, surprise, MemoryState(shaped[0], shaped[1], shaped[2], state.position)
 

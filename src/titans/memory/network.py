@@ -110,35 +110,55 @@ class MemoryNetwork:
         """M(x; weights): x (…, rows, head_dim), weights (…, out, in), gain and bias broadcast against x."""
         return self.finish(self.features(weights, x)[1][-1], x, gain, bias)
 
+    def slope_square(self, features: Tensor, gain: Tensor | None) -> Tensor:
+        """ρ² = (max|gain| · rsqrt(var f + ε))², the squared slope of the norm; f (…, rows, head_dim) to (…, rows)."""
+        if not self.norm:
+            return features.new_ones(features.shape[:-1])
+        square = 1 / (features.var(-1, correction=0) + NORM_EPS)
+        return square if gain is None else square * gain.abs().amax(-1).square()
+
     def step_normalizers(
-        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], features: Tensor, gain: Tensor | None
+        self, slope_square: Tensor, input_squares: Sequence[Tensor], weight_squares: Sequence[Tensor]
     ) -> list[Tensor]:
         """What `normalize_step` divides each layer's step size by: L · max(c_l, 1e-6), each (…, rows).
 
-        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l: ρ = max|gain| · rsqrt(var f + ε)
-        is the slope of the norm (1 without it), κ_l = ∏_{j>l} 1.13 ‖W_j‖_F that of the layers above.
+        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l; κ_l = ∏_{j>l} 1.13 ‖W_j‖_F is the
+        slope of the layers above.
+
+        Args:
+            slope_square: ρ², (…, rows).
+            input_squares: ‖h_0‖² … ‖h_{L-1}‖², (…, rows) each.
+            weight_squares: ‖W_2‖_F² … ‖W_L‖_F², (…, 1) each.
         """
-        slope: Tensor | float = 1.0
-        if self.norm:
-            slope = torch.rsqrt(features.var(-1, correction=0) + NORM_EPS)
-            if gain is not None:
-                slope = slope * gain.abs().amax(-1)
-        above: Tensor | float = 1.0
+        bound = 2 * slope_square
         normalizers = []
-        for weight, layer_input in zip(reversed(weights), reversed(inputs), strict=True):
-            curvature = 2 * (slope * above) ** 2 * layer_input.square().sum(-1)
+        for layer in reversed(range(self.depth)):
+            curvature = bound * input_squares[layer]
             normalizers.append(self.depth * curvature.clamp_min(STEP_NORMALIZER_FLOOR))
-            above = above * (ACTIVATION_SLOPE * torch.linalg.matrix_norm(weight)).unsqueeze(-1)
+            if layer:
+                bound = bound * (ACTIVATION_SLOPE**2 * weight_squares[layer - 1])
         return normalizers[::-1]
 
     def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights as a finished chunk leaves them: rows rescaled if `unit_rows`, else unchanged."""
         if not self.unit_rows:
             return tuple(weights)
-        settled = []
-        for weight in weights:
-            square = weight.square().sum(-1, keepdim=True)
-            # A row of zeros stays; the inner where keeps its gradient finite.
-            rescale = square > 0 if self.norm else square > 1
-            settled.append(weight * torch.where(rescale, torch.where(rescale, square, 1).rsqrt(), 1))
-        return tuple(settled)
+        return tuple(weight * self._row_scales(weight)[0] for weight in weights)
+
+    def settle_backward(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients with respect to the arguments of `settle` from those of its results."""
+        if not self.unit_rows:
+            return list(grads)
+        before = []
+        for weight, grad in zip(weights, grads, strict=True):
+            scale, rescaled = self._row_scales(weight)
+            along = (weight * grad).sum(-1, keepdim=True) * scale**3
+            before.append(torch.addcmul(grad * scale, weight, torch.where(rescaled, along, 0), value=-1))
+        return before
+
+    def _row_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What each row is multiplied by when a chunk ends, and whether it is rescaled at all: (…, out, 1)."""
+        square = weight.square().sum(-1, keepdim=True)
+        # A row of zeros stays; the inner where keeps its gradient finite.
+        rescaled = square > 0 if self.norm else square > 1
+        return torch.where(rescaled, torch.where(rescaled, square, 1).rsqrt(), 1), rescaled

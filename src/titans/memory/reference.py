@@ -40,9 +40,12 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         normalizers: list[Tensor | float] = [1.0] * net.depth
         if net.normalize_step:
             inputs, outputs = net.features(state.anchor, key)
-            normalizers = [
-                n.unsqueeze(-1) for n in net.step_normalizers(state.anchor, inputs, outputs[-1], gain)
-            ]
+            bounds = net.step_normalizers(
+                net.slope_square(outputs[-1], gain),
+                [h.square().sum(-1) for h in inputs],
+                [w.square().sum((-2, -1)).unsqueeze(-1) for w in state.anchor[1:]],
+            )
+            normalizers = [bound.unsqueeze(-1) for bound in bounds]
 
         weights, momentum = [], []
         for layer in range(net.depth):
