@@ -161,7 +161,7 @@ class Session:
         cache = now.cache.clone()
         settings = kwargs.get("generation_config") or self.model.generation_config
         cache.batch_repeat_interleave(kwargs.get("num_beams") or settings.num_beams or 1)
-        with self._inference():
+        with reading(self.model):
             start = torch.tensor([[now.recent[-1]]], device=self.model.device)
             new = self.model.generate(start, past_key_values=cache, **kwargs)[0, 1:]
         ids = tuple(new.tolist())
@@ -184,7 +184,7 @@ class Session:
         cache = now.cache
         if cache.states is None:
             cache = cache.clone()
-            with self._inference():
+            with reading(self.model):
                 self.model(
                     torch.zeros(1, 0, dtype=torch.int64, device=self.model.device), past_key_values=cache
                 )
@@ -249,7 +249,7 @@ class Session:
         unread = torch.cat([torch.tensor(now.recent[-1:], dtype=torch.int64), piece])[:-1]
         cache, surprise = now.cache.clone(), None
         if len(unread):
-            with self._inference():
+            with reading(self.model):
                 output = self.model(
                     input_ids=unread.unsqueeze(0).to(self.model.device),
                     past_key_values=cache,
@@ -261,12 +261,14 @@ class Session:
         self._now = _Now(cache, (now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:])
         return surprise
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(was_training)
+
+@contextmanager
+def reading(model: TitansForCausalLM) -> Iterator[None]:
+    """No gradients, and evaluation mode for as long as it lasts."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

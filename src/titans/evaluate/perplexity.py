@@ -1,0 +1,194 @@
+"""How well a model predicts documents that it reads once, from beginning to end, at constant memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.evaluate.memory import frozen_memory
+from titans.hf import TitansCache, TitansForCausalLM
+from titans.stream.session import PIECE_LENGTH, reading
+from titans.stream.text import token_ids
+
+TokenIds = Tensor | np.ndarray | Sequence[int]
+POSITION_BOUNDS = (256, 1024, 4096, 16384, 65536, 262144, 1048576)
+# Logits of one call: 256 MB in float32.
+_MAX_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """The loss of the tokens at positions begin to end − 1 of their documents; end is None for all the
+    rest."""
+
+    begin: int
+    end: int | None
+    tokens: int
+    nats_per_token: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What `bits_per_byte` found.
+
+    tokens: how many were predicted. perplexity: exp(nats_per_token). by_position: the ranges that occur.
+    """
+
+    bits_per_byte: float
+    nats_per_token: float
+    perplexity: float
+    tokens: int
+    by_position: tuple[PositionLoss, ...]
+
+
+@dataclass(frozen=True)
+class _Text:
+    ids: Tensor
+    bytes_per_token: float
+
+    @property
+    def num_predictions(self) -> int:
+        return len(self.ids) - 1
+
+
+def bits_per_byte(
+    model: TitansForCausalLM,
+    documents: Sequence[tuple[TokenIds, int]],
+    *,
+    batch_size: int = 8,
+    piece_length: int = PIECE_LENGTH,
+    context_length: int | None = None,
+    freeze_memory: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Predict every token of every document from all that stands before it there, the memory carried along.
+
+    A document's first token is read but not predicted; its bytes do not count (they are taken as the average
+    of the document's tokens, which for a byte model is exact).
+
+    Args:
+        documents: token ids (n,) and the number of bytes they stand for.
+        batch_size: documents read side by side.
+        piece_length: most tokens of a document in one call; changes the speed alone.
+        context_length: forget everything whenever so many tokens of a document have been read.
+        freeze_memory: see `frozen_memory`; what the persistent tokens have written stays.
+        progress: called with the number of tokens predicted so far and in all.
+
+    Raises:
+        ValueError: for documents without a token to predict, foreign token ids, or numbers below 1.
+    """
+    for name, value in dict(
+        batch_size=batch_size, piece_length=piece_length, context_length=context_length
+    ).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: give a whole number of at least 1")
+    texts = sorted(_texts(model, documents, context_length), key=lambda text: len(text.ids))
+    total = sum(text.num_predictions for text in texts)
+    if not total:
+        raise ValueError("documents hold no token to predict: give at least one of two tokens or more")
+    bounds = torch.tensor(POSITION_BOUNDS)
+    nats, num_bytes, tokens = (torch.zeros(len(bounds) + 1, dtype=torch.float64) for _ in range(3))
+    done = 0
+    for begin in range(0, len(texts), batch_size):
+        group, position = texts[begin : begin + batch_size], 0
+        with reading(model):
+            cache = _fresh_cache(model, len(group))
+        with reading(model), frozen_memory(model) if freeze_memory else nullcontext():
+            while group := _drop_finished(group, cache, position):
+                # A shorter piece where a document ends, then up to the next multiple again.
+                most = max(1, min(piece_length, _MAX_LOGITS // (len(group) * model.config.vocab_size)))
+                length = min(most - position % most, group[0].num_predictions - position)
+                ids = torch.stack([text.ids[position : position + length + 1].long() for text in group])
+                losses = _losses(model, ids, cache).cpu().double()
+                place = torch.bucketize(torch.arange(position + 1, position + length + 1), bounds, right=True)
+                rates = torch.tensor([text.bytes_per_token for text in group], dtype=torch.float64)
+                nats.index_add_(0, place, losses.sum(0))
+                num_bytes.index_add_(0, place, rates.sum().expand(length))
+                tokens.index_add_(0, place, torch.full((length,), len(group), dtype=torch.float64))
+                position += length
+                done += length * len(group)
+                if progress is not None:
+                    progress(done, total)
+    begins, ends = (0, *POSITION_BOUNDS), (*POSITION_BOUNDS, None)
+    by_position = tuple(
+        PositionLoss(begins[i], ends[i], int(tokens[i]), *_rates(nats[i], tokens[i], num_bytes[i]))
+        for i in range(len(tokens))
+        if tokens[i]
+    )
+    nats_per_token, bits = _rates(nats.sum(), tokens.sum(), num_bytes.sum())
+    return Perplexity(bits, nats_per_token, math.exp(nats_per_token), done, by_position)
+
+
+def score(
+    model: TitansForCausalLM,
+    ids: TokenIds,
+    cache: TitansCache | None = None,
+    *,
+    piece_length: int = PIECE_LENGTH,
+) -> Tensor:
+    """The loss in nats of every token but the first, (n − 1,) on the CPU, each predicted from all before it.
+
+    A cache of one row is what was read before; afterwards it has read ids[:-1], too.
+
+    Raises:
+        ValueError: for fewer than two tokens, or foreign token ids.
+    """
+    tokens = token_ids(ids, None, model.config.vocab_size)
+    if len(tokens) < 2:
+        raise ValueError(f"ids holds {len(tokens)} token(s): give two or more, the first is not predicted")
+    cache = TitansCache(model.config) if cache is None else cache
+    most = max(1, min(piece_length, _MAX_LOGITS // model.config.vocab_size))
+    losses = []
+    with reading(model):
+        for begin in range(0, len(tokens) - 1, most):
+            losses.append(_losses(model, tokens[None, begin : begin + most + 1].long(), cache)[0].cpu())
+    return torch.cat(losses)
+
+
+def _texts(
+    model: TitansForCausalLM, documents: Sequence[tuple[TokenIds, int]], context_length: int | None
+) -> list[_Text]:
+    texts = []
+    for ids, num_bytes in documents:
+        tokens = token_ids(ids, None, model.config.vocab_size)
+        # A window's last token is the next one's first: predicted there, read here.
+        step = context_length or max(len(tokens), 1)
+        windows = [tokens[begin : begin + step + 1] for begin in range(0, len(tokens) - 1, step)]
+        texts += [_Text(window, num_bytes / len(tokens)) for window in windows]
+    return texts
+
+
+def _fresh_cache(model: TitansForCausalLM, rows: int) -> TitansCache:
+    """States as they are before the first token, persistent tokens read."""
+    cache = TitansCache(model.config)
+    cache.store(tuple(layer.mixer.initial_state(rows) for layer in model.model.layers), 0)
+    return cache
+
+
+def _drop_finished(group: list[_Text], cache: TitansCache, position: int) -> list[_Text]:
+    """The texts that go on, in ascending length, as they were; their rows remain in the cache."""
+    going_on = [row for row, text in enumerate(group) if text.num_predictions > position]
+    if going_on and len(going_on) < len(group):
+        cache.batch_select_indices(torch.tensor(going_on))
+    return [group[row] for row in going_on]
+
+
+def _losses(model: TitansForCausalLM, ids: Tensor, cache: TitansCache) -> Tensor:
+    """ids (rows, n + 1) int64, read up to the last: losses (rows, n)."""
+    ids = ids.to(model.device)
+    logits = model(ids[:, :-1], past_key_values=cache).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def _rates(nats: Tensor, tokens: Tensor, num_bytes: Tensor) -> tuple[float, float]:
+    """Nats per token and bits per byte."""
+    return float(nats / tokens), float(nats / math.log(2) / num_bytes)

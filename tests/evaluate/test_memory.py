@@ -1,0 +1,94 @@
+"""A memory that may not write, and a memory that has nothing beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from titans.evaluate import bits_per_byte, frozen_memory, keep_memory_only, score
+from titans.hf import TitansCache, TitansForCausalLM
+from titans.memory import MemoryState
+from titans.nn import NeuralMemory
+from titans.nn.blocks import BLOCKS
+
+from .models import small_model, some_ids
+
+MEMORIES = sorted(set(BLOCKS) - {"transformer"})
+
+
+def memories(cache: TitansCache) -> list[MemoryState]:
+    def is_memory(x: object) -> bool:
+        return isinstance(x, MemoryState)
+
+    return [x for x in pytree.tree_leaves(cache.states, is_leaf=is_memory) if is_memory(x)]
+
+
+def after_reading(model: TitansForCausalLM, count: int = 32, seed: int = 0) -> TitansCache:
+    cache = TitansCache(model.config)
+    score(model, some_ids(count + 1, seed), cache)
+    return cache
+
+
+@pytest.mark.parametrize("variant", MEMORIES)
+def test_a_frozen_memory_learns_nothing_and_thaws(variant: str) -> None:
+    model = small_model(variant)
+    for module in model.modules():
+        if isinstance(module, NeuralMemory):
+            module.gate_weight.data.zero_()  # forgetting, which goes on, must not depend on the text
+
+    def difference() -> float:
+        one, other = (memories(after_reading(model, seed=seed))[0].weights[0] for seed in (1, 2))
+        return float((one - other).abs().max())
+
+    with pytest.raises(KeyError), frozen_memory(model):
+        assert difference() < 1e-12
+        raise KeyError
+    assert difference() > 1e-3
+
+
+def test_a_frozen_evaluation_keeps_what_persistent_tokens_wrote() -> None:
+    model, documents = small_model("lmm"), [(some_ids(40), 40)]
+    frozen = bits_per_byte(model, documents, freeze_memory=True)
+    with frozen_memory(model):
+        nothing_written = bits_per_byte(model, documents)
+    assert len({x.nats_per_token for x in (frozen, nothing_written, bits_per_byte(model, documents))}) == 3
+    with pytest.raises(ValueError, match="no memory"):
+        bits_per_byte(small_model("transformer"), documents, freeze_memory=True)
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("count", [32, 30])
+def test_only_the_memory_is_kept(variant: str, count: int) -> None:
+    model = small_model(variant)
+    cache = after_reading(model, count)
+    before = [leaf.clone() for leaf in pytree.tree_leaves(cache.states)]
+    kept = keep_memory_only(model, cache)
+    fresh = TitansCache(model.config)
+    fresh.store(tuple(layer.mixer.initial_state(1) for layer in model.model.layers), 0)
+
+    learned = set()
+    for was, now in zip(memories(cache), memories(kept), strict=True):
+        for layer, (weight, anchor) in enumerate(zip(now.weights, now.anchor, strict=True)):
+            expected = was.weights[layer]
+            if count % model.config.chunk_size:
+                expected = torch.nn.functional.normalize(expected, dim=-1)
+            torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
+            assert torch.equal(anchor, weight) and torch.equal(now.momentum[layer], was.momentum[layer])
+        learned |= {id(leaf) for leaf in (*now.weights, *now.momentum)}
+    if variant == "mac":
+        for state in kept.states:
+            assert all(map(torch.equal, state.snapshot, state.memory.memory.weights))
+    for now, initial in zip(*(pytree.tree_leaves(c.states) for c in (kept, fresh)), strict=True):
+        assert id(now) in learned or torch.equal(now, initial)
+    for leaf, copy in zip(pytree.tree_leaves(cache.states), before, strict=True):
+        assert torch.equal(leaf, copy), "the cache itself is left alone"
+
+    second = some_ids(20, seed=9)
+    moved = (score(model, second, kept) - score(model, second)).abs().max()
+    assert moved == 0 if variant == "transformer" else moved > 1e-3
+
+
+def test_nothing_read_leaves_nothing() -> None:
+    model = small_model()
+    assert keep_memory_only(model, TitansCache(model.config)).states is None
