@@ -25,9 +25,15 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 
 def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
-    """For each batch row, `chosen` where `rows` (batch,) is true, else `otherwise`."""
+    """For each batch row, `chosen` where `rows` (batch,) is true, else `otherwise`.
+
+    A leaf of `chosen` that is shorter in dimension 1, as the keys of a row that has read less, is filled up with
+    zeros: what a row has not reached is never looked at.
+    """
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
+        if a.shape != b.shape:
+            a = torch.cat([a, a.new_zeros(a.shape[0], b.shape[1] - a.shape[1], *a.shape[2:])], 1)
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
     return pytree.tree_map(pick, chosen, otherwise)
