@@ -1,4 +1,4 @@
-"""One text, many ways to read it: every variant gives the same logits whatever the cut, the batch and the padding."""
+"""One text, many ways to read it: the same logits whatever the cut, the batch and the padding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS
 
 from .models import (
-    CHUNK, LAYERS, SEGMENT, VOCAB, WINDOW, assert_near, filled_cache, logits_of, random_ids, small_model,
-)  # fmt: skip
+    CHUNK,
+    LAYERS,
+    SEGMENT,
+    VOCAB,
+    WINDOW,
+    assert_near,
+    filled_cache,
+    logits_of,
+    random_ids,
+    small_model,
+)
 
 pytestmark = pytest.mark.parametrize("variant", BLOCKS)
 MODELS = {variant: small_model(variant) for variant in BLOCKS}
@@ -130,7 +139,7 @@ def test_embeddings_are_read_like_ids(variant):
 
 
 def test_an_early_token_matters_beyond_the_reach_of_attention(variant):
-    """And only through what the memory has learned: with writing and data-dependent gates off, nothing passes."""
+    """And only through what was learned: with writing and data-dependent gates off, nothing passes."""
     model, ids = small_model(variant), random_ids(1, 80)
     other = ids.clone()
     other[0, 3] = (ids[0, 3] + 1) % VOCAB

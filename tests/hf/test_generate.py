@@ -149,17 +149,23 @@ def test_new_ids_continue_a_cache_however_much_it_has_seen(variant, monkeypatch)
 def test_prompts_may_be_embeddings(variant):
     model, ids = MODELS[variant], random_ids(2, 7)
     embeddings = model.get_input_embeddings()(ids).detach()
-    assert torch.equal(greedy(model, None, 12, inputs_embeds=embeddings), greedy(model, ids, 12))
+    expected = greedy(model, ids, 12)
+    assert torch.equal(greedy(model, None, 12, inputs_embeds=embeddings), expected)
+    for begin, mask in ((4, {}), (4, dict(attention_mask=torch.ones_like(ids))), (3, {})):
+        cache = filled_cache(model, ids[:, :begin])
+        new = greedy(model, None, 12, inputs_embeds=embeddings[:, begin:], past_key_values=cache, **mask)
+        assert torch.equal(new, expected)
 
 
 def test_a_mask_that_fits_neither_new_nor_all_tokens_is_refused(variant):
     model, ids = MODELS[variant], random_ids(1, 6)
     cache = filled_cache(model, random_ids(1, 9))
     for width in (5, 14, 16):
-        with pytest.raises(ValueError, match=f"attention_mask covers {width} tokens.* 6 .* 15"):
-            greedy(
-                model, ids, 2, past_key_values=cache, attention_mask=torch.ones(1, width, dtype=torch.int64)
-            )
+        mask = torch.ones(1, width, dtype=torch.int64)
+        with pytest.raises(ValueError, match=rf"\(1, {width}\): give \(1, 6\), or \(1, 15\)"):
+            greedy(model, ids, 2, past_key_values=cache, attention_mask=mask)
+    with pytest.raises(ValueError, match="no tokens are given"):
+        greedy(model, ids[:, :0], 2, past_key_values=cache)
     with torch.no_grad():
         assert_near(
             model(ids, past_key_values=cache).logits,
@@ -175,9 +181,9 @@ def test_other_caches_are_refused(variant, kind):
 
 def test_what_a_memory_cannot_undo_is_refused(variant):
     model, ids = MODELS[variant], random_ids(1, 6)
-    with pytest.raises(ValueError, match="stateful|[Aa]ssisted"):
+    with pytest.raises(ValueError, match=r"stateful|[Aa]ssisted"):
         greedy(model, ids, 4, assistant_model=small_model(variant, seed=2))
-    with pytest.raises(ValueError, match="stateful|[Aa]ssisted"):
+    with pytest.raises(ValueError, match=r"stateful|[Aa]ssisted"):
         greedy(model, ids, 4, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match=r"crop\(-1\): a memory cannot unlearn"):
         filled_cache(model, ids).crop(-1)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from titans.hf.configuration_titans import TitansConfig
 from titans.memory.state import map_state
 from titans.nn.blocks import BLOCKS
+from titans.nn.full_attention import FullAttentionState
 
 FORMAT = "titans-state/1"
 # Every field that decides what a state means; a file of another value is refused.
@@ -57,8 +58,8 @@ class TitansCacheLayer(CacheLayerMixin):
 class TitansCache(Cache):
     """Everything a model has read, per layer: memory, attention window or segment, convolution tails.
 
-    It can be reordered, repeated, selected, reset, copied (`clone`), saved and loaded; it cannot be cropped, because
-    what a memory has learned cannot be unlearned.
+    It can be reordered, repeated, selected, reset, copied (`clone`), saved and loaded; it cannot be cropped,
+    because what a memory has learned cannot be unlearned.
     """
 
     layers: list[TitansCacheLayer]
@@ -86,7 +87,7 @@ class TitansCache(Cache):
         return self.num_columns - self._columns_before_call
 
     def begin_call(self, fresh: bool) -> None:
-        """Count columns from here (fresh) or from the start: `generate` slices ids and masks by that count."""
+        """Count columns from here (fresh) or from the start: `generate` slices ids and masks by the count."""
         self._columns_before_call = self.num_columns if fresh else 0
 
     def _map(self, function: Any) -> None:
@@ -110,7 +111,7 @@ class TitansCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise ValueError(
-            f"crop({tokens_to_remove}): a memory cannot unlearn its last tokens; clone() before reading them instead"
+            f"crop({tokens_to_remove}): a memory cannot unlearn its last tokens; clone() before reading them"
         )
 
     @property
@@ -124,7 +125,9 @@ class TitansCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held by all states."""
-        return sum({id(t): t.nbytes for t in pytree.tree_leaves(self.states) if isinstance(t, Tensor)}.values())
+        return sum(
+            {id(t): t.nbytes for t in pytree.tree_leaves(self.states) if isinstance(t, Tensor)}.values()
+        )
 
     def clone(self) -> TitansCache:
         """An independent copy: both may go on reading."""
@@ -147,7 +150,9 @@ class TitansCache(Cache):
         if self.states is None:
             raise ValueError("the cache is empty: read something before saving it")
         path = Path(path)
-        tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in _named_leaves(self.states)}
+        tensors = {
+            name: leaf.detach().cpu().contiguous().clone() for name, leaf in _named_leaves(self.states)
+        }
         about = {
             **(metadata or {}),
             "format": FORMAT,
@@ -169,8 +174,8 @@ class TitansCache(Cache):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: for a damaged file, another format, a state of another configuration, or values that no
-                model could have written; says which.
+            ValueError: for a damaged file, another format, a state of another configuration, or values that
+                no model could have written; says which.
         """
         about, tensors = read_state_file(path, device)
         saved = json.loads(about["config"])
@@ -180,24 +185,15 @@ class TitansCache(Cache):
                     f"{path} was written with {name}={saved.get(name)!r}, the model has "
                     f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
                 )
+        states = _as_states(path, tensors, config, int(about["num_columns"]))
         cache = cls(config)
-        template = _template(config)
-        expected = dict(_named_leaves(template))
-        if missing := sorted(expected.keys() ^ tensors.keys()):
-            raise ValueError(f"{path} does not hold exactly the tensors of such a model: {missing[0]} differs")
-        batch = tensors[next(iter(expected))].shape[0]
-        for name, leaf in expected.items():
-            _check_leaf(path, name, tensors[name], leaf, batch)
-        leaves, structure = pytree.tree_flatten(template)
-        ordered = [tensors[name] for name, _ in _named_leaves(template)]
-        assert len(ordered) == len(leaves)
-        for layer, state in zip(cache.layers, pytree.tree_unflatten(ordered, structure), strict=True):
-            layer.state = state
-        cache.num_columns = int(about["num_columns"])
+        cache.store(states, int(about["num_columns"]))
         return cache
 
 
-def read_state_file(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_state_file(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a state file.
 
     Raises:
@@ -215,9 +211,10 @@ def read_state_file(path: str | Path, device: torch.device | str = "cpu") -> tup
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
     try:
-        if not isinstance(json.loads(about["config"]), dict) or int(about["num_columns"]) < 0:
+        # Positions are turned into float64 angles, which are exact up to here.
+        if not isinstance(json.loads(about["config"]), dict) or not 0 <= int(about["num_columns"]) < 2**53:
             raise ValueError
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
     return about, tensors
 
@@ -227,12 +224,36 @@ def _named_leaves(states: Any) -> list[tuple[str, Tensor]]:
     return [(pytree.keystr(path).lstrip("."), leaf) for path, leaf in pairs]
 
 
+def _as_states(
+    path: str | Path, tensors: dict[str, Tensor], config: TitansConfig, num_columns: int
+) -> tuple[Any, ...]:
+    """A file's tensors as the states of such a model; ValueError for what no model could have written."""
+    template = _template(config)
+    named = _named_leaves(template)
+    if different := sorted({name for name, _ in named} ^ tensors.keys()):
+        raise ValueError(f"{path} does not hold exactly the tensors of such a model: {different[0]} differs")
+    growing = _growing_leaves(template)
+    slots = max((tensors[name].shape[1] for name in growing if tensors[name].dim() == 4), default=0)
+    first = tensors[named[0][0]]
+    batch = first.shape[0] if first.dim() else 0
+    for name, leaf in named:
+        rest = (slots, *leaf.shape[2:]) if name in growing else leaf.shape[1:]
+        _check_leaf(path, name, tensors[name], (batch, *rest), leaf.dtype)
+    positions = torch.stack([tensors[name] for name, leaf in named if leaf.dtype == torch.int64])
+    if not batch or (positions != positions[0]).any() or positions.max() > num_columns:
+        raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
+    if growing and positions.max() > slots:
+        raise ValueError(f"{path}: its positions reach beyond the keys it holds; the memory is damaged")
+    structure = pytree.tree_structure(template)
+    return pytree.tree_unflatten([tensors[name] for name, _ in named], structure)
+
+
 def _template(config: TitansConfig) -> tuple[Any, ...]:
-    """States of the right structure and shapes, without storage; a size of 0 stands for any."""
+    """States of the right structure, shapes and least dtypes, without storage."""
     settings = config.block_settings()
     with torch.device("meta"):
-        block = BLOCKS[config.variant](_without_persistent(settings))
-        return tuple(block.initial_state(1) for _ in range(config.num_hidden_layers))
+        block = BLOCKS[config.variant](_without_persistent(settings)).bfloat16()
+        return (block.initial_state(1),) * config.num_hidden_layers
 
 
 def _without_persistent(settings: Any) -> Any:
@@ -240,16 +261,29 @@ def _without_persistent(settings: Any) -> Any:
     return type(settings)(**{**vars(settings), "num_persistent_tokens": 0})
 
 
-def _check_leaf(path: str | Path, name: str, tensor: Tensor, expected: Tensor, batch: int) -> None:
-    shape = (batch, *expected.shape[1:])
-    fits = tensor.dim() == len(shape) and all(
-        want in (0, got) for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+def _growing_leaves(states: Any) -> set[str]:
+    """Names of the leaves whose second dimension grows with what has been read."""
+
+    def grows(state: Any) -> bool:
+        return isinstance(state, FullAttentionState)
+
+    pairs, _ = pytree.tree_flatten_with_path(states, is_leaf=grows)
+    parts = [(path, part) for path, leaf in pairs if grows(leaf) for part in ("keys", "values")]
+    return {f"{pytree.keystr(path)}.{part}".lstrip(".") for path, part in parts}
+
+
+def _check_leaf(
+    path: str | Path, name: str, tensor: Tensor, shape: tuple[int, ...], least: torch.dtype
+) -> None:
+    if tensor.shape != shape:
         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
-    if tensor.is_floating_point() != expected.is_floating_point():
-        raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {expected.dtype}")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
-    if not tensor.is_floating_point() and (tensor.dtype != torch.int64 or (tensor < 0).any()):
+    # A model may be narrower than float32, a memory never is.
+    allowed = [torch.int64] if least == torch.int64 else [torch.float32, torch.float64]
+    if least == torch.bfloat16:
+        allowed += [torch.float16, torch.bfloat16]
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {allowed[0]}")
+    if tensor.dtype == torch.int64 and (tensor < 0).any():
         raise ValueError(f"{path}: {name} holds no valid positions; the memory is damaged")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")

@@ -29,7 +29,8 @@ class TitansConfig(PreTrainedConfig):
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
         memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
-        memory_normalize_step, memory_unit_rows, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
+        memory_normalize_step, memory_unit_rows, memory_max_momentum: what keeps it stable, see
+            `NeuralMemory`.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
@@ -80,7 +81,9 @@ class TitansConfig(PreTrainedConfig):
         unknown = sorted(k for k in kwargs if k not in known and not k.startswith("_"))
         if unknown:
             own = sorted(f.name for f in fields(type(self)) if f.name in TitansConfig.__annotations__)
-            raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is not a field of TitansConfig: choose from {own}")
+            raise ValueError(
+                f"{unknown[0]}={kwargs[unknown[0]]!r} is not a field of TitansConfig: choose from {own}"
+            )
         if self.layer_types is None:
             kind = _LAYER_TYPES.get(self.variant, "hybrid_sliding")
             self.layer_types = [kind] * self.num_hidden_layers
@@ -103,6 +106,13 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even number")
         if not 0 <= self.memory_max_momentum < 1:
             raise ValueError(f"memory_max_momentum={self.memory_max_momentum}: give a number in [0, 1)")
+        if self.memory_max_step_size is not None and not 0 <= self.memory_max_step_size < float("inf"):
+            raise ValueError(
+                f"memory_max_step_size={self.memory_max_step_size}: give a finite number from 0 on"
+            )
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: give a finite number above 0")
         if self.memory_activation not in ("gelu", "silu"):
             raise ValueError(f"memory_activation={self.memory_activation!r}: choose 'gelu' or 'silu'")
 

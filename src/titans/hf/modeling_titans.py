@@ -18,7 +18,7 @@ from titans.memory.state import where_rows
 from titans.nn.blocks import BLOCKS, BlockContext
 from titans.nn.mlp import SwiGLU
 from titans.nn.norm import RMSNorm
-from titans.nn.packing import take
+from titans.nn.packing import real_tokens, take, zero_padding
 
 PREFILL_LENGTH = 2048
 
@@ -29,7 +29,7 @@ class TitansOutput(ModelOutput):
 
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time, vocab_size). last_hidden_state and
     hidden_states: (batch, time, hidden_size). past_key_values: the cache. memory_states: the blocks' states,
-    inside the autograd graph. surprises: per memory layer (batch, time, heads), ‖M(k) − v‖² before each write.
+    inside the autograd graph. surprises: per memory layer (batch, time, heads), ‖M(k) − v‖² before the write.
     """
 
     loss: Tensor | None = None
@@ -55,8 +55,8 @@ class TitansLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Any]:
         """x (batch, time, hidden_size); state of this layer or None; rows (batch,) to start afresh or None.
 
-        The initial state is made here, where sharded parameters have been gathered, and is an argument and a result
-        of the layer because gradient checkpointing drops any cache.
+        The initial state is made here, where sharded parameters have been gathered. The state is an argument
+        and a result of the layer because gradient checkpointing drops any cache.
         """
         if state is None:
             state = self.mixer.initial_state(x.shape[0])
@@ -100,7 +100,8 @@ class TitansPreTrainedModel(PreTrainedModel):
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "use_reentrant=True gives wrong gradients through the memory's state: pass use_reentrant=False"
+                "use_reentrant=True gives wrong gradients through the memory's state: pass "
+                "use_reentrant=False"
             )
         self._activation_checkpointing_enable(
             {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}, **kwargs
@@ -135,8 +136,8 @@ class TitansModel(TitansPreTrainedModel):
 
         Args:
             input_ids: (batch, time) int64, or `inputs_embeds` (batch, time, hidden_size).
-            attention_mask: (batch, seen + time) or (batch, time); 0 marks padding, anywhere. Only its last `time`
-                columns are read.
+            attention_mask: (batch, time), or (batch, seen + time) with `past_key_values`; 0 marks padding,
+                anywhere. Only its last `time` columns are read.
             past_key_values: what was read before, for inference; it is updated.
             use_cache: return a cache; by default as configured, outside training.
             memory_states: what was read before, for training; gradients flow through it.
@@ -153,7 +154,8 @@ class TitansModel(TitansPreTrainedModel):
             raise ValueError("give past_key_values (inference) or memory_states (training), not both")
         if past_key_values is not None and not isinstance(past_key_values, TitansCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}: a Titans model needs TitansCache(config)"
+                f"past_key_values is a {type(past_key_values).__name__}: a Titans model needs "
+                "TitansCache(config)"
             )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, time, _ = x.shape
@@ -164,17 +166,18 @@ class TitansModel(TitansPreTrainedModel):
         if past_key_values is not None:
             if past_key_values.batch_size not in (-1, batch):
                 raise ValueError(
-                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat or "
-                    "select its rows first"
+                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat "
+                    "or select its rows first"
                 )
             memory_states = past_key_values.states
 
-        real = self._real_tokens(attention_mask, batch, time)
+        real = self._real_tokens(attention_mask, batch, time, past_key_values)
         lengths, rank = None, None
         if real is not None:
             # Everything stateful sees real tokens only, each row's moved to its front.
             lengths, rank = real.sum(1), real.cumsum(1) - real.long()
             x = take(x, torch.argsort(~real, dim=1, stable=True))
+            x = zero_padding(x, real_tokens(lengths, time))
 
         def unpack(x: Tensor) -> Tensor:
             return x if real is None or rank is None else torch.where(real.unsqueeze(-1), take(x, rank), 0)
@@ -203,13 +206,16 @@ class TitansModel(TitansPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     @staticmethod
-    def _real_tokens(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:
+    def _real_tokens(
+        attention_mask: Tensor | None, batch: int, time: int, cache: TitansCache | None
+    ) -> Tensor | None:
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < time:
+        seen = {0} if cache is None else {0, cache.get_seq_length(), cache.num_columns}
+        if tuple(attention_mask.shape) not in {(batch, n + time) for n in seen}:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, seen + time) or "
-                f"({batch}, {time}), 0 for padding"
+                f"attention_mask has shape {tuple(attention_mask.shape)}: give ({batch}, {time}), or "
+                f"({batch}, {max(seen) + time}) with everything seen; 0 for padding"
             )
         real = attention_mask[:, attention_mask.shape[1] - time :].bool()
         return None if bool(real.all()) else real
@@ -248,7 +254,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (batch, time) int64, the input ids again; shifted here, −100 is ignored.
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these.
         """
         output = self.model(
             input_ids=input_ids,
@@ -287,35 +293,40 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; with a filled `past_key_values` the ids given are the new ones.
 
-        The library would need an attention mask over everything ever seen to continue, and drops tokens silently
-        without one. Here new ids alone are enough, or new ids with a mask over seen + new, or the whole text again with
-        a mask of its length. Without a mask every id is a real token, the padding id too.
+        The library would need an attention mask over everything ever seen to continue, and drops tokens
+        silently without one. Here new ids alone are enough, or new ids with a mask over seen + new, or the
+        whole text again with a mask of its length; the same holds for `inputs_embeds`. Without a mask every id
+        is a real token, the padding id too.
 
         Raises:
-            ValueError: for a mask of any other length, or a `cache_implementation`.
+            ValueError: for a mask of any other length, nothing to continue with, or a `cache_implementation`.
         """
         # "paged" would never come to the hook above: the library branches off before it.
         _refuse_cache_kind(kwargs.get("cache_implementation"))
-        cache = kwargs.get("past_key_values")
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is None or kwargs.get("inputs_embeds") is not None:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is None:
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is None:
             return super().generate(inputs, *args, **kwargs)
-        mask_given = kwargs.get("attention_mask") is not None
-        # The library would take a token equal to the padding id for padding.
-        mask = kwargs["attention_mask"] if mask_given else torch.ones_like(ids)
-        kwargs["attention_mask"] = mask
-        seen, given, width = (
-            cache.num_columns if isinstance(cache, TitansCache) else 0,
-            ids.shape[1],
-            mask.shape[1],
-        )
-        if width == given and (not seen or given > seen and mask_given):
-            return super().generate(inputs, *args, **kwargs)
-        if width not in (given, seen + given):
+        rows, given = prompt.shape[:2]
+        seen = cache.num_columns if isinstance(cache, TitansCache) else 0
+        if seen and not given:
+            raise ValueError("no tokens are given to continue with: give the last one, or more")
+        if mask is None:
+            # The library would take a token equal to the padding id for padding.
+            mask = torch.ones(rows, given, dtype=torch.int64, device=prompt.device)
+            whole_text_again = False
+        else:
+            whole_text_again = mask.shape[-1] == given > seen
+        if tuple(mask.shape) not in {(rows, given), (rows, seen + given)}:
             raise ValueError(
-                f"attention_mask covers {width} tokens: give the {given} new ones, or {seen + given} with those seen"
+                f"attention_mask has shape {tuple(mask.shape)}: give ({rows}, {given}), or "
+                f"({rows}, {seen + given}) with everything seen"
             )
-        kwargs["attention_mask"] = mask[:, width - given :]
+        kwargs["attention_mask"] = mask[:, mask.shape[1] - given :]
+        if not seen or whole_text_again:
+            return super().generate(inputs, *args, **kwargs)
         cache.begin_call(fresh=True)
         try:
             return super().generate(inputs, *args, **kwargs)
@@ -323,7 +334,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             cache.begin_call(fresh=False)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: what the library batches continuously are pages of keys and values, and a memory has none."""
+        """Refused: continuous batching works on pages of keys and values, and a memory has none."""
         _refuse_cache_kind("paged")
         raise AssertionError
 
