@@ -175,10 +175,14 @@ def test_reading_asks_the_network_that_was_written(backend, time):
     assert_close(again[1, 0, 0], out, FLOAT64, "read by hand")
 
 
-def test_normalized_steps_never_overshoot(backend):
+@pytest.mark.parametrize("norm", [False, True])
+def test_normalized_steps_never_overshoot(backend, norm):
     """With `normalize_step` a step size of 1 is still safe: one step on one token lowers its loss."""
-    problem = make_problem(time=1, chunk_size=1, batch=3, depth=3, head_dim=5, normalize_step=True)
+    problem = make_problem(time=1, chunk_size=1, batch=3, depth=3, head_dim=5, norm=norm, normalize_step=True)
     problem = with_gates(problem, forget=0.0, momentum=0.0, step_size=1.0)
+    # Large weights above a layer make its curvature large too.
+    large = {name: 8 * x for name, x in problem.leaves.items() if name.startswith(("state.w", "state.a"))}
+    problem = problem.change(**large)
     _, state, surprise = problem.scan(backend)
     _, _, after = problem.scan(backend, state)
     assert (after < surprise).all()
