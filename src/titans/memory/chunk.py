@@ -125,12 +125,14 @@ def _errors(
 def _squares(net: MemoryNetwork, inputs: list[Tensor], anchor: Weights) -> tuple[list[Tensor], list[Tensor]]:
     if not net.normalize_step:
         return [], []
-    return [h.square().sum(-1) for h in inputs], [_dot(w, w).squeeze(-1) for w in anchor[1:]]
+    return [h.square().sum(-1) for h in inputs], [
+        torch.linalg.vector_norm(w, dim=(1, 2)).square().unsqueeze(-1) for w in anchor[1:]
+    ]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b per row, (rows, 1, 1), without a weight-sized temporary."""
-    return torch.bmm(a.reshape(a.shape[0], 1, -1), b.reshape(b.shape[0], -1, 1))
+    """Σ a·b per row, (rows, 1, 1)."""
+    return (a * b).sum((1, 2), keepdim=True)
 
 
 def _key_pass(net: MemoryNetwork, chunk: Chunk, anchor: Weights) -> _Keys:
@@ -162,12 +164,12 @@ def run_chunk(
         weight, moment = weights[layer], momentum[layer]
         with_weights, with_momentum = torch.bmm(hidden, weight.mT), torch.bmm(hidden, moment.mT)
         similarity = torch.bmm(hidden, h.mT)
-        out = torch.addcmul(with_weights * c.read_weights, with_momentum, c.read_momentum)
+        out = (with_weights * c.read_weights).addcmul_(with_momentum, c.read_momentum)
         out = out.baddbmm_(similarity * c.read_steps, d, alpha=-1)
         reads.append(_Read(hidden, with_weights, with_momentum, similarity, out))
         if layer + 1 < net.depth:
             hidden = ACTIVATIONS[net.activation](out)
-        moved = torch.addcmul(weight, weight, c.end_weights).addcmul_(moment, c.end_momentum)
+        moved = (weight * c.end_weights).add_(weight).addcmul_(moment, c.end_momentum)
         new_weights.append(moved.baddbmm_((d * c.end_steps).mT, h, alpha=-1))
         carried = moment * c.momentum_momentum
         new_momentum.append(carried.baddbmm_((d * c.momentum_steps).mT, h, alpha=-1))
@@ -242,9 +244,9 @@ def chunk_backward(
                 momentum_steps=(d * deposit_s).sum(-1, keepdim=True).neg_(),
             )
         )
-        moved = torch.addcmul(grad_w, grad_w, c.end_weights)
+        moved = (grad_w * c.end_weights).add_(grad_w)
         from_weights.append(moved.baddbmm_(by_weights.mT, read.inputs))
-        carried = torch.addcmul(grad_s * c.momentum_momentum, grad_w, c.end_momentum)
+        carried = (grad_s * c.momentum_momentum).addcmul_(grad_w, c.end_momentum)
         from_momentum.append(carried.baddbmm_(by_momentum.mT, read.inputs))
         scaled_grads.append(scaled_grad)
         input_grads.append(input_grad)

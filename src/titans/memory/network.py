@@ -153,12 +153,12 @@ class MemoryNetwork:
         for weight, grad in zip(weights, grads, strict=True):
             scale, rescaled = self._row_scales(weight)
             along = (weight * grad).sum(-1, keepdim=True) * scale**3
-            before.append(torch.addcmul(grad * scale, weight, torch.where(rescaled, along, 0), value=-1))
+            before.append((grad * scale).addcmul_(weight, torch.where(rescaled, along, 0), value=-1))
         return before
 
     def _row_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What each row is multiplied by when a chunk ends, and whether it is rescaled at all: (…, out, 1)."""
-        square = weight.square().sum(-1, keepdim=True)
+        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         # A row of zeros stays; the inner where keeps its gradient finite.
-        rescaled = square > 0 if self.norm else square > 1
-        return torch.where(rescaled, torch.where(rescaled, square, 1).rsqrt(), 1), rescaled
+        rescaled = length > 0 if self.norm else length > 1
+        return torch.where(rescaled, 1 / torch.where(rescaled, length, 1), 1), rescaled
