@@ -22,6 +22,7 @@ LAYER = {
     "baselines": 5,
     "experiments": 6,
     "cli": 7,
+    "__main__": 8,
 }
 
 

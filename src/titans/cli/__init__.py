@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import operator
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Any
 
 from titans.cli.errors import UsageError
 
 _COMMANDS = {
-    "train": "train:Train",
-    "generate": "generate:Generate",
-    "memorize": "memorize:Memorize",
-    "eval": "evaluate:Eval",
-    "info": "info:Info",
+    "train": ("titans.cli.train", "Train"),
+    "generate": ("titans.cli.generate", "Generate"),
+    "memorize": ("titans.cli.memorize", "Memorize"),
+    "eval": ("titans.cli.evaluate", "Eval"),
+    "info": ("titans.cli.info", "Info"),
 }
 
 
@@ -35,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt as error:
         return _complain(error, "interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has closed it: nothing is left to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UsageError as error:
         return _complain(error, "", 2)
     except (ValueError, OSError, ArithmeticError) as error:
@@ -49,21 +50,25 @@ def _complain(error: BaseException, otherwise: str, code: int) -> int:
 def _parse(arguments: list[str]) -> Any:
     import tyro
 
-    from titans.cli.train import from_config_file
+    name, *options = arguments or [""]
+    if name in _COMMANDS:
+        from titans.cli.train import defaults_from_config_file
 
-    commands: list[Any] = []
-    for name, place in _COMMANDS.items():
-        module, _, cls = place.partition(":")
-        if importlib.util.find_spec(f"titans.cli.{module}") is None:
-            continue
-        command = getattr(importlib.import_module(f"titans.cli.{module}"), cls)
-        default = from_config_file(arguments) if arguments[:1] == ["train"] == [name] else None
-        about = tyro.conf.subcommand(name) if default is None else tyro.conf.subcommand(name, default=default)
-        commands.append(Annotated[command, about])
-    return tyro.cli(
-        functools.reduce(operator.or_, commands),
+        return tyro.cli(
+            _command(name),
+            args=options,
+            prog=f"titans {name}",
+            default=defaults_from_config_file(options) if name == "train" else None,
+        )
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: _command(name) for name in _COMMANDS},
         args=arguments,
         prog="titans",
         description="Sequence models whose long-term memory learns while it reads.",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+
+
+def _command(name: str) -> Any:
+    # A command loads its own file alone.
+    module, cls = _COMMANDS[name]
+    return getattr(import_module(module), cls)

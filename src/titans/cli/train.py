@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.train.settings import TrainSettings
+from titans.train.settings import TrainSettings, check_type, field_types
 
 
 def _parse_field(text: str) -> tuple[str, Any]:
@@ -79,14 +79,14 @@ class Train(TrainSettings):
         return 0
 
 
-def from_config_file(arguments: list[str]) -> Train | None:
+def defaults_from_config_file(arguments: list[str]) -> Train | None:
     """The defaults that a --config-file among the arguments asks for, or None without one.
 
     Raises:
         UsageError: if it cannot be read, or names something that is no setting.
     """
     path = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if name in ("--config-file", "--config_file"):
             path = Path(value if equals else following)
@@ -97,25 +97,27 @@ def from_config_file(arguments: list[str]) -> Train | None:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"config_file={str(path)!r} cannot be read ({reason})") from None
+        raise UsageError(f"config_file={str(path)!r} cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"config_file={str(path)!r} holds no settings: write lines such as `steps: 300`")
-    known = {f.name: f for f in dataclasses.fields(TrainSettings)}
+    types = field_types()
     for name, value in values.items():
-        if name not in known:
-            raise UsageError(f"config_file={str(path)!r} sets {name!r}: choose from {', '.join(known)}")
-        default = known[name].default
-        kind = dict if name == "config" else type(default)
-        if default is not None and name not in ("data", "output", "betas") and not _fits(value, kind):
-            raise UsageError(f"config_file={str(path)!r}: {name}={value!r} is not of type {kind.__name__}")
-    values["data"] = values.get("data", tyro.MISSING)
-    if "output" in values:
-        values["output"] = Path(values["output"])
-    if "betas" in values:
-        values["betas"] = tuple(values["betas"])
-    return Train(**values)
+        if name not in types:
+            raise UsageError(f"config_file={str(path)!r} sets {name!r}: choose from {', '.join(types)}")
+        try:
+            values[name] = _from_yaml(value, types[name])
+            check_type(name, values[name])
+        except ValueError as error:
+            raise UsageError(f"config_file={str(path)!r}: {error}") from None
+    return Train(**{"data": tyro.MISSING, **values})
 
 
-def _fits(value: Any, kind: type) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
+def _from_yaml(value: Any, types: tuple[type, ...]) -> Any:
+    """YAML has no paths and no tuples, and takes 1e-4 for text."""
+    if isinstance(value, list) and tuple in types:
+        return tuple(value)
+    if isinstance(value, str) and Path in types:
+        return Path(value)
+    if isinstance(value, str) and float in types:
+        return float(value)
+    return value

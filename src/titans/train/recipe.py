@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
-from titans.data import load_tokenizer
+from titans.data import list_corpora, load_corpus, load_tokenizer
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
 from titans.train.checkpoint import checkpoints, delete_unfinished, share, write_json
 from titans.train.examples import make_examples
@@ -89,6 +89,9 @@ def check(settings: TrainSettings) -> None:
     """
     settings.check()
     model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
+    for corpus in filter(None, (settings.data, settings.eval_data)):
+        if not (corpus in list_corpora() or corpus.startswith("hf:") or Path(corpus).exists()):
+            load_corpus(corpus)  # says what there is to choose from
     found = checkpoints(settings.output)
     if settings.resume:
         if not found:
@@ -178,6 +181,7 @@ class TrainingRun:
             max_steps=settings.steps,
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
+            use_cpu=not torch.cuda.is_available(),
             bf16=settings.dtype == "bfloat16",
             train_sampling_strategy="sequential",
             remove_unused_columns=False,

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
@@ -82,18 +83,20 @@ class TrainSettings:
         Raises:
             ValueError: naming the field, its value and the remedy.
         """
-        whole = {"steps": 1, "batch_size": 1, "sequence_length": 1, "eval_every": 1, "eval_tokens": 1,
+        for name in field_types():
+            check_type(name, getattr(self, name))
+        least = {"steps": 1, "batch_size": 1, "sequence_length": 1, "eval_every": 1, "eval_tokens": 1,
                  "save_every": 1, "log_every": 1, "seed": 0, "warmup_steps": 0, "threads": 1}  # fmt: skip
-        for name, least in whole.items():
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
-        ranges = {"learning_rate": (0, math.inf), "min_learning_rate": (0, 1), "weight_decay": (0, math.inf),
-                  "max_grad_norm": (0, math.inf), "hold_out": (0, 1)}  # fmt: skip
-        for name, (least, most) in ranges.items():
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
+        most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
+                "max_grad_norm": math.inf, "hold_out": 1}  # fmt: skip
+        for name, bound in most.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name}={value!r}: give a number from {least} to {most}")
+            if value is not None and not 0 <= value <= bound:
+                raise ValueError(f"{name}={value!r}: give a number from 0 to {bound}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: give two numbers in [0, 1)")
         if self.dtype not in ("float32", "bfloat16"):
@@ -129,3 +132,30 @@ class TrainSettings:
                 f"{name}={getattr(self, name)!r}, but {folder} was trained with {name}={saved[name]!r}: "
                 "resume with the same value, or start another run in another output folder"
             )
+
+
+@cache
+def field_types() -> dict[str, tuple[type, ...]]:
+    """Every field's name and the types it may have."""
+    hints = get_type_hints(TrainSettings)
+    return {
+        name: tuple(
+            get_origin(option) or option
+            for option in (get_args(hint) if type(None) in get_args(hint) else (hint,))
+        )
+        for name, hint in hints.items()
+    }
+
+
+def check_type(name: str, value: Any) -> None:
+    """Whether a value has a type that the field may have.
+
+    Raises:
+        ValueError: naming field, value and types.
+    """
+    allowed = field_types()[name]
+    # A whole number is a number; True is not.
+    fits = type(value) in allowed or (isinstance(value, Path) and Path in allowed)
+    if not fits and not (type(value) is int and float in allowed):
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}: give {names}")

@@ -94,6 +94,7 @@ class TitansTrainer(Trainer):
         self.save_extras = save_extras
         self.stop_requested = False
         self.carried: tuple[Any, ...] | None = None
+        self._columns_carried = 0
 
     # Loss and gradient
 
@@ -118,6 +119,7 @@ class TitansTrainer(Trainer):
         self._refuse_non_finite(value, "loss")
         if self.carry_memory:
             self.carried = map_state(Tensor.detach, output.memory_states)
+            self._columns_carried += inputs["input_ids"].shape[1]
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
         return (loss, output) if return_outputs else loss
 
@@ -192,7 +194,7 @@ class TitansTrainer(Trainer):
                 self._save_rng_state(str(folder))
                 if self.carried is not None:
                     cache = TitansCache(self._network.config)
-                    cache.store(self.carried, num_columns=0)
+                    cache.store(self.carried, self._columns_carried)
                     cache.save(folder / _MEMORY_FILE)
                 self.metrics.save(folder)
                 self.state.save_to_json(str(folder / _STATE_FILE))
@@ -217,9 +219,8 @@ class TitansTrainer(Trainer):
                 "from an older checkpoint"
             ) from None
         if self.carry_memory:
-            self.carried = TitansCache.load(
-                folder / _MEMORY_FILE, self._network.config, self.args.device
-            ).states
+            cache = TitansCache.load(folder / _MEMORY_FILE, self._network.config, self.args.device)
+            self.carried, self._columns_carried = cache.states, cache.num_columns
         self.metrics.load(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from titans.cli import main
+from titans.train.progress import ProgressLine
+
+SMALL = [
+    "--config", "hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=2",
+    "head_dim=8", "chunk_size=8", "segment_length=16", "sliding_window=16", "num_persistent_tokens=2",
+    "--batch-size", "4", "--sequence-length", "40", "--threads", "1", "--eval-tokens", "400",
+]  # fmt: skip
+
+
+def command(output: Path, *options: str) -> list[str]:
+    return ["train", "--data", "excerpt", "--output", str(output), *SMALL, *options]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "titans", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_train_says_on_stderr_what_it_does_and_prints_its_result_as_json(tmp_path: Path) -> None:
+    done = run(command(tmp_path / "run", "--steps", "6", "--log-every", "2", "--json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["steps"] == 6 and [step for step, _ in result["losses"]] == [2, 4, 6]
+    assert result["evaluations"] == [[6, result["bits_per_byte"]]]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    first, *lines, last = done.stderr.splitlines()
+    assert re.match(
+        r"tiny mac, 0\.0\d M parameters; excerpt: 4 documents, 69,690 tokens; held out: the-temp", first
+    )
+    assert [line.split(" · ")[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6", "step 6/6"]
+    assert re.search(r"loss \d\.\d{4} · \d\.\d{3} bits/byte · [\d,]+ tokens/s · \d:\d\d left$", lines[1])
+    assert (
+        last == f"done: {result['bits_per_byte']:.3f} bits/byte held out; {tmp_path / 'run'} holds the model"
+    )
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "titans", *command(output, "--steps", "100000", "--log-every", "1")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not (output / "metrics.jsonl").is_file() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130, said
+    step = int(re.search(r"^titans: interrupted after step (\d+) of 100000; .*--resume$", said, re.M)[1])  # type: ignore[index]
+    assert "Traceback" not in said
+    assert [path.name for path in output.iterdir() if "checkpoint" in path.name] == [f"checkpoint-{step}"]
+    assert main(command(output, "--steps", str(step + 1), "--log-every", "1", "--resume")) == 0
+    assert f"resuming from checkpoint-{step}" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, step + 2), step + 1]  # each step once, and the evaluation of the last
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--preset", "huge"], 2, r"preset 'huge' is not known: choose one of .*'tiny'"),
+        (["--variant", "mab"], 2, r"variant='mab': choose one of .*'mac'"),
+        (["--config", "chunk=8"], 2, r"chunk=8 is not a field of TitansConfig: choose from .*chunk_size"),
+        (["--config", "chunk_size=eight"], 2, r"config chunk_size='eight': give a value of type int"),
+        (
+            ["--data", "exerpt"],
+            2,
+            r"corpus='exerpt' is neither a file nor .* \(excerpt, shakespeare, bible\)",
+        ),
+        (["--steps", "0"], 2, r"steps=0: give a whole number of at least 1"),
+        (["--resume"], 2, r"resume: there is no checkpoint in output="),
+        (["--carry-memory", "--variant", "transformer"], 2, r"carry_memory with variant='transformer'"),
+        (["--config-file", "none.yaml"], 2, r"config_file='none.yaml' cannot be read"),
+        (["--data", "empty.txt"], 1, r"corpus='empty.txt' holds no text"),
+        (["--data", "single.txt"], 1, r"data='single.txt' is a single document"),
+        (["--tokenizer", "nowhere/at/all"], 1, r"tokenizer='nowhere/at/all' could not be loaded"),
+        (["--output", "single.txt/run"], 1, r"single.txt"),
+        (["--output", "single.txt"], 2, r"output='single.txt' is a file: give a folder"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "single.txt").write_text("A text.")
+    assert main(["train", "--data", "excerpt", "--output", "run", "--steps", "1", *options]) == code
+    captured = capsys.readouterr()
+    *before, last = captured.err.splitlines()
+    assert re.match(f"titans: .*{said}", last), captured.err
+    assert len(before) <= 1 and captured.out == ""  # at most the line that says what is going to happen
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["train"], ["train", "--data", "excerpt", "--stepz", "3"]]
+)
+def test_options_that_do_not_parse_exit_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err and not captured.out and "Traceback" not in captured.err
+
+
+def test_help_and_version_need_no_torch() -> None:
+    program = (
+        "import sys, titans.cli\n"
+        "assert titans.cli.main(['train', '--help']) == titans.cli.main(['--version']) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Example: titans train" in done.stdout and "titans 0." in done.stdout
+    for option in ("--carry-memory", "--config FIELD=VALUE", "--resume", "--config-file"):
+        assert option in done.stdout
+
+
+def test_a_config_file_sets_what_the_command_line_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"data: excerpt\noutput: {tmp_path / 'run'}\nsteps: 2\nlearning_rate: 1e-4\nthreads: 1\n"
+        "variant: lmm\nsequence_length: 24\nbatch_size: 2\nhold_out: 0\nbetas: [0.8, 0.9]\n"
+        "config: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 1, head_dim: 8}\n"
+    )
+    assert main(["train", "--config-file", str(file), "--batch-size", "3"]) == 0, capsys.readouterr().err
+    written = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (written["batch_size"], written["sequence_length"], written["betas"]) == (3, 24, [0.8, 0.9])
+    assert written["config"]["hidden_size"] == 32 and written["learning_rate"] == 1e-4
+    capsys.readouterr()
+    for text, said in [
+        ("stepz: 3", r"sets 'stepz': choose from .*steps"),
+        ("steps: many", r"steps='many' is of type str: give int"),
+        ("weight_decay: much", r"could not convert string to float: 'much'"),
+        ("threads: 2.5", r"threads=2.5 is of type float: give int or nothing"),
+        ("- 3", r"holds no settings"),
+        ("steps: [", r"cannot be read"),
+    ]:
+        file.write_text(text)
+        assert main(["train", "--config-file", str(file)]) == 2
+        assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_terminal_gets_one_live_line() -> None:
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=120)
+    with ProgressLine(1000, bytes_are_tokens=False, console=console) as progress:
+        for step in range(100, 1001, 100):
+            progress(
+                {"kind": "train", "step": step, "loss": 2.0, "tokens_per_second": 1234.5, "elapsed": step}
+            )
+            progress({"kind": "eval", "step": step, "loss": 2.0, "bits_per_byte": 2.5, "elapsed": step})
+    shown = terminal.getvalue()
+    assert "step 300/1000 · loss 2.0000 · held out 2.500 · 1,234 tokens/s · 11:40 left" in shown
+    assert shown.count("\n") == 1

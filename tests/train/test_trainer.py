@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from titans.data import CarryDataset
+from titans.hf import TitansForCausalLM
+from titans.train import TitansTrainer, TrainingRun, TrainSettings
+from titans.train.optimizer import decayed_parameters, make_optimizer, make_schedule
+from titans.train.recipe import model_config
+
+Make = Callable[..., TrainSettings]
+
+
+def trainer_of(settings: TrainSettings) -> tuple[TitansTrainer, TitansForCausalLM]:
+    settings.output.mkdir(exist_ok=True)
+    run = TrainingRun(settings)
+    trainer = run._trainer(None)
+    run.model.train()
+    return trainer, run.model
+
+
+def batches(trainer: TitansTrainer) -> list[dict[str, torch.Tensor]]:
+    return list(DataLoader(trainer.train_dataset, batch_size=4))  # type: ignore[arg-type]
+
+
+def losses(model: TitansForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Nats of every target, each row read alone and without padding: (number of targets,)."""
+    found = []
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        real = mask.bool()
+        logits = model(ids[real].unsqueeze(0), use_cache=False).logits[0]
+        found.append(F.cross_entropy(logits, labels[real], reduction="none"))
+    return torch.cat(found)
+
+
+def test_the_loss_is_the_mean_over_real_targets_already_shifted(settings: Make) -> None:
+    trainer, model = trainer_of(settings())
+    batch = next(b for b in batches(trainer) if not b["attention_mask"].all())
+    loss = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(loss, losses(model, batch).mean())
+    full = next(b["input_ids"][0] for b in batches(trainer) if b["attention_mask"][0].all())
+    assert (full != 0).all()
+
+
+def test_evaluation_is_the_bits_of_the_held_out_text(settings: Make) -> None:
+    trainer, model = trainer_of(settings())
+    assert trainer.held_out is not None and trainer.held_out.tokens_per_byte == 1
+    nats = torch.cat([losses(model, b) for b in DataLoader(trainer.held_out.windows, batch_size=3)])
+    measured = trainer.evaluate()
+    assert measured["eval_loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert measured["eval_bits_per_byte"] == pytest.approx(nats.mean().item() / 0.6931471805599453, rel=1e-5)
+    assert model.training
+
+
+@pytest.mark.parametrize("variant", ["mac", "mal"])
+def test_a_carried_memory_goes_on_where_its_row_stopped(settings: Make, variant: str) -> None:
+    trainer, model = trainer_of(settings(variant=variant, carry_memory=True, steps=12))
+    assert isinstance(trainer.train_dataset.dataset, CarryDataset)  # type: ignore[union-attr]
+    read: list[list[int]] = [[], [], [], []]
+    continued = restarted = 0
+    for batch in batches(trainer):
+        total, count = 0.0, 0
+        for row in range(4):
+            real = batch["attention_mask"][row].bool()
+            ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
+            if batch["restart"][row]:
+                restarted += bool(read[row])
+                read[row] = []
+            continued += bool(read[row])
+            # What the row has read of its document, and goes on to read, in one piece from an empty memory.
+            whole = torch.tensor([*read[row], *ids.tolist()])
+            logits = model(whole.unsqueeze(0), use_cache=False).logits[0, -len(ids) :]
+            total += F.cross_entropy(logits, labels, reduction="sum").item()
+            count += len(ids)
+            read[row] = whole.tolist()
+        loss = trainer.compute_loss(model, batch).item()
+        assert loss == pytest.approx(total / count, rel=1e-5)
+    assert continued > 4 and restarted > 2
+
+
+def test_the_gradient_stops_at_the_boundary_and_reaches_the_initial_weights_of_restarted_rows(
+    settings: Make,
+) -> None:
+    trainer, model = trainer_of(settings(carry_memory=True, variant="lmm"))
+    initial = model.model.layers[0].mixer.memory.initial_weights[0]
+    first, second = batches(trainer)[:2]
+    trainer.compute_loss(model, first).backward()
+    assert initial.grad is not None and initial.grad.abs().sum() > 0
+    for restart, reached in [(False, False), (True, True)]:
+        model.zero_grad(set_to_none=True)
+        kept = trainer.carried
+        trainer.compute_loss(model, {**second, "restart": torch.tensor([restart] + [False] * 3)}).backward()
+        assert (initial.grad is not None and bool(initial.grad.abs().sum() > 0)) == reached
+        trainer.carried = kept
+
+
+def test_carrying_is_refused_where_there_is_nothing_to_carry(settings: Make) -> None:
+    with pytest.raises(ValueError, match="carry_memory with variant='transformer': it has no memory"):
+        TrainingRun(settings(variant="transformer", carry_memory=True))
+
+
+def test_examples_do_not_depend_on_where_one_starts_reading(settings: Make) -> None:
+    for carry_memory in (False, True):
+        stream = TrainingRun(settings(steps=40, carry_memory=carry_memory)).examples.train
+        forward = [stream[index]["input_ids"] for index in range(len(stream))]
+        assert len(stream) == 160 > 2 * len(stream.dataset)
+        for index in (159, 3, 70, 71, 0):
+            assert torch.equal(stream[index]["input_ids"], forward[index])
+
+
+def test_weight_decay_pulls_at_projections_alone(settings: Make) -> None:
+    model = TitansForCausalLM(model_config(settings(variant="mac"), 256))
+    decayed = set(decayed_parameters(model))
+    free = {name for name, _ in model.named_parameters()} - decayed
+    spared = ("norm", "bias", "embed_tokens", "persistent", "initial_weights", "conv", "lm_head")
+    assert decayed and not [name for name in decayed if any(part in name for part in spared)]
+    assert not [name for name in free if not any(part in name for part in spared)]
+    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decayed) + len(free)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_the_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    schedule = make_schedule(optimizer, steps=50, warmup_steps=10, min_ratio=0.1)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert 0 < rates[0] < rates[9] < rates[10] == 2.0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "huge"}, r"preset 'huge' is not known: choose one of .*tiny"),
+        ({"variant": "mab"}, r"variant='mab': choose one of .*mac"),
+        (
+            {"config": {"chunksize": 4}},
+            r"chunksize=4 is not a field of TitansConfig: choose from .*chunk_size",
+        ),
+        ({"config": {"chunk_size": "4"}}, r"config chunk_size='4': give a value of type int"),
+        ({"config": {"chunk_size": 0}}, r"chunk_size=0: give a whole number of at least 1"),
+        ({"config": {"vocab_size": 300}}, r"vocab_size=300: the tokenizer decides it"),
+        ({"config": {"variant": "lmm"}}, r"variant='lmm': set variant instead"),
+        ({"steps": 0}, r"steps=0: give a whole number of at least 1"),
+        ({"hold_out": 1.5}, r"hold_out=1.5: give a number from 0 to 1"),
+        ({"hold_out": 1}, r"hold_out=1 leaves nothing to train on"),
+        ({"learning_rate": float("nan")}, r"learning_rate=nan: give a number"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): give two numbers"),
+        ({"dtype": "float16"}, r"dtype='float16': choose 'float32' or 'bfloat16'"),
+        ({"resume": True}, r"resume: there is no checkpoint in output="),
+        ({"data": "nowhere"}, r"corpus='nowhere' is neither a file nor a folder nor a built-in name"),
+        ({"tokenizer": "./none"}, r"tokenizer='./none' could not be loaded"),
+    ],
+)
+def test_refusals(settings: Make, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingRun(settings(**changes))
+    assert not settings().output.exists()
+
+
+def test_a_single_document_cannot_be_held_out(settings: Make, corpus: Path) -> None:
+    single = str(corpus / "0.txt")
+    with pytest.raises(ValueError, match=r"is a single document, .*: give eval_data, split"):
+        TrainingRun(settings(data=single))
+    assert TrainingRun(settings(data=single, hold_out=0)).examples.held_out is None
+    separate = TrainingRun(settings(data=single, eval_data=str(corpus / "1.txt")))
+    assert separate.examples.held_out_names == ("1.txt",)
+
+
+def test_a_run_is_not_overwritten(settings: Make) -> None:
+    (settings().output / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="already holds a run: set resume to continue it, or give"):
+        TrainingRun(settings())
