@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -84,37 +85,41 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"{unknown[0]}={kwargs[unknown[0]]!r} is not a field of TitansConfig: choose from {own}"
             )
+        # Once more than the library does, which would wrap the reason in an error of its own kind.
+        self.validate_architecture()
         if self.layer_types is None:
             kind = _LAYER_TYPES.get(self.variant, "hybrid_sliding")
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Called by the library once the fields are set."""
+        """Called by the library too, whenever a configuration is made, saved or loaded."""
         if self.variant not in BLOCKS:
             raise ValueError(f"variant={self.variant!r}: choose one of {sorted(BLOCKS)}")
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "head_dim", "memory_depth", "memory_expansion", "chunk_size", "segment_length", "sliding_window",
-            "conv_kernel",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a whole number of at least 1")
-        if self.num_persistent_tokens < 0:
-            raise ValueError(f"num_persistent_tokens={self.num_persistent_tokens}: give 0 or more")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even number")
-        if not 0 <= self.memory_max_momentum < 1:
-            raise ValueError(f"memory_max_momentum={self.memory_max_momentum}: give a number in [0, 1)")
-        if self.memory_max_step_size is not None and not 0 <= self.memory_max_step_size < float("inf"):
-            raise ValueError(
-                f"memory_max_step_size={self.memory_max_step_size}: give a finite number from 0 on"
-            )
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}: give a finite number above 0")
         if self.memory_activation not in ("gelu", "silu"):
             raise ValueError(f"memory_activation={self.memory_activation!r}: choose 'gelu' or 'silu'")
+        for name, kind in TitansConfig.__annotations__.items():
+            value = getattr(self, name)
+            if kind == "bool" and type(value) is not bool:
+                raise ValueError(f"{name}={value!r}: give True or False")
+            least = 0 if name == "num_persistent_tokens" else 1
+            if kind == "int" and (type(value) is not int or value < least):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
+            if kind == "float" and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise ValueError(f"{name}={value!r}: give a finite number of at least 0")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even number")
+        if self.memory_max_momentum >= 1:
+            raise ValueError(f"memory_max_momentum={self.memory_max_momentum}: give a number in [0, 1)")
+        step_size = self.memory_max_step_size
+        if step_size is not None and (type(step_size) not in (int, float) or not 0 <= step_size < math.inf):
+            raise ValueError(
+                f"memory_max_step_size={step_size!r}: give None or a finite number of at least 0"
+            )
+        if not self.rope_theta or not self.rms_norm_eps:
+            raise ValueError(
+                f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: give numbers above 0"
+            )
 
     def block_settings(self) -> BlockSettings:
         """The same sizes as the blocks take them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -80,15 +81,19 @@ class TitansPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        own = list(module.parameters(recurse=False)) or list(module.parameters())
-        if all(getattr(p, "_is_hf_initialized", False) for p in own):
+        """Initialise what no checkpoint has filled, and nothing else."""
+        own = list(module.parameters(recurse=False))
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+        if len(loaded) == len(own):
             return
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-        elif hasattr(module, "persistent"):
-            nn.init.normal_(module.persistent)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        elif isinstance(persistent := getattr(module, "persistent", None), nn.Parameter):
+            nn.init.normal_(persistent)
+        for parameter, value in loaded:
+            parameter.copy_(value)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -278,8 +283,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """The one hook through which our cache, chunked prefill and beam search work together."""
         _refuse_cache_kind(generation_config.cache_implementation)
         if generation_config.use_cache is False:
@@ -295,8 +300,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
         The library would need an attention mask over everything ever seen to continue, and drops tokens
         silently without one. Here new ids alone are enough, or new ids with a mask over seen + new, or the
-        whole text again with a mask of its length; the same holds for `inputs_embeds`. Without a mask every id
-        is a real token, the padding id too.
+        whole text again with a mask of its length; the same holds for `inputs_embeds`. Without a mask every
+        id is a real token, the padding id too.
 
         Raises:
             ValueError: for a mask of any other length, nothing to continue with, or a `cache_implementation`.
@@ -307,8 +312,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         prompt = kwargs.get("inputs_embeds")
         if prompt is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        generate: Callable[..., Any] = super().generate
         if prompt is None:
-            return super().generate(inputs, *args, **kwargs)
+            return generate(inputs, *args, **kwargs)
         rows, given = prompt.shape[:2]
         seen = cache.num_columns if isinstance(cache, TitansCache) else 0
         if seen and not given:
@@ -325,11 +331,11 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 f"({rows}, {seen + given}) with everything seen"
             )
         kwargs["attention_mask"] = mask[:, mask.shape[1] - given :]
-        if not seen or whole_text_again:
-            return super().generate(inputs, *args, **kwargs)
+        if not isinstance(cache, TitansCache) or whole_text_again:
+            return generate(inputs, *args, **kwargs)
         cache.begin_call(fresh=True)
         try:
-            return super().generate(inputs, *args, **kwargs)
+            return generate(inputs, *args, **kwargs)
         finally:
             cache.begin_call(fresh=False)
 

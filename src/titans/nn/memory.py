@@ -1,4 +1,4 @@
-"""The long-term memory as a layer: projections, short convolution, gates, and a scan that learns while it reads."""
+"""The long-term memory as a layer: projections, short convolution, gates, and a scan that learns."""
 
 from __future__ import annotations
 
@@ -22,18 +22,38 @@ SHORTEST_HALF_LIFE_IN_CHUNKS = 4
 @register_state
 @dataclass(frozen=True)
 class NeuralMemoryState:
-    """What a `NeuralMemory` carries: the convolution's last inputs (batch, kernel − 1, channels), and the memory."""
+    """What a `NeuralMemory` carries.
+
+    tail: the convolution's last inputs, (batch, kernel − 1, channels). memory: what has been learned.
+    """
 
     tail: Tensor
     memory: MemoryState
 
 
-class NeuralMemory(nn.Module):
-    """A layer that memorises its input at test time and answers from what it has memorised (section 3.1).
+class InitialWeights(nn.ParameterList):
+    """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation."""
 
-    q, k, v are projected, convolved, passed through SiLU and, q and k, L2-normalised per head; forget, momentum and
-    step size are functions of the token, one for each head and memory layer. The reads are normalised per head,
-    gated by silu of a projection, and projected back.
+    def __init__(self, network: MemoryNetwork, num_heads: int) -> None:
+        super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
+        self.unit_rows = network.unit_rows
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for layer, weight in enumerate(self):
+            # Keys have unit length: fan-in initialisation would leave the activation all but linear.
+            nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
+            if self.unit_rows:
+                weight.copy_(F.normalize(weight, dim=-1))
+
+
+class NeuralMemory(nn.Module):
+    """Memorises its input at test time and answers from what it has memorised (section 3.1).
+
+    q, k, v are projected, convolved, passed through SiLU and, q and k, L2-normalised per head; forget,
+    momentum and step size are functions of the token, one for each head and memory layer. The reads are
+    normalised per head, gated by silu of a projection, and projected back.
 
     Args:
         hidden_size: width of input and output.
@@ -74,9 +94,7 @@ class NeuralMemory(nn.Module):
         self.conv = CausalConv(3 * width, conv_kernel)
         self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
         self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
-        self.initial_weights = nn.ParameterList(
-            torch.empty(num_heads, *shape) for shape in self.network.weight_shapes
-        )
+        self.initial_weights = InitialWeights(self.network, num_heads)
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.read_norm = HeadRMSNorm(num_heads, head_dim)
@@ -85,7 +103,7 @@ class NeuralMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Gates with half-lives log-spaced over heads; initial weights wide enough to bend the activation."""
+        """Gates with half-lives log-spaced over heads."""
         nn.init.normal_(self.gate_weight, std=0.02)
         heads = self.num_heads
         shortest = SHORTEST_HALF_LIFE_IN_CHUNKS * self.chunk_size
@@ -95,19 +113,12 @@ class NeuralMemory(nn.Module):
         self.gate_bias.zero_()
         # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
         self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives.double())).unsqueeze(-1)
-        for layer, weight in enumerate(self.initial_weights):
-            # Keys have unit length: fan-in initialisation would leave the activation all but linear.
-            nn.init.normal_(
-                weight, std=1.0 if layer == 0 and self.network.depth > 1 else weight.shape[-1] ** -0.5
-            )
-            if self.network.unit_rows:
-                weight.copy_(F.normalize(weight, dim=-1))
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.constant_(self.norm_weight, 0.5)
             nn.init.zeros_(self.norm_bias)
 
     def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
-        """The state of rows that have read nothing but the persistent tokens (num_persistent, hidden_size), if any.
+        """The state of rows that have read nothing but persistent (num_persistent, hidden_size), if any.
 
         These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
         """
@@ -179,9 +190,10 @@ class NeuralMemory(nn.Module):
         persistent: Tensor | None = None,
         surprises: list[Tensor] | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """`forward` for packed rows: row b's real tokens are its first lengths[b]; a list collects the surprises.
+        """`forward` for packed rows: row b's real tokens are its first lengths[b].
 
-        A reset at slot lengths[b] makes the row's state after the stretch a fresh one.
+        A list given as `surprises` collects them, (batch, time, heads). A reset at slot lengths[b] makes the
+        row's state after the stretch a fresh one.
         """
         if state is None:
             state = self.initial_state(x.shape[0], persistent)
