@@ -100,6 +100,34 @@ def test_the_gradient_stops_at_the_boundary_and_reaches_the_initial_weights_of_r
         trainer.carried = kept
 
 
+def test_bits_per_byte_do_not_depend_on_how_long_tokens_are(
+    settings: Make, corpus: Path, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    files = sorted(map(str, corpus.iterdir()))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train(files, trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
+    trainer, model = trainer_of(settings(tokenizer=str(tmp_path / "words")))
+    assert model.config.vocab_size == 280
+    measured = trainer.evaluate()
+    held_out = next(corpus / name for name in TrainingRun(settings()).examples.held_out_names)
+    ratio = len(words.encode(held_out.read_text()).ids) / held_out.stat().st_size
+    assert 0.1 < ratio < 0.5
+    nats = measured["eval_bits_per_byte"] * 0.6931471805599453
+    assert nats == pytest.approx(measured["eval_loss"] * ratio)
+
+    (tmp_path / "latin").mkdir()
+    for name in "ab":
+        (tmp_path / "latin" / f"{name}.txt").write_bytes(b"caf\xe9 noir")
+    with pytest.raises(ValueError, match=r"[ab].txt is not valid UTF-8: byte 0xe9 at offset 3"):
+        TrainingRun(settings(data=str(tmp_path / "latin"), tokenizer=str(tmp_path / "words")))
+
+
 def test_carrying_is_refused_where_there_is_nothing_to_carry(settings: Make) -> None:
     with pytest.raises(ValueError, match="carry_memory with variant='transformer': it has no memory"):
         TrainingRun(settings(variant="transformer", carry_memory=True))

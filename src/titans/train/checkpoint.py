@@ -35,35 +35,45 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 @contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Says clearly what could not be written, and what is left.
+
+    Raises:
+        OSError: for any failure to write in the block, naming `target` and the last checkpoint beside it.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        left = checkpoints(target.parent)
+        raise OSError(
+            f"{target} could not be written ({_reason(error)}): make room or change its rights; "
+            + (f"the last good checkpoint is {left[-1].name}" if left else "there is no checkpoint yet")
+        ) from error
+
+
+@contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`: it takes its name once the block is done, or is deleted.
 
     Raises:
         OSError: if writing fails, naming what is still there.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        share(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        left = checkpoints(target.parent)
-        raise OSError(
-            f"{target} could not be written ({_reason(error)}): make room there; "
-            + (f"the last good checkpoint is {left[-1].name}" if left else "there is no earlier checkpoint")
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with writing(target):
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield temporary
+            settle(temporary)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
-def share(folder: Path) -> None:
-    """Give a folder and its files the usual rights: as temporary files they are for their owner alone."""
+def settle(folder: Path) -> None:
+    """Bring a finished temporary folder to the disk and give it and its files the usual rights."""
     for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
         file.chmod(0o666 & ~_umask())
     folder.chmod(0o777 & ~_umask())
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from titans.train.checkpoint import write_bytes, write_json
+from titans.train.checkpoint import write_bytes, write_json, writing
 
 _PENDING_FILE = "metrics_pending.json"
 
@@ -77,7 +77,7 @@ class MetricsLog:
         )
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.on_log is not None:
             self.on_log(line)

@@ -20,7 +20,7 @@ from transformers.utils import logging as library_logging
 
 from titans.data import list_corpora, load_corpus, load_tokenizer
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
-from titans.train.checkpoint import checkpoints, delete_unfinished, share, write_json
+from titans.train.checkpoint import checkpoints, delete_unfinished, settle, write_json, writing
 from titans.train.examples import make_examples
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
 from titans.train.optimizer import make_optimizer, make_schedule
@@ -154,11 +154,12 @@ class TrainingRun:
             OSError: if the output folder cannot be written; the last good checkpoint is still there.
         """
         settings = self.settings
-        settings.output.mkdir(parents=True, exist_ok=True)
-        delete_unfinished(settings.output)
-        if self.checkpoint is None:
-            (settings.output / METRICS_FILE).unlink(missing_ok=True)
-        write_json(settings.output / SETTINGS_FILE, settings.to_json())
+        with writing(settings.output / SETTINGS_FILE):
+            settings.output.mkdir(parents=True, exist_ok=True)
+            delete_unfinished(settings.output)
+            if self.checkpoint is None:
+                (settings.output / METRICS_FILE).unlink(missing_ok=True)
+            write_json(settings.output / SETTINGS_FILE, settings.to_json())
         with _quiet_library():
             trainer = self._trainer(on_log)
             with _stops_on_interrupt(trainer):
@@ -222,12 +223,15 @@ class TrainingRun:
 
     def _write_model(self, trainer: TitansTrainer) -> None:
         output = self.settings.output
-        with tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint-final.") as folder:
+        with (
+            writing(output / "model.safetensors"),
+            tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint-final.") as folder,
+        ):
             trainer.save_into(Path(folder))
-            share(Path(folder))
+            settle(Path(folder))
             for file in Path(folder).iterdir():
                 os.replace(file, output / file.name)
-        draw_curves(read_metrics(output / METRICS_FILE), output / CURVES_FILE)
+            draw_curves(read_metrics(output / METRICS_FILE), output / CURVES_FILE)
 
     def _result(self) -> TrainResult:
         lines = read_metrics(self.settings.output / METRICS_FILE)
