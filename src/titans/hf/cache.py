@@ -211,10 +211,11 @@ def read_state_file(
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
     try:
+        config = json.loads(about["config"])
         # Positions are turned into float64 angles, which are exact up to here.
-        if not isinstance(json.loads(about["config"]), dict) or not 0 <= int(about["num_columns"]) < 2**53:
+        if not 0 <= int(about["num_columns"]) < 2**53 or int(config["num_hidden_layers"]) > len(tensors):
             raise ValueError
-    except (KeyError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
         raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
     return about, tensors
 

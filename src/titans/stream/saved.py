@@ -74,9 +74,10 @@ def describe_memory(path: str | Path) -> MemoryFile:
     about, _ = read_state_file(path)
     config = json.loads(about["config"])
     try:
-        cache = TitansCache.load(path, TitansConfig(**config))
-    except (TypeError, StrictDataclassError):
+        sizes = TitansConfig(**config)
+    except (TypeError, ValueError, StrictDataclassError):
         raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
+    cache = TitansCache.load(path, sizes)
     tokens = cache.num_columns + bool(recent_tokens(path, about, None))
     return MemoryFile(config, about.get("fingerprint"), stats_of(cache, tokens, None))
 
