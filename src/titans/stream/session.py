@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -177,6 +178,7 @@ class Session:
 
         Raises:
             ValueError: before anything was fed.
+            OSError: if the file cannot be written.
         """
         now = self._now
         if not now.num_tokens:
@@ -189,7 +191,10 @@ class Session:
                     torch.zeros(1, 0, dtype=torch.int64, device=self.model.device), past_key_values=cache
                 )
         about = {"fingerprint": fingerprint(self.model), "recent_tokens": json.dumps(now.recent)}
-        cache.save(path, about)
+        try:
+            cache.save(path, about)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}): make room there") from None
 
     @classmethod
     def load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,21 +67,22 @@ def text_after(tokenizer: PreTrainedTokenizerBase, recent: tuple[int, ...], new:
     the recent ones comes first.
     """
     ids = recent + new
-    before, text = (_decode(tokenizer, x[: len(x) - _num_incomplete(tokenizer, x)]) for x in (recent, ids))
+    before, text = (decode(tokenizer, x[: len(x) - _num_incomplete(tokenizer, x)]) for x in (recent, ids))
     return text[len(before) :]
 
 
 def _num_incomplete(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> int:
     """How many of the last tokens may be the beginning of a character."""
     for count in range(min(4, len(ids))):
-        if not _decode(tokenizer, ids[: len(ids) - count]).endswith("\ufffd"):
+        if not decode(tokenizer, ids[: len(ids) - count]).endswith("\ufffd"):
             return count
     # More than three bytes without a character are no beginning of one.
     return len(ids) if len(ids) < 4 else 0
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """The text of token ids, special tokens left out."""
+    return str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
 
 
 def _reads_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:

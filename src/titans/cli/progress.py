@@ -1,0 +1,61 @@
+"""Reading as people watch it: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ReadingProgress:
+    """Shows on stderr how much of `total` is done, tokens per second and the time left; use it inside
+    `with`."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.total = total
+        self.console = console or Console(file=sys.stderr)
+        self._began = self._last_line = time.perf_counter()
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rate]} tokens/s"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("reading", total=total, rate="–")
+
+    def __enter__(self) -> ReadingProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: float, tokens: int, what: str = "reading") -> None:
+        """`done` of the total is read, which were so many tokens; `what` is being read."""
+        now = time.perf_counter()
+        rate = tokens / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=what, rate=f"{rate:,.0f}")
+        elif done >= self.total or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - self._began) * (self.total - done) / max(done, 1e-9)
+            self.console.print(
+                f"{what} · {done / self.total:.0%} · {rate:,.0f} tokens/s · {left:.0f} s left",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )

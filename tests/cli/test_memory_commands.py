@@ -1,0 +1,363 @@
+"""generate, memorize, eval and info on real text: what they print where, and what they say when it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from titans.cli import main
+from titans.cli.progress import ReadingProgress
+from titans.data import byte_tokenizer, load_corpus
+from titans.hf import TitansConfig, TitansForCausalLM
+from titans.stream import Session
+
+ACT_3, ACT_4 = (document.data for document in load_corpus("excerpt")[2:4])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def save_model(folder: Path, *, seed: int = 0, **overrides: Any) -> TitansForCausalLM:
+    sizes = dict(
+        variant="mac", vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=16, segment_length=64,
+        sliding_window=64, num_persistent_tokens=2, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = TitansForCausalLM(TitansConfig(**{**sizes, **overrides}))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_model(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "act-4.txt"
+    path.write_bytes(ACT_4)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_read_save_go_on_and_describe(
+    run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
+) -> None:
+    """The whole way, as a user goes it."""
+
+    def titans(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "titans", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False
+        )
+
+    other = tmp_path / "noise.bin"
+    other.write_bytes(np.random.default_rng(0).bytes(3000))
+    memory = tmp_path / "book.memory"
+    done = titans("memorize", model_folder, book, other, "-o", memory, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["tokens"] == len(ACT_4) + 3000
+    assert summary["peak"]["file"] in (str(book), str(other)) and summary["peak"]["excerpt"]
+    assert set(summary["files"]) == {str(book), str(other)}
+    assert "tokens/s" in done.stderr and "surprise: mean" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.memory", "noise.bin"]
+
+    session = Session(TitansForCausalLM.from_pretrained(model_folder), byte_tokenizer())
+    session.feed(ACT_4 + other.read_bytes())
+    longer = tmp_path / "longer.memory"
+    options = ("--prompt", "PROSPERO:", "--max-new-tokens", 30, "--greedy")
+    done = titans("generate", model_folder, "--memory", memory, *options, "--save-memory", longer)
+    assert done.returncode == 0, done.stderr
+    session.feed("PROSPERO:")
+    expected = session.generate(max_new_tokens=30, do_sample=False)
+    assert done.stdout.rstrip("\n").startswith(expected) and len(set(expected)) > 3
+
+    code, out, err = run("info", longer, "--json")
+    about = json.loads(out)
+    assert about["tokens"] == len(ACT_4) + 3000 + len("PROSPERO:") + 30
+    assert about["variant"] == "mac" and len(about["layers"]) == 2
+    assert code == 0 and "norms of the memories" in err
+
+
+def test_a_memory_grows_by_what_is_read_next(
+    run: Callable[..., Any], model_folder: Path, tmp_path: Path
+) -> None:
+    first, second, both = (tmp_path / name for name in ("first", "second", "both"))
+    first.write_bytes(ACT_4[:3000])
+    second.write_bytes(ACT_4[3000:6001])
+    for name, *rest in (("a", first), ("b", second, "--memory", tmp_path / "a"), ("c", first, second)):
+        assert run("memorize", model_folder, *rest, "-o", tmp_path / name)[0] == 0
+    tensors, expected = load_file(tmp_path / "b"), load_file(tmp_path / "c")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_state_and_file_do_not_grow(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
+    sizes = set()
+    for count in (2000, 20000):
+        text = tmp_path / f"{count}.txt"
+        text.write_bytes((ACT_3 + ACT_4)[:count])
+        code, out, _ = run("memorize", model_folder, text, "-o", tmp_path / "memory", "--json")
+        assert code == 0
+        summary = json.loads(out)
+        assert summary["tokens_in_memory"] == count
+        sizes.add((summary["state_bytes"], len(load_file(tmp_path / "memory"))))
+    assert len(sizes) == 1
+
+
+def test_the_peak_of_surprise_is_found(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    # One letter for so long that any other text is news.
+    text.write_bytes(b"e" * 6400 + ACT_4[:640] + b"e" * 3200)
+    code, out, err = run("memorize", model_folder, text, "-o", tmp_path / "memory", "--json")
+    peak = json.loads(out)["peak"]
+    assert code == 0 and (peak["offset"] < 64 or 6400 <= peak["offset"] < 7040)
+    start = peak["offset"]
+    assert peak["excerpt"] == " ".join(text.read_bytes()[start : start + 64].decode().split())
+
+
+def test_ctrl_c_saves_what_was_read(model_folder: Path, tmp_path: Path) -> None:
+    text, memory = tmp_path / "endless.txt", tmp_path / "memory"
+    text.write_bytes(ACT_4 * 200)
+    command = [sys.executable, "-m", "titans", "memorize", model_folder, text, "-o", memory]
+    program = (
+        "import sys; from titans.cli import main, progress; progress.SECONDS_BETWEEN_LINES = 0.0; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command[1:3] = ["-c", program]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert process.stderr is not None
+    lines = [process.stderr.readline()]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    session = Session.load(memory, TitansForCausalLM.from_pretrained(model_folder))
+    assert f"{memory} holds the {session.num_tokens:,} tokens read until then" in err
+    assert 0 < session.num_tokens < 200 * len(ACT_4) and "tokens/s" in lines[0]
+
+
+def test_sampling_depends_on_the_seed_alone(run: Callable[..., Any], model_folder: Path) -> None:
+    def text(*options: object) -> str:
+        code, out, _ = run("generate", model_folder, "--prompt", "All", "--max-new-tokens", 12, *options)
+        assert code == 0
+        return out
+
+    assert text("--seed", 1) == text("--seed", 1) != text("--seed", 2)
+    answer = json.loads(text("--top-k", 1, "--json"))
+    assert answer["tokens"] == 12 and text("--greedy").startswith(answer["text"])
+
+
+def test_perplexity_by_position_with_and_without_writing(
+    run: Callable[..., Any], model_folder: Path, book: Path
+) -> None:
+    code, out, err = run("eval", "perplexity", model_folder, "--data", book, "--freeze-memory", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["tokens"] == len(ACT_4) - 1
+    assert [part["begin"] for part in result["by_position"]] == [0, 256, 1024, 4096]
+    assert result["frozen"]["tokens"] == result["tokens"]
+    assert result["gain"] == pytest.approx(result["frozen"]["bits_per_byte"] - result["bits_per_byte"])
+    assert abs(result["gain"]) > 1e-5
+    assert f"{result['bits_per_byte']:.4f}" in err and "1,024–4,095" in err
+
+    options = "--hold-out", 0.1, "--context-length", 300, "--json"
+    code, out, _ = run("eval", "perplexity", model_folder, "--data", "excerpt", *options)
+    assert code == 0 and json.loads(out)["documents"] == 1
+    assert [part["begin"] for part in json.loads(out)["by_position"]] == [0, 256]
+
+
+def test_info_knows_the_preset(run: Callable[..., Any], tmp_path: Path) -> None:
+    model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="mag"))
+    model.save_pretrained(tmp_path)
+    code, out, err = run("info", tmp_path, "--json")
+    about = json.loads(out)
+    assert code == 0 and (about["preset"], about["variant"]) == ("tiny", "mag")
+    assert about["parameters"] == sum(p.numel() for p in model.parameters())
+    assert f"{about['parameters']:,}" in err
+    code, out, _ = run("info", tmp_path)
+    assert (code, out) == (0, "")
+
+
+def test_a_tokenizer_of_words(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Its texts are cut at lines, and must be UTF-8."""
+    save_model(tmp_path, vocab_size=5)
+    vocabulary = {"<unk>": 0, "to": 1, "be": 2, "or": 3, "not": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(tmp_path)
+    text = tmp_path / "text"
+    text.write_bytes(b"to be or not to be\n" * 50)
+    code, out, _ = run("memorize", tmp_path, text, "-o", tmp_path / "memory", "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 300
+    text.write_bytes(b"to be or not to be\n\xff")
+    code, _, err = run("memorize", tmp_path, text, "-o", tmp_path / "memory")
+    assert code == 1 and "not valid UTF-8: byte 0xff at offset 19" in err
+
+
+def damaged(source: Path, folder: Path, kind: str) -> Path:
+    """A copy of a checkpoint with one thing wrong."""
+    shutil.copytree(source, folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if kind == "no config":
+        config.unlink()
+    elif kind == "half a config":
+        config.write_text(config.read_text()[:40])
+    elif kind == "unknown field":
+        config.write_text(config.read_text().replace('"hidden_size"', '"hiden_size"'))
+    elif kind == "another config":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    elif kind == "another model":
+        config.write_text(config.read_text().replace('"model_type": "titans"', '"model_type": "llama"'))
+    elif kind == "half the weights":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "NaN":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"][3] = float("nan")
+        save_file(tensors, weights, {"format": "pt"})
+    elif kind == "half a tokenizer":
+        (folder / "tokenizer.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no config", "no config.json"),
+        ("half a config", "config.json is damaged"),
+        ("unknown field", "hiden_size=32 is not a field"),
+        ("another config", "do not fit its config.json"),
+        ("another model", "model_type is 'llama'"),
+        ("half the weights", "are damaged"),
+        ("no weights", "model.safetensors"),
+        ("NaN", "hold NaN or Inf (model.norm.weight)"),
+        ("half a tokenizer", "tokenizer="),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    run: Callable[..., Any], model_folder: Path, tmp_path: Path, kind: str, message: str
+) -> None:
+    folder = damaged(model_folder, tmp_path / "copy", kind)
+    code, out, err = run("generate", folder, "--prompt", "a", "--max-new-tokens", 1)
+    assert (code, out, len(err.splitlines())) == (1, "", 1), err
+    assert message in err
+
+
+@pytest.fixture
+def memory(model_folder: Path, tmp_path: Path) -> Path:
+    session = Session(TitansForCausalLM.from_pretrained(model_folder))
+    session.feed(ACT_4[:200])
+    session.save(tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def test_a_wrong_memory_is_one_line(
+    run: Callable[..., Any], model_folder: Path, memory: Path, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "other", seed=1)
+    save_model(tmp_path / "shorter", segment_length=32)
+    half = tmp_path / "half"
+    half.write_bytes(memory.read_bytes()[:500])
+    for folder, file, message in (
+        (tmp_path / "other", memory, "made with another checkpoint"),
+        (tmp_path / "shorter", memory, "segment_length=64"),
+        (model_folder, half, "is damaged"),
+        (model_folder, tmp_path / "none", "is not a file"),
+    ):
+        code, out, err = run("generate", folder, "--memory", file, "--max-new-tokens", 1)
+        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        assert message in err
+    code, out, err = run("info", half)
+    assert code == 1 and "is damaged" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("generate MODEL", 2, "give --prompt or --memory"),
+        ("generate MODEL --prompt a --temperature 0", 2, "temperature=0.0"),
+        ("generate MODEL --prompt a --top-p 2", 2, "top_p=2.0"),
+        ("generate MODEL --prompt a --max-new-tokens 0", 2, "max_new_tokens=0"),
+        ("generate MODEL --prompt a --save-memory none/memory", 2, "there is no folder 'none'"),
+        ("generate MODEL --prompt a --surprise-me", 2, "--surprise-me"),
+        ("generate none --prompt a", 1, "checkpoint='none' is not a folder"),
+        ("memorize MODEL -o MEMORY", 2, "name the texts"),
+        ("memorize MODEL BOOK", 2, "--output"),
+        ("memorize MODEL BOOK -o MODEL", 2, "is a folder"),
+        ("memorize MODEL none.txt -o MEMORY", 1, "'none.txt' is not a file"),
+        ("memorize MODEL BOOK EMPTY -o MEMORY", 1, "is empty"),
+        ("eval perplexity MODEL --data none", 1, "neither a file nor a folder"),
+        ("eval perplexity MODEL --data BOOK --hold-out 1", 2, "hold_out=1.0"),
+        ("eval perplexity MODEL --data BOOK --batch-size 0", 2, "batch_size=0"),
+        ("eval needles MODEL --data BOOK", 2, "needles"),
+        ("info none", 1, "path='none' does not exist"),
+        ("info BOOK", 1, "is damaged or not a safetensors file"),
+    ],
+)
+def test_a_wrong_call_is_explained(
+    run: Callable[..., Any],
+    model_folder: Path,
+    book: Path,
+    tmp_path: Path,
+    arguments: str,
+    code: int,
+    message: str,
+) -> None:
+    (tmp_path / "empty").touch()
+    places = {"MODEL": model_folder, "BOOK": book, "EMPTY": tmp_path / "empty", "MEMORY": tmp_path / "memory"}
+    found, out, err = run(*(places.get(word, word) for word in arguments.split()))
+    assert (found, out) == (code, ""), err
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "memorize", "eval", "info"])
+def test_every_command_explains_itself(run: Callable[..., Any], command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and f"Example: titans {command} " in out
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    screen = io.StringIO()
+    with ReadingProgress(1000, Console(file=screen, force_terminal=True, width=100)) as progress:
+        time.sleep(0.01)
+        progress.update(500, 50, "book.txt")
+    assert "book.txt" in screen.getvalue() and "50%" in screen.getvalue() and "tokens/s" in screen.getvalue()
