@@ -73,15 +73,15 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, carr
 
     stopped = dataclasses.replace(whole, output=settings().output / "stopped")
 
-    def stop_after_seven(line: dict[str, Any]) -> None:
-        # Step 7, in the middle of logging, evaluation and epoch: the signal comes while it is computed.
-        if line["step"] == 6:
+    def stop_after_five(line: dict[str, Any]) -> None:
+        # The evaluation of step 4 comes after its checkpoint is decided on; step 5 is not one that is logged.
+        if line["step"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"after step \d of 13"):
-        train(stopped, stop_after_seven)
+    with pytest.raises(Interrupted, match=r"after step 5 of 13"):
+        train(stopped, stop_after_five)
     before = curve(stopped.output)
-    assert before == curve(whole.output)[: len(before)] and before[-1]["step"] < 13
+    assert before == curve(whole.output)[: len(before)] and before[-1]["step"] == 4
     train(dataclasses.replace(stopped, resume=True))
     assert curve(stopped.output) == curve(whole.output)
 
@@ -150,6 +150,18 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint_costs_no_other(settings: Make
     assert {name for name in names(settings().output) if "checkpoint" in name} == {"checkpoint-3"}
     train(settings(resume=True))
     assert curve(settings().output) == curve(settings().output / "whole")
+
+
+def test_a_checkpoint_has_its_name_only_once_it_is_complete(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+    monkeypatch.setattr(
+        "titans.train.checkpoint.save_random_state", lambda folder: seen.append(names(folder.parent))
+    )
+    train(settings(steps=1))
+    assert len(seen) == 1 and "checkpoint-1" not in seen[0]
+    assert "checkpoint-1" in names(settings().output)
 
 
 def test_what_a_killed_process_left_half_written_is_cleared(settings: Make) -> None:
