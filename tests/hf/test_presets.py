@@ -1,0 +1,125 @@
+"""Presets: every size of every variant, counted, against the formula and the tables of the docs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
+from titans.nn.blocks import BLOCKS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "parameters.md"
+NOMINAL = {"170m": 170e6, "340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
+# layers, width, intermediate width, heads, peak learning rate
+PAPER = {
+    "170m": (12, 768, 2048, 12, 3e-3),
+    "340m": (24, 1024, 2752, 16, 1.5e-3),
+    "760m": (24, 1536, 4096, 24, 1.25e-3),
+    "1.3b": (18, 2048, 5504, 32, 7e-4),
+}
+
+
+def parts(config: TitansConfig) -> dict[str, int]:
+    """The closed formula of docs/parameters.md, part by part, for the whole model."""
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads, dim, width = (
+        config.num_attention_heads,
+        config.head_dim,
+        config.num_attention_heads * config.head_dim,
+    )
+    depth, e = config.memory_depth, config.memory_expansion
+    conv, p = config.conv_kernel, config.num_persistent_tokens
+    hidden = dim * e
+    initial = heads * (dim * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
+    norm = 2 * width if config.memory_norm else 0
+    has_memory = config.variant != "transformer"
+    return {
+        "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
+        "SwiGLU": layers * 3 * d * f,
+        "attention": layers * 4 * d * width * (config.variant != "lmm"),
+        "memory": layers * (5 * d * width + 3 * width * conv + 3 * heads * depth * (d + 1)) * has_memory,
+        "initial memory": layers * (initial + norm + width) * has_memory,
+        "recall": layers * (2 * d * width + width * conv + width) * (config.variant == "mac"),
+        "persistent tokens": layers * p * d * has_memory,
+        "norms": d + layers * d * {"transformer": 2, "lmm": 2, "mag": 4, "mal": 3, "mac": 5}[config.variant],
+    }
+
+
+def count(config: TitansConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in TitansForCausalLM(config).parameters())
+
+
+def number(text: str) -> float:
+    return float(text.replace(" ", "").replace(",", "").replace("−", "-").rstrip("%"))
+
+
+def table(heading: str) -> list[list[str]]:
+    """Cells of the table below a heading of the document, without its two header lines."""
+    below = DOCUMENT.read_text().split(f"## {heading}\n")[1]
+    lines = re.split(r"\n## ", below)[0].splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_the_parameters_of_the_formula(preset, variant):
+    config = TitansConfig.from_preset(preset, variant=variant)
+    assert count(config) == sum(parts(config).values())
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(memory_depth=1, memory_norm=False, tie_word_embeddings=False),
+        dict(memory_depth=4, head_dim=6, num_attention_heads=5, conv_kernel=1, num_persistent_tokens=0),
+        dict(memory_depth=3, memory_expansion=1, intermediate_size=7, conv_kernel=3),
+    ],
+)
+def test_the_formula_holds_for_any_sizes(variant, changes):
+    config = TitansConfig.from_preset("tiny", variant=variant, **changes)
+    assert count(config) == sum(parts(config).values())
+
+
+def test_the_table_of_sizes_is_true():
+    rows = {(variant, size): cells for size, variant, *cells in table("Sizes")}
+    assert rows.keys() == {(variant, size) for variant in BLOCKS for size in NOMINAL}
+    for (variant, size), (exact, nominal, distance) in rows.items():
+        expected = count(TitansConfig.from_preset(size, variant=variant))
+        assert number(exact) == expected
+        assert number(nominal) == NOMINAL[size]
+        assert number(distance) == round(100 * (expected / NOMINAL[size] - 1), 1)
+
+
+def test_the_table_of_parts_is_true():
+    sums = {size: parts(TitansConfig.from_preset(size, variant="mac")) for size in NOMINAL}
+    rows = {part: cells for part, *cells in table("Where they are")}
+    assert list(rows) == list(sums["170m"])
+    for part, cells in rows.items():
+        assert [number(cell) for cell in cells] == [round(sums[size][part] / 1e6, 1) for size in NOMINAL]
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_the_paper_sizes_are_the_papers(preset):
+    config = TitansConfig.from_preset(preset)
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = [getattr(config, name) for name in names]
+    assert (*sizes, PEAK_LEARNING_RATES[preset]) == PAPER[preset]
+    assert (config.chunk_size, config.segment_length, config.sliding_window) == (16, 512, 2048)
+    assert (config.num_persistent_tokens, config.memory_depth, config.memory_expansion) == (128, 2, 4)
+    assert (config.vocab_size, config.conv_kernel, config.head_dim) == (32000, 4, 64)
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_tiny_is_about_a_million(variant):
+    config = TitansConfig.from_preset("tiny", variant=variant)
+    assert config.vocab_size == 256 and 0.5e6 <= count(config) <= 1.5e6
+
+
+def test_every_preset_has_a_learning_rate():
+    assert PRESETS.keys() == PEAK_LEARNING_RATES.keys()
