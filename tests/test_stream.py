@@ -217,6 +217,7 @@ def test_a_memory_belongs_to_its_weights(tmp_path: Path) -> None:
     # The same checkpoint in another precision is the same checkpoint.
     lower = Session.load(path, small_model().to(torch.bfloat16))
     assert lower.generate(max_new_tokens=3, do_sample=False).shape == (1, 3)
+    assert lower.stats().state_bytes < 0.6 * session.stats().state_bytes
 
 
 @pytest.mark.parametrize("recent", ["[256]", "[-1]", '["a"]', "{", "3"])

@@ -141,14 +141,26 @@ def test_state_and_file_do_not_grow(run: Callable[..., Any], model_folder: Path,
 
 
 def test_the_peak_of_surprise_is_found(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text"
     # One letter for so long that any other text is news.
-    text.write_bytes(b"e" * 6400 + ACT_4[:640] + b"e" * 3200)
-    code, out, err = run("memorize", model_folder, text, "-o", tmp_path / "memory", "--json")
-    peak = json.loads(out)["peak"]
-    assert code == 0 and (peak["offset"] < 64 or 6400 <= peak["offset"] < 7040)
-    start = peak["offset"]
-    assert peak["excerpt"] == " ".join(text.read_bytes()[start : start + 64].decode().split())
+    texts = [b"e" * 3001, b"e" * 640 + ACT_4[:320] + b"e" * 640]
+    files = [tmp_path / "first", tmp_path / "second"]
+    for path, text in zip(files, texts, strict=True):
+        path.write_bytes(text)
+    code, out, _ = run("memorize", model_folder, *files, "-o", tmp_path / "memory", "--json")
+    summary = json.loads(out)
+
+    session = Session(TitansForCausalLM.from_pretrained(model_folder))
+    result = session.feed(b"".join(texts), collect_surprise=True)
+    surprise = torch.cat([result.surprises.mean(-1), torch.zeros(1)])
+    means = [part.unfold(0, 64, 64).mean(-1) for part in surprise.split([len(text) for text in texts])]
+    file = int(means[1].max() > means[0].max())
+    offset = 64 * int(means[file].argmax())
+    peak = summary["peak"]
+    assert code == 0 and (peak["file"], peak["offset"]) == (str(files[file]), offset)
+    assert peak["surprise"] == pytest.approx(float(means[file].max()), rel=1e-5)
+    assert peak["excerpt"] == " ".join(texts[file][offset : offset + 64].decode().split())
+    assert summary["mean_surprise"] == pytest.approx(result.mean_surprise, rel=1e-3)
+    assert summary["files"][str(files[1])] == pytest.approx(float(surprise[3001:-1].mean()), rel=1e-5)
 
 
 def test_ctrl_c_saves_what_was_read(model_folder: Path, tmp_path: Path) -> None:
