@@ -1,0 +1,205 @@
+"""Every block of the registry alone: ragged rows and their gradients, states as values, surprise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from titans.memory import MemoryState, memory_read
+from titans.nn import NeuralMemory
+from titans.nn.blocks import BLOCKS, BlockContext, BlockSettings
+from titans.nn.gate import MemoryGate
+
+from ..tolerances import FLOAT64, assert_close
+
+HIDDEN, HEADS, CHUNK, SEGMENT = 6, 2, 3, 5
+SETTINGS = BlockSettings(
+    hidden_size=HIDDEN,
+    num_heads=HEADS,
+    head_dim=4,
+    chunk_size=CHUNK,
+    segment_length=SEGMENT,
+    window=4,
+    num_persistent_tokens=2,
+    conv_kernel=3,
+    memory_depth=2,
+    memory_expansion=2,
+    rope_theta=100.0,
+    norm_eps=1e-6,
+)
+every_block = pytest.mark.parametrize("variant", BLOCKS)
+with_memory = pytest.mark.parametrize("variant", [name for name in BLOCKS if name != "transformer"])
+
+
+def block_of(variant, seed=0, **changes):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        block = BLOCKS[variant](dataclasses.replace(SETTINGS, **changes)).double()
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return block
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def read(block, x, state=None, lengths=None, surprises=None):
+    state = block.initial_state(x.shape[0]) if state is None else state
+    return block(x, state, BlockContext(lengths, surprises))
+
+
+def assert_same_states(actual, expected):
+    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        assert_close(a.detach(), b.detach(), FLOAT64, "state")
+
+
+@every_block
+def test_ragged_rows_are_rows_alone_gradients_included(variant):
+    """Two calls that leave the rows at different phases; what stands in the padding is huge."""
+    block, calls = block_of(variant), ([7, 0, 3], [6, 8, 1], [1, 1, 1])
+    rows = [tokens(sum(n), HIDDEN, seed=b).requires_grad_() for b, n in enumerate(zip(*calls, strict=True))]
+    outputs, state, begin = [[] for _ in rows], block.initial_state(3), [0, 0, 0]
+    for lengths in calls:
+        pieces = [row[b : b + n] for row, b, n in zip(rows, begin, lengths, strict=True)]
+        padded = [torch.cat([p, p.new_full((9 - len(p), HIDDEN), 1e3)]) for p in pieces]
+        y, state = read(block, torch.stack(padded), state, torch.tensor(lengths))
+        for row, n in enumerate(lengths):
+            outputs[row].append(y[row, :n])
+            begin[row] += n
+    leaves = [*rows, *block.parameters()]
+
+    def gradients(ys: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((y * tokens(*y.shape, seed=9)).sum() for y in ys), leaves)
+
+    together = [torch.cat(parts) for parts in outputs]
+    alone = [read(block, row[None])[0][0] for row in rows]
+    for a, b in zip(together, alone, strict=True):
+        assert_close(a, b, FLOAT64, "outputs")
+    for a, b in zip(gradients(together), gradients(alone), strict=True):
+        assert b.any(), "a parameter is dead"
+        assert_close(a, b, FLOAT64, "gradients")
+
+
+@every_block
+def test_a_state_is_a_value(variant):
+    """Batch first in every leaf, and no call writes into what it was given."""
+    block = block_of(variant)
+    _, state = read(block, tokens(3, 7, HIDDEN))
+    assert {leaf.shape[0] for leaf in pytree.tree_leaves(state)} == {3}
+    before = pytree.tree_map(torch.Tensor.clone, state)
+    first, after = read(block, tokens(3, 4, HIDDEN, seed=1), state)
+    for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(before), strict=True):
+        assert torch.equal(a, b)
+    second, again = read(block, tokens(3, 4, HIDDEN, seed=1), state)
+    assert torch.equal(first, second)
+    assert_same_states(again, after)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.position = None
+    nothing, same = read(block, tokens(3, 0, HIDDEN), state)
+    assert nothing.shape == (3, 0, HIDDEN)
+    assert_same_states(same, state)
+
+
+@with_memory
+def test_surprise_is_told_once_for_every_token_however_the_text_is_cut(variant):
+    block, x, whole = block_of(variant), tokens(2, 13, HIDDEN), []
+    read(block, x, surprises=whole)
+    assert len(whole) == sum(isinstance(module, NeuralMemory) for module in block.modules()) == 1
+    assert whole[0].shape == (2, 13, HEADS) and (whole[0] > 0).all()
+    state, parts = None, []
+    for begin, end in ((0, 1), (1, 6), (6, 13)):
+        piece: list[Tensor] = []
+        _, state = read(block, x[:, begin:end], state, surprises=piece)
+        parts += piece
+    assert_close(torch.cat(parts, 1), whole[0], FLOAT64, "surprise of pieces")
+    ragged: list[Tensor] = []
+    lengths = torch.tensor([13, 8])
+    read(block, x, lengths=lengths, surprises=ragged)
+    assert_close(ragged[0][0], whole[0][0], FLOAT64, "surprise of a full row")
+    assert_close(ragged[0][1, :8], whole[0][1, :8], FLOAT64, "surprise of a padded row")
+
+
+@with_memory
+def test_a_memory_that_reads_the_same_again_is_less_surprised(variant):
+    """With gates wide open: the second of two equal stretches is the smaller surprise."""
+    block = block_of(variant, memory_options=dict(max_step_size=1.0))
+    memory = next(module for module in block.modules() if isinstance(module, NeuralMemory))
+    with torch.no_grad():
+        memory.gate_weight.zero_()
+        memory.gate_bias[0], memory.gate_bias[1:] = -12.0, 1.0
+    stretch, surprises = tokens(4, 4 * SEGMENT, HIDDEN), []
+    read(block, stretch.repeat(1, 3, 1), surprises=surprises)
+    first, _, third = (part.mean().item() for part in surprises[0].chunk(3, 1))
+    assert third < 0.9 * first
+
+
+@every_block
+def test_a_fresh_context_keeps_the_memory_and_nothing_else(variant):
+    block, past, x = block_of(variant), tokens(2, 11, HIDDEN, seed=1), tokens(2, 9, HIDDEN)
+    initial = block.initial_state(2)
+    _, state = read(block, past)
+    fresh = block.fresh_context(state)
+    kept = {id(leaf) for s in (fresh, initial) for leaf in learned(s)}
+    for a, b in zip(pytree.tree_leaves(fresh), pytree.tree_leaves(initial), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert id(a) in kept or torch.equal(a, b)
+    from_fresh, from_initial = read(block, x, fresh)[0], read(block, x)[0]
+    assert torch.equal(from_fresh, from_initial) is (variant == "transformer")
+    # It is a state like any other: chunks and segments begin here.
+    first, running = read(block, x[:, :4], block.fresh_context(state))
+    second, _ = read(block, x[:, 4:], running)
+    assert_close(torch.cat([first, second], 1), from_fresh, FLOAT64, "outputs of pieces")
+
+
+def learned(state) -> list[Tensor]:
+    """What a memory knows: its weights wherever they stand, and their momentum."""
+    found = list(getattr(state, "snapshot", ()))
+    for part in pytree.tree_leaves(state, is_leaf=lambda s: isinstance(s, MemoryState)):
+        if isinstance(part, MemoryState):
+            found += [*part.weights, *part.momentum, *part.anchor]
+    return found
+
+
+def test_mac_follows_its_definition_segment_by_segment():
+    """What a segment recalls is what the memory knew after the segments before it, and nothing of itself."""
+    block, x = block_of("mac"), tokens(1, 3 * SEGMENT + 2, HIDDEN)
+    normed, width = block.norm(x), block.memory.num_heads * block.memory.network.head_dim
+    queries, _ = block.recall_conv(block.recall_query(normed))
+    queries = torch.nn.functional.normalize(
+        torch.nn.functional.silu(queries).unflatten(-1, (HEADS, -1)), dim=-1
+    )
+    attended: list[Tensor] = []
+    for begin in range(0, x.shape[1], SEGMENT):
+        known = block.memory.initial_state(1, block.persistent)
+        if attended:
+            _, known = block.memory(block.memory_norm(torch.cat(attended, 1)), known)
+        reads = memory_read(
+            block.memory.network,
+            queries[:, begin : begin + SEGMENT],
+            known.memory,
+            norm_weight=block.memory.norm_weight,
+            norm_bias=block.memory.norm_bias,
+        )
+        recalled = block.recall_output(block.recall_norm(reads).flatten(-2))
+        assert reads.flatten(-2).shape[-1] == width
+        segment = normed[:, begin : begin + SEGMENT]
+        attended.append(block.attention(segment, recalled, block.persistent)[0])
+    z = torch.cat(attended, 1)
+    answers, _ = block.memory(block.memory_norm(z), block.memory.initial_state(1, block.persistent))
+    assert_close(read(block, x)[0], x + block.gate(z, answers), FLOAT64, "mac")
+
+
+def test_the_gate_lets_pass_what_the_memory_opens():
+    gate = MemoryGate(4).double()
+    torch.nn.init.constant_(gate.attention_norm.weight, 0.1)
+    attention, memory = tokens(1, 3, 4), tokens(1, 3, 4, seed=1)
+    normed = [v / v.square().mean(-1, keepdim=True).add(1e-6).sqrt() for v in (attention, memory)]
+    assert_close(gate(attention, memory), 0.1 * normed[0] / (1 + torch.exp(-normed[1])), FLOAT64, "gate")
+    with torch.no_grad():
+        gate.memory_norm.weight.fill_(-1e3)
+    assert gate(attention, memory.abs()).abs().max() < 1e-9

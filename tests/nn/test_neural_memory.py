@@ -1,0 +1,210 @@
+"""The memory as a layer: cut anywhere, masked, reset, in low precision, and trained through."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from titans.nn import NeuralMemory
+from titans.nn import memory as memory_module
+
+from ..tolerances import FLOAT64, assert_close
+
+HIDDEN, CHUNK = 6, 3
+FORMS = [
+    dict(),
+    dict(depth=1, residual=False, norm=False, normalize_step=False, unit_rows=False, max_step_size=0.1),
+    dict(depth=3, activation="silu", conv_kernel=1, expansion=1),
+]
+every_form = pytest.mark.parametrize("form", FORMS, ids=["default", "linear", "three layers"])
+
+
+def layer_of(form, seed=0):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        sizes = dict(num_heads=2, head_dim=4, expansion=2, chunk_size=CHUNK)
+        layer = NeuralMemory(HIDDEN, **{**sizes, **form}).double()
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_same_states(actual, expected):
+    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        assert_close(a.detach(), b.detach(), FLOAT64, "state")
+
+
+flags = st.lists(st.lists(st.booleans(), min_size=14, max_size=14), min_size=2, max_size=2)
+
+
+@every_form
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(mask=flags, reset=flags, cuts=st.lists(st.integers(0, 14), max_size=4), seed=st.integers(0, 99))
+def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, seed):
+    """And one call is every row's stretches between resets, alone, without their masked tokens."""
+    layer, x = layer_of(form), tokens(2, 14, HIDDEN, seed=seed)
+    mask, persistent = torch.tensor(mask), tokens(2, HIDDEN, seed=5)
+    reset = torch.tensor(reset) & (torch.rand(2, 14, generator=torch.Generator().manual_seed(seed)) < 0.4)
+    x = x.masked_fill(~mask[..., None], torch.nan)
+    whole, state = layer(x, mask=mask, reset=reset, persistent=persistent)
+    assert whole.isfinite().all() and not whole[~mask].any()
+    parts, running, edges = [], None, [0, *sorted(cuts), 14]
+    for begin, end in pairwise(edges):
+        cut = slice(begin, end)
+        y, running = layer(x[:, cut], running, mask[:, cut], reset[:, cut], persistent=persistent)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole, FLOAT64, "outputs")
+    assert_same_states(running, state)
+    for row in range(2):
+        begins = [0, *reset[row].nonzero().flatten().tolist()]
+        for begin, end in zip(begins, [*begins[1:], 14], strict=True):
+            real = mask[row, begin:end]
+            alone, last = layer(x[row, begin:end][real][None], persistent=persistent)
+            assert_close(whole[row, begin:end][real], alone[0], FLOAT64, "row alone")
+        assert_same_states(pytree.tree_map(lambda leaf, row=row: leaf[row : row + 1], state), last)
+
+
+@every_form
+def test_a_reset_row_is_a_new_row_to_the_bit(form):
+    layer, x, persistent = layer_of(form), tokens(1, 9, HIDDEN), tokens(3, HIDDEN, seed=1)
+    fresh = layer.initial_state(1, persistent)
+    reset = torch.zeros(1, 9, dtype=torch.bool)
+    reset[0, 8] = True
+    mask = ~reset
+    # A reset at the very end, on a token that is not read: the state after it is a new one.
+    _, state = layer(x, mask=mask, reset=reset, persistent=persistent)
+    assert state.memory.position.tolist() == [0] and not state.tail.any()
+    for part in ("weights", "momentum", "anchor"):
+        for actual, expected in zip(getattr(state.memory, part), getattr(fresh.memory, part), strict=True):
+            assert torch.equal(actual, expected)
+    # What was read before it can no longer be told.
+    reset = torch.arange(9)[None] == 4
+    one, _ = layer(x, reset=reset, persistent=persistent)
+    other, _ = layer(
+        torch.cat([tokens(1, 4, HIDDEN, seed=7), x[:, 4:]], 1), reset=reset, persistent=persistent
+    )
+    assert torch.equal(one[:, 4:], other[:, 4:]) and not torch.equal(one[:, :4], other[:, :4])
+
+
+@every_form
+def test_persistent_tokens_are_read_first_and_then_a_chunk_begins(form):
+    layer, persistent = layer_of(form), tokens(4, HIDDEN, seed=1)
+    fresh, plain = layer.initial_state(2, persistent), layer.initial_state(2)
+    _, read = layer(persistent[None])
+    for actual, expected in zip(fresh.memory.weights, read.memory.weights, strict=True):
+        assert_close(actual[:1], expected, FLOAT64, "weights")
+    assert any((m != 0).any() for m in fresh.memory.momentum) and not any(
+        m.any() for m in plain.memory.momentum
+    )
+    assert all(
+        a is w or torch.equal(a, w) for a, w in zip(fresh.memory.anchor, fresh.memory.weights, strict=True)
+    )
+    assert fresh.memory.position.tolist() == [0, 0] and not fresh.tail.any()
+
+
+@every_form
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_gradient_reaches_every_parameter(form, carried):
+    layer = layer_of(form)
+    x, persistent = tokens(2, 11, HIDDEN).requires_grad_(), tokens(2, HIDDEN, seed=1).requires_grad_()
+    y, state = layer(x, persistent=persistent)
+    if carried:
+        y, _ = layer(tokens(2, 5, HIDDEN, seed=2), state)
+    (y * tokens(*y.shape, seed=3)).sum().backward()
+    for name, leaf in [*layer.named_parameters(), ("x", x), ("persistent", persistent)]:
+        assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.any(), f"{name} is dead"
+        if name == "gate_bias":
+            assert (leaf.grad != 0).all(), "a gate is dead"
+
+
+@every_form
+def test_gradients_are_those_of_finite_differences(form):
+    layer, persistent = layer_of(form), tokens(1, HIDDEN, seed=1)
+    mask, reset = torch.tensor([[1, 1, 0, 1, 1, 1, 1]]).bool(), torch.arange(7)[None] == 4
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        y, state = torch.func.functional_call(
+            layer, given, (x, None, mask, reset), dict(persistent=persistent)
+        )
+        return y, state.memory.weights[0]
+
+    x = tokens(1, 7, HIDDEN).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+def test_a_masked_nan_reaches_no_gradient():
+    layer, mask = layer_of({}), torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 1, 1]]).bool()
+    x = tokens(2, 6, HIDDEN).masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    y, _ = layer(x, mask=mask)
+    y.square().sum().backward()
+    assert x.grad.isfinite().all() and not x.grad[~mask].any() and x.grad[mask].any()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_memory_of_a_narrow_layer_is_float32(dtype):
+    layer = layer_of({}).to(dtype)
+    x, persistent = tokens(2, 8, HIDDEN).to(dtype), tokens(2, HIDDEN, seed=1).to(dtype)
+    y, state = layer(x, persistent=persistent)
+    assert y.dtype == state.tail.dtype == dtype
+    for part in ("weights", "momentum", "anchor"):
+        assert {w.dtype for w in getattr(state.memory, part)} == {torch.float32}
+
+
+def test_gates_are_exact_under_autocast(monkeypatch):
+    layer, x = layer_of({}).float(), tokens(2, 8, HIDDEN).float()
+    seen, scan = [], memory_module.memory_scan
+
+    def spy(network, queries, keys, values, *gates, **options):
+        # Between the projections and the scan: the forget, momentum and step size of every token.
+        seen.append(gates[:3])
+        return scan(network, queries, keys, values, *gates, **options)
+
+    monkeypatch.setattr(memory_module, "memory_scan", spy)
+    expected, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, state = layer(x)
+    for with_autocast, without in zip(seen[1], seen[0], strict=True):
+        assert with_autocast.dtype == torch.float32 and torch.equal(with_autocast, without)
+    assert narrow.dtype == torch.bfloat16 and state.memory.weights[0].dtype == torch.float32
+    assert (narrow.float() - expected).square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+
+
+def test_half_lives_are_spread_over_the_heads():
+    layer = NeuralMemory(8, num_heads=5, head_dim=4, chunk_size=16).double()
+    nn.init.zeros_(layer.gate_weight)
+    forget, momentum, step_size = layer._gates(torch.zeros(1, 1, 8, dtype=torch.float64))
+    half_lives = (torch.log(torch.tensor(0.5)) / torch.log1p(-forget[0, 0, :, 0])).log()
+    assert_close(half_lives.exp()[[0, -1]], torch.tensor([64.0, 1e6]).double(), 1e-3, "half-lives")
+    steps = half_lives.diff()
+    assert_close(steps, steps[:1].expand(4), 1e-3, "their logarithms' distances")
+    assert (momentum < layer.max_momentum).all() and (step_size < layer.max_step_size).all()
+
+
+def test_a_frozen_layer_does_not_learn():
+    layer, x = layer_of({}), tokens(1, 9, HIDDEN)
+    layer.max_step_size = 0.0
+    _, state = layer(x)
+    assert not any(momentum.any() for momentum in state.memory.momentum)
+
+
+def test_it_stays_finite_over_a_long_monotone_stream():
+    """The same token ten thousand times, then another: what an unbounded step size would blow up on."""
+    layer = layer_of({}).float()
+    x = tokens(2, HIDDEN).float().repeat_interleave(5000, 0)[None]
+    with torch.no_grad():
+        y, state = layer(30 * x)
+    assert y.isfinite().all()
+    assert all(w.abs().max() < 100 for w in (*state.memory.weights, *state.memory.momentum))
