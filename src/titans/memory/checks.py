@@ -1,4 +1,5 @@
-"""Refusing wrong arguments of the public calls, each with one line that names it, its value and the remedy."""
+"""Refusing wrong arguments of the public calls, each with one line that names it, its value and the
+remedy."""
 
 from __future__ import annotations
 

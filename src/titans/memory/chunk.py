@@ -1,10 +1,11 @@
 """One chunk of the fast path, forward and backward, as batched matrix products written by hand.
 
-Inside a chunk every gradient is taken at the anchor, so token j's is an outer product D_j h_jᵀ known before any
-weight moves, and the weights after token t are a weighted sum of them (`rule.ChunkCoefficients`). Reading with these
-is, per layer, two products with the chunk-start matrices and one attention-like pair; no per-token weights exist.
-The backward forms every product with a weight-sized operand itself and in place, because passes over weights are
-what a chunk's time goes to; autograd differentiates only what is token-sized. Derivation: docs/maths.md.
+Inside a chunk every gradient is taken at the anchor, so token j's is an outer product D_j h_jᵀ known before
+any weight moves, and the weights after token t are a weighted sum of them (`rule.ChunkCoefficients`).
+Reading with these is, per layer, two products with the chunk-start matrices and one attention-like pair; no
+per-token weights exist.
+The backward forms every product with a weight-sized operand itself and in place, because passes over weights
+are what a chunk's time goes to; autograd differentiates only what is token-sized. Derivation: docs/maths.md.
 
 Shapes: rows = batch · heads; tokens (rows, width, features); weights (rows, out, in).
 """
@@ -24,7 +25,8 @@ Weights = tuple[Tensor, ...]
 
 
 class Chunk(NamedTuple):
-    """What enters a chunk: tokens (rows, width, head_dim), coefficients per layer, gain and bias (rows, 1, head_dim)."""
+    """What enters a chunk: tokens (rows, width, head_dim), coefficients per layer, gain and bias (rows, 1,
+    head_dim)."""
 
     queries: Tensor
     keys: Tensor
@@ -37,8 +39,8 @@ class Chunk(NamedTuple):
 class _Keys(NamedTuple):
     """The backward pass of the inner objective at the anchor.
 
-    inputs: h_0 … h_{L-1}. outputs: W_l h_{l-1}. deltas: gradients with respect to these. scaled: D_l, the deltas
-    divided by the step normalizers. surprise: (rows, width).
+    inputs: h_0 … h_{L-1}. outputs: W_l h_{l-1}. deltas: gradients with respect to these. scaled: D_l, the
+    deltas divided by the step normalizers. surprise: (rows, width).
     """
 
     inputs: list[Tensor]
@@ -71,7 +73,8 @@ class ChunkTape(NamedTuple):
 
 
 class ChunkGradients(NamedTuple):
-    """Gradients of a chunk's inputs. `anchor` is None where the anchor was the weights themselves: it is in `weights`."""
+    """Gradients of a chunk's inputs. `anchor` is None where the anchor was the weights themselves: it is in
+    `weights`."""
 
     queries: Tensor
     keys: Tensor
@@ -85,7 +88,12 @@ class ChunkGradients(NamedTuple):
 
 
 def _objective(
-    net: MemoryNetwork, features: Tensor, keys: Tensor, values: Tensor, gain: Tensor | None, bias: Tensor | None
+    net: MemoryNetwork,
+    features: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the inner objective with respect to f(k), and the objective per token."""
     objective = OBJECTIVES[net.objective]
@@ -200,12 +208,18 @@ def _read_backward(
     leaves = [x for x in (out, gain, bias) if x is not None]
     with torch.enable_grad():
         answers = net.finish(out, torch.zeros_like(out), gain, bias)
-    found = iter(torch.autograd.grad(answers, leaves, answers_grad))
-    return next(found), *(None if x is None else next(found) for x in (gain, bias))
+    found = list(torch.autograd.grad(answers, leaves, answers_grad))
+    out_grad = found.pop(0)
+    gain_grad, bias_grad = (None if x is None else found.pop(0) for x in (gain, bias))
+    return out_grad, gain_grad, bias_grad
 
 
 def chunk_backward(
-    net: MemoryNetwork, tape: ChunkTape, answers_grad: Tensor, weights_grad: list[Tensor], momentum_grad: list[Tensor]
+    net: MemoryNetwork,
+    tape: ChunkTape,
+    answers_grad: Tensor,
+    weights_grad: list[Tensor],
+    momentum_grad: list[Tensor],
 ) -> ChunkGradients:
     """From the gradients of `run_chunk`'s reads, weights and momentum to those of its inputs."""
     chunk, keys = tape.chunk, tape.keys
@@ -230,7 +244,9 @@ def chunk_backward(
         scaled_grad = torch.bmm((read.similarity * c.read_steps).mT, out_grad).neg_()
         scaled_grad.addcmul_(deposit_w, c.end_steps, value=-1).addcmul_(deposit_s, c.momentum_steps, value=-1)
         input_grad = torch.bmm(similarity_grad.mT, read.inputs)
-        input_grad.baddbmm_(d * c.end_steps, grad_w, alpha=-1).baddbmm_(d * c.momentum_steps, grad_s, alpha=-1)
+        input_grad.baddbmm_(d * c.end_steps, grad_w, alpha=-1).baddbmm_(
+            d * c.momentum_steps, grad_s, alpha=-1
+        )
 
         coefficient_grads.append(
             ChunkCoefficients(
@@ -250,16 +266,17 @@ def chunk_backward(
         from_momentum.append(carried.baddbmm_(by_momentum.mT, read.inputs))
         scaled_grads.append(scaled_grad)
         input_grads.append(input_grad)
-        if layer:
-            out_grad = backward(hidden_grad, tape.reads[layer - 1].outputs)
+        out_grad = backward(hidden_grad, tape.reads[layer - 1].outputs) if layer else hidden_grad
     for reverse in (scaled_grads, input_grads, coefficient_grads, from_weights, from_momentum):
         reverse.reverse()
 
     shared = tape.anchor[0] is tape.weights[0]
     anchor_grads = from_weights if shared else [torch.zeros_like(w) for w in tape.anchor]
-    key_grad, value_grad, key_gain, key_bias = _key_backward(net, tape, scaled_grads, input_grads, anchor_grads)
+    key_grad, value_grad, key_gain, key_bias = _key_backward(
+        net, tape, scaled_grads, input_grads, anchor_grads
+    )
     return ChunkGradients(
-        hidden_grad + answers_grad if net.residual else hidden_grad,
+        out_grad + answers_grad if net.residual else out_grad,
         key_grad,
         value_grad,
         coefficient_grads,
@@ -289,7 +306,10 @@ def _key_backward(
     # Up through δ_l = activation'(z_l) ⊙ (δ_{l+1} W_{l+1}).
     bends = []
     for layer in range(net.depth - 1):
-        above, output = _leaf(torch.bmm(keys.deltas[layer + 1], anchor[layer + 1])), _leaf(keys.outputs[layer])
+        above, output = (
+            _leaf(torch.bmm(keys.deltas[layer + 1], anchor[layer + 1])),
+            _leaf(keys.outputs[layer]),
+        )
         with torch.enable_grad():
             delta = backward(above, output)
         above_grad, bend = torch.autograd.grad(delta, (above, output), delta_grads[layer])
@@ -303,20 +323,19 @@ def _key_backward(
     squares, weight_squares = [_leaf(x) for x in squares], [_leaf(x) for x in weight_squares]
     with torch.enable_grad():
         delta, _, normalizers = _errors(net, features, key, value, gain, bias, squares, weight_squares)
-    leaves = [features, key, value, gain, bias, *squares, *weight_squares]
-    wanted = [x for x in leaves if x is not None]
-    found = iter(
+    affine = [x for x in (gain, bias) if x is not None]
+    found = list(
         torch.autograd.grad(
             [delta, *normalizers],
-            wanted,
+            [features, key, value, *affine, *squares, *weight_squares],
             [delta_grads[-1], *normalizer_grads],
             allow_unused=True,
             materialize_grads=True,
         )
     )
-    out_grad, key_grad, value_grad, gain_grad, bias_grad, *rest = (
-        None if x is None else next(found) for x in leaves
-    )
+    out_grad, key_grad, value_grad = found[:3]
+    gain_grad, bias_grad = (None if x is None else found.pop(3) for x in (gain, bias))
+    rest = found[3:]
     for layer, grad in enumerate(rest[: len(squares)]):
         input_grads[layer].addcmul_(keys.inputs[layer], grad.unsqueeze(-1), value=2)
     for layer, grad in enumerate(rest[len(squares) :], start=1):

@@ -28,7 +28,7 @@ class _DecayProducts(torch.autograd.Function):
 def decay_products(gates: Tensor) -> Tensor:
     """P[…, t, i] = ∏ gates[…, i+1 … t] for i ≤ t (1 on the diagonal), 0 above it: (…, n) to (…, n, n).
 
-    Differences of cumulative logarithms give NaN or wrong gradients at a closed gate; this form has no division,
-    so it is exact for every gate in [0, 1]. The first gate never enters a product.
+    Differences of cumulative logarithms give NaN or wrong gradients at a closed gate; this form has no
+    division, so it is exact for every gate in [0, 1]. The first gate never enters a product.
     """
     return _DecayProducts.apply(gates)  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ class Backend(NamedTuple):
 def _chunkwise_refuses(problem: ScanProblem) -> str | None:
     # Forward-mode and vmap levels of torch.func do not pass through its custom backward.
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
-        return "it has a hand-made backward, which torch.func transforms cannot pass through; call it outside them"
+        return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
     return None
 
 
@@ -60,16 +60,16 @@ def memory_scan(
     net: MemoryNetwork, queries: Tensor, keys: Tensor, values: Tensor, forget: Tensor, momentum: Tensor,
     step_size: Tensor, state: MemoryState, chunk_size: int = ..., *, norm_weight: Tensor | None = ...,
     norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
-    initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ..., backend: str = ...,
-    return_surprise: Literal[False] = ...,
+    initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
+    backend: str = ..., return_surprise: Literal[False] = ...,
 ) -> tuple[Tensor, MemoryState]: ...  # fmt: skip
 @overload
 def memory_scan(
     net: MemoryNetwork, queries: Tensor, keys: Tensor, values: Tensor, forget: Tensor, momentum: Tensor,
     step_size: Tensor, state: MemoryState, chunk_size: int = ..., *, norm_weight: Tensor | None = ...,
     norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
-    initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ..., backend: str = ...,
-    return_surprise: Literal[True],
+    initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
+    backend: str = ..., return_surprise: Literal[True],
 ) -> tuple[Tensor, MemoryState, Tensor]: ...  # fmt: skip
 def memory_scan(
     net: MemoryNetwork,
@@ -91,7 +91,8 @@ def memory_scan(
     backend: str = "auto",
     return_surprise: bool = False,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
-    """Read a stretch of tokens: learn every key → value pair, and answer every query with what is known by then.
+    """Read a stretch of tokens: learn every key → value pair, and answer every query with what is known by
+    then.
 
     At token t, with W' the weights at the end of the previous chunk (chunks are counted from the start of the
     sequence, not of the call):  u = ∂‖M(k_t; W') − v_t‖²/∂W';  S ← eta S − theta u  (14);
@@ -100,8 +101,8 @@ def memory_scan(
     Args:
         net: the inner problem of one head.
         queries, keys, values: (batch, time, heads, head_dim), any floating dtype.
-        forget, momentum, step_size: alpha, eta, theta, (batch, time, heads, depth); the first two in the closed
-            interval [0, 1], the third not negative.
+        forget, momentum, step_size: alpha, eta, theta, (batch, time, heads, depth); the first two in the
+            closed interval [0, 1], the third not negative.
         state: what the rows have learned so far; see `MemoryState.initial`.
         chunk_size: tokens that share one set of gradient weights. Part of the model, not a speed knob.
         norm_weight, norm_bias: gain and bias of the network's LayerNorm, (heads, head_dim).
@@ -114,8 +115,8 @@ def memory_scan(
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
 
     Returns:
-        Reads (batch, time, heads, head_dim) in the queries' dtype, 0 where masked, and the new state. State and
-        arithmetic are in promote_types(dtype, float32), autocast or not.
+        Reads (batch, time, heads, head_dim) in the queries' dtype, 0 where masked, and the new state. State
+        and arithmetic are in promote_types(dtype, float32), autocast or not.
 
     Raises:
         ValueError: for a wrong shape, dtype or range, or a backend that refuses, naming the argument.

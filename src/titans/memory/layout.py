@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class Columns(NamedTuple):
-    """A stretch of tokens, cut per row at chunk boundaries and resets, the tokens of a column packed to its left.
+    """A stretch of tokens, cut per row at chunk boundaries and resets, the tokens of a column packed to its
+    left.
 
     source: (batch, columns, width) index into the stretch of the token in each slot (0 in empty slots).
     filled: (batch, columns, width) bool.
@@ -32,7 +33,8 @@ class Columns(NamedTuple):
 
 
 def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor | None = None) -> Columns:
-    """Lay out a stretch; position (batch,) before it, real and reset (batch, time) bool. Reads sizes on the host."""
+    """Lay out a stretch; position (batch,) before it, real and reset (batch, time) bool. Reads sizes on the
+    host."""
     batch, time = real.shape
     count = real.sum(1)
     rank = real.cumsum(1) - real.long()

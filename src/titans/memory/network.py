@@ -1,9 +1,11 @@
-"""The fast network of one memory head: its shape, its forward pass, and what keeps its inner steps bounded."""
+"""The fast network of one memory head: its shape, its forward pass, and what keeps its inner steps
+bounded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * gate * (1 + x * (1 - gate))
 
 
-# grad · activation'(x), and differentiable, which the outer gradient needs (torch's own silu_backward is not).
+# grad · activation'(x), and differentiable, which the outer gradient needs (torch's own silu_backward is
+# not).
 ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "silu": _silu_backward,
@@ -48,7 +51,8 @@ class MemoryNetwork:
         norm: LayerNorm on the output, its gain and bias being slow weights.
         normalize_step: divide each step size by a bound on the curvature of the inner objective (see
             `step_normalizers`), which makes the step size a fraction of the largest safe one.
-        unit_rows: at each chunk end rescale the rows of every matrix to L2 norm 1 (without `norm`: only longer ones).
+        unit_rows: at each chunk end rescale the rows of every matrix to L2 norm 1 (without `norm`: only
+            longer ones).
         objective: name in `titans.memory.objective.OBJECTIVES`.
         update_rule: name in `titans.memory.rule.UPDATE_RULES`.
 
@@ -85,10 +89,11 @@ class MemoryNetwork:
     def weight_shapes(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of W_1 … W_L."""
         widths = [self.head_dim] + [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
-        return tuple((out, inp) for inp, out in zip(widths[:-1], widths[1:], strict=True))
+        return tuple((out, inp) for inp, out in pairwise(widths))
 
     def features(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, head_dim), W (…, out, in)."""
+        """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, head_dim), W (…, out,
+        in)."""
         inputs, outputs = [x], []
         for weight in weights:
             outputs.append(inputs[-1] @ weight.mT)
@@ -111,7 +116,8 @@ class MemoryNetwork:
         return self.finish(self.features(weights, x)[1][-1], x, gain, bias)
 
     def slope_square(self, features: Tensor, gain: Tensor | None) -> Tensor:
-        """ρ² = (max|gain| · rsqrt(var f + ε))², the squared slope of the norm; f (…, rows, head_dim) to (…, rows)."""
+        """ρ² = (max|gain| · rsqrt(var f + ε))², the squared slope of the norm; f (…, rows, head_dim) to (…,
+        rows)."""
         if not self.norm:
             return features.new_ones(features.shape[:-1])
         square = 1 / (features.var(-1, correction=0) + NORM_EPS)
@@ -122,8 +128,8 @@ class MemoryNetwork:
     ) -> list[Tensor]:
         """What `normalize_step` divides each layer's step size by: L · max(c_l, 1e-6), each (…, rows).
 
-        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l; κ_l = ∏_{j>l} 1.13 ‖W_j‖_F is the
-        slope of the layers above.
+        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l; κ_l = ∏_{j>l} 1.13 ‖W_j‖_F is
+        the slope of the layers above.
 
         Args:
             slope_square: ρ², (…, rows).
@@ -157,7 +163,8 @@ class MemoryNetwork:
         return before
 
     def _row_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What each row is multiplied by when a chunk ends, and whether it is rescaled at all: (…, out, 1)."""
+        """What each row is multiplied by when a chunk ends, and whether it is rescaled at all: (…, out,
+        1)."""
         length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         # A row of zeros stays; the inner where keeps its gradient finite.
         rescaled = length > 0 if self.norm else length > 1

@@ -15,7 +15,8 @@ from titans.memory.state import MemoryState
 class ScanProblem:
     """The arguments of `memory_scan`, all floating tensors in the compute dtype.
 
-    queries, keys, values: (batch, time, heads, head_dim). forget, momentum, step_size: (batch, time, heads, depth).
+    queries, keys, values: (batch, time, heads, head_dim). forget, momentum, step_size: (batch, time, heads,
+        depth).
     gain, bias: (heads, 1, head_dim) or None. mask, reset: (batch, time) bool or None.
     initial, initial_momentum: (heads, out, in) each, or None; where `reset` starts a row afresh.
     """

@@ -1,4 +1,5 @@
-"""The oracle: one token at a time, the inner gradient by autograd. Slow, and written to be read beside the paper."""
+"""The oracle: one token at a time, the inner gradient by autograd. Slow, and written to be read beside the
+paper."""
 
 from __future__ import annotations
 

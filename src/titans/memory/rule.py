@@ -33,7 +33,8 @@ class ChunkCoefficients(NamedTuple):
 
 
 class UpdateRule(Protocol):
-    """One token's update, and the same rule in closed form over a chunk whose gradients are known up front."""
+    """One token's update, and the same rule in closed form over a chunk whose gradients are known up
+    front."""
 
     def step(
         self,

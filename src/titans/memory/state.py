@@ -1,4 +1,5 @@
-"""The memory's state as a value: what one sequence has learned so far. It goes in as an argument and comes out."""
+"""The memory's state as a value: what one sequence has learned so far. It goes in as an argument and comes
+out."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ State = TypeVar("State")
 
 
 def register_state(cls: type[State]) -> type[State]:
-    """Register a frozen dataclass of tensors and states as a pytree, so that it can be mapped, moved and saved."""
+    """Register a frozen dataclass of tensors and states as a pytree, so that it can be mapped, moved and
+    saved."""
     pytree.register_dataclass(cls)
     return cls
 
@@ -27,7 +29,8 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
 def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
     """For each batch row, `chosen` where `rows` (batch,) is true, else `otherwise`.
 
-    A leaf of `chosen` that is shorter in dimension 1, as the keys of a row that has read less, is filled up with
+    A leaf of `chosen` that is shorter in dimension 1, as the keys of a row that has read less, is filled up
+    with
     zeros: what a row has not reached is never looked at.
     """
 
@@ -47,8 +50,8 @@ class MemoryState:
     Attributes:
         weights: W_1 … W_L of every sequence and head, each (batch, heads, out, in).
         momentum: S_1 … S_L, past surprise, the same shapes (equation 14).
-        anchor: the weights at the start of the running chunk, at which every gradient of the chunk is taken. Equal
-            to `weights` whenever position % chunk_size == 0.
+        anchor: the weights at the start of the running chunk, at which every gradient of the chunk is taken.
+            Equal to `weights` whenever position % chunk_size == 0.
         position: (batch,) int64, real tokens written so far.
     """
 

@@ -9,7 +9,8 @@ from titans.nn.norm import RMSNorm
 
 
 class MemoryGate(nn.Module):
-    """Norm(attention) ⊙ σ(Norm(memory)): the memory decides what of the attention passes (equations 25 and 28).
+    """Norm(attention) ⊙ σ(Norm(memory)): the memory decides what of the attention passes (equations 25 and
+    28).
 
     The paper asks for learnable vector weights on both branches and a non-linearity, and says no more. The
     attention's weight starts small, so that a fresh block changes the residual stream little.

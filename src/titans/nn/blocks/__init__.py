@@ -1,4 +1,5 @@
-"""Token-mixing blocks. To add a variant, write one file and add one entry; the conformance tests then cover it.
+"""Token-mixing blocks. To add a variant, write one file and add one entry; the conformance tests then cover
+it.
 
 A block is built from `BlockSettings`, makes its own fresh state with `initial_state(batch)`, and maps
 (x, state, context) to (x, state): norms and residuals are its own, the SwiGLU that follows is the model's.

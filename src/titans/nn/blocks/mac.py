@@ -1,8 +1,10 @@
-"""Memory as context: what the memory recalls stands beside the segment in the attention's context (section 4.1).
+"""Memory as context: what the memory recalls stands beside the segment in the attention's context (section
+4.1).
 
-Segment by segment: recall with the memory as it stood when the segment began (21); attend to persistent tokens, to
-what was recalled and to the segment (22, 23); write the attention's outputs into the memory and read it with them,
-token by token (24, 25); gate. Position i sees recalled and segment tokens up to i alone, so nothing leaks.
+Segment by segment: recall with the memory as it stood when the segment began (21); attend to persistent
+tokens, to what was recalled and to the segment (22, 23); write the attention's outputs into the memory and
+read it with them, token by token (24, 25); gate. Position i sees recalled and segment tokens up to i alone,
+so nothing leaks.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from titans.nn.segment_attention import SegmentAttention, SegmentState
 @register_state
 @dataclass(frozen=True)
 class MACState:
-    """memory: written with attention outputs. snapshot: its weights when the segment began, (batch, heads, out, in).
+    """memory: written with attention outputs. snapshot: its weights when the segment began, (batch, heads,
+    out, in).
 
-    segment: keys and values of the running segment. recall_tail: last inputs of the recall queries' convolution.
+    segment: keys and values of the running segment. recall_tail: last inputs of the recall queries'
+        convolution.
     """
 
     memory: NeuralMemoryState
@@ -107,7 +111,8 @@ class MACBlock(nn.Module):
     def _ragged(
         self, x: Tensor, state: MACState, position: Tensor, context: BlockContext
     ) -> tuple[Tensor, MACState]:
-        """Rows at different phases, or padded: at most one segment of every row at a time, packed to the left."""
+        """Rows at different phases, or padded: at most one segment of every row at a time, packed to the
+        left."""
         batch, time, hidden = x.shape
         real = real_tokens(context.lengths, time)
         if real is None:

@@ -1,4 +1,5 @@
-"""Memory as layer: the memory, then window attention over what it made of the tokens (section 4.3, (29) to (31))."""
+"""Memory as layer: the memory, then window attention over what it made of the tokens (section 4.3, (29) to
+(31))."""
 
 from __future__ import annotations
 

@@ -1,0 +1,221 @@
+"""On a CUDA device: every backend against the float64 oracle, then layer and model throughput.
+
+    python benchmarks/gpu.py                        # prints the table
+    python benchmarks/gpu.py --output results.md    # and writes it
+
+Without a CUDA device it says so and exits 0; if a backend disagrees with the oracle it prints no timing and
+exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titans.memory import BACKENDS, MemoryNetwork, MemoryState, memory_scan
+
+TIME_LIMIT = 7 * 60
+# float32 products on a tensor core may be tf32; these are for the exact setting, chosen below.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+
+
+def problem(
+    net: MemoryNetwork,
+    batch: int,
+    time_steps: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random unit keys and queries, gates inside their range, weights of unit rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def gate(highest: float) -> Tensor:
+        return highest * torch.rand(
+            batch, time_steps, heads, net.depth, generator=generator, dtype=torch.float64
+        )
+
+    unit = torch.nn.functional.normalize
+    tensors = {
+        "queries": unit(normal(batch, time_steps, heads, net.head_dim), dim=-1),
+        "keys": unit(normal(batch, time_steps, heads, net.head_dim), dim=-1),
+        "values": normal(batch, time_steps, heads, net.head_dim),
+        "forget": gate(0.01),
+        "momentum": gate(0.9),
+        "step_size": gate(0.05),
+        "norm_weight": torch.full((heads, net.head_dim), 0.5, dtype=torch.float64),
+        "norm_bias": torch.zeros(heads, net.head_dim, dtype=torch.float64),
+    }
+    for layer, shape in enumerate(net.weight_shapes):
+        tensors[f"weight_{layer}"] = unit(normal(batch, heads, *shape), dim=-1)
+    return {name: x.to(device, dtype) for name, x in tensors.items()}
+
+
+def scan(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
+    """Reads of a fresh memory."""
+    inputs = [tensors[n] for n in ("queries", "keys", "values", "forget", "momentum", "step_size")]
+    state = MemoryState.initial([tensors[f"weight_{layer}"] for layer in range(net.depth)])
+    affine = {"norm_weight": tensors["norm_weight"], "norm_bias": tensors["norm_bias"]}
+    return memory_scan(net, *inputs, state, chunk_size, **affine, backend=backend)[0]
+
+
+def check(device: str) -> list[str]:
+    """Largest relative error of reads and gradients of every backend on the device, against the oracle."""
+    lines = []
+    for net in (
+        MemoryNetwork(32, 2, 2, normalize_step=True, unit_rows=True),
+        MemoryNetwork(32, 1),
+        MemoryNetwork(16, 3, 2, activation="silu"),
+    ):
+        answers = {}
+        for backend, dtype in [("oracle", torch.float64)] + [
+            (name, dtype) for name in BACKENDS for dtype in (torch.float64, torch.float32)
+        ]:
+            place, name = ("cpu", "reference") if backend == "oracle" else (device, backend)
+            tensors = {n: x.requires_grad_() for n, x in problem(net, 2, 48, 2, dtype, place).items()}
+            reads = scan(net, tensors, 16, name)
+            weighting = torch.linspace(-1, 1, reads.numel(), dtype=torch.float64).view_as(reads).to(reads)
+            grads = torch.autograd.grad((reads * weighting).sum(), list(tensors.values()))
+            answers[backend, dtype] = [x.detach().double().cpu() for x in (reads, *grads)]
+        exact = answers.pop(("oracle", torch.float64))
+        for (backend, dtype), found in answers.items():
+            error = max(
+                float((a - b).abs().max() / (b.abs().max() + 1e-12))
+                for a, b in zip(found, exact, strict=True)
+            )
+            verdict = "ok" if error <= TOLERANCE[dtype] else "WRONG"
+            lines.append(f"| {backend} | {str(dtype)[6:]} | depth {net.depth} | {error:.1e} | {verdict} |")
+    return lines
+
+
+def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
+    """Median time of a call on the device, after two to warm up."""
+    times = []
+    for repetition in range(repetitions + 2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if repetition >= 2:
+            times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def layer_rows(deadline: float) -> list[str]:
+    """Tokens per second of one memory layer, forward and forward + backward."""
+    rows = []
+    for chunk_size in (16, 64):
+        for time_steps in (2048, 8192):
+            if time.monotonic() > deadline:
+                return rows
+            net, batch, heads = MemoryNetwork(64, 2, 4), 8, 12
+            tensors = problem(net, batch, time_steps, heads, torch.float32, "cuda")
+            with torch.no_grad():
+                forward = milliseconds(lambda: scan(net, tensors, chunk_size, "auto"))  # noqa: B023
+            leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+
+            def both() -> None:
+                scan(net, leaves, chunk_size, "auto").sum().backward()  # noqa: B023
+
+            total = milliseconds(both)
+            hidden = 4 * 64
+            operations = heads * (22 * 64 * hidden + 4 * chunk_size * (64 + hidden) + 4 * chunk_size**2)
+            tokens = batch * time_steps
+            rows.append(
+                f"| layer 768 = 12 × 64, expansion 4 | {chunk_size} | {batch} × {time_steps} | "
+                f"{tokens / forward * 1000:,.0f} | {tokens / total * 1000:,.0f} | "
+                f"{operations * tokens / forward / 1e9:.2f} |"
+            )
+    return rows
+
+
+def model_rows(deadline: float) -> list[str]:
+    """Tokens per second of a training step of the 170M models in bfloat16, beside the transformer."""
+    from titans.hf import TitansConfig, TitansForCausalLM
+
+    rows = []
+    for variant in ("transformer", "mag", "mac", "lmm", "mal"):
+        if time.monotonic() > deadline:
+            return rows
+        torch.manual_seed(0)
+        model = TitansForCausalLM(TitansConfig.from_preset("170m", variant=variant)).cuda()
+        ids = torch.randint(0, 32000, (2, 4096), device="cuda")
+
+        def step(model: TitansForCausalLM = model, ids: Tensor = ids) -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                model(ids, labels=ids).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            took = milliseconds(step, 3)
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            rows.append(f"| 170m {variant} | 2 × 4096 | {ids.numel() / took * 1000:,.0f} | {peak:.1f} GiB |")
+        except torch.OutOfMemoryError:
+            rows.append(f"| 170m {variant} | 2 × 4096 | out of memory | – |")
+        del model, step
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing was measured")
+        return 0
+    deadline = time.monotonic() + TIME_LIMIT
+    # The check needs real float32 products; the timings below take what the device offers.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    checked = check("cuda")
+    lines = [
+        f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}; "
+        "`python benchmarks/gpu.py`",
+        "",
+        "Against the float64 oracle (largest relative error of reads and all gradients):",
+        "",
+        "| backend | dtype | memory | error | |",
+        "|---|---|---|---|---|",
+        *checked,
+    ]
+    correct = not any("WRONG" in line for line in checked)
+    if correct:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        lines += [
+            "",
+            "Memory layer, float32 state, tf32 products, tokens per second (median of 5):",
+            "",
+            "| layer | chunk | batch × time | forward | forward + backward | forward TFLOP/s |",
+            "|---|---|---|---|---|---|",
+            *layer_rows(deadline),
+            "",
+            "Training step under bfloat16 autocast, tokens per second (median of 3):",
+            "",
+            "| model | batch × time | tokens/s | peak memory |",
+            "|---|---|---|---|",
+            *model_rows(deadline),
+        ]
+    text = "\n".join(lines)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n")
+    return 0 if correct else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

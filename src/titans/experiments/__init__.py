@@ -1,0 +1,1 @@
+"""Recipes: train these, evaluate those, print what came out, whatever it is."""
