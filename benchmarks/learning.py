@@ -85,8 +85,8 @@ def table(found: dict[str, list[dict[str, float]]], trigram: float, steps: int) 
     lines = [
         f"{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}; "
         f"`python benchmarks/learning.py`; tiny preset, {steps} steps of 16 × 256 bytes of the vendored "
-        "text, mean ± standard deviation over seeds. Held-out bits per byte of one act: in windows of 256 bytes, "
-        "each with a fresh state; the same with step size 0; and the act in one stream.",
+        "text, mean ± standard deviation over seeds. Held-out bits per byte of one act: in windows of 256 "
+        "bytes, each with a fresh state; the same with step size 0; and the act in one stream.",
         "",
         f"Interpolated trigram byte model on the same text: **{trigram:.3f}**.",
         "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, overload, Literal
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
