@@ -159,8 +159,9 @@ def test_the_memory_of_a_narrow_layer_is_float32(dtype):
     x, persistent = tokens(2, 8, HIDDEN).to(dtype), tokens(2, HIDDEN, seed=1).to(dtype)
     y, state = layer(x, persistent=persistent)
     assert y.dtype == state.tail.dtype == dtype
-    for part in ("weights", "momentum", "anchor"):
-        assert {w.dtype for w in getattr(state.memory, part)} == {torch.float32}
+    for memory in (state.memory, layer.initial_state(1).memory):
+        for part in ("weights", "momentum", "anchor"):
+            assert {w.dtype for w in getattr(memory, part)} == {torch.float32}
 
 
 def test_gates_are_exact_under_autocast(monkeypatch):
