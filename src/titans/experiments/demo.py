@@ -121,13 +121,14 @@ def halves(document: Document) -> tuple[bytes, bytes]:
 
 
 def surprise_of(model: TitansForCausalLM, before: bytes, passage: bytes) -> np.ndarray:
-    """Surprise at every byte of a passage, read after what stands before it; 1 is the mean."""
+    """Surprise at every byte of a passage, (bytes,), read after what stands before it; 1 is the mean."""
     session = Session(model, byte_tokenizer())
     session.feed(before)
-    found = session.feed(passage, collect_surprise=True).surprises
-    assert found is not None
-    levels = found.double() / found.double().mean(tuple(range(found.dim() - 2)), keepdim=True)
-    return levels.flatten(1).mean(1).numpy()
+    # A session holds its newest token back, so one more byte brings the passage's last one in.
+    read = session.feed(passage + b"\n", collect_surprise=True)
+    assert read.surprises is not None
+    levels = read.surprises[len(before) - read.start :].double()
+    return (levels / levels.mean(0, keepdim=True)).mean(1).numpy()
 
 
 def run_demo(steps: int, folder: Path) -> DemoResult:
