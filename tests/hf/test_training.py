@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from titans.hf import TitansCache, TitansForCausalLM
+from titans.hf import TitansForCausalLM
 from titans.memory.state import map_state
 from titans.nn.blocks import BLOCKS
 
@@ -50,14 +50,24 @@ def assert_same_gradients(actual, expected):
         assert_near(actual[1][name], gradient, 1e-8 * max(1.0, gradient.abs().max().item()))
 
 
-def test_loss_is_that_of_the_shifted_ids(variant):
+def test_the_output_holds_what_was_asked_for_in_the_librarys_order(variant):
     model, ids = small_model(variant), random_ids(2, 17)
     labels = ids.clone()
     labels[0, 3:6] = -100
     expected = logits_of(model, ids)[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(expected, labels[:, 1:].flatten())
+    output = model(ids, labels=labels)
     # The library's loss is in float32.
-    assert_near(model(ids, labels=labels).loss.double(), expected, 1e-5)
+    assert_near(output.loss.double(), expected, 1e-5)
+    assert list(output) == ["loss", "logits", "past_key_values"]
+    loss, logits, _ = model(ids, labels=labels, return_dict=False)
+    assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
+    assert torch.equal(model(ids, logits_to_keep=3).logits, output.logits[:, -3:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([4, 2])).logits, output.logits[:, [4, 2]])
+    base = model.model(ids, output_hidden_states=True, output_surprise=True, use_cache=False)
+    assert "past_key_values" not in base and len(base.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(base.surprises) in (0, model.config.num_hidden_layers)
+    assert torch.equal(model.lm_head(base.last_hidden_state), output.logits)
 
 
 def test_carried_states_give_the_loss_and_the_gradients_of_one_call(variant):
@@ -182,7 +192,7 @@ def test_the_trainer_learns_a_repeated_sequence(variant, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = TitansForCausalLM(small_config(variant, hidden_size=16, tie_word_embeddings=True))
-    text = random_ids(8, seed=3).repeat(4)
+    text = random_ids(8, seed=3).repeat(3)
     args = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=20,
@@ -197,11 +207,12 @@ def test_the_trainer_learns_a_repeated_sequence(variant, tmp_path):
         activation_checkpointing=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(
-        model=model, args=args, train_dataset=[dict(input_ids=text, labels=text) for _ in range(40)]
-    )
+    rows = [dict(input_ids=text, labels=text) for _ in range(40)]
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:3])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 20 and losses[0] > 2.5
     assert losses[-1] < 0.5
-    assert VOCAB > 8 and not isinstance(model(text[None]).past_key_values, TitansCache)
+    assert trainer.evaluate()["eval_loss"] < 0.5
+    predicted = trainer.predict(rows[:3]).predictions
+    assert predicted.shape == (3, len(text), VOCAB)

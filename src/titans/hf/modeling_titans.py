@@ -274,12 +274,18 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        output.logits = self.lm_head(output.last_hidden_state[:, keep])
+        logits, loss = self.lm_head(output.last_hidden_state[:, keep]), None
         if labels is not None:
-            output.loss = self.loss_function(
-                logits=output.logits, labels=labels, vocab_size=self.config.vocab_size
-            )
-        output.last_hidden_state = None
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        # A new one: the library's outputs keep what was set before, and the order in which it was set.
+        output = TitansOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            memory_states=output.memory_states,
+            surprises=output.surprises,
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def _prepare_cache_for_generation(
@@ -304,10 +310,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         id is a real token, the padding id too.
 
         Raises:
-            ValueError: for a mask of any other length, nothing to continue with, or a `cache_implementation`.
+            ValueError: for a mask of any other length, or nothing to continue with.
         """
-        # "paged" would never come to the hook above: the library branches off before it.
-        _refuse_cache_kind(kwargs.get("cache_implementation"))
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         prompt = kwargs.get("inputs_embeds")
         if prompt is None:
