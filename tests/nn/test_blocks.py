@@ -148,6 +148,8 @@ def test_a_fresh_context_keeps_the_memory_and_nothing_else(variant):
     for a, b in zip(pytree.tree_leaves(fresh), pytree.tree_leaves(initial), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert id(a) in kept or torch.equal(a, b)
+    for memory in memories(fresh):
+        assert all(map(torch.equal, memory.anchor, memory.weights)), "a chunk is still open"
     from_fresh, from_initial = read(block, x, fresh)[0], read(block, x)[0]
     assert torch.equal(from_fresh, from_initial) is (variant == "transformer")
     # It is a state like any other: chunks and segments begin here.
@@ -156,12 +158,16 @@ def test_a_fresh_context_keeps_the_memory_and_nothing_else(variant):
     assert_close(torch.cat([first, second], 1), from_fresh, FLOAT64, "outputs of pieces")
 
 
+def memories(state) -> list[MemoryState]:
+    parts = pytree.tree_leaves(state, is_leaf=lambda part: isinstance(part, MemoryState))
+    return [part for part in parts if isinstance(part, MemoryState)]
+
+
 def learned(state) -> list[Tensor]:
     """What a memory knows: its weights wherever they stand, and their momentum."""
     found = list(getattr(state, "snapshot", ()))
-    for part in pytree.tree_leaves(state, is_leaf=lambda s: isinstance(s, MemoryState)):
-        if isinstance(part, MemoryState):
-            found += [*part.weights, *part.momentum, *part.anchor]
+    for memory in memories(state):
+        found += [*memory.weights, *memory.momentum, *memory.anchor]
     return found
 
 
