@@ -28,6 +28,7 @@ from titans.hf import TitansForCausalLM
 from titans.train import TrainingRun, TrainSettings
 from titans.train.progress import ProgressLine
 
+BATCH_SIZE = 8
 VARIANTS = ("transformer", "mac", "mag", "mal", "lmm")
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,7 +45,8 @@ def run_one(variant: str, seed: int, steps: int, folder: Path) -> dict[str, floa
         variant=variant,
         seed=seed,
         steps=steps,
-        eval_every=steps,
+        batch_size=BATCH_SIZE,
+        eval_every=100,
         save_every=steps,
     )
     run = TrainingRun(settings)
@@ -84,9 +86,9 @@ def table(found: dict[str, list[dict[str, float]]], trigram: float, steps: int) 
     )
     lines = [
         f"{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}; "
-        f"`python benchmarks/learning.py`; tiny preset, {steps} steps of 16 × 256 bytes of the vendored "
-        "text, mean ± standard deviation over seeds. Held-out bits per byte of one act: in windows of 256 "
-        "bytes, each with a fresh state; the same with step size 0; and the act in one stream.",
+        f"`python benchmarks/learning.py`; tiny preset, {steps} steps of {BATCH_SIZE} × 256 bytes of the "
+        "vendored text, mean ± standard deviation over seeds. Held-out bits per byte of one act: in windows "
+        "of 256 bytes, each with a fresh state; the same with step size 0; and the act in one stream.",
         "",
         f"Interpolated trigram byte model on the same text: **{trigram:.3f}**.",
         "",
