@@ -60,7 +60,8 @@ def test_there_is_a_surprise_for_every_byte(model: TitansForCausalLM) -> None:
         told = model(ids(before + passage)[None], output_surprise=True).surprises
     layers = torch.stack([s[0, 100:].mean(-1) for s in told], 1)
     assert surprise.shape == (200,)
-    np.testing.assert_allclose(surprise, (layers / layers.mean(0)).mean(1).numpy(), rtol=1e-6)  # kept in float32
+    # Sessions keep surprises in float32.
+    np.testing.assert_allclose(surprise, (layers / layers.mean(0)).mean(1).numpy(), rtol=1e-6)
 
 
 def test_the_transformer_is_of_the_same_size() -> None:

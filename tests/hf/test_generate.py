@@ -107,6 +107,7 @@ def test_a_cache_is_continued_by_new_ids_or_by_the_whole_text(variant):
         new = ids[:, seen:]
         ways = [
             (new, {}),
+            (new, dict(attention_mask=torch.ones_like(new))),
             (new, dict(attention_mask=torch.ones_like(ids))),
             (ids, dict(attention_mask=torch.ones_like(ids))),
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from titans.nn.blocks import BLOCKS
 from titans.nn.full_attention import FullAttentionState
 
 FORMAT = "titans-state/1"
+_NUM_NEWEST = 16
 # Every field that decides what a state means; a file of another value is refused.
 _STATE_FIELDS = (
     "variant", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "memory_depth",
@@ -69,6 +69,7 @@ class TitansCache(Cache):
         self.config = config
         self.num_columns = 0
         self._columns_before_call = 0
+        self._newest_ids: Tensor | None = None
 
     @property
     def states(self) -> tuple[Any, ...] | None:
@@ -76,11 +77,25 @@ class TitansCache(Cache):
         states = tuple(layer.state for layer in self.layers)
         return None if states[0] is None else states
 
-    def store(self, states: tuple[Any, ...], num_columns: int) -> None:
-        """Keep what the model returned for a stretch of `num_columns` tokens, padding included."""
+    def store(self, states: tuple[Any, ...], num_columns: int, ids: Tensor | None = None) -> None:
+        """Keep what the model returned for a stretch of `num_columns` tokens, padding included.
+
+        The newest of its ids (batch, num_columns) are kept, too, if given: see `is_beginning_of`.
+        """
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = map_state(Tensor.detach, state)
+        if num_columns:
+            known = None if self.num_columns and self._newest_ids is None else ids
+            parts = [x for x in (self._newest_ids, known) if x is not None]
+            self._newest_ids = None if known is None else torch.cat(parts, 1)[:, -_NUM_NEWEST:].clone()
         self.num_columns += num_columns
+
+    def is_beginning_of(self, ids: Tensor) -> bool:
+        """Whether ids (batch, time) repeat what was seen, as far as the ids kept can tell, and go on."""
+        newest, seen = self._newest_ids, self.num_columns
+        if newest is None or ids.shape[1] <= seen or ids.shape[0] != newest.shape[0]:
+            return False
+        return torch.equal(ids[:, seen - newest.shape[1] : seen].to(newest.device), newest)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included, since `begin_call` (or ever)."""
@@ -93,12 +108,14 @@ class TitansCache(Cache):
     def _map(self, function: Any) -> None:
         for layer in self.layers:
             layer.state = map_state(function, layer.state)
+        self._newest_ids = None if self._newest_ids is None else function(self._newest_ids)
 
     def reset(self) -> None:
         """Forget everything."""
         for layer in self.layers:
             layer.state = None
         self.num_columns = self._columns_before_call = 0
+        self._newest_ids = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -138,7 +155,7 @@ class TitansCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             # States are never written in place, so sharing them is copying them.
             theirs.state = mine.state
-        other.num_columns = self.num_columns
+        other.num_columns, other._newest_ids = self.num_columns, self._newest_ids
         return other
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -159,13 +176,12 @@ class TitansCache(Cache):
             "config": json.dumps({name: getattr(self.config, name) for name in _STATE_FIELDS}),
             "num_columns": str(self.num_columns),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             save_file(tensors, temporary, about)
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod

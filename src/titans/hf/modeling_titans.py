@@ -200,7 +200,7 @@ class TitansModel(TitansPreTrainedModel):
         x = self.norm(unpack(x))
 
         if past_key_values is not None:
-            past_key_values.store(tuple(states), time)
+            past_key_values.store(tuple(states), time, input_ids)
         output = TitansOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -305,9 +305,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         """transformers' `generate`; with a filled `past_key_values` the ids given are the new ones.
 
         The library would need an attention mask over everything ever seen to continue, and drops tokens
-        silently without one. Here new ids alone are enough, or new ids with a mask over seen + new, or the
-        whole text again with a mask of its length; the same holds for `inputs_embeds`. Without a mask every
-        id is a real token, the padding id too.
+        silently without one. Here new ids alone are enough, with a mask of their own, over seen + new, or
+        none; the whole text again, with a mask, is recognised by the ids that the cache has seen last
+        (embeddings by their number). Without a mask every id is a real token, the padding id too.
 
         Raises:
             ValueError: for a mask of any other length, or nothing to continue with.
@@ -328,7 +328,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             mask = torch.ones(rows, given, dtype=torch.int64, device=prompt.device)
             whole_text_again = False
         else:
-            whole_text_again = mask.shape[-1] == given > seen
+            whole_text_again = mask.shape[-1] == given and self._repeats_what_was_seen(cache, prompt)
         if tuple(mask.shape) not in {(rows, given), (rows, seen + given)}:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}: give ({rows}, {given}), or "
@@ -342,6 +342,13 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             return generate(inputs, *args, **kwargs)
         finally:
             cache.begin_call(fresh=False)
+
+    @staticmethod
+    def _repeats_what_was_seen(cache: Any, prompt: Tensor) -> bool:
+        if not isinstance(cache, TitansCache) or prompt.shape[1] <= cache.num_columns:
+            return False
+        # Embeddings cannot be compared with ids: there the library's convention decides.
+        return prompt.is_floating_point() or cache.is_beginning_of(prompt)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: continuous batching works on pages of keys and values, and a memory has none."""
