@@ -32,10 +32,10 @@ class EpochAfterEpoch(Dataset[Item]):
         self._epoch = epoch
         self.dataset.set_epoch(epoch)
         size = len(self.dataset)
-        # A carried memory reads in order; windows are independent and are shuffled.
-        carried = isinstance(self.dataset, CarryDataset)
+        # Rows that read documents in order stay in order; windows are independent and are shuffled.
+        in_order = isinstance(self.dataset, CarryDataset)
         self._order = (
-            np.arange(size) if carried else np.random.default_rng([self.seed, epoch]).permutation(size)
+            np.arange(size) if in_order else np.random.default_rng([self.seed, epoch]).permutation(size)
         )
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
         documents, evaluation = hold_out(documents, settings.hold_out)
     tokens = _encode(tokenizer, documents)
     dataset: WindowDataset | CarryDataset
-    if settings.carry_memory:
+    if settings.carry_memory or settings.in_order:
         dataset = CarryDataset(tokens, settings.sequence_length, settings.batch_size, settings.seed)
     else:
         dataset = WindowDataset(tokens, settings.sequence_length, settings.seed)

@@ -14,7 +14,7 @@ SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
-    "carry_memory", "seed",
+    "carry_memory", "in_order", "seed",
 )  # fmt: skip
 
 
@@ -42,6 +42,8 @@ class TrainSettings:
     """Tokens in a row."""
     carry_memory: bool = False
     """Consecutive steps read consecutive segments of a document, and the memory is carried over."""
+    in_order: bool = False
+    """Rows read their documents in order, as with carry_memory, but every segment with a fresh state."""
     learning_rate: float | None = None
     """Peak learning rate; by default the preset's."""
     warmup_steps: int | None = None
