@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from titans.evaluate import keep_memory_only, score
-from titans.experiments.demo import DemoResult, TrainedModel, same_size_config, surprise_of, verdict_on
+from titans.experiments.demo import same_size_config, surprise_of, verdict_on
 from titans.experiments.recollection import Recollection, recollect, shuffled_lines
-from titans.experiments.report import write_report
+from titans.experiments.report import DemoResult, TrainedModel, write_report
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 
 PAST, TEXT = (

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from titans.data import Document, byte_tokenizer, hold_out, load_corpus
 from titans.experiments.recollection import Recollection, recollect, shuffled_lines
-from titans.experiments.report import write_report
+from titans.experiments.report import DemoResult, TrainedModel, write_report
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.stream import Session
 from titans.train import TrainingRun, TrainSettings
@@ -31,36 +31,6 @@ PASSAGE_LENGTH = 1500
 SAMPLE_LENGTH = 500
 TEMPERATURE = 0.8
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """One trained model's row in the report; losses and evaluations are (step, bits per byte)."""
-
-    name: str
-    num_parameters: int
-    num_bytes: int
-    bits_per_byte: float
-    speed: float
-    losses: tuple[tuple[int, float], ...]
-    evaluations: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Everything the report shows."""
-
-    setting: str
-    machine: str
-    models: tuple[TrainedModel, ...]
-    training_note: str
-    recollection: Recollection
-    recollection_note: str
-    verdict: str
-    passage: bytes
-    surprise: np.ndarray
-    sample: str
-    temperature: float
 
 
 def say(text: str) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from titans.experiments.recollection import PIECE_LENGTH
-
-if TYPE_CHECKING:
-    from titans.experiments.demo import DemoResult
+from titans.experiments.recollection import PIECE_LENGTH, Recollection
 
 _STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
@@ -30,6 +27,36 @@ img{max-width:100%}
 .key{display:inline-block;width:9rem;height:.8rem;border-radius:3px;vertical-align:middle;
 background:linear-gradient(90deg,#faf8f4,#f6b89a,#c8391f)}
 """
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One trained model's row in the report; losses and evaluations are (step, bits per byte)."""
+
+    name: str
+    num_parameters: int
+    num_bytes: int
+    bits_per_byte: float
+    speed: float
+    losses: tuple[tuple[int, float], ...]
+    evaluations: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the report shows."""
+
+    setting: str
+    machine: str
+    models: tuple[TrainedModel, ...]
+    training_note: str
+    recollection: Recollection
+    recollection_note: str
+    verdict: str
+    passage: bytes
+    surprise: np.ndarray
+    sample: str
+    temperature: float
 
 
 def write_report(result: DemoResult, path: Path) -> None:
