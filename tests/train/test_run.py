@@ -110,19 +110,19 @@ def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> 
         train(settings(steps=7, resume=True))
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "forget"])
 def test_nan_stops_before_it_reaches_the_weights_or_a_checkpoint(settings: Make, where: str) -> None:
     run = TrainingRun(settings(save_every=2))
-    weight = run.model.model.norm.weight
+    weight = run.model.model.embed_tokens.weight if where == "forget" else run.model.model.norm.weight
 
     def poison(line: dict[str, Any]) -> None:
-        if line["step"] == 3 and where == "loss":
+        if line["step"] == 3 and where != "gradient":
             weight.data.fill_(float("nan"))
         elif line["step"] == 3:
             weight.register_hook(lambda gradient: gradient * float("inf"))
 
     with pytest.raises(
-        NonFiniteError, match=rf"the {where}.* at step 4: .*last good checkpoint is .*checkpoint-2"
+        NonFiniteError, match=rf"{where}.* at step 4: .*last good checkpoint is .*checkpoint-2"
     ):
         run.run(poison)
     assert {"checkpoint-2"} == {name for name in names(settings().output) if "checkpoint" in name}

@@ -35,7 +35,7 @@ _STATE_FILE = "trainer_state.json"
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or its gradient is NaN or infinite."""
+    """The loss, its gradient or something on the way to them is NaN or infinite."""
 
 
 class TitansTrainer(Trainer):
@@ -106,14 +106,18 @@ class TitansTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross-entropy in nats of labels that are already shifted."""
-        output = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            memory_states=self.carried,
-            restart=inputs["restart"] if self.carried is not None else None,
-            return_memory_states=self.carry_memory,
-        )
+        try:
+            output = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                memory_states=self.carried,
+                restart=inputs["restart"] if self.carried is not None else None,
+                return_memory_states=self.carry_memory,
+            )
+        except ValueError as error:
+            # A memory refuses gates that are NaN before there is a loss.
+            raise self._stopped(f"the model could not read its input ({error})") from error
         loss = F.cross_entropy(output.logits.float().flatten(0, 1), inputs["labels"].flatten())
         value = loss.item()
         self._refuse_non_finite(value, "loss")
@@ -132,11 +136,13 @@ class TitansTrainer(Trainer):
         return norm
 
     def _refuse_non_finite(self, value: float, what: str) -> None:
-        if math.isfinite(value):
-            return
+        if not math.isfinite(value):
+            raise self._stopped(f"the {what} is {value}")
+
+    def _stopped(self, reason: str) -> NonFiniteError:
         left = files.checkpoints(self._folder)
-        raise NonFiniteError(
-            f"the {what} is {value} at step {self.state.global_step + 1}: training stopped before that step; "
+        return NonFiniteError(
+            f"{reason} at step {self.state.global_step + 1}: training stopped before that step; "
             + (f"the last good checkpoint is {left[-1]}: " if left else "there is no checkpoint yet: ")
             + ("resume from it" if left else "start again")
             + " with a lower learning_rate"
