@@ -209,3 +209,36 @@ def test_it_stays_finite_over_a_long_monotone_stream():
         y, state = layer(30 * x)
     assert y.isfinite().all()
     assert all(w.abs().max() < 100 for w in (*state.memory.weights, *state.memory.momentum))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda x, state: (x[0],), r"x has shape \(5, 6\): give \(batch, time, hidden_size=6\)"),
+        (lambda x, state: (x[..., :4],), r"x has shape \(2, 5, 4\)"),
+        (lambda x, state: (x, state.memory), "state is a MemoryState"),
+        (lambda x, state: (x[:1], state), "state holds 2 rows: give one for each of x's 1"),
+        (lambda x, state: (x, None, torch.ones(2, 3, dtype=torch.bool)), r"mask has shape \(2, 3\)"),
+        (lambda x, state: (x, None, torch.ones(2, 5)), "mask .* dtype torch.float32"),
+        (lambda x, state: (x, None, None, torch.ones(1, 5, dtype=torch.bool)), r"reset has shape \(1, 5\)"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message):
+    layer, x = layer_of({}), tokens(2, 5, HIDDEN)
+    with pytest.raises(ValueError, match=message):
+        layer(*arguments(x, layer.initial_state(2)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(num_heads=0),
+        dict(chunk_size=0),
+        dict(conv_kernel=0),
+        dict(max_momentum=1),
+        dict(max_step_size=-1),
+    ],
+)
+def test_a_wrong_size_is_named(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        NeuralMemory(HIDDEN, **{"num_heads": 2, **wrong})

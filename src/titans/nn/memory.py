@@ -84,6 +84,18 @@ class NeuralMemory(nn.Module):
         max_step_size: float | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("chunk_size", chunk_size),
+            ("conv_kernel", conv_kernel),
+        ):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+        if not 0 <= max_momentum < 1:
+            raise ValueError(f"max_momentum={max_momentum!r}: give a number in [0, 1)")
+        if max_step_size is not None and not 0 <= max_step_size < math.inf:
+            raise ValueError(f"max_step_size={max_step_size!r}: give None or a finite number of at least 0")
         self.network = MemoryNetwork(
             head_dim, depth, expansion, activation, residual, norm, normalize_step, unit_rows
         )
@@ -165,7 +177,11 @@ class NeuralMemory(nn.Module):
 
         Returns:
             (batch, time, hidden_size) and the state.
+
+        Raises:
+            ValueError: for a wrong shape or dtype, naming the argument.
         """
+        self._check(x, state, mask, reset)
         if mask is None:
             return self.packed(x, state, None, reset, persistent=persistent)
         batch, time = mask.shape
@@ -179,6 +195,23 @@ class NeuralMemory(nn.Module):
         order = torch.argsort(~mask, dim=1, stable=True)
         y, state = self.packed(take(x, order), state, lengths, packed_reset, persistent=persistent)
         return torch.where(mask.unsqueeze(-1), take(y, rank), 0), state
+
+    def _check(
+        self, x: Tensor, state: NeuralMemoryState | None, mask: Tensor | None, reset: Tensor | None
+    ) -> None:
+        width = self.input.in_features
+        if x.dim() != 3 or x.shape[-1] != width:
+            raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, time, hidden_size={width})")
+        for name, flags in (("mask", mask), ("reset", reset)):
+            if flags is not None and (flags.shape != x.shape[:2] or flags.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} has shape {tuple(flags.shape)} and dtype {flags.dtype}: give "
+                    f"{tuple(x.shape[:2])}, (batch, time), in torch.bool"
+                )
+        if state is not None and not isinstance(state, NeuralMemoryState):
+            raise ValueError(f"state is a {type(state).__name__}: give the state that the layer returned")
+        if state is not None and state.tail.shape[0] != x.shape[0]:
+            raise ValueError(f"state holds {state.tail.shape[0]} rows: give one for each of x's {x.shape[0]}")
 
     def packed(
         self,
