@@ -53,6 +53,10 @@ def load_checkpoint(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenize
         ValueError: naming the file that is missing, damaged or does not fit the others.
     """
     config = load_config(folder)
+    if not any(folder.glob("model*.safetensors*")):
+        raise ValueError(
+            f"checkpoint={str(folder)!r} has no model.safetensors: give a folder written by `titans train`"
+        )
     import safetensors
     import torch
     import transformers

@@ -47,6 +47,8 @@ class Eval:
 
     def run(self) -> int:
         """Evaluate, reporting to stderr."""
+        if not self.data:
+            raise UsageError("data: none given; name at least one corpus")
         for name in ("batch_size", "context_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
