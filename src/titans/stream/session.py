@@ -194,7 +194,9 @@ class Session:
         try:
             cache.save(path, about)
         except safetensors.SafetensorError as error:
-            raise OSError(f"{path} could not be written ({error}): make room there") from None
+            raise OSError(
+                f"{path} could not be written ({error}): give a folder that exists and has room"
+            ) from None
 
     @classmethod
     def load(
