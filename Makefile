@@ -5,8 +5,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.built
 
-# Waiting threads sleep instead of spinning: with two test processes on two cores spinning costs minutes.
-export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint format clean
@@ -15,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/python -m titans.experiments.demo
 
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
