@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from titans.hf.configuration_titans import TitansConfig
-from titans.memory.state import map_state
+from titans.memory.state import map_state, state_nbytes
 from titans.nn.blocks import BLOCKS
 from titans.nn.full_attention import FullAttentionState
 
@@ -142,9 +142,7 @@ class TitansCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held by all states."""
-        return sum(
-            {id(t): t.nbytes for t in pytree.tree_leaves(self.states) if isinstance(t, Tensor)}.values()
-        )
+        return state_nbytes(self.states)
 
     def clone(self) -> TitansCache:
         """An independent copy: both may go on reading."""

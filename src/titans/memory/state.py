@@ -26,6 +26,12 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     return pytree.tree_map_only(Tensor, function, state)
 
 
+def state_nbytes(state: object) -> int:
+    """Bytes held by every tensor of any state, counting a tensor that stands in two places once."""
+    tensors = {id(t): t.nbytes for t in pytree.tree_leaves(state) if isinstance(t, Tensor)}
+    return sum(tensors.values())
+
+
 def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
     """For each batch row, `chosen` where `rows` (batch,) is true, else `otherwise`.
 
@@ -76,5 +82,4 @@ class MemoryState:
 
     def nbytes(self) -> int:
         """Bytes held, counting a tensor that stands in two places once."""
-        tensors = {id(t): t for t in pytree.tree_leaves(self)}
-        return sum(t.nbytes for t in tensors.values())
+        return state_nbytes(self)
