@@ -267,6 +267,39 @@ class NeuralMemory(nn.Module):
         y = self.read_norm(reads).flatten(-2) * F.silu(gate)
         return self.output(y), NeuralMemoryState(tail, memory)
 
+    @torch.no_grad()
+    def applied_gates(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, Tensor, Tensor]:
+        """Forget, momentum and step size as the update applies them: what the gates have learned, for people.
+
+        With `normalize_step` the step size is divided by its normalizer at the weights the chunk began with.
+
+        Args:
+            x: (batch, time, hidden_size), the next tokens, at most those that the running chunk lacks.
+
+        Returns:
+            (batch, time, heads, depth) each.
+
+        Raises:
+            ValueError: for tokens beyond the running chunk.
+        """
+        left = self.chunk_size - int((state.memory.position % self.chunk_size).max())
+        if x.shape[1] > left:
+            raise ValueError(f"x has {x.shape[1]} tokens: give at most the {left} left of the running chunk")
+        forget, momentum, step_size = self._gates(x)
+        if not self.network.normalize_step:
+            return forget, momentum, step_size
+        anchor, width = state.memory.anchor, self.num_heads * self.network.head_dim
+        qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
+        keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        inputs, outputs = self.network.features(anchor, F.normalize(keys, dim=-1).to(anchor[0].dtype))
+        gain = None if self.norm_weight is None else self.norm_weight.to(anchor[0].dtype).unsqueeze(1)
+        normalizers = self.network.step_normalizers(
+            self.network.slope_square(outputs[-1], gain),
+            [h.square().sum(-1) for h in inputs],
+            [w.square().sum((-2, -1)).unsqueeze(-1) for w in anchor[1:]],
+        )
+        return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)
+
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32."""
         with torch.autocast(x.device.type, enabled=False):

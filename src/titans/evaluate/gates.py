@@ -1,0 +1,150 @@
+"""What the gates of the long-term memories have learned: how fast they forget, and how hard they write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from titans.evaluate.perplexity import TokenIds
+from titans.hf import TitansCache, TitansForCausalLM
+from titans.nn import NeuralMemory
+from titans.nn.memory import NeuralMemoryState
+from titans.stream.saved import initial_states
+from titans.stream.session import reading
+from titans.stream.text import token_ids
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """The gates of one memory layer over a sample, (heads, depth) each, float64 on the CPU.
+
+    half_life_at_rest: in tokens, for an input of zero; inf where nothing is ever forgotten.
+    half_life_10, half_life_median, half_life_90: quantiles over the tokens of the sample.
+    momentum_mean: mean of eta.
+    step_size_median: median of theta as it is applied, divided by its normalizer with `normalize_step`.
+    write_strength_median: median of theta / (1 − eta), what a token's surprise is written with in the end.
+    """
+
+    half_life_at_rest: Tensor
+    half_life_10: Tensor
+    half_life_median: Tensor
+    half_life_90: Tensor
+    momentum_mean: Tensor
+    step_size_median: Tensor
+    write_strength_median: Tensor
+
+
+def gate_statistics(
+    model: TitansForCausalLM,
+    documents: Sequence[TokenIds],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LayerGates]:
+    """Read documents, each from the beginning, and describe the gates of every memory layer.
+
+    A chunk at a time, because step sizes are normalized at the weights with which a chunk begins.
+
+    Args:
+        documents: token ids (n,) of each.
+        progress: called with the number of tokens read so far and in all.
+
+    Returns:
+        One entry per memory layer, in order; none for a model without a memory.
+
+    Raises:
+        ValueError: for documents without a token, or foreign token ids.
+    """
+    texts = [token_ids(ids, None, model.config.vocab_size) for ids in documents]
+    total = sum(map(len, texts))
+    if not total:
+        raise ValueError("documents hold no token: give at least one of one token or more")
+    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    if not memories:
+        return []
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in memories]
+    done, length = 0, model.config.chunk_size
+    with reading(model):
+        initial = initial_states(model)
+        at_rest = [
+            memory.applied_gates(memory.gate_weight.new_zeros(1, 1, memory.gate_weight.shape[1]), state)[0]
+            for memory, state in zip(memories, _states_of_memories(initial), strict=True)
+        ]
+        for text in filter(len, texts):
+            cache = TitansCache(model.config)
+            cache.store(initial, 0)
+            for chunk in text.split(length):
+                states = _states_of_memories(cache.states)
+                with _collected_inputs(memories) as inputs:
+                    model.model(chunk[None].long().to(model.device), past_key_values=cache)
+                for memory, x, state, parts in zip(memories, inputs, states, found, strict=True):
+                    gates = memory.applied_gates(torch.cat(x, 1), state)
+                    parts.append(tuple(gate[0].cpu().double() for gate in gates))
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+    return [
+        _describe(rest[0, 0].cpu().double(), *(torch.cat(gate) for gate in zip(*parts, strict=True)))
+        for rest, parts in zip(at_rest, found, strict=True)
+    ]
+
+
+def _states_of_memories(states: object) -> list[NeuralMemoryState]:
+    """The states of the memories of all blocks, in the order of the layers."""
+
+    def is_memory(x: object) -> bool:
+        return isinstance(x, NeuralMemoryState)
+
+    leaves = pytree.tree_leaves(states, is_leaf=is_memory)
+    return [leaf for leaf in leaves if isinstance(leaf, NeuralMemoryState)]
+
+
+@contextmanager
+def _collected_inputs(memories: Sequence[NeuralMemory]) -> Iterator[list[list[Tensor]]]:
+    """What each memory is given within this block, (batch, time, hidden_size) for every time it is called.
+
+    Whatever a memory reads goes through its projection; blocks do not call the layer itself, but `packed`.
+    """
+    inputs: list[list[Tensor]] = [[] for _ in memories]
+
+    def collect_in(found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: found.append(arguments[0])
+
+    hooks = [
+        memory.input.register_forward_pre_hook(collect_in(found))
+        for memory, found in zip(memories, inputs, strict=True)
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _describe(at_rest: Tensor, forget: Tensor, momentum: Tensor, step_size: Tensor) -> LayerGates:
+    """Statistics of gates (tokens, heads, depth); at_rest (heads, depth) is forget for an input of zero."""
+    half_life = _half_life(forget)
+    return LayerGates(
+        half_life_at_rest=_half_life(at_rest),
+        half_life_10=_quantile(half_life, 0.1),
+        half_life_median=_quantile(half_life, 0.5),
+        half_life_90=_quantile(half_life, 0.9),
+        momentum_mean=momentum.mean(0),
+        step_size_median=_quantile(step_size, 0.5),
+        write_strength_median=_quantile(step_size / (1 - momentum), 0.5),
+    )
+
+
+def _half_life(forget: Tensor) -> Tensor:
+    """After how many such tokens half is left."""
+    return math.log(2) / -torch.log1p(-forget)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """The value at the nearest rank over dimension 0; to interpolate between two inf would give NaN."""
+    return values.sort(0).values[round(share * (len(values) - 1))]
