@@ -23,9 +23,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from titans.cli import main
+from titans.cli.info import readable_tokens
 from titans.cli.progress import ReadingProgress
 from titans.data import byte_tokenizer, load_corpus
+from titans.evaluate import gate_statistics
 from titans.hf import TitansConfig, TitansForCausalLM
+from titans.nn import NeuralMemory
 from titans.stream import Session
 
 ACT_3, ACT_4 = (document.data for document in load_corpus("excerpt")[2:4])
@@ -223,8 +226,63 @@ def test_info_knows_the_preset(run: Callable[..., Any], tmp_path: Path) -> None:
     assert code == 0 and (about["preset"], about["variant"]) == ("tiny", "mag")
     assert about["parameters"] == sum(p.numel() for p in model.parameters())
     assert f"{about['parameters']:,}" in err
-    code, out, _ = run("info", tmp_path)
-    assert (code, out) == (0, "")
+    code, out, err = run("info", tmp_path)
+    assert (code, out) == (0, "") and "gates over 2,048 tokens of excerpt" in err
+
+
+def test_info_tells_what_the_gates_have_learned(
+    run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "titans", "info", model_folder, "--data", book, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    gates = json.loads(done.stdout)["gates"]
+    assert (gates.pop("tokens"), gates.pop("sample")) == (2048, [str(book)])
+    model = TitansForCausalLM.from_pretrained(model_folder)
+    layers = gate_statistics(model, [list(ACT_4[:2048])])
+    assert gates.keys() == vars(layers[0]).keys()
+    for name, numbers in gates.items():
+        expected = torch.stack([getattr(layer, name) for layer in layers])
+        torch.testing.assert_close(torch.tensor(numbers).double(), expected, rtol=1e-4, atol=0)
+    assert torch.tensor(gates["half_life_at_rest"])[:, :, 1].round().tolist() == [[64, 1e6]] * 2
+    # A row for each head, and a line in it for each matrix of the memory.
+    lines = [line.split() for line in done.stderr.splitlines()]
+    assert ["layer", "head", "W", "at", "rest", "10", "%", "median", "90", "%", "momentum", "step", "size",
+            "strength"] in lines  # fmt: skip
+    last = next(n for n, line in enumerate(lines) if line[:4] == ["1", "1", "1", "1.0M"]) + 1
+    assert lines[last][:2] == ["2", "1.0M"]
+    assert float(lines[last][-2]) == pytest.approx(gates["step_size_median"][1][1][1], rel=0.05)
+
+    # A memory that forgets nothing, and a sample that is shorter.
+    for module in model.modules():
+        if isinstance(module, NeuralMemory):
+            module.gate_bias.data[0] = -200
+            module.gate_weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "short").write_bytes(b"To be")
+    code, out, err = run("info", tmp_path, "--data", tmp_path / "short", "--json")
+    gates = json.loads(out)["gates"]
+    assert code == 0 and gates["tokens"] == 5 and gates["half_life_90"] == [[[None] * 2] * 2] * 2
+    assert "∞" in err
+
+
+def test_info_of_what_has_no_gates(
+    run: Callable[..., Any], model_folder: Path, memory: Path, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "model", variant="transformer")
+    code, out, err = run("info", tmp_path / "model", "--json")
+    assert code == 0 and "gates" not in json.loads(out) and "half-lives" not in err
+    for path in (tmp_path / "model", memory):
+        code, out, err = run("info", path, "--data", "excerpt")
+        assert (code, out) == (2, "") and f"data with path={str(path)!r}" in err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [(4, "4.0"), (64.4, "64"), (999.7, "1.0k"), (1234, "1.2k"), (1e6, "1.0M"), (4e16, "4e+04T"), (None, "∞")],
+)
+def test_half_lives_are_readable(tokens: float | None, text: str) -> None:
+    assert readable_tokens(tokens) == text
 
 
 def test_a_tokenizer_of_words(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -341,6 +399,8 @@ def test_a_wrong_memory_is_one_line(
         ("eval perplexity MODEL --data BOOK --hold-out 1", 2, "hold_out=1.0"),
         ("eval perplexity MODEL --data BOOK --batch-size 0", 2, "batch_size=0"),
         ("eval needles MODEL --data BOOK", 2, "needles"),
+        ("info MODEL --data", 2, "data: none given"),
+        ("info MODEL --data none", 1, "neither a file nor a folder"),
         ("info none", 1, "path='none' does not exist"),
         ("info BOOK", 1, "is damaged or not a safetensors file"),
     ],

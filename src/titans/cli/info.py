@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from math import prod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from titans.cli.checkpoint import load_config
+from titans.cli.checkpoint import load_checkpoint, load_config
+from titans.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from titans.hf import TitansConfig
+
+SAMPLE_TOKENS = 2048
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
@@ -27,15 +31,23 @@ class Info:
     """Say what a checkpoint folder or a memory file contains.
 
     Example: titans info book.memory
+
+    Of a checkpoint with a memory it also says what the gates have learned, from a sample of text: for each
+    layer and head how many tokens it takes to forget half, and how hard tokens are written.
     """
 
     path: tyro.conf.Positional[Path]
     """Folder of a model, or a memory written by `titans memorize`."""
+    data: tuple[str, ...] | None = None
+    """Corpora whose first 2048 tokens are the sample, each a text file, a folder of them, hf:NAME, or a
+    built-in name: excerpt, shakespeare, bible. By default the excerpt."""
     json: bool = False
     """Print one JSON object."""
 
     def run(self) -> int:
         """Describe, to stderr."""
+        if self.data == ():
+            raise UsageError("data: none given; name at least one corpus")
         if self.path.is_dir():
             about = _describe_checkpoint(self.path)
         elif self.path.is_file():
@@ -44,7 +56,16 @@ class Info:
             raise ValueError(
                 f"path={str(self.path)!r} does not exist: give a checkpoint folder or a memory file"
             )
+        has_gates = about["kind"] == "checkpoint" and about["variant"] != "transformer"
+        if self.data is not None and not has_gates:
+            raise UsageError(
+                f"data with path={str(self.path)!r}: only a checkpoint with a memory reads a sample; leave "
+                "the option out"
+            )
         _show(about)
+        if has_gates:
+            about["gates"] = _measure_gates(self.path, self.data or ("excerpt",))
+            _show_gates(about["gates"])
         if self.json:
             print(json.dumps(about))
         return 0
@@ -117,6 +138,40 @@ def _preset(config: TitansConfig) -> str | None:
     return None
 
 
+def _measure_gates(folder: Path, sources: tuple[str, ...]) -> dict[str, Any]:
+    """How many tokens were read of what, and the fields of `LayerGates`, layers × heads × depth each.
+
+    A half-life without end is None, which JSON can say.
+    """
+    model, tokenizer = load_checkpoint(folder)
+    from titans.cli.progress import ReadingProgress
+    from titans.data import encode_document, load_corpus
+    from titans.evaluate import LayerGates, gate_statistics
+
+    sample, left = [], SAMPLE_TOKENS
+    for document in (document for source in sources for document in load_corpus(source)):
+        if not left:
+            break
+        sample.append(encode_document(tokenizer, document.data, document.name)[:left])
+        left -= len(sample[-1])
+    with ReadingProgress(SAMPLE_TOKENS - left) as progress:
+        layers = gate_statistics(model, sample, progress=lambda done, _: progress.update(done, done))
+
+    def numbers(values: Any) -> Any:
+        if isinstance(values, list):
+            return [numbers(value) for value in values]
+        return values if isfinite(values) else None
+
+    return {
+        "sample": list(sources),
+        "tokens": SAMPLE_TOKENS - left,
+        **{
+            field.name: [numbers(getattr(layer, field.name).tolist()) for layer in layers]
+            for field in fields(LayerGates)
+        },
+    }
+
+
 def _show(about: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -135,3 +190,50 @@ def _show(about: dict[str, Any]) -> None:
         for index, layer in enumerate(about["layers"]):
             norms.add_row(str(index), *(f"{norm:.4f}" for norm in layer.values()))
         console.print(norms)
+
+
+def _show_gates(gates: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=escape(f"gates over {gates['tokens']:,} tokens of {', '.join(gates['sample'])}"),
+        caption="half-lives in tokens: at rest, for an input of zero, and quantiles over the tokens; mean "
+        "momentum; medians of the step size as applied and of write strength, step size / (1 − momentum); "
+        "W: matrix of the memory",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+    columns: dict[str, tuple[str, Callable[[float | None], str]]] = {
+        "at rest": ("half_life_at_rest", readable_tokens),
+        "10 %": ("half_life_10", readable_tokens),
+        "median": ("half_life_median", readable_tokens),
+        "90 %": ("half_life_90", readable_tokens),
+        "momentum": ("momentum_mean", "{:.2f}".format),
+        "step size": ("step_size_median", "{:.2g}".format),
+        "strength": ("write_strength_median", "{:.2g}".format),
+    }
+    for heading in ("layer", "head", "W", *columns):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer, heads in enumerate(gates["half_life_at_rest"]):
+        for head, depth in enumerate(heads):
+            # One line in a row for each matrix of the memory.
+            matrices = "\n".join(str(number + 1) for number in range(len(depth)))
+            cells = ["\n".join(map(show, gates[name][layer][head])) for name, show in columns.values()]
+            table.add_row(str(layer), str(head), matrices, *cells)
+        table.add_section()
+    Console(stderr=True).print(table)
+
+
+def readable_tokens(tokens: float | None) -> str:
+    """64, 1.2k, 1.0M; ∞ for None."""
+    if tokens is None:
+        return "∞"
+    for unit in ("", "k", "M", "G", "T"):
+        if tokens < 999.5:
+            return f"{tokens:.1f}{unit}" if tokens < 9.95 else f"{tokens:.0f}{unit}"
+        tokens /= 1000
+    return f"{1000 * tokens:.0e}T"
