@@ -25,7 +25,7 @@ networks = dict(
     residual=st.booleans(),
     norm=st.booleans(),
     normalize_step=st.booleans(),
-    unit_rows=st.booleans(),
+    rows=st.sampled_from([{}, dict(unit_rows=True), dict(row_limit=0.7)]),
 )
 calls = st.fixed_dictionaries(
     networks
@@ -37,10 +37,11 @@ calls = st.fixed_dictionaries(
         mask=st.sampled_from(["none", "random", "rows"]),
         reset=st.sampled_from(["none", "random", "last"]),
         initial_momentum=st.booleans(),
+        base=st.booleans(),
         position=st.sampled_from(["zero", "same", "apart"]),
         closed_gates=st.booleans(),
     )
-)
+).map(lambda call: dict(call.pop("rows"), **call))
 # Seven chunks and more are three groups or more, each of which the backward recomputes.
 stretches = st.tuples(st.integers(1, 7), st.integers(0, 13), st.integers(0, 6)).map(
     lambda x: dict(chunk_size=x[0], time=min(40, x[0] * x[1] + x[2]))
@@ -91,6 +92,18 @@ CORNERS = {
     ),
     "linear and plain": dict(depth=1, residual=False, norm=False, time=40, chunk_size=4),
     "rows kept short": dict(norm=False, unit_rows=True, activation="silu", time=30),
+    "offsets": dict(base=True, norm=False, residual=False, row_limit=0.8, time=30, normalize_step=True),
+    "offsets, every option": dict(
+        base=True,
+        depth=3,
+        row_limit=0.5,
+        normalize_step=True,
+        reset="last",
+        mask="random",
+        position="apart",
+        time=38,
+        initial_momentum=True,
+    ),
     "features of one number": dict(head_dim=1, expansion=1, depth=3, activation="silu"),
     "norm without gain": dict(affine=False, normalize_step=True),
 }

@@ -30,8 +30,8 @@ class TitansConfig(PreTrainedConfig):
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
         memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
-        memory_normalize_step, memory_unit_rows, memory_max_momentum: what keeps it stable, see
-            `NeuralMemory`.
+        memory_normalize_step, memory_unit_rows, memory_row_limit, memory_decay_to_initial, memory_max_momentum:
+            what keeps it stable, see `NeuralMemory`.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
@@ -60,6 +60,8 @@ class TitansConfig(PreTrainedConfig):
     memory_norm: bool = True
     memory_normalize_step: bool = True
     memory_unit_rows: bool = True
+    memory_row_limit: float | None = None
+    memory_decay_to_initial: bool = False
     memory_max_momentum: float = 0.9
     memory_max_step_size: float | None = None
     chunk_size: int = 16
@@ -142,6 +144,8 @@ class TitansConfig(PreTrainedConfig):
                 "norm": self.memory_norm,
                 "normalize_step": self.memory_normalize_step,
                 "unit_rows": self.memory_unit_rows,
+                "row_limit": self.memory_row_limit,
+                "decay_to_initial": self.memory_decay_to_initial,
                 "max_momentum": self.memory_max_momentum,
                 "max_step_size": self.memory_max_step_size,
             },

@@ -43,6 +43,7 @@ def check_read(
     state: MemoryState,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    base: Sequence[Tensor] | None,
 ) -> None:
     """Checks shared by reading and scanning: queries against the network, the state against both."""
     if queries.dim() != 4 or queries.shape[-1] != net.head_dim:
@@ -62,6 +63,8 @@ def check_read(
                 raise ValueError(f"{name} is given but the network has norm=False: leave it out")
             _expect_shape(name, tensor, (heads, head_dim), "(heads, head_dim)")
             _expect_floating(name, tensor)
+    if base is not None:
+        _check_weights("base", base, net, (heads,), "(heads, out, in)")
 
 
 def _check_weights(
@@ -90,9 +93,10 @@ def check_scan(
     reset: Tensor | None,
     initial: Sequence[Tensor] | None,
     initial_momentum: Sequence[Tensor] | None,
+    base: Sequence[Tensor] | None,
 ) -> None:
     """Raise ValueError for the first argument of `memory_scan` that is wrong."""
-    check_read(net, queries, state, norm_weight, norm_bias)
+    check_read(net, queries, state, norm_weight, norm_bias, base)
     batch, time, heads, _ = queries.shape
     for name, tensor in (("keys", keys), ("values", values)):
         _expect_shape(name, tensor, queries.shape, "the shape of queries")

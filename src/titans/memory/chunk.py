@@ -26,7 +26,7 @@ Weights = tuple[Tensor, ...]
 
 class Chunk(NamedTuple):
     """What enters a chunk: tokens (rows, width, head_dim), coefficients per layer, gain and bias (rows, 1,
-    head_dim)."""
+    head_dim), base (rows, out, in) per layer."""
 
     queries: Tensor
     keys: Tensor
@@ -34,6 +34,7 @@ class Chunk(NamedTuple):
     coefficients: list[ChunkCoefficients]
     gain: Tensor | None
     bias: Tensor | None
+    base: Weights | None
 
 
 class _Keys(NamedTuple):
@@ -62,12 +63,17 @@ class _Read(NamedTuple):
 
 
 class ChunkTape(NamedTuple):
-    """What the backward of a chunk needs of its forward."""
+    """What the backward of a chunk needs of its forward.
+
+    anchor: the weights at which gradients are taken, the base included. shared: they were the chunk-start
+    weights.
+    """
 
     chunk: Chunk
     weights: Weights
     momentum: Weights
     anchor: Weights
+    shared: bool
     keys: _Keys
     reads: list[_Read]
 
@@ -85,6 +91,7 @@ class ChunkGradients(NamedTuple):
     weights: list[Tensor]
     momentum: list[Tensor]
     anchor: list[Tensor] | None
+    base: list[Tensor] | None
 
 
 def _objective(
@@ -166,13 +173,16 @@ def run_chunk(
     net: MemoryNetwork, chunk: Chunk, weights: Weights, momentum: Weights, anchor: Weights
 ) -> tuple[Tensor, Weights, Weights, ChunkTape]:
     """Reads of a chunk, and weights and momentum after its last token (not yet settled)."""
-    keys = _key_pass(net, chunk, anchor)
+    total = net.total(anchor, chunk.base)
+    keys = _key_pass(net, chunk, total)
     hidden, reads, new_weights, new_momentum = chunk.queries, [], [], []
     for layer, (c, h, d) in enumerate(zip(chunk.coefficients, keys.inputs, keys.scaled, strict=True)):
         weight, moment = weights[layer], momentum[layer]
         with_weights, with_momentum = torch.bmm(hidden, weight.mT), torch.bmm(hidden, moment.mT)
         similarity = torch.bmm(hidden, h.mT)
         out = (with_weights * c.read_weights).addcmul_(with_momentum, c.read_momentum)
+        if chunk.base is not None:
+            out.baddbmm_(hidden, chunk.base[layer].mT)
         out = out.baddbmm_(similarity * c.read_steps, d, alpha=-1)
         reads.append(_Read(hidden, with_weights, with_momentum, similarity, out))
         if layer + 1 < net.depth:
@@ -182,7 +192,7 @@ def run_chunk(
         carried = moment * c.momentum_momentum
         new_momentum.append(carried.baddbmm_((d * c.momentum_steps).mT, h, alpha=-1))
     answers = net.finish(out, chunk.queries, chunk.gain, chunk.bias)
-    tape = ChunkTape(chunk, weights, momentum, anchor, keys, reads)
+    tape = ChunkTape(chunk, weights, momentum, total, anchor[0] is weights[0], keys, reads)
     return answers, tuple(new_weights), tuple(new_momentum), tape
 
 
@@ -231,6 +241,7 @@ def chunk_backward(
     coefficient_grads: list[ChunkCoefficients] = []
     from_weights: list[Tensor] = []
     from_momentum: list[Tensor] = []
+    from_base: list[Tensor] | None = None if chunk.base is None else []
     for layer in reversed(range(net.depth)):
         c, h, d, read = chunk.coefficients[layer], keys.inputs[layer], keys.scaled[layer], tape.reads[layer]
         weight, moment = tape.weights[layer], tape.momentum[layer]
@@ -240,6 +251,9 @@ def chunk_backward(
         similarity_grad = mixing_grad * c.read_steps
         by_weights, by_momentum = out_grad * c.read_weights, out_grad * c.read_momentum
         hidden_grad = torch.bmm(by_weights, weight).baddbmm_(by_momentum, moment).baddbmm_(similarity_grad, h)
+        if chunk.base is not None and from_base is not None:
+            hidden_grad.baddbmm_(out_grad, chunk.base[layer])
+            from_base.append(torch.bmm(out_grad.mT, read.inputs))
         deposit_w, deposit_s = torch.bmm(h, grad_w.mT), torch.bmm(h, grad_s.mT)
         scaled_grad = torch.bmm((read.similarity * c.read_steps).mT, out_grad).neg_()
         scaled_grad.addcmul_(deposit_w, c.end_steps, value=-1).addcmul_(deposit_s, c.momentum_steps, value=-1)
@@ -267,14 +281,22 @@ def chunk_backward(
         scaled_grads.append(scaled_grad)
         input_grads.append(input_grad)
         out_grad = backward(hidden_grad, tape.reads[layer - 1].outputs) if layer else hidden_grad
-    for reverse in (scaled_grads, input_grads, coefficient_grads, from_weights, from_momentum):
-        reverse.reverse()
+    for reverse in (scaled_grads, input_grads, coefficient_grads, from_weights, from_momentum, from_base):
+        if reverse is not None:
+            reverse.reverse()
 
-    shared = tape.anchor[0] is tape.weights[0]
-    anchor_grads = from_weights if shared else [torch.zeros_like(w) for w in tape.anchor]
+    # What is found at the anchor belongs to the base too, so it can go straight to the weights only without.
+    direct = tape.shared and from_base is None
+    anchor_grads = from_weights if direct else [torch.zeros_like(w) for w in tape.anchor]
     key_grad, value_grad, key_gain, key_bias = _key_backward(
         net, tape, scaled_grads, input_grads, anchor_grads
     )
+    if from_base is not None:
+        for into, grad in zip(from_base, anchor_grads, strict=True):
+            into += grad
+    if tape.shared and not direct:
+        for into, grad in zip(from_weights, anchor_grads, strict=True):
+            into += grad
     return ChunkGradients(
         out_grad + answers_grad if net.residual else out_grad,
         key_grad,
@@ -284,7 +306,8 @@ def chunk_backward(
         _sum(bias_grad, key_bias),
         from_weights,
         from_momentum,
-        None if shared else anchor_grads,
+        None if tape.shared else anchor_grads,
+        from_base,
     )
 
 

@@ -39,7 +39,8 @@ def _scan_columns(
     if marks.fresh is not None:
         fresh = problem.fresh_state()
         initial, initial_momentum = flat(fresh.weights), flat(fresh.momentum)
-    slow = Slow(shared(problem.gain), shared(problem.bias), initial, initial_momentum)
+    base: Weights = () if problem.base is None else tuple(shared(b) for b in problem.base)
+    slow = Slow(shared(problem.gain), shared(problem.bias), initial, initial_momentum, base)
     start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
     reads, surprise, parts = scan_chunks(net, tokens, marks, slow, start)
     shaped = [tuple(w.view(batch, heads, *w.shape[1:]) for w in part) for part in parts]

@@ -61,7 +61,7 @@ def memory_scan(
     step_size: Tensor, state: MemoryState, chunk_size: int = ..., *, norm_weight: Tensor | None = ...,
     norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
     initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
-    backend: str = ..., return_surprise: Literal[False] = ...,
+    base: Sequence[Tensor] | None = ..., backend: str = ..., return_surprise: Literal[False] = ...,
 ) -> tuple[Tensor, MemoryState]: ...  # fmt: skip
 @overload
 def memory_scan(
@@ -69,7 +69,7 @@ def memory_scan(
     step_size: Tensor, state: MemoryState, chunk_size: int = ..., *, norm_weight: Tensor | None = ...,
     norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
     initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
-    backend: str = ..., return_surprise: Literal[True],
+    base: Sequence[Tensor] | None = ..., backend: str = ..., return_surprise: Literal[True],
 ) -> tuple[Tensor, MemoryState, Tensor]: ...  # fmt: skip
 def memory_scan(
     net: MemoryNetwork,
@@ -88,6 +88,7 @@ def memory_scan(
     reset: Tensor | None = None,
     initial: Sequence[Tensor] | None = None,
     initial_momentum: Sequence[Tensor] | None = None,
+    base: Sequence[Tensor] | None = None,
     backend: str = "auto",
     return_surprise: bool = False,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
@@ -111,6 +112,8 @@ def memory_scan(
             `initial_momentum` and position 0.
         initial: (heads, out, in) for each layer; needed with `reset`.
         initial_momentum: (heads, out, in) for each layer; zero by default.
+        base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
+            run with their sum, so that what is forgotten decays towards `base` and not towards 0.
         backend: "auto", "chunkwise" or "reference".
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
 
@@ -123,7 +126,7 @@ def memory_scan(
     """
     check_scan(
         net, queries, keys, values, forget, momentum, step_size, state, chunk_size,
-        norm_weight, norm_bias, mask, reset, initial, initial_momentum,
+        norm_weight, norm_bias, mask, reset, initial, initial_momentum, base,
     )  # fmt: skip
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _compute_dtype(queries, keys, values, *state.weights)
@@ -145,6 +148,7 @@ def memory_scan(
             reset=reset,
             initial=None if initial is None else tuple(map(raised, initial)),
             initial_momentum=None if initial_momentum is None else tuple(map(raised, initial_momentum)),
+            base=None if base is None else tuple(map(raised, base)),
         )
         reads, new_state, surprise = choose_backend(backend, problem).scan(problem)
     reads = reads.to(queries.dtype)
@@ -158,12 +162,14 @@ def memory_read(
     *,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    base: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Ask without learning: M(q; W) with the state's weights, M* of equation 15.
 
     Args:
         queries: (batch, time, heads, head_dim).
         norm_weight, norm_bias: (heads, head_dim).
+        base: as in `memory_scan`.
 
     Returns:
         (batch, time, heads, head_dim) in the queries' dtype.
@@ -171,11 +177,12 @@ def memory_read(
     Raises:
         ValueError: for a wrong shape or dtype, naming the argument.
     """
-    check_read(net, queries, state, norm_weight, norm_bias)
+    check_read(net, queries, state, norm_weight, norm_bias, base)
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _compute_dtype(queries, *state.weights)
         gain, bias = (None if x is None else x.to(dtype).unsqueeze(1) for x in (norm_weight, norm_bias))
-        weights = tuple(w.to(dtype) for w in state.weights)
+        raised_base = None if base is None else [b.to(dtype) for b in base]
+        weights = net.total([w.to(dtype) for w in state.weights], raised_base)
         answers = net(weights, queries.to(dtype).transpose(1, 2), gain, bias)
     return answers.transpose(1, 2).to(queries.dtype)
 

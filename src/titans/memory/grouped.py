@@ -28,13 +28,14 @@ class Tokens(NamedTuple):
 
 
 class Slow(NamedTuple):
-    """What every chunk shares: gain and bias (rows, 1, head_dim), and the weights (rows, out, in) of a fresh
-    row."""
+    """What every chunk shares: gain and bias (rows, 1, head_dim), and per layer (rows, out, in) the weights of
+    a fresh row (empty where none begins) and the base (empty where there is none)."""
 
     gain: Tensor | None
     bias: Tensor | None
     initial: Weights
     initial_momentum: Weights
+    base: Weights
 
 
 class Marks(NamedTuple):
@@ -127,6 +128,7 @@ def scan_group(
             _by_layer(coefficients, n),
             slow.gain,
             slow.bias,
+            slow.base or None,
         )
         read, weights, momentum, tape = run_chunk(net, chunk, *state)
         state = _end(net, here, weights, momentum, state.anchor)
@@ -142,7 +144,8 @@ class _Arguments:
 
     def __init__(self, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> None:
         self.net, self.marks = net, marks
-        self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum]
+        self.has_base = bool(slow.base)
+        self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum, *slow.base]
         self.flat += [w for part in state for w in part]
 
     def unflatten(self, flat: Any) -> tuple[Tokens, Slow, State]:
@@ -150,7 +153,12 @@ class _Arguments:
         layered = [tuple(flat[i : i + depth]) for i in range(8, len(flat), depth)]
         # Without resets there are no initial weights to put back.
         initial, initial_momentum = layered[:2] if self.marks.fresh is not None else ((), ())
-        return Tokens(*flat[:6]), Slow(flat[6], flat[7], initial, initial_momentum), State(*layered[-3:])
+        base = layered[-4] if self.has_base else ()
+        return (
+            Tokens(*flat[:6]),
+            Slow(flat[6], flat[7], initial, initial_momentum, base),
+            State(*layered[-3:]),
+        )
 
 
 class _GroupedScan(torch.autograd.Function):
@@ -235,7 +243,7 @@ class _GroupedScan(torch.autograd.Function):
                 state_grads.through_begin(at, slow_grads)
                 for into, grad in zip(token_grads[:3], chunk_grads[:3], strict=True):
                     into[group.start + n] = grad
-                slow_grads.add_affine(chunk_grads.gain, chunk_grads.bias)
+                slow_grads.add(chunk_grads)
                 coefficient_grads.append(chunk_grads.coefficients)
             coefficient_grads.reverse()
             stacked = [
@@ -256,14 +264,17 @@ class _SlowGradients:
         self.gain, self.bias = (None if x is None else torch.zeros_like(x) for x in (slow.gain, slow.bias))
         self.initial = [torch.zeros_like(w) for w in slow.initial]
         self.initial_momentum = [torch.zeros_like(m) for m in slow.initial_momentum]
+        self.base = [torch.zeros_like(b) for b in slow.base]
 
-    def add_affine(self, gain: Tensor | None, bias: Tensor | None) -> None:
-        for total, part in ((self.gain, gain), (self.bias, bias)):
+    def add(self, grads: ChunkGradients) -> None:
+        for total, part in ((self.gain, grads.gain), (self.bias, grads.bias)):
             if total is not None and part is not None:
                 total += part
+        for total, part in zip(self.base, grads.base or (), strict=True):
+            total += part
 
     def flat(self) -> list[Tensor | None]:
-        return [self.gain, self.bias, *self.initial, *self.initial_momentum]
+        return [self.gain, self.bias, *self.initial, *self.initial_momentum, *self.base]
 
 
 class _StateGradients:

@@ -3,6 +3,7 @@ bounded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,8 +52,11 @@ class MemoryNetwork:
         norm: LayerNorm on the output, its gain and bias being slow weights.
         normalize_step: divide each step size by a bound on the curvature of the inner objective (see
             `step_normalizers`), which makes the step size a fraction of the largest safe one.
+        row_floor: with `normalize_step`, what each row of the layers above adds to their slope, as a length: a
+            memory that has forgotten everything has no slope at all, and a step divided by it no bound.
         unit_rows: at each chunk end rescale the rows of every matrix to L2 norm 1 (without `norm`: only
             longer ones).
+        row_limit: at each chunk end shorten the rows that are longer than this to it; None for no limit.
         objective: name in `titans.memory.objective.OBJECTIVES`.
         update_rule: name in `titans.memory.rule.UPDATE_RULES`.
 
@@ -70,6 +74,8 @@ class MemoryNetwork:
     norm: bool = True
     normalize_step: bool = False
     unit_rows: bool = False
+    row_limit: float | None = None
+    row_floor: float = 0.0
     objective: str = "squared_error"
     update_rule: str = "momentum"
 
@@ -78,6 +84,12 @@ class MemoryNetwork:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
+        if not 0 <= self.row_floor < math.inf:
+            raise ValueError(f"row_floor={self.row_floor!r}: give a finite number of at least 0")
+        if self.row_limit is not None and not 0 < self.row_limit < math.inf:
+            raise ValueError(f"row_limit={self.row_limit!r}: give None or a finite number above 0")
+        if self.row_limit is not None and self.unit_rows:
+            raise ValueError("unit_rows=True leaves row_limit nothing to do: give one of the two")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
         if self.objective not in OBJECTIVES:
@@ -90,6 +102,10 @@ class MemoryNetwork:
         """(out, in) of W_1 … W_L."""
         widths = [self.head_dim] + [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
         return tuple((out, inp) for inp, out in pairwise(widths))
+
+    def total(self, fast: Sequence[Tensor], base: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """The weights the network is run with: the fast ones, on top of slow ones (heads, out, in) if any."""
+        return tuple(fast) if base is None else tuple(w + b for w, b in zip(fast, base, strict=True))
 
     def features(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, head_dim), W (…, out,
@@ -128,8 +144,8 @@ class MemoryNetwork:
     ) -> list[Tensor]:
         """What `normalize_step` divides each layer's step size by: L · max(c_l, 1e-6), each (…, rows).
 
-        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l; κ_l = ∏_{j>l} 1.13 ‖W_j‖_F is
-        the slope of the layers above.
+        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l; κ_l² = ∏_{j>l} 1.13² (‖W_j‖_F² +
+        out_j · row_floor²) bounds the squared slope of the layers above.
 
         Args:
             slope_square: ρ², (…, rows).
@@ -142,23 +158,24 @@ class MemoryNetwork:
             curvature = bound * input_squares[layer]
             normalizers.append(self.depth * curvature.clamp_min(STEP_NORMALIZER_FLOOR))
             if layer:
-                bound = bound * (ACTIVATION_SLOPE**2 * weight_squares[layer - 1])
+                floor = self.weight_shapes[layer][0] * self.row_floor**2
+                bound = bound * (ACTIVATION_SLOPE**2 * (weight_squares[layer - 1] + floor))
         return normalizers[::-1]
 
     def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The weights as a finished chunk leaves them: rows rescaled if `unit_rows`, else unchanged."""
-        if not self.unit_rows:
+        """The weights as a finished chunk leaves them: rows rescaled by `unit_rows` or `row_limit`."""
+        if not self._rescales:
             return tuple(weights)
         return tuple(weight * self._row_scales(weight)[0] for weight in weights)
 
     def settle_backward(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients with respect to the arguments of `settle` from those of its results."""
-        if not self.unit_rows:
+        if not self._rescales:
             return list(grads)
         before = []
         for weight, grad in zip(weights, grads, strict=True):
             scale, rescaled = self._row_scales(weight)
-            along = (weight * grad).sum(-1, keepdim=True) * scale**3
+            along = (weight * grad).sum(-1, keepdim=True) * scale**3 / self._radius**2
             before.append((grad * scale).addcmul_(weight, torch.where(rescaled, along, 0), value=-1))
         return before
 
@@ -167,5 +184,14 @@ class MemoryNetwork:
         1)."""
         length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         # A row of zeros stays; the inner where keeps its gradient finite.
-        rescaled = length > 0 if self.norm else length > 1
-        return torch.where(rescaled, 1 / torch.where(rescaled, length, 1), 1), rescaled
+        always = self.unit_rows and self.norm
+        rescaled = length > (0 if always else self._radius)
+        return torch.where(rescaled, self._radius / torch.where(rescaled, length, 1), 1), rescaled
+
+    @property
+    def _rescales(self) -> bool:
+        return self.unit_rows or self.row_limit is not None
+
+    @property
+    def _radius(self) -> float:
+        return 1.0 if self.row_limit is None else self.row_limit

@@ -18,6 +18,7 @@ class ScanProblem:
     queries, keys, values: (batch, time, heads, head_dim). forget, momentum, step_size: (batch, time, heads,
         depth).
     gain, bias: (heads, 1, head_dim) or None. mask, reset: (batch, time) bool or None.
+    base: (heads, out, in) each, added to the fast weights wherever the network is run, or None.
     initial, initial_momentum: (heads, out, in) each, or None; where `reset` starts a row afresh.
     """
 
@@ -36,6 +37,7 @@ class ScanProblem:
     reset: Tensor | None
     initial: tuple[Tensor, ...] | None
     initial_momentum: tuple[Tensor, ...] | None
+    base: tuple[Tensor, ...] | None
 
     def fresh_state(self) -> MemoryState:
         """The state in which a reset leaves a row, for every row."""

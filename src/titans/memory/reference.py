@@ -16,12 +16,12 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
     net, state = problem.net, problem.state
     objective, rule = OBJECTIVES[net.objective], UPDATE_RULES[net.update_rule]
-    gain, bias = problem.gain, problem.bias
+    gain, bias, base = problem.gain, problem.bias, problem.base
     batch, time, heads, _ = problem.keys.shape
     everywhere = torch.ones(batch, dtype=torch.bool, device=problem.keys.device)
 
     def inner_loss(weights: tuple[Tensor, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        losses = objective.value(net(weights, key, gain, bias), value)
+        losses = objective.value(net(net.total(weights, base), key, gain, bias), value)
         # The sum over sequences and heads: each has its own weights, so each gets its own gradient.
         return losses.sum(), losses
 
@@ -40,11 +40,12 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         gradients, surprise = torch.func.grad(inner_loss, has_aux=True)(state.anchor, key, value)
         normalizers: list[Tensor | float] = [1.0] * net.depth
         if net.normalize_step:
-            inputs, outputs = net.features(state.anchor, key)
+            anchor = net.total(state.anchor, base)
+            inputs, outputs = net.features(anchor, key)
             bounds = net.step_normalizers(
                 net.slope_square(outputs[-1], gain),
                 [h.square().sum(-1) for h in inputs],
-                [w.square().sum((-2, -1)).unsqueeze(-1) for w in state.anchor[1:]],
+                [w.square().sum((-2, -1)).unsqueeze(-1) for w in anchor[1:]],
             )
             normalizers = [bound.unsqueeze(-1) for bound in bounds]
 
@@ -67,7 +68,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
             momentum.append(moment)
 
         # (15): read with the weights just written.
-        read = net(weights, query, gain, bias).squeeze(2)
+        read = net(net.total(weights, base), query, gain, bias).squeeze(2)
         reads.append(torch.where(real[:, None, None], read, 0))
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 

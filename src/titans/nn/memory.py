@@ -58,7 +58,10 @@ class NeuralMemory(nn.Module):
     Args:
         hidden_size: width of input and output.
         num_heads, head_dim: each head has a memory of its own.
-        depth, expansion, activation, residual, norm, normalize_step, unit_rows: see `MemoryNetwork`.
+        depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit: see
+            `MemoryNetwork`.
+        decay_to_initial: the fast weights are offsets on the learned initial ones, so that what is forgotten
+            decays towards these; otherwise they start there and decay towards 0, as in equation 13.
         chunk_size: tokens that share one set of gradient weights.
         conv_kernel: width of the causal convolution on q, k and v.
         max_momentum: upper bound of the momentum gate.
@@ -80,6 +83,8 @@ class NeuralMemory(nn.Module):
         norm: bool = True,
         normalize_step: bool = True,
         unit_rows: bool = True,
+        row_limit: float | None = None,
+        decay_to_initial: bool = False,
         max_momentum: float = 0.9,
         max_step_size: float | None = None,
     ) -> None:
@@ -97,8 +102,9 @@ class NeuralMemory(nn.Module):
         if max_step_size is not None and not 0 <= max_step_size < math.inf:
             raise ValueError(f"max_step_size={max_step_size!r}: give None or a finite number of at least 0")
         self.network = MemoryNetwork(
-            head_dim, depth, expansion, activation, residual, norm, normalize_step, unit_rows
+            head_dim, depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit
         )
+        self.decay_to_initial = decay_to_initial
         self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
         self.max_step_size = 8 * (1 - max_momentum) / chunk_size if max_step_size is None else max_step_size
         width = num_heads * head_dim
@@ -129,12 +135,19 @@ class NeuralMemory(nn.Module):
             nn.init.constant_(self.norm_weight, 0.5)
             nn.init.zeros_(self.norm_bias)
 
+    @property
+    def base(self) -> tuple[Tensor, ...] | None:
+        """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
+        return tuple(self.initial_weights) if self.decay_to_initial else None
+
     def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
         """The state of rows that have read nothing but persistent (num_persistent, hidden_size), if any.
 
         These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
         """
         weights = [w.unsqueeze(0) for w in self.initial_weights]
+        if self.decay_to_initial:
+            weights = [torch.zeros_like(w) for w in weights]
         memory = MemoryState.initial(weights)
         if persistent is not None and len(persistent):
             _, after = self.packed(persistent.unsqueeze(0), NeuralMemoryState(self._empty_tail(1), memory))
@@ -253,6 +266,7 @@ class NeuralMemory(nn.Module):
             self.chunk_size,
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
+            base=self.base,
             mask=real,
             reset=reset,
             initial=None if fresh is None else [w[0] for w in fresh.weights],
@@ -288,7 +302,8 @@ class NeuralMemory(nn.Module):
         forget, momentum, step_size = self._gates(x)
         if not self.network.normalize_step:
             return forget, momentum, step_size
-        anchor, width = state.memory.anchor, self.num_heads * self.network.head_dim
+        anchor = self.network.total(state.memory.anchor, self.base)
+        width = self.num_heads * self.network.head_dim
         qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
         keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         inputs, outputs = self.network.features(anchor, F.normalize(keys, dim=-1).to(anchor[0].dtype))

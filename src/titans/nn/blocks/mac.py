@@ -175,5 +175,6 @@ class MACBlock(nn.Module):
             then,
             norm_weight=self.memory.norm_weight,
             norm_bias=self.memory.norm_bias,
+            base=self.memory.base,
         )
         return self.recall_output(self.recall_norm(reads).flatten(-2)), tail
