@@ -30,8 +30,8 @@ class TitansConfig(PreTrainedConfig):
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
         memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
-        memory_normalize_step, memory_unit_rows, memory_row_limit, memory_decay_to_initial, memory_max_momentum:
-            what keeps it stable, see `NeuralMemory`.
+        memory_normalize_step, memory_unit_rows, memory_row_limit, memory_length_floor,
+            memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
@@ -55,14 +55,15 @@ class TitansConfig(PreTrainedConfig):
     head_dim: int = 64
     memory_depth: int = 2
     memory_expansion: int = 4
-    memory_activation: str = "gelu"
-    memory_residual: bool = True
-    memory_norm: bool = True
+    memory_activation: str = "silu"
+    memory_residual: bool = False
+    memory_norm: bool = False
     memory_normalize_step: bool = True
-    memory_unit_rows: bool = True
-    memory_row_limit: float | None = None
-    memory_decay_to_initial: bool = False
-    memory_max_momentum: float = 0.9
+    memory_unit_rows: bool = False
+    memory_row_limit: float | None = 8.0
+    memory_length_floor: float = 1.0
+    memory_decay_to_initial: bool = True
+    memory_max_momentum: float = 0.5
     memory_max_step_size: float | None = None
     chunk_size: int = 16
     segment_length: int = 512
@@ -113,11 +114,13 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even number")
         if self.memory_max_momentum >= 1:
             raise ValueError(f"memory_max_momentum={self.memory_max_momentum}: give a number in [0, 1)")
-        step_size = self.memory_max_step_size
-        if step_size is not None and (type(step_size) not in (int, float) or not 0 <= step_size < math.inf):
-            raise ValueError(
-                f"memory_max_step_size={step_size!r}: give None or a finite number of at least 0"
-            )
+        for name, least in (("memory_max_step_size", "at least"), ("memory_row_limit", "above")):
+            value = getattr(self, name)
+            known = value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+            if not known or (value == 0 and least == "above"):
+                raise ValueError(f"{name}={value!r}: give None or a finite number {least} 0")
+        if self.memory_row_limit is not None and self.memory_unit_rows:
+            raise ValueError("memory_unit_rows=True leaves memory_row_limit nothing to do: set that to None")
         if not self.rope_theta or not self.rms_norm_eps:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: give numbers above 0"
@@ -145,6 +148,7 @@ class TitansConfig(PreTrainedConfig):
                 "normalize_step": self.memory_normalize_step,
                 "unit_rows": self.memory_unit_rows,
                 "row_limit": self.memory_row_limit,
+                "length_floor": self.memory_length_floor,
                 "decay_to_initial": self.memory_decay_to_initial,
                 "max_momentum": self.memory_max_momentum,
                 "max_step_size": self.memory_max_step_size,

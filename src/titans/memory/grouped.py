@@ -28,8 +28,8 @@ class Tokens(NamedTuple):
 
 
 class Slow(NamedTuple):
-    """What every chunk shares: gain and bias (rows, 1, head_dim), and per layer (rows, out, in) the weights of
-    a fresh row (empty where none begins) and the base (empty where there is none)."""
+    """What every chunk shares: gain and bias (rows, 1, head_dim); per layer (rows, out, in) the weights of a
+    fresh row and the base, empty tuples where there are none."""
 
     gain: Tensor | None
     bias: Tensor | None

@@ -52,8 +52,9 @@ class MemoryNetwork:
         norm: LayerNorm on the output, its gain and bias being slow weights.
         normalize_step: divide each step size by a bound on the curvature of the inner objective (see
             `step_normalizers`), which makes the step size a fraction of the largest safe one.
-        row_floor: with `normalize_step`, what each row of the layers above adds to their slope, as a length: a
-            memory that has forgotten everything has no slope at all, and a step divided by it no bound.
+        length_floor: with `normalize_step`, the length below which inputs of a layer do not count as shorter,
+            and which every row of the layers above has on top of its own: an empty memory has no slope, and a
+            step divided by it has no bound.
         unit_rows: at each chunk end rescale the rows of every matrix to L2 norm 1 (without `norm`: only
             longer ones).
         row_limit: at each chunk end shorten the rows that are longer than this to it; None for no limit.
@@ -75,7 +76,7 @@ class MemoryNetwork:
     normalize_step: bool = False
     unit_rows: bool = False
     row_limit: float | None = None
-    row_floor: float = 0.0
+    length_floor: float = 0.0
     objective: str = "squared_error"
     update_rule: str = "momentum"
 
@@ -84,8 +85,8 @@ class MemoryNetwork:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
-        if not 0 <= self.row_floor < math.inf:
-            raise ValueError(f"row_floor={self.row_floor!r}: give a finite number of at least 0")
+        if not 0 <= self.length_floor < math.inf:
+            raise ValueError(f"length_floor={self.length_floor!r}: give a finite number of at least 0")
         if self.row_limit is not None and not 0 < self.row_limit < math.inf:
             raise ValueError(f"row_limit={self.row_limit!r}: give None or a finite number above 0")
         if self.row_limit is not None and self.unit_rows:
@@ -144,8 +145,9 @@ class MemoryNetwork:
     ) -> list[Tensor]:
         """What `normalize_step` divides each layer's step size by: L · max(c_l, 1e-6), each (…, rows).
 
-        c_l = 2 ρ² κ_l² ‖h_{l-1}‖² bounds the curvature of ‖M(k) − v‖² in W_l; κ_l² = ∏_{j>l} 1.13² (‖W_j‖_F² +
-        out_j · row_floor²) bounds the squared slope of the layers above.
+        c_l = 2 ρ² κ_l² max(‖h_{l-1}‖, floor)² bounds the curvature of ‖M(k) − v‖² in W_l, and
+        κ_l² = ∏_{j>l} 1.13² (‖W_j‖_F² + out_j · floor²) the squared slope of the layers above; floor is
+        `length_floor`.
 
         Args:
             slope_square: ρ², (…, rows).
@@ -155,10 +157,10 @@ class MemoryNetwork:
         bound = 2 * slope_square
         normalizers = []
         for layer in reversed(range(self.depth)):
-            curvature = bound * input_squares[layer]
+            curvature = bound * input_squares[layer].clamp_min(self.length_floor**2)
             normalizers.append(self.depth * curvature.clamp_min(STEP_NORMALIZER_FLOOR))
             if layer:
-                floor = self.weight_shapes[layer][0] * self.row_floor**2
+                floor = self.weight_shapes[layer][0] * self.length_floor**2
                 bound = bound * (ACTIVATION_SLOPE**2 * (weight_squares[layer - 1] + floor))
         return normalizers[::-1]
 

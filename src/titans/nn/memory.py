@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
-from titans.nn.norm import HeadRMSNorm
+from titans.nn.norm import HeadRMSNorm, shorten
 from titans.nn.packing import real_tokens, take
 
 LONGEST_HALF_LIFE = 1e6
@@ -32,11 +32,15 @@ class NeuralMemoryState:
 
 
 class InitialWeights(nn.ParameterList):
-    """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation."""
+    """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation.
 
-    def __init__(self, network: MemoryNetwork, num_heads: int) -> None:
+    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers 0
+    (before a LayerNorm), and the little that a token writes is not drowned.
+    """
+
+    def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
         super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
-        self.unit_rows = network.unit_rows
+        self.unit_rows, self.empty = network.unit_rows, empty
         self.reset_parameters()
 
     @torch.no_grad()
@@ -46,26 +50,30 @@ class InitialWeights(nn.ParameterList):
             nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
             if self.unit_rows:
                 weight.copy_(F.normalize(weight, dim=-1))
+        if self.empty:
+            nn.init.zeros_(self[-1])
 
 
 class NeuralMemory(nn.Module):
     """Memorises its input at test time and answers from what it has memorised (section 3.1).
 
-    q, k, v are projected, convolved, passed through SiLU and, q and k, L2-normalised per head; forget,
-    momentum and step size are functions of the token, one for each head and memory layer. The reads are
+    q, k, v are projected, convolved, passed through SiLU and, q and k, L2-normalised per head, while a v longer
+    than √head_dim is shortened to that, so that no input can write without bound; forget, momentum and step size are functions of the token, one for each head and memory layer. The reads are
     normalised per head, gated by silu of a projection, and projected back.
 
     Args:
         hidden_size: width of input and output.
         num_heads, head_dim: each head has a memory of its own.
-        depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit: see
+        depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit, length_floor: see
             `MemoryNetwork`.
         decay_to_initial: the fast weights are offsets on the learned initial ones, so that what is forgotten
             decays towards these; otherwise they start there and decay towards 0, as in equation 13.
         chunk_size: tokens that share one set of gradient weights.
         conv_kernel: width of the causal convolution on q, k and v.
         max_momentum: upper bound of the momentum gate.
-        max_step_size: upper bound of the step-size gate; by default 8 (1 − max_momentum) / chunk_size.
+        max_step_size: upper bound of the step-size gate; by default 2 (1 − max_momentum) / chunk_size, with
+            which a chunk that repeats one token moves the memory's answer by at most twice its error, so that
+            no error grows.
     """
 
     def __init__(
@@ -78,14 +86,15 @@ class NeuralMemory(nn.Module):
         chunk_size: int = 16,
         conv_kernel: int = 4,
         *,
-        activation: str = "gelu",
-        residual: bool = True,
-        norm: bool = True,
+        activation: str = "silu",
+        residual: bool = False,
+        norm: bool = False,
         normalize_step: bool = True,
-        unit_rows: bool = True,
-        row_limit: float | None = None,
-        decay_to_initial: bool = False,
-        max_momentum: float = 0.9,
+        unit_rows: bool = False,
+        row_limit: float | None = 8.0,
+        length_floor: float = 1.0,
+        decay_to_initial: bool = True,
+        max_momentum: float = 0.5,
         max_step_size: float | None = None,
     ) -> None:
         super().__init__()
@@ -102,17 +111,26 @@ class NeuralMemory(nn.Module):
         if max_step_size is not None and not 0 <= max_step_size < math.inf:
             raise ValueError(f"max_step_size={max_step_size!r}: give None or a finite number of at least 0")
         self.network = MemoryNetwork(
-            head_dim, depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit
+            head_dim,
+            depth,
+            expansion,
+            activation,
+            residual,
+            norm,
+            normalize_step,
+            unit_rows,
+            row_limit,
+            length_floor,
         )
         self.decay_to_initial = decay_to_initial
         self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
-        self.max_step_size = 8 * (1 - max_momentum) / chunk_size if max_step_size is None else max_step_size
+        self.max_step_size = 2 * (1 - max_momentum) / chunk_size if max_step_size is None else max_step_size
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
         self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
         self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
-        self.initial_weights = InitialWeights(self.network, num_heads)
+        self.initial_weights = InitialWeights(self.network, num_heads, empty=decay_to_initial)
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.read_norm = HeadRMSNorm(num_heads, head_dim)
@@ -129,6 +147,7 @@ class NeuralMemory(nn.Module):
         spread = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
         half_lives = shortest * (longest / shortest) ** spread
         self.gate_bias.zero_()
+        self.gate_bias[2] = 1.0
         # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
         self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives.double())).unsqueeze(-1)
         if self.norm_weight is not None and self.norm_bias is not None:
@@ -258,7 +277,7 @@ class NeuralMemory(nn.Module):
             self.network,
             F.normalize(queries, dim=-1),
             F.normalize(keys, dim=-1),
-            values,
+            shorten(values, head_dim**0.5),
             forget,
             momentum,
             step_size,

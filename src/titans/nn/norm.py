@@ -42,3 +42,11 @@ class HeadRMSNorm(nn.Module):
         return (F.rms_norm(wide, self.weight.shape[-1:], eps=self.eps) * self.weight.to(wide.dtype)).to(
             x.dtype
         )
+
+
+def shorten(x: Tensor, longest: float) -> Tensor:
+    """x, vectors along the last axis longer than `longest` being shortened to it."""
+    length = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    return x * (longest / length.clamp_min(longest)).to(x.dtype)
