@@ -34,8 +34,8 @@ class NeuralMemoryState:
 class InitialWeights(nn.ParameterList):
     """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation.
 
-    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers 0
-    (before a LayerNorm), and the little that a token writes is not drowned.
+    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers
+    0 (before a LayerNorm), and the little that a token writes is not drowned.
     """
 
     def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
@@ -57,9 +57,10 @@ class InitialWeights(nn.ParameterList):
 class NeuralMemory(nn.Module):
     """Memorises its input at test time and answers from what it has memorised (section 3.1).
 
-    q, k, v are projected, convolved, passed through SiLU and, q and k, L2-normalised per head, while a v longer
-    than √head_dim is shortened to that, so that no input can write without bound; forget, momentum and step size are functions of the token, one for each head and memory layer. The reads are
-    normalised per head, gated by silu of a projection, and projected back.
+    q, k, v are projected, convolved and passed through SiLU; q and k are L2-normalised per head, and a v
+    longer than √head_dim is shortened to that, so that no input can write without bound. Forget, momentum and
+    step size are functions of the token, one for each head and memory layer. The reads are normalised per
+    head, gated by silu of a projection, and projected back.
 
     Args:
         hidden_size: width of input and output.

@@ -1,0 +1,104 @@
+"""Recall tasks made on the spot: a passkey in filler, and associative recall of pairs. Seeded, no globals.
+
+Every function takes a NumPy generator and returns (ids, labels), int64 of shape (batch, time): labels[t] is
+the token to be predicted after ids[t], or −100 where nothing is asked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+NUM_KEYS, NUM_VALUES = 256, 64
+_FILLER = np.frombuffer(
+    b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ", np.uint8
+)
+_CUE = b"The pass key="
+_QUESTION = b"What is the pass key? "
+
+
+def passkey(
+    generator: np.random.Generator, batch: int, length: int, num_digits: int = 5
+) -> tuple[Tensor, Tensor]:
+    """Bytes: filler with the key stated at a random place, and at the very end asked for.
+
+    Raises:
+        ValueError: if `length` has no room for statement and question.
+    """
+    rows = []
+    for _ in range(batch):
+        key = _digits(generator, num_digits)
+        statement, question = _CUE + key + b". Remember it. ", _QUESTION + _CUE + key
+        room = length + 1 - len(statement) - len(question)
+        if room < 0:
+            raise ValueError(
+                f"length={length}: give at least {length - room}, which statement and question take"
+            )
+        filler, at = _filler(generator, room), int(generator.integers(room + 1))
+        rows.append(filler[:at] + statement + filler[at:] + question)
+    ids = _stack(rows)
+    labels = torch.full_like(ids[:, 1:], IGNORED)
+    labels[:, -num_digits:] = ids[:, -num_digits:]
+    return ids[:, :-1], labels
+
+
+def restated_passkey(
+    generator: np.random.Generator, batch: int, length: int, num_digits: int = 5, longest_gap: int = 60
+) -> tuple[Tensor, Tensor]:
+    """Bytes: one key stated again and again, with filler between; every statement but the first is asked.
+
+    A row of `passkey` asks for few digits; this one teaches the same with many.
+    """
+    rows, asked = [], []
+    for _ in range(batch):
+        key, row, marks = _digits(generator, num_digits), b"", []
+        while len(row) <= length:
+            gap = _filler(generator, int(generator.integers(longest_gap)))
+            if row:
+                begin = len(row) + len(gap) + len(_CUE)
+                marks += range(begin, begin + num_digits)
+            row += gap + _CUE + key + b". "
+        rows.append(row[: length + 1])
+        asked.append([mark for mark in marks if mark <= length])
+    ids = _stack(rows)
+    labels = torch.full_like(ids[:, 1:], IGNORED)
+    for row, marks in enumerate(asked):
+        for mark in marks:
+            labels[row, mark - 1] = ids[row, mark]
+    return ids[:, :-1], labels
+
+
+def associative_recall(
+    generator: np.random.Generator, batch: int, num_pairs: int, num_queries: int
+) -> tuple[Tensor, Tensor]:
+    """Pairs of a key (0 … 255, each once) and a value (256 … 319), then the keys again in random order, each
+    asked for its value and followed by it: 2 (num_pairs + num_queries) tokens. After one round comes the next.
+
+    Raises:
+        ValueError: for more pairs than there are keys.
+    """
+    if num_pairs > NUM_KEYS:
+        raise ValueError(f"num_pairs={num_pairs}: give at most {NUM_KEYS}")
+    rows = np.empty((batch, num_pairs + num_queries, 2), np.int64)
+    for row in rows:
+        row[:num_pairs, 0] = generator.permutation(NUM_KEYS)[:num_pairs]
+        row[:num_pairs, 1] = NUM_KEYS + generator.integers(NUM_VALUES, size=num_pairs)
+        rounds = [generator.permutation(num_pairs) for _ in range(-(-num_queries // num_pairs))]
+        row[num_pairs:] = row[np.concatenate(rounds)[:num_queries]]
+    labels = np.full_like(rows, IGNORED)
+    labels[:, num_pairs:, 0] = rows[:, num_pairs:, 1]
+    return torch.from_numpy(rows.reshape(batch, -1)), torch.from_numpy(labels.reshape(batch, -1))
+
+
+def _digits(generator: np.random.Generator, count: int) -> bytes:
+    return bytes(generator.integers(ord("0"), ord("9") + 1, count).astype(np.uint8))
+
+
+def _filler(generator: np.random.Generator, length: int) -> bytes:
+    return np.resize(np.roll(_FILLER, -int(generator.integers(len(_FILLER)))), length).tobytes()
+
+
+def _stack(rows: list[bytes]) -> Tensor:
+    return torch.from_numpy(np.stack([np.frombuffer(row, np.uint8) for row in rows]).astype(np.int64))
