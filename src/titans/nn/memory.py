@@ -72,9 +72,9 @@ class NeuralMemory(nn.Module):
         chunk_size: tokens that share one set of gradient weights.
         conv_kernel: width of the causal convolution on q, k and v.
         max_momentum: upper bound of the momentum gate.
-        max_step_size: upper bound of the step-size gate; by default 2 (1 − max_momentum) / chunk_size, with
-            which a chunk that repeats one token moves the memory's answer by at most twice its error, so that
-            no error grows.
+        max_step_size: upper bound of the step-size gate; by default
+            min(depth, 2) (1 − max_momentum) / chunk_size, with which a chunk that repeats one token corrects
+            its error at most once in each layer (docs/decisions/memory.md).
     """
 
     def __init__(
@@ -125,7 +125,9 @@ class NeuralMemory(nn.Module):
         )
         self.decay_to_initial = decay_to_initial
         self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
-        self.max_step_size = 2 * (1 - max_momentum) / chunk_size if max_step_size is None else max_step_size
+        if max_step_size is None:
+            max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
+        self.max_step_size = max_step_size
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
