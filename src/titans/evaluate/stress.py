@@ -1,0 +1,505 @@
+"""Stability under hostile input: streams and gates chosen to break a memory, and what they do to it.
+
+A memory that learns while it reads is a dynamical system driven by its input. It is stable if a small change
+of its weights or of a key stays small (otherwise one stream read in two ways gives two answers), if the
+gradient of a loss with respect to a key does not grow with the distance, and if its state is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.nn import NeuralMemory
+from titans.nn.norm import shorten
+
+# Read in pieces of a prime number of tokens, so that the state is looked at in every phase of a chunk.
+PIECE = 61
+
+
+@dataclass(frozen=True)
+class StressedMemory:
+    """One head of a `NeuralMemory`, taken out of its layer and put in the hands of an enemy.
+
+    Attributes:
+        network, chunk_size, max_momentum, max_step_size: as in the layer.
+        slow: the learned initial weights, (1, out, in) for each layer.
+        decay_to_initial: the fast weights are offsets on `slow`, rather than starting there.
+        norm_weight: gain of the LayerNorm, (1, head_dim), or None.
+    """
+
+    network: MemoryNetwork
+    chunk_size: int
+    max_momentum: float
+    max_step_size: float
+    slow: tuple[Tensor, ...]
+    decay_to_initial: bool
+    norm_weight: Tensor | None
+
+    @property
+    def base(self) -> tuple[Tensor, ...] | None:
+        return self.slow if self.decay_to_initial else None
+
+    def fast(self, rows: int) -> list[Tensor]:
+        """The fast weights of a memory that has read nothing, (rows, 1, out, in) for each layer."""
+        start = [torch.zeros_like(w) for w in self.slow] if self.decay_to_initial else self.slow
+        return [w.expand(rows, *w.shape).clone() for w in start]
+
+
+def stressed_memory(
+    head_dim: int,
+    depth: int,
+    chunk_size: int,
+    *,
+    expansion: int = 2,
+    last: float = 0.0,
+    gain: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> StressedMemory:
+    """The memory of a `NeuralMemory` with these options; everything not given is that layer's default.
+
+    Args:
+        head_dim, depth, chunk_size, expansion, options: of `NeuralMemory`.
+        last: the last slow layer of an empty memory is zero at first but is learned; draw it with this many
+            times the usual standard deviation, fan_in^-½.
+        gain: of the LayerNorm, instead of the layer's initial one.
+        seed: of the weights.
+        dtype: of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = NeuralMemory(2, 1, head_dim, depth, expansion, chunk_size, **options).to(dtype)
+        slow = [w.detach() for w in layer.initial_weights]
+        if layer.decay_to_initial:
+            slow[-1] = last * slow[-1].shape[-1] ** -0.5 * torch.randn_like(slow[-1])
+    norm_weight = None if layer.norm_weight is None else layer.norm_weight.detach()
+    if norm_weight is not None and gain is not None:
+        norm_weight = torch.full_like(norm_weight, gain)
+    return StressedMemory(
+        layer.network,
+        chunk_size,
+        layer.max_momentum,
+        layer.max_step_size,
+        tuple(slow),
+        layer.decay_to_initial,
+        norm_weight,
+    )
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Streams under gates, one to a row.
+
+    keys, values: (rows, time, 1, head_dim). forget, momentum, step_size: (rows, time, 1, depth).
+    """
+
+    names: list[str]
+    keys: Tensor
+    values: Tensor
+    forget: Tensor
+    momentum: Tensor
+    step_size: Tensor
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.forget, self.momentum, self.step_size
+
+    def row(self, index: int) -> Cases:
+        return Cases([self.names[index]], *(x[index : index + 1] for x in self.tokens))
+
+    def repeated(self, tokens: int) -> Cases:
+        """Every stream over and over, until it has that many tokens."""
+        times = -(-tokens // self.keys.shape[1])
+        return Cases(self.names, *(x.repeat(1, times, 1, 1)[:, :tokens] for x in self.tokens))
+
+
+def hostile_streams(
+    head_dim: int, tokens: int, chunk_size: int, generator: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys of unit length and values, (tokens, head_dim) each, by name.
+
+    What is written again and again, with answers that change in time with the chunks, resonates with a step
+    that is too long; values go through `shorten` as in `NeuralMemory`.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def unit(*shape: int) -> Tensor:
+        return F.normalize(normal(*shape), dim=-1)
+
+    def pick(pairs: int) -> Tensor:
+        return torch.randint(pairs, (tokens,), generator=generator)
+
+    first = unit(head_dim)
+    second = normal(head_dim)
+    second = F.normalize(second - (second @ first) * first, dim=-1)
+    close = F.normalize(first + 0.5 * second, dim=-1)
+    value, other = 0.5 * normal(head_dim), 0.5 * normal(head_dim)
+    always = first.expand(tokens, head_dim)
+    time = torch.arange(tokens)
+
+    def every(period: int, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where((time // period % 2 == 0)[:, None], a, b)
+
+    streams = {
+        "constant": (always, value.expand(tokens, head_dim)),
+        "one key, random values": (always, 0.5 * normal(tokens, head_dim)),
+        "random": (unit(tokens, head_dim), 0.5 * normal(tokens, head_dim)),
+        "four keys, random values": (unit(4, head_dim)[pick(4)], 0.5 * normal(tokens, head_dim)),
+    }
+    pairs = pick(8)
+    streams["eight pairs"] = (unit(8, head_dim)[pairs], 0.5 * normal(8, head_dim)[pairs])
+    for period in sorted({1, chunk_size, max(1, 3 * chunk_size // 2), 2 * chunk_size}):
+        streams |= {
+            f"orthogonal keys, every {period}": (every(period, first, second), every(period, value, other)),
+            f"value flips, every {period}": (always, every(period, value, -value)),
+            f"close keys, flips, every {period}": (every(period, first, close), every(period, value, -value)),
+        }
+    for scale in (1e-4, 1e-2, 1e2, 1e4):
+        for name in ("random", f"value flips, every {2 * chunk_size}"):
+            keys, values = streams[name]
+            streams[f"{name}, × {scale:g}"] = (keys, scale * values)
+    return {name: (keys, shorten(values, head_dim**0.5)) for name, (keys, values) in streams.items()}
+
+
+def gate_schedules(
+    tokens: int,
+    depth: int,
+    chunk_size: int,
+    max_momentum: float,
+    max_step_size: float,
+    generator: torch.Generator,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Momentum and step size at their limits, (tokens, depth) each, by name."""
+
+    def uniform() -> Tensor:
+        return torch.rand(tokens, depth, generator=generator, dtype=torch.float64)
+
+    full = torch.ones(tokens, depth, dtype=torch.float64)
+    even = (torch.arange(tokens) // chunk_size % 2 == 0)[:, None]
+    coast = torch.where(even, 0.0, max_momentum * full)
+    return {
+        "all at max": (max_momentum * full, max_step_size * full),
+        "no momentum": (0 * full, max_step_size * full),
+        "write, then coast": (coast, torch.where(even, max_step_size * full, 0.0)),
+        "momentum every other chunk": (coast, max_step_size * full),
+        "random": (max_momentum * uniform(), max_step_size * uniform()),
+        "switching": (max_momentum * (uniform() < 0.5), max_step_size * (uniform() < 0.5)),
+    }
+
+
+def forget_schedules(tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Forgetting, (tokens,) each, by name."""
+    wipes = torch.rand(tokens, generator=generator) < 0.01
+    return {
+        "0": torch.zeros(tokens, dtype=torch.float64),
+        "0.001": torch.full((tokens,), 1e-3, dtype=torch.float64),
+        "0.05": torch.full((tokens,), 0.05, dtype=torch.float64),
+        "1 now and then": wipes.double(),
+    }
+
+
+def hostile_cases(
+    memory: StressedMemory,
+    tokens: int,
+    *,
+    gates: Sequence[tuple[str, str]] | None = None,
+    seed: int = 0,
+) -> Cases:
+    """Every stream under gates at the memory's limits.
+
+    Args:
+        memory: for its sizes and limits.
+        tokens: length of the streams.
+        gates: pairs of a name in `gate_schedules` and one in `forget_schedules`; every pair by default.
+        seed: of the streams and gates.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    net, chunk = memory.network, memory.chunk_size
+    streams = hostile_streams(net.head_dim, tokens, chunk, generator)
+    schedules = gate_schedules(tokens, net.depth, chunk, memory.max_momentum, memory.max_step_size, generator)
+    forget = forget_schedules(tokens, generator)
+    chosen = [(s, *pair) for s in streams for pair in (gates or product(schedules, forget))]
+    dtype = memory.slow[0].dtype
+
+    def stack(rows: list[Tensor]) -> Tensor:
+        return torch.stack(rows).unsqueeze(2).to(dtype)
+
+    return Cases(
+        [f"{s}; gates: {g}; forget: {f}" for s, g, f in chosen],
+        stack([streams[s][0] for s, _, _ in chosen]),
+        stack([streams[s][1] for s, _, _ in chosen]),
+        stack([forget[f][:, None].expand(-1, net.depth) for _, _, f in chosen]),
+        stack([schedules[g][0] for _, g, _ in chosen]),
+        stack([schedules[g][1] for _, g, _ in chosen]),
+    )
+
+
+def scan(memory: StressedMemory, cases: Cases, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    """Read the cases, every key being its own query: reads (rows, time, 1, head_dim) and the new state."""
+    keys, values, forget, momentum, step_size = cases.tokens
+    return memory_scan(
+        memory.network,
+        keys,
+        keys,
+        values,
+        forget,
+        momentum,
+        step_size,
+        state,
+        memory.chunk_size,
+        norm_weight=memory.norm_weight,
+        base=memory.base,
+    )
+
+
+def _pieces(cases: Cases) -> Iterable[Cases]:
+    for start in range(0, cases.keys.shape[1], PIECE):
+        yield Cases(cases.names, *(x[:, start : start + PIECE] for x in cases.tokens))
+
+
+def _lengths(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean length of each row's weights, (rows,)."""
+    return torch.cat([x.flatten(1) for x in tensors], 1).norm(dim=1)
+
+
+def _perturbed(memory: StressedMemory, cases: Cases, size: float, seed: int = 0) -> tuple[Cases, MemoryState]:
+    """Three copies of each case: as it is, with other weights, and with another first key."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, dtype = cases.keys.shape[0], cases.keys.dtype
+    fast = memory.fast(rows)
+    noise = [torch.randn(w.shape[1:], generator=generator, dtype=torch.float64).to(dtype) for w in fast]
+    length = float(_lengths([x.unsqueeze(0) for x in noise]))
+    state = MemoryState.initial(
+        [torch.cat([w, w + size / length * x, w]) for w, x in zip(fast, noise, strict=True)]
+    )
+    direction = torch.randn(cases.keys.shape[-1], generator=generator, dtype=torch.float64).to(dtype)
+    key = cases.keys[:, :1] + size * direction / direction.norm()
+    keys = torch.cat([cases.keys, cases.keys, torch.cat([key, cases.keys[:, 1:]], 1)])
+    others = (torch.cat([x, x, x]) for x in cases.tokens[1:])
+    return Cases(cases.names * 3, keys, *others), state
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What became of a small change, (rows,) each.
+
+    weights, first_key: the largest distance, over time, between the fast weights of the disturbed memory and
+        of the other, divided by the size of the disturbance.
+    state: the longest row of fast weights and of momentum seen, (rows, depth) each; inf if not finite.
+    """
+
+    weights: Tensor
+    first_key: Tensor
+    longest_weights: Tensor
+    longest_momentum: Tensor
+
+
+@torch.no_grad()
+def perturbation_growth(memory: StressedMemory, cases: Cases, size: float = 1e-9) -> Growth:
+    """Read each case thrice: as it is, with the weights disturbed, and with the first key disturbed.
+
+    Args:
+        memory: in float64, for a disturbance of the default size.
+        cases: what it reads.
+        size: Euclidean length of the disturbance.
+    """
+    rows, depth = cases.keys.shape[0], memory.network.depth
+    copies, state = _perturbed(memory, cases, size)
+    growth = cases.keys.new_zeros(2, rows)
+    longest = cases.keys.new_zeros(2, rows, depth)
+
+    def larger(old: Tensor, new: Tensor) -> Tensor:
+        return torch.maximum(old, new.nan_to_num(nan=math.inf, posinf=math.inf))
+
+    for piece in _pieces(copies):
+        _, state = scan(memory, piece, state)
+        apart = [
+            _lengths([w[i * rows : (i + 1) * rows] - w[:rows] for w in state.weights]) / size for i in (1, 2)
+        ]
+        growth = larger(growth, torch.stack(apart))
+        lengths = [
+            torch.stack([x[:rows].norm(dim=-1).amax((1, 2)) for x in part], -1)
+            for part in (state.weights, state.momentum)
+        ]
+        longest = larger(longest, torch.stack(lengths))
+    return Growth(*growth, *longest)
+
+
+def key_gradients(
+    memory: StressedMemory, cases: Cases, distances: Sequence[int], window: int = 32, last: int = 16
+) -> tuple[Tensor, bool]:
+    """How much a loss depends on the keys read long before it.
+
+    The loss of a row is the mean of ‖read − value‖² over its `last` tokens, each asked for its own key.
+
+    Args:
+        memory, cases: of more than max(distances) + last tokens.
+        distances: from the loss back to the keys.
+        window: the largest gradient of this many keys counts, the ones at the distance and just behind.
+        last: tokens in the loss.
+
+    Returns:
+        The largest |d loss / d key|, (rows, len(distances)), and whether the gradients of everything (keys,
+        values, gates, slow weights) are finite. Not finite counts as inf.
+    """
+    leaves = [x.detach().clone().requires_grad_() for x in cases.tokens]
+    slow = tuple(w.detach().clone().requires_grad_() for w in memory.slow)
+    cases, memory = Cases(cases.names, *leaves), replace(memory, slow=slow)
+    reads, _ = scan(memory, cases, MemoryState.initial(memory.fast(leaves[0].shape[0])))
+    loss = (reads[:, -last:] - cases.values[:, -last:]).square().sum(-1).mean(1).sum()
+    grads = torch.autograd.grad(loss, [*leaves, *slow])
+    lengths = grads[0].squeeze(2).norm(dim=-1).nan_to_num(nan=math.inf, posinf=math.inf)
+    end = lengths.shape[1] - last
+    found = [lengths[:, max(0, end - d) : max(0, end - d) + window].amax(1) for d in distances]
+    return torch.stack(found, 1), all(bool(g.isfinite().all()) for g in grads)
+
+
+@dataclass(frozen=True)
+class StateBound:
+    """No row of fast weights or of momentum is ever longer than this; one number per layer.
+
+    step: what one token adds to the momentum, at most. momentum: the momentum. weights: the fast weights at
+    any token (at the end of a chunk they are at most `row_limit`).
+    """
+
+    step: list[float]
+    momentum: list[float]
+    weights: list[float]
+
+
+def state_bound(memory: StressedMemory, longest_value: float | None = None) -> StateBound:
+    """The documented constant: how large the state of a memory of the default form can get on any input.
+
+    For keys of length 1 and values no longer than V = √head_dim, with A_l = base + fast weights at the start
+    of a chunk, H = ‖h_{l−1}‖, e = M(k) − v, and s_l = ∏_{j>l} 1.13 ‖A_j‖, one token steps
+    θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1. The answer
+    is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H because |SiLU(x)| ≤ |x|, so the step is at most
+
+        step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l,
+
+    and for a row of the last layer, whose error is its own answer less its own value, ‖A_l‖ is the length of
+    that row: ‖A_L‖ ≤ max ‖row of base_L‖ + row_limit. Momentum sums to at most step_l / (1 − η), and within
+    a chunk rows that began it no longer than `row_limit` gain at most chunk_size times that. With
+    θ ≤ 2 (1 − η)/chunk_size:
+
+        momentum_l ≤ 2 (V + ‖A_l‖) / (L · chunk_size),   weights_l ≤ row_limit + 2 (V + ‖A_l‖) / L,
+
+    and weights_l ≤ row_limit at every end of a chunk. No forgetting is needed for this, and the gates may do
+    what they like within their limits.
+
+    Args:
+        memory: without norm and residual, with normalize_step, a row_limit and a length_floor of at least 1.
+        longest_value: V, by default √head_dim.
+
+    Raises:
+        ValueError: for a form that has no such bound.
+    """
+    net = memory.network
+    bounded = net.normalize_step and net.row_limit is not None and net.length_floor >= 1
+    if net.norm or net.residual or not bounded or net.row_limit is None:
+        raise ValueError(
+            "no bound is known for this form: give normalize_step=True, a row_limit, length_floor of at "
+            "least 1, norm=False and residual=False"
+        )
+    value = net.head_dim**0.5 if longest_value is None else longest_value
+    step = []
+    for layer, slow in enumerate(memory.slow):
+        total = net.row_limit * slow.shape[-2] ** 0.5
+        if memory.decay_to_initial:
+            total += float(slow.norm())
+        if layer == net.depth - 1:
+            total = net.row_limit
+            if memory.decay_to_initial:
+                total += float(slow.norm(dim=-1).max())
+        step.append(memory.max_step_size / net.depth * (value + total))
+    momentum = [s / (1 - memory.max_momentum) for s in step]
+    return StateBound(step, momentum, [net.row_limit + memory.chunk_size * m for m in momentum])
+
+
+def search_growth(
+    memory: StressedMemory,
+    tokens: int,
+    steps: int,
+    rows: int,
+    *,
+    period: int | None = None,
+    seed: int = 0,
+    size: float = 1e-7,
+) -> tuple[float, Cases]:
+    """An enemy that learns: gradient ascent on the growth of a disturbance over keys, values and all gates.
+
+    Half the rows begin with one key repeated, which is where resonance is found most easily, half at random.
+
+    Args:
+        memory: in float64.
+        tokens: length of the streams.
+        steps: of Adam.
+        rows: streams that are improved side by side.
+        period: tokens after which a stream repeats itself: the search for growth that goes on, rather than for
+            one great push. By default it never does.
+        seed: of where they start.
+        size: of the disturbance of the weights.
+
+    Returns:
+        The largest growth found, and the stream with its gates, one row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dim, depth = memory.network.head_dim, memory.network.depth
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(rows, period or tokens, 1, *shape, generator=generator, dtype=torch.float64)
+
+    keys, values, gates = normal(dim), normal(dim), 2 * normal(3, depth)
+    keys[: rows // 2] = keys[: rows // 2, :1] + 0.1 * keys[: rows // 2]
+    gates[..., 0, :] -= 4  # to forget is to be safe
+    leaves = [x.requires_grad_() for x in (keys, values, gates)]
+    optimizer = torch.optim.Adam(leaves, lr=0.1)
+
+    def cases() -> Cases:
+        forget, momentum, step_size = torch.sigmoid(gates).unbind(3)
+        return Cases(
+            ["found by gradient ascent"] * rows,
+            F.normalize(keys, dim=-1),
+            shorten(values, dim**0.5),
+            forget,
+            memory.max_momentum * momentum,
+            memory.max_step_size * step_size,
+        ).repeated(tokens)
+
+    best, found = 0.0, cases().row(0)
+    for _ in range(steps):
+        current = cases()
+        copies, state = _perturbed(memory, current, size)
+        # The copy with another first key is left out: the search is for the weights' sake.
+        pair = Cases(copies.names[: 2 * rows], *(x[: 2 * rows] for x in copies.tokens))
+        state = MemoryState.initial([w[: 2 * rows] for w in state.weights])
+        _, state = scan(memory, pair, state)
+        growth = _lengths([w[rows:] - w[:rows] for w in state.weights]) / size
+        top = int(growth.detach().nan_to_num(0).argmax())
+        if growth[top] > best:
+            best = growth[top].item()
+            found = Cases(
+                ["found by gradient ascent"], *(x.detach().clone() for x in current.row(top).tokens)
+            )
+        optimizer.zero_grad()
+        (-growth.clamp_min(1e-30).log().sum()).backward()
+        for leaf in leaves:
+            # One row of a chaotic memory must not silence the others, nor its own earlier tokens.
+            assert leaf.grad is not None
+            leaf.grad.nan_to_num_(0, 0, 0)
+            scale = leaf.grad.flatten(1).norm(dim=1).clamp_min(1e-30)
+            leaf.grad.div_(scale.view(-1, *[1] * (leaf.dim() - 1)))
+        optimizer.step()
+    return best, found
