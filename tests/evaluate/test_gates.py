@@ -47,11 +47,12 @@ def test_gates_that_see_nothing_are_their_biases() -> None:
     for layer in gate_statistics(model.float(), DOCUMENTS):
         for quantile in ("at_rest", "10", "median", "90"):
             torch.testing.assert_close(getattr(layer, f"half_life_{quantile}"), expected, **EXACT)
-        # Bounds 0.9 and 8 (1 − 0.9) / 4; sigmoid 1/2, but 3/4 and 1/4 where the bias is ± ln 3.
+        # Bounds 0.5 and 2 (1 − 0.5) / 4. Biases 0 and 1, but in one place ± ln 3: sigmoid 3/4 and 1/4.
+        written = 0.25 / (1 + math.exp(-1))
         for found, middle, last in (
-            (layer.momentum_mean, 0.45, 0.675),
-            (layer.step_size_median, 0.1, 0.05),
-            (layer.write_strength_median, 0.1 / 0.55, 0.05 / 0.325),
+            (layer.momentum_mean, 0.25, 0.375),
+            (layer.step_size_median, written, 0.0625),
+            (layer.write_strength_median, written / 0.75, 0.0625 / 0.625),
         ):
             everywhere = torch.full((3, 2), middle, dtype=torch.float64)
             everywhere[2, 1] = last
@@ -65,8 +66,8 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
     """
     gates: list[list[Tensor]] = [[], [], []]
     for (net, *inputs, state, chunk_size), options in calls:
-        affine = {name: options[name] for name in ("norm_weight", "norm_bias")}
-        gain, bias = (None if x is None else x.unsqueeze(1) for x in affine.values())
+        slow = {name: options[name] for name in ("norm_weight", "norm_bias", "base")}
+        gain, bias = (None if slow[n] is None else slow[n].unsqueeze(1) for n in ("norm_weight", "norm_bias"))
         for t in range(inputs[0].shape[1]):
             token = [x[:, t : t + 1] for x in inputs]
             _, key, value, forget, momentum, _ = (x.transpose(1, 2) for x in token)
@@ -78,11 +79,12 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
                 value: Tensor = value,
                 gain: Tensor | None = gain,
                 bias: Tensor | None = bias,
+                base: Any = slow["base"],
             ) -> Tensor:
-                return (net(weights, key, gain, bias) - value).square().sum()
+                return (net(net.total(weights, base), key, gain, bias) - value).square().sum()
 
             gradients = torch.func.grad(loss)(state.anchor)
-            after: MemoryState = memory_scan(net, *token, state, chunk_size, **affine, backend="reference")[1]
+            after: MemoryState = memory_scan(net, *token, state, chunk_size, **slow, backend="reference")[1]
             steps = []
             for l, gradient in enumerate(gradients):
                 added = after.momentum[l] - momentum[..., l, None] * state.momentum[l]
@@ -100,7 +102,7 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
         ("mac", dict(segment_length=6)),  # segments end within chunks
         ("mag", dict(memory_depth=1)),
         ("mal", dict(memory_normalize_step=False)),
-        ("lmm", dict(memory_depth=3, memory_norm=False, memory_activation="silu")),
+        ("lmm", dict(memory_depth=3, memory_norm=True, memory_residual=True, memory_decay_to_initial=False)),
     ],
 )
 @torch.no_grad()

@@ -60,7 +60,8 @@ def test_a_frozen_evaluation_keeps_what_persistent_tokens_wrote() -> None:
 @pytest.mark.parametrize("variant", BLOCKS)
 @pytest.mark.parametrize("count", [32, 30])
 def test_only_the_memory_is_kept(variant: str, count: int) -> None:
-    model = small_model(variant)
+    rows = dict(memory_norm=True, memory_unit_rows=True, memory_row_limit=None)
+    model = small_model(variant, **rows)
     cache = after_reading(model, count)
     before = [leaf.clone() for leaf in pytree.tree_leaves(cache.states)]
     kept = keep_memory_only(model, cache)

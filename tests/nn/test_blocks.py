@@ -190,6 +190,7 @@ def test_mac_follows_its_definition_segment_by_segment():
             known.memory,
             norm_weight=block.memory.norm_weight,
             norm_bias=block.memory.norm_bias,
+            base=block.memory.base,
         )
         recalled = block.recall_output(block.recall_norm(reads).flatten(-2))
         assert reads.flatten(-2).shape[-1] == width

@@ -74,7 +74,7 @@ def associative_recall(
     generator: np.random.Generator, batch: int, num_pairs: int, num_queries: int
 ) -> tuple[Tensor, Tensor]:
     """Pairs of a key (0 … 255, each once) and a value (256 … 319), then the keys again in random order, each
-    asked for its value and followed by it: 2 (num_pairs + num_queries) tokens. After one round comes the next.
+    asked for its value and followed by it: 2 (num_pairs + num_queries) tokens. One round follows another.
 
     Raises:
         ValueError: for more pairs than there are keys.
