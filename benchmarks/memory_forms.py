@@ -143,7 +143,9 @@ class Training:
         if self.run.schedule == "curriculum":
             length = LENGTH * (1, 2, 4)[int(3 * done)] // 2
         if self.run.task == "passkey":
-            return restated_passkey(self.generator, TOKENS_PER_STEP // length, length)
+            # Longer rows ask for more distant keys.
+            gap = 60 * length // LENGTH
+            return restated_passkey(self.generator, TOKENS_PER_STEP // length, length, longest_gap=gap)
         return windows(
             self.text, self.generator.integers(len(self.text) - length, size=TOKENS_PER_STEP // length)
         )

@@ -102,12 +102,19 @@ class Memory:
                 u[layer][index] += sign * np.sum((self(nudged, k) - v) ** 2) / (2 * step)
         return u
 
-    def curvature(self, W: list[Array], k: Array) -> list[float]:
-        """c_l = 2 rho^2 kappa_l^2 |h_{l-1}|^2: rho is LayerNorm's stretch, kappa_l the later layers'."""
+    def curvature(self, W: list[Array], k: Array, floor: float = 0.0) -> list[float]:
+        """c_l = 2 rho^2 kappa_l^2 |h_{l-1}|^2: rho is LayerNorm's stretch, kappa_l the later layers'.
+
+        With a floor no h counts as shorter, and every row of a later W as longer by it (by one more column).
+        """
         h, _, f = self.layers(W, k)
         rho = 1.0 if self.gain is None else np.abs(self.gain).max() / np.sqrt(f.var() + LAYER_NORM_EPS)
-        kappa = [math.prod(MAX_SLOPE * np.linalg.norm(w) for w in W[layer + 1 :]) for layer in range(len(W))]
-        return [float(2 * (rho * kappa[layer]) ** 2 * (h[layer] @ h[layer])) for layer in range(len(W))]
+        stretch = [MAX_SLOPE * np.linalg.norm(np.c_[w, np.full(len(w), floor)]) for w in W]
+        kappa = [math.prod(stretch[layer + 1 :]) for layer in range(len(W))]
+        return [
+            2 * (rho * a) ** 2 * max(float(np.linalg.norm(x)), floor) ** 2
+            for a, x in zip(kappa, h, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -131,36 +138,48 @@ def scale_rows(w: Array, only_long: bool) -> Array:
     return w / np.maximum(length, 1.0 if only_long else np.finfo(float).tiny)
 
 
+def shorten_rows(w: Array, limit: float) -> Array:
+    """w with its rows longer than `limit` cut to that length."""
+    return limit * scale_rows(w / limit, only_long=True)
+
+
 def memory_scan(
     queries: Array, keys: Array, values: Array,  # (time, heads, d)
     forget: Array, momentum: Array, step_size: Array,  # alpha, eta, theta: (time, heads, depth)
     state: State, chunk_size: int = 16, *, activation: str = "gelu", residual: bool = True,
     gain: Array | None = None, bias: Array | None = None,  # (heads, d); without them no LayerNorm
     normalize_step: bool = False, unit_rows: bool = False,
+    row_limit: float = math.inf, length_floor: float = 0.0, base: list[Array] | None = None,
 ) -> tuple[Array, State]:  # fmt: skip
     """Write each (key, value), then answer its query; returns reads (time, heads, d) and the final state.
 
     Depth is the number of weight matrices: 1 is the linear memory, 2 the two-layer one. Not in the paper, but
-    for stability: `normalize_step` divides theta by the curvature, `unit_rows` rescales W where a chunk ends.
+    for stability: `normalize_step` divides theta by the curvature (which `length_floor` bounds from below);
+    `unit_rows` rescales W where a chunk ends, `row_limit` only shortens it; and with `base`, per layer
+    (heads, out, in), the network is run with base + W, so that forgetting leads back to it, not to nothing.
     """
     time, num_heads, depth = forget.shape
     reads, ends = np.zeros_like(queries), []
     for head in range(num_heads):
         M = Memory(activation, residual, *(None if p is None else p[head] for p in (gain, bias)))
+        B = [0.0 * w[head] if base is None else base[layer][head] for layer, w in enumerate(state.weights)]
         W, S, anchor = ([w[head] for w in part] for part in (state.weights, state.momentum, state.anchor))
         for t in range(time):
             q, k, v = queries[t, head], keys[t, head], values[t, head]
-            u = M.surprise(anchor, k, v)
-            c = M.curvature(anchor, k)
+            start = [b + w for b, w in zip(B, anchor, strict=True)]
+            u = M.surprise(start, k, v)
+            c = M.curvature(start, k, length_floor)
             for layer in range(depth):
                 alpha, eta, theta = (gate[t, head, layer] for gate in (forget, momentum, step_size))
                 theta = theta / (depth * max(c[layer], 1e-6)) if normalize_step else theta
                 S[layer] = eta * S[layer] - theta * u[layer]  # (14)
                 W[layer] = (1 - alpha) * W[layer] + S[layer]  # (13)
-            reads[t, head] = M(W, q)  # (15)
+            reads[t, head] = M([b + w for b, w in zip(B, W, strict=True)], q)  # (15)
             if (state.position + t + 1) % chunk_size == 0:
                 if unit_rows:
                     W = [scale_rows(w, only_long=gain is None) for w in W]
+                elif row_limit < math.inf:
+                    W = [shorten_rows(w, row_limit) for w in W]
                 anchor = list(W)
         ends.append((W, S, anchor))
     joined = ([np.stack(layer) for layer in zip(*part, strict=True)] for part in zip(*ends, strict=True))

@@ -87,21 +87,33 @@ def test_hand_gradient_equals_finite_differences(depth, activation, residual, no
         np.testing.assert_allclose(by_hand, measured, rtol=0, atol=1e-8 * np.abs(measured).max())
 
 
-@pytest.mark.parametrize(("normalize_step", "unit_rows"), FLAGS)
+STEADY = {
+    "literal": {},
+    "unit rows": dict(unit_rows=True),
+    "normalised step": dict(normalize_step=True),
+    "both": dict(normalize_step=True, unit_rows=True),
+    "limits": dict(normalize_step=True, row_limit=0.9, length_floor=0.8),
+}
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("steady", STEADY)
 @pytest.mark.parametrize(("residual", "norm"), FLAGS)
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_reference_equals_numpy(depth, activation, residual, norm, normalize_step, unit_rows):
+def test_reference_equals_numpy(depth, activation, residual, norm, steady, offsets):
     """Reads and the whole state, also where the stretch is cut inside a chunk and the state handed on."""
-    rng = np.random.default_rng([depth, residual, norm, normalize_step, unit_rows])
-    inputs = random_tokens(rng, depth, largest_step=0.2 if normalize_step else 0.02)
+    rng = np.random.default_rng([depth, residual, norm, list(STEADY).index(steady)])
+    inputs = random_tokens(rng, depth, largest_step=0.2 if "normalize_step" in STEADY[steady] else 0.02)
     weights = initial_weights(rng, depth, BATCH, HEADS)
     gain, bias = rng.normal(size=(2, HEADS, HEAD_DIM)) if norm else (None, None)
-    options = dict(activation=activation, residual=residual)
-    options |= dict(normalize_step=normalize_step, unit_rows=unit_rows)
+    options = dict(activation=activation, residual=residual, **STEADY[steady])
     net = MemoryNetwork(head_dim=HEAD_DIM, depth=depth, expansion=EXPANSION, norm=norm, **options)
     slow = dict(norm_weight=torch.from_numpy(gain), norm_bias=torch.from_numpy(bias)) if norm else {}
     options |= dict(gain=gain, bias=bias)
+    if offsets:
+        options["base"] = initial_weights(rng, depth, HEADS)
+        slow["base"] = [torch.from_numpy(b) for b in options["base"]]
 
     state = MemoryState.initial(tuple(map(torch.from_numpy, weights)))
     states = [oracle.State.initial([w[row] for w in weights]) for row in range(BATCH)]
