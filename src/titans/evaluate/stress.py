@@ -124,12 +124,16 @@ class Cases:
 
 
 def hostile_streams(
-    head_dim: int, tokens: int, chunk_size: int, generator: torch.Generator
+    head_dim: int,
+    tokens: int,
+    chunk_size: int,
+    generator: torch.Generator,
+    periods: Sequence[int] = (),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Keys of unit length and values, (tokens, head_dim) each, by name.
 
     What is written again and again, with answers that change in time with the chunks, resonates with a step
-    that is too long; values go through `shorten` as in `NeuralMemory`.
+    that is too long; values go through `shorten` as in `NeuralMemory`. `periods` adds to the chunk's.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -160,7 +164,7 @@ def hostile_streams(
     }
     pairs = pick(8)
     streams["eight pairs"] = (unit(8, head_dim)[pairs], 0.5 * normal(8, head_dim)[pairs])
-    for period in sorted({1, chunk_size, max(1, 3 * chunk_size // 2), 2 * chunk_size}):
+    for period in sorted({1, chunk_size, max(1, 3 * chunk_size // 2), 2 * chunk_size, *periods}):
         streams |= {
             f"orthogonal keys, every {period}": (every(period, first, second), every(period, value, other)),
             f"value flips, every {period}": (always, every(period, value, -value)),
@@ -215,6 +219,7 @@ def hostile_cases(
     tokens: int,
     *,
     gates: Sequence[tuple[str, str]] | None = None,
+    periods: Sequence[int] = (),
     seed: int = 0,
 ) -> Cases:
     """Every stream under gates at the memory's limits.
@@ -223,11 +228,12 @@ def hostile_cases(
         memory: for its sizes and limits.
         tokens: length of the streams.
         gates: pairs of a name in `gate_schedules` and one in `forget_schedules`; every pair by default.
+        periods: see `hostile_streams`.
         seed: of the streams and gates.
     """
     generator = torch.Generator().manual_seed(seed)
     net, chunk = memory.network, memory.chunk_size
-    streams = hostile_streams(net.head_dim, tokens, chunk, generator)
+    streams = hostile_streams(net.head_dim, tokens, chunk, generator, periods)
     schedules = gate_schedules(tokens, net.depth, chunk, memory.max_momentum, memory.max_step_size, generator)
     forget = forget_schedules(tokens, generator)
     chosen = [(s, *pair) for s in streams for pair in (gates or product(schedules, forget))]
@@ -293,11 +299,12 @@ def _perturbed(memory: StressedMemory, cases: Cases, size: float, seed: int = 0)
 
 @dataclass(frozen=True)
 class Growth:
-    """What became of a small change, (rows,) each.
+    """What became of a small change, and of the memory itself.
 
     weights, first_key: the largest distance, over time, between the fast weights of the disturbed memory and
-        of the other, divided by the size of the disturbance.
-    state: the longest row of fast weights and of momentum seen, (rows, depth) each; inf if not finite.
+        of the other, divided by the size of the disturbance, (rows,) each.
+    longest_weights, longest_momentum: the longest row of fast weights and of momentum, (rows, depth) each.
+    All are the largest at the end of any piece of the stream, and inf if ever not finite.
     """
 
     weights: Tensor
@@ -447,8 +454,8 @@ def search_growth(
         tokens: length of the streams.
         steps: of Adam.
         rows: streams that are improved side by side.
-        period: tokens after which a stream repeats itself: the search for growth that goes on, rather than for
-            one great push. By default it never does.
+        period: tokens after which a stream repeats itself: look for growth that goes on, rather than
+            for one great push. By default it never does.
         seed: of where they start.
         size: of the disturbance of the weights.
 
@@ -463,7 +470,7 @@ def search_growth(
 
     keys, values, gates = normal(dim), normal(dim), 2 * normal(3, depth)
     keys[: rows // 2] = keys[: rows // 2, :1] + 0.1 * keys[: rows // 2]
-    gates[..., 0, :] -= 4  # to forget is to be safe
+    gates[..., 0, :] -= 8  # what is forgotten cannot grow, and has no gradient to start from
     leaves = [x.requires_grad_() for x in (keys, values, gates)]
     optimizer = torch.optim.Adam(leaves, lr=0.1)
 
