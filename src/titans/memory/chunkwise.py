@@ -25,8 +25,8 @@ def _scan_columns(
     net, (batch, _, heads, _) = problem.net, problem.keys.shape
     rows = batch * heads
 
-    def shared(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.expand(batch, *x.shape).reshape(rows, *x.shape[1:])
+    def per_row(x: Tensor) -> Tensor:
+        return x.expand(batch, *x.shape).reshape(rows, *x.shape[1:])
 
     # An anchor that is the weights stays the same tensors, which spares a second set of gradients.
     flattened: dict[int, Tensor] = {}
@@ -39,8 +39,8 @@ def _scan_columns(
     if marks.fresh is not None:
         fresh = problem.fresh_state()
         initial, initial_momentum = flat(fresh.weights), flat(fresh.momentum)
-    base: Weights = () if problem.base is None else tuple(shared(b) for b in problem.base)
-    slow = Slow(shared(problem.gain), shared(problem.bias), initial, initial_momentum, base)
+    gain, bias = (None if x is None else per_row(x) for x in (problem.gain, problem.bias))
+    slow = Slow(gain, bias, initial, initial_momentum, tuple(map(per_row, problem.base or ())))
     start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
     reads, surprise, parts = scan_chunks(net, tokens, marks, slow, start)
     shaped = [tuple(w.view(batch, heads, *w.shape[1:]) for w in part) for part in parts]

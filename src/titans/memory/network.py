@@ -164,6 +164,17 @@ class MemoryNetwork:
                 bound = bound * (ACTIVATION_SLOPE**2 * (weight_squares[layer - 1] + floor))
         return normalizers[::-1]
 
+    def step_normalizers_at(
+        self, weights: Sequence[Tensor], keys: Tensor, gain: Tensor | None
+    ) -> list[Tensor]:
+        """`step_normalizers` of keys (…, rows, head_dim) at weights (…, out, in): (…, rows) per layer."""
+        inputs, outputs = self.features(weights, keys)
+        return self.step_normalizers(
+            self.slope_square(outputs[-1], gain),
+            [h.square().sum(-1) for h in inputs],
+            [w.square().sum((-2, -1)).unsqueeze(-1) for w in weights[1:]],
+        )
+
     def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights as a finished chunk leaves them: rows rescaled by `unit_rows` or `row_limit`."""
         if not self._rescales:

@@ -40,13 +40,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         gradients, surprise = torch.func.grad(inner_loss, has_aux=True)(state.anchor, key, value)
         normalizers: list[Tensor | float] = [1.0] * net.depth
         if net.normalize_step:
-            anchor = net.total(state.anchor, base)
-            inputs, outputs = net.features(anchor, key)
-            bounds = net.step_normalizers(
-                net.slope_square(outputs[-1], gain),
-                [h.square().sum(-1) for h in inputs],
-                [w.square().sum((-2, -1)).unsqueeze(-1) for w in anchor[1:]],
-            )
+            bounds = net.step_normalizers_at(net.total(state.anchor, base), key, gain)
             normalizers = [bound.unsqueeze(-1) for bound in bounds]
 
         weights, momentum = [], []

@@ -328,13 +328,9 @@ class NeuralMemory(nn.Module):
         width = self.num_heads * self.network.head_dim
         qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
         keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        inputs, outputs = self.network.features(anchor, F.normalize(keys, dim=-1).to(anchor[0].dtype))
         gain = None if self.norm_weight is None else self.norm_weight.to(anchor[0].dtype).unsqueeze(1)
-        normalizers = self.network.step_normalizers(
-            self.network.slope_square(outputs[-1], gain),
-            [h.square().sum(-1) for h in inputs],
-            [w.square().sum((-2, -1)).unsqueeze(-1) for w in anchor[1:]],
-        )
+        unit_keys = F.normalize(keys, dim=-1).to(anchor[0].dtype)
+        normalizers = self.network.step_normalizers_at(anchor, unit_keys, gain)
         return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
