@@ -47,13 +47,20 @@ def test_gradients_of_far_keys_do_not_grow(depth):
     assert finite and near > 0 and far < 2 * near
 
 
-def test_an_unstable_memory_fails_the_same_checks():
-    """Steps of 8 instead of 2 in normalised units: chaos, and gradients that explode."""
-    memory = stressed_memory(8, 2, 16, max_step_size=8 * 0.5 / 16)
-    cases = hostile_cases(memory, 4096, gates=WORST_GATES[:1])
-    assert perturbation_growth(memory, cases).weights.max() > 1e4
-    cases = hostile_cases(memory, 1040, gates=WORST_GATES)
-    lengths, _ = key_gradients(memory, cases, (256, 1024))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_step_size=8 * 0.5 / 16),
+        LITERAL | dict(norm=True, residual=True, gain=1.0, max_momentum=0.9, max_step_size=0.1 / 16),
+    ],
+    ids=["steps of 8 in normalised units", "the paper's equations with residual and LayerNorm"],
+)
+def test_unstable_memories_fail_the_same_checks(options):
+    memory = stressed_memory(8, 2, 16, **options)
+    gates = [("all at max", "0.05")]
+    growth = perturbation_growth(memory, hostile_cases(memory, 4096, gates=gates))
+    assert growth.weights.max() > 1e6 and growth.first_key.max() > 1e6
+    lengths, _ = key_gradients(memory, hostile_cases(memory, 2064, gates=gates), (256, 2048))
     assert lengths[:, 1].max() > 100 * lengths[:, 0].max()
 
 

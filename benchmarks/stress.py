@@ -1,0 +1,491 @@
+"""Can the memory be broken? Hostile streams at the limits of its gates, an enemy that searches, whole models.
+
+    python benchmarks/stress.py            # everything, about ten minutes on one core
+    python benchmarks/stress.py --quick    # a subset, one or two minutes; writes only where --results says
+    python benchmarks/stress.py --long     # also a stream of 10⁶ tokens through each whole model
+
+The default form of `NeuralMemory` beside forms that are known to break, so that the checks are known to be
+able to fail. Tables go to benchmarks/results/stress.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans.evaluate.stress import (
+    StressedMemory,
+    hostile_cases,
+    key_gradients,
+    perturbation_growth,
+    search_growth,
+    state_bound,
+    stressed_memory,
+)
+from titans.hf import TitansConfig, TitansForCausalLM
+from titans.nn import NeuralMemory
+
+RESULTS = Path(__file__).parent / "results"
+HEAD_DIM = 8
+TOKENS = 4096
+GROWTH_LIMIT = 100
+DISTANCES = (256, 512, 1024, 2048, 4096)
+SCHEDULES = (
+    "all at max", "no momentum", "write, then coast", "momentum every other chunk", "random", "switching",
+)  # fmt: skip
+FORGETS = ("0", "0.001", "0.05", "1 now and then")
+THOROUGH = [(s, "0") for s in SCHEDULES] + [(s, f) for s in ("all at max", "switching") for f in FORGETS[1:]]
+FEW = [("all at max", "0"), ("switching", "0.001")]
+COUNTER = [(s, f) for s in ("all at max", "write, then coast") for f in FORGETS[:3]]
+PAPER: dict[str, Any] = dict(
+    activation="gelu",
+    norm=False,
+    residual=False,
+    normalize_step=False,
+    row_limit=None,
+    length_floor=0.0,
+    decay_to_initial=False,
+)
+NORMED: dict[str, Any] = PAPER | dict(norm=True, residual=True, gain=1.0)
+EARLIER: dict[str, Any] = NORMED | dict(normalize_step=True, unit_rows=True, gain=0.5, max_momentum=0.9)
+Row = dict[str, Any]
+
+
+class Progress:
+    """Lines on stderr: what was done, and how long the rest will take, by expected seconds of each part."""
+
+    def __init__(self, expected: float) -> None:
+        self.expected, self.done, self.started = expected, 0.0, time.perf_counter()
+
+    def __call__(self, name: str, seconds: float) -> None:
+        self.done += seconds
+        spent = time.perf_counter() - self.started
+        left = round(spent / self.done * max(0.0, self.expected - self.done))
+        print(f"{name} · {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)
+
+
+def measure(
+    memory: StressedMemory,
+    name: Row,
+    gates: list[tuple[str, str]],
+    tokens: int,
+    periods: tuple[int, ...] = (),
+    gradient_gates: list[tuple[str, str]] = FEW,
+) -> Row:
+    """Growth, state and gradients of one memory over the whole list of streams."""
+    cases = hostile_cases(memory, tokens, gates=gates, periods=periods)
+    growth = perturbation_growth(memory, cases)
+    worst = int(growth.weights.argmax())
+    distances = [d for d in DISTANCES if d <= tokens]
+    few = hostile_cases(memory, tokens + 16, gates=gradient_gates, periods=periods)
+    lengths, finite = key_gradients(memory, few, distances)
+    row = name | {
+        "cases": len(cases.names),
+        "growth": float(growth.weights[worst]),
+        "growth_of_key": float(growth.first_key.max()),
+        "worst": cases.names[worst],
+        "weights": growth.longest_weights.amax(0).tolist(),
+        "momentum": growth.longest_momentum.amax(0).tolist(),
+        "gradients": dict(zip(distances, lengths.amax(0).tolist(), strict=True)),
+        "finite": finite and bool(growth.longest_weights.isfinite().all()),
+    }
+    try:
+        bound = state_bound(memory)
+    except ValueError:
+        return row
+    return row | {"bound_weights": bound.weights, "bound_momentum": bound.momentum}
+
+
+def default_form(quick: bool, progress: Progress) -> list[Row]:
+    """The defaults of `NeuralMemory` with the gates at their limits, over depths and chunk sizes."""
+    rows = []
+    depths, chunks = ((1, 2), (4, 16)) if quick else ((1, 2, 3, 4), (1, 4, 16, 64, 256))
+    for depth in depths:
+        for chunk in chunks:
+            # As initialised (the last slow layer empty), and as if it had been learned.
+            for last in (0.0, 1.0) if chunk == 16 else (0.0,):
+                memory = stressed_memory(HEAD_DIM, depth, chunk, last=last)
+                name = {"depth": depth, "chunk_size": chunk, "last": last}
+                long_chunks = chunk > 16
+                gates = FEW if quick or long_chunks else THOROUGH
+                rows.append(measure(memory, name, gates, 1024 if quick else TOKENS))
+                progress(
+                    f"default form, depth {depth}, chunks of {chunk}: growth {rows[-1]['growth']:.3g}",
+                    8 * depth,
+                )
+    return rows
+
+
+def counter_examples(quick: bool, progress: Progress) -> list[Row]:
+    """Forms that are known to break, and two of the same kind that do not."""
+    all_at_max, coast = [("all at max", "0")], [("write, then coast", "0")]
+    swing = (14, 20, 26, 32, 44)
+    linear = [
+        (
+            f"paper, linear, η {eta}, θ = {part}(1 − η)/chunk",
+            (HEAD_DIM, 1, 4),
+            PAPER | dict(max_momentum=eta, max_step_size=factor * (1 - eta) / 4),
+            all_at_max,
+            swing,
+            True,
+        )
+        for eta in (0.95, 0.97, 0.99)
+        for part, factor in (("", 1.0), ("½ ", 0.5))
+    ]
+    others = [
+        ("paper, linear, write at η 0, then coast at 0.99, θ = 1/chunk", (HEAD_DIM, 1, 16),
+         PAPER | dict(max_momentum=0.99, max_step_size=1 / 16), coast, (), True),
+        ("paper, two layers, η 0.9, θ = (1 − η)/chunk", (HEAD_DIM, 2, 16),
+         PAPER | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
+        ("paper, residual + LayerNorm, η 0.9, θ = (1 − η)/chunk", (HEAD_DIM, 2, 16),
+         NORMED | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
+        ("earlier default: + normalize_step, unit_rows, 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),
+         EARLIER | dict(max_step_size=0.8 / 16), COUNTER, (), True),
+        ("the same with (1 − η)/chunk", (HEAD_DIM, 2, 16),
+         EARLIER | dict(max_step_size=0.1 / 16), COUNTER, (), False),
+        ("default with a step limit of 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),
+         dict(max_step_size=0.5 * 8 / 16), COUNTER, (), True),
+        ("default with length_floor 0", (HEAD_DIM, 2, 16), dict(length_floor=0.0), COUNTER, (), True),
+        ("default with length_floor 0, decaying to 0", (HEAD_DIM, 2, 16),
+         dict(length_floor=0.0, decay_to_initial=False), COUNTER, (), True),
+        ("default, decaying to 0", (HEAD_DIM, 2, 16), dict(decay_to_initial=False), COUNTER, (), False),
+    ]  # fmt: skip
+    rows = []
+    for name, shape, options, gates, periods, breaks in [*linear, *others]:
+        memory = stressed_memory(*shape, **options)
+        row = measure(memory, {"form": name, "breaks": breaks}, gates, TOKENS, periods, gates)
+        rows.append(row)
+        progress(f"{name}: growth {row['growth']:.3g}", 5)
+    return rows
+
+
+def searches(quick: bool, progress: Progress) -> list[Row]:
+    """An enemy that learns, against the default limits and others of the step size."""
+    rows = []
+    for depth in (1, 2):
+        for chunk in (4,) if quick else (4, 16):
+            for times in (0.25, 1.0, 2.0):
+                usual = stressed_memory(4, depth, chunk)
+                memory = stressed_memory(4, depth, chunk, max_step_size=times * usual.max_step_size)
+                tokens = 128 if quick else 256
+                best = None
+                for period in (None, 4 * chunk):
+                    growth, stream = search_growth(memory, tokens, 30 if quick else 60, 12, period=period)
+                    over = [
+                        float(perturbation_growth(memory, stream.repeated(n)).weights) for n in (4096, 16384)
+                    ]
+                    row = {"depth": depth, "chunk_size": chunk, "step": times, "tokens": tokens}
+                    row |= {"period": period or tokens, "growth": growth, "repeated": over}
+                    best = row if best is None or max(over) > max(best["repeated"]) else best
+                assert best is not None
+                rows.append(best)
+                progress(f"search, depth {depth}, chunks of {chunk}, {times:g} × the step: {best}", 6 * depth)
+    return rows
+
+
+def layer_inputs(progress: Progress) -> list[Row]:
+    """Activations of any size into a layer, with and without a LayerNorm whose input starts at 0."""
+    rows = []
+    for norm in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            layer = NeuralMemory(64, 4, 16, norm=norm).to(dtype)
+            x = torch.randn(2, 512, 64)
+            for scale in (0.0, 1e-4, 1e-2, 1.0, 1e2, 1e4):
+                layer.zero_grad()
+                leaf = (scale * x).to(dtype).requires_grad_()
+                y, state = layer(leaf)
+                y.float().square().mean().backward()
+                found = [y, leaf.grad, *(p.grad for p in layer.parameters()), *state.memory.momentum]
+                rows.append(
+                    {
+                        "norm": norm,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "scale": scale,
+                        "finite": all(t is not None and bool(t.isfinite().all()) for t in found),
+                        "output": y.abs().max().item(),
+                        "longest_row": max(w.norm(dim=-1).max().item() for w in state.memory.weights),
+                        "gradient": max(p.grad.abs().max().item() for p in layer.parameters()),
+                    }
+                )
+            progress(f"layer, norm {norm}, {dtype}", 2)
+    return rows
+
+
+def texts(quick: bool, long: bool) -> dict[str, torch.Tensor]:
+    """Streams of bytes, (1, n)."""
+    generator = torch.Generator().manual_seed(0)
+    most, some = (4096, 2048) if quick else (65536, 16384)
+    phrase = torch.tensor(list(b"All work and no play makes Jack a dull boy. "))
+    streams = {
+        "random bytes": torch.randint(256, (1, most), generator=generator),
+        "one byte": torch.full((1, some), 97),
+        "one phrase": phrase.repeat(-(-some // len(phrase)))[None, :some],
+    }
+    if long:
+        streams["10⁶ random bytes"] = torch.randint(256, (1, 10**6), generator=generator)
+    return streams
+
+
+def read_text(model: TitansForCausalLM, ids: torch.Tensor, piece: int = 1024) -> Row:
+    """Read a stream piece by piece with the memories carried on, the last piece with a backward pass."""
+    states, finite, worst = None, True, 0.0
+    pieces = ids.split(piece, dim=1)
+    for number, part in enumerate(pieces):
+        last = number == len(pieces) - 1
+        with torch.set_grad_enabled(last):
+            output = model(
+                input_ids=part, labels=part, memory_states=states, return_memory_states=True, use_cache=False
+            )
+        states, loss = output.memory_states, output.loss
+        finite &= bool(output.logits.isfinite().all())
+        worst = max(worst, loss.item())
+    model.zero_grad()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    finite &= all(bool(g.isfinite().all()) for g in grads)
+    return {
+        "tokens": ids.shape[1],
+        "finite": finite,
+        "worst_loss": worst if math.isfinite(worst) else None,
+        "gradient": max(g.abs().max().item() for g in grads),
+    }
+
+
+def models(quick: bool, long: bool, progress: Progress) -> list[Row]:
+    """Every variant as a small untrained model, in float32 and bfloat16."""
+    rows = []
+    streams = texts(quick, long)
+    for variant in ("mac", "mag", "mal", "lmm"):
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            config = TitansConfig(
+                variant=variant,
+                vocab_size=256,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                head_dim=16,
+                memory_expansion=2,
+                segment_length=64,
+                sliding_window=64,
+                num_persistent_tokens=4,
+            )
+            model = TitansForCausalLM(config).to(dtype)
+            for name, ids in streams.items():
+                began = time.perf_counter()
+                row = {"variant": variant, "dtype": str(dtype).removeprefix("torch."), "stream": name}
+                rows.append(row | read_text(model, ids))
+                taken = time.perf_counter() - began
+                progress(
+                    f"{variant}, {row['dtype']}, {name}: finite {rows[-1]['finite']}, {taken:.0f} s",
+                    ids.shape[1] / 6000,
+                )
+    return rows
+
+
+def number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table and an empty line."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def fraction(row: Row, part: str) -> str:
+    """The longest row seen, and how much of the bound that is."""
+    seen = max(row[part])
+    if f"bound_{part}" not in row:
+        return number(seen)
+    share = max(s / b for s, b in zip(row[part], row[f"bound_{part}"], strict=True))
+    return f"{number(seen)} ({100 * share:.0f} %)"
+
+
+def report(found: dict[str, Any]) -> str:
+    """Everything as Markdown."""
+    defaults = found["default"]
+
+    def gradients(row: Row) -> list[str]:
+        return [number(row["gradients"][d]) if d in row["gradients"] else "–" for d in DISTANCES]
+
+    columns = [f"∂ at {d}" for d in DISTANCES]
+    passed = all(r["growth"] < GROWTH_LIMIT and r["growth_of_key"] < GROWTH_LIMIT for r in defaults)
+    broke = all(
+        (r["growth"] > GROWTH_LIMIT or not r["finite"]) == r["breaks"] for r in found["counter_examples"]
+    )
+    searched = {
+        depth: max(
+            max(r["growth"], *r["repeated"])
+            for r in found["search"]
+            if r["step"] == 1 and r["depth"] == depth
+        )
+        for depth in (1, 2)
+    }
+    finite = all(r["finite"] for part in ("default", "layer", "models") for r in found[part])
+    lines = [
+        found["machine"],
+        "",
+        f"- Fixed streams: {sum(r['cases'] for r in defaults):,} on the default form, the largest growth of "
+        f"a disturbance is {number(max(max(r['growth'], r['growth_of_key']) for r in defaults))} "
+        f"(limit {GROWTH_LIMIT}: {'kept' if passed else 'BROKEN'}).",
+        f"- Forms that must break do, and their repaired kin do not: {'yes' if broke else 'NO'}.",
+        f"- NaN or infinity in the default form, a layer or a model: {'none' if finite else 'FOUND'}.",
+        f"- A search by gradient ascent, at the default limits: "
+        f"{', '.join(f'{number(x)}-fold at depth {depth}' for depth, x in searched.items())}. "
+        "See below.",
+        "",
+        "## The default form at the limits of its gates",
+        "",
+        "Growth: the largest distance between the weights of two memories over the stream, divided by that "
+        "of their beginnings (10⁻⁹), or by the change of the first key. Weights and momentum: the longest "
+        "row seen, and how much that is of what `state_bound` allows. ∂ at T: the largest gradient of the "
+        f"loss with respect to a key T tokens back. head_dim {HEAD_DIM}, expansion 2, float64. “learned”: "
+        "with a last slow layer that is not empty.",
+        "",
+        *table(
+            ["depth", "chunk", "streams", "growth", "of a key", "weights", "momentum", *columns],
+            [
+                [
+                    str(r["depth"]),
+                    str(r["chunk_size"]) + (" learned" if r["last"] else ""),
+                    str(r["cases"]),
+                    number(r["growth"]),
+                    number(r["growth_of_key"]),
+                    fraction(r, "weights"),
+                    fraction(r, "momentum"),
+                    *gradients(r),
+                ]
+                for r in defaults
+            ],
+        ),
+        "## Forms that break",
+        "",
+        *table(
+            ["form", "breaks", "growth", "by", "longest row", *columns],
+            [
+                [
+                    r["form"],
+                    "yes" if r["growth"] > GROWTH_LIMIT or not r["finite"] else "no",
+                    number(r["growth"]),
+                    r["worst"],
+                    number(max(r["weights"])),
+                    *gradients(r),
+                ]
+                for r in found["counter_examples"]
+            ],
+        ),
+        "## An enemy that searches",
+        "",
+        "Gradient ascent over keys, values and gates, head_dim 4, 12 streams at a time, on the growth of a "
+        "disturbance of the weights; the worst stream is then repeated. The growth is the largest over time. "
+        "Found is what the search ends on, not proof that nothing worse exists.",
+        "",
+        *table(
+            ["depth", "chunk", "× default step", "period", "growth found", "over 4096 tokens", "over 16384"],
+            [
+                [
+                    str(r["depth"]),
+                    str(r["chunk_size"]),
+                    f"{r['step']:g}",
+                    str(r["period"]),
+                    f"{number(r['growth'])} in {r['tokens']}",
+                    *(number(x) for x in r["repeated"]),
+                ]
+                for r in found["search"]
+            ],
+        ),
+        "## A layer, its inputs scaled",
+        "",
+        *table(
+            ["norm", "dtype", "inputs ×", "finite", "largest output", "longest row", "largest gradient"],
+            [
+                [
+                    "yes" if r["norm"] else "no",
+                    r["dtype"],
+                    f"{r['scale']:g}",
+                    "yes" if r["finite"] else "NO",
+                    number(r["output"]),
+                    number(r["longest_row"]),
+                    number(r["gradient"]),
+                ]
+                for r in found["layer"]
+            ],
+        ),
+        "## Whole models, untrained",
+        "",
+        *table(
+            ["variant", "dtype", "stream", "tokens", "finite", "largest loss", "largest gradient"],
+            [
+                [
+                    r["variant"],
+                    r["dtype"],
+                    r["stream"],
+                    f"{r['tokens']:,}",
+                    "yes" if r["finite"] else "NO",
+                    "–" if r["worst_loss"] is None else number(r["worst_loss"]),
+                    number(r["gradient"]),
+                ]
+                for r in found["models"]
+            ],
+        ),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a subset")
+    parser.add_argument("--long", action="store_true", help="10⁶ tokens through every model, too")
+    parser.add_argument("--results", type=Path, default=None, help=f"where to write, by default {RESULTS}")
+    arguments = parser.parse_args()
+    quick, long = arguments.quick, arguments.long
+    torch.set_num_threads(1)
+    per_model = (8192 if quick else 98304) + (10**6 if long else 0)
+    expected = (48 if quick else 480) + 75 + (54 if quick else 108) + 8 + 8 * per_model / 6000
+    progress = Progress(expected)
+    began = time.perf_counter()
+    found: dict[str, Any] = {
+        "default": default_form(quick, progress),
+        "counter_examples": counter_examples(quick, progress),
+        "search": searches(quick, progress),
+        "layer": layer_inputs(progress),
+        "models": models(quick, long, progress),
+    }
+    flags = "".join(f" --{name}" for name in ("quick", "long") if getattr(arguments, name))
+    found["machine"] = (
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"`python benchmarks/stress.py{flags}`, one thread, {time.perf_counter() - began:.0f} s."
+    )
+    text = report(found)
+    print(text)
+    folder = arguments.results or (None if quick else RESULTS)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stress.md").write_text(text)
+        # Infinity is not JSON; a string says the same.
+        content = json.loads(json.dumps(found), parse_constant=str)
+        (folder / "stress.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
