@@ -43,8 +43,14 @@ def test_a_row_too_short_for_a_passkey_is_refused():
     passkey(np.random.default_rng(0), 1, 72)
 
 
-def test_every_statement_but_the_first_is_asked():
+def test_every_restatement_is_asked_and_speaks_the_words_of_the_test():
     ids, labels = restated_passkey(np.random.default_rng(0), 50, 160)
+    words = {
+        c
+        for row, asked in zip(*passkey(np.random.default_rng(0), 99, 256), strict=True)
+        for c in text_of(row, asked)
+    }
+    assert {c for row, asked in zip(ids, labels, strict=True) for c in text_of(row, asked)} - {"\0"} == words
     for row, asked in zip(ids, labels, strict=True):
         text = text_of(row, asked)
         first, *others = re.finditer(r"key=(\d{1,5})", text)

@@ -16,6 +16,7 @@ _FILLER = np.frombuffer(
     b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ", np.uint8
 )
 _CUE = b"The pass key="
+_REMINDER = b". Remember it. "
 _QUESTION = b"What is the pass key? "
 
 
@@ -30,7 +31,7 @@ def passkey(
     rows = []
     for _ in range(batch):
         key = _digits(generator, num_digits)
-        statement, question = _CUE + key + b". Remember it. ", _QUESTION + _CUE + key
+        statement, question = _CUE + key + _REMINDER, _QUESTION + _CUE + key
         room = length + 1 - len(statement) - len(question)
         if room < 0:
             raise ValueError(
@@ -47,19 +48,18 @@ def passkey(
 def restated_passkey(
     generator: np.random.Generator, batch: int, length: int, num_digits: int = 5, longest_gap: int = 60
 ) -> tuple[Tensor, Tensor]:
-    """Bytes: one key stated again and again, with filler between; every statement but the first is asked.
+    """Bytes: the key stated once, then asked for and told again and again, with filler between.
 
-    A row of `passkey` asks for few digits; this one teaches the same with many.
+    A row of `passkey` asks for few digits; this one teaches the same, in the same words, with many.
     """
     rows, asked = [], []
     for _ in range(batch):
-        key, row, marks = _digits(generator, num_digits), b"", []
+        key, marks = _digits(generator, num_digits), []
+        row = _filler(generator, int(generator.integers(longest_gap))) + _CUE + key + _REMINDER
         while len(row) <= length:
-            gap = _filler(generator, int(generator.integers(longest_gap)))
-            if row:
-                begin = len(row) + len(gap) + len(_CUE)
-                marks += range(begin, begin + num_digits)
-            row += gap + _CUE + key + b". "
+            row += _filler(generator, int(generator.integers(longest_gap))) + _QUESTION + _CUE
+            marks += range(len(row), len(row) + num_digits)
+            row += key + b". "
         rows.append(row[: length + 1])
         asked.append([mark for mark in marks if mark <= length])
     ids = _stack(rows)
