@@ -49,7 +49,7 @@ SIZE = {
     "num_attention_heads": 2,
     "head_dim": 32,
 }
-BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
+BATCH_SIZE, SEQUENCE_LENGTH = 8, 64
 LAST_STEPS = 20  # a single step's loss depends on which four windows it read
 SETTLED_AFTER = 100
 RESULTS = Path(__file__).parent / "results"
