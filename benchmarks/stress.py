@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ PAPER: dict[str, Any] = dict(
 )
 NORMED: dict[str, Any] = PAPER | dict(norm=True, residual=True, gain=1.0)
 EARLIER: dict[str, Any] = NORMED | dict(normalize_step=True, unit_rows=True, gain=0.5, max_momentum=0.9)
+PARTS = ("default", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
 
 
@@ -161,7 +163,9 @@ def counter_examples(quick: bool, progress: Progress) -> list[Row]:
         ("default, decaying to 0", (HEAD_DIM, 2, 16), dict(decay_to_initial=False), COUNTER, (), False),
     ]  # fmt: skip
     rows = []
-    for name, shape, options, gates, periods, breaks in [*linear, *others]:
+    forms: list[tuple[str, tuple[int, int, int], Row, list[tuple[str, str]], tuple[int, ...], bool]]
+    forms = [*linear, *others]
+    for name, shape, options, gates, periods, breaks in forms:
         memory = stressed_memory(*shape, **options)
         row = measure(memory, {"form": name, "breaks": breaks}, gates, TOKENS, periods, gates)
         rows.append(row)
@@ -178,18 +182,18 @@ def searches(quick: bool, progress: Progress) -> list[Row]:
                 usual = stressed_memory(4, depth, chunk)
                 memory = stressed_memory(4, depth, chunk, max_step_size=times * usual.max_step_size)
                 tokens = 128 if quick else 256
-                best = None
+                best: Row = {"repeated": [-math.inf]}
                 for period in (None, 4 * chunk):
                     growth, stream = search_growth(memory, tokens, 30 if quick else 60, 12, period=period)
                     over = [
                         float(perturbation_growth(memory, stream.repeated(n)).weights) for n in (4096, 16384)
                     ]
-                    row = {"depth": depth, "chunk_size": chunk, "step": times, "tokens": tokens}
+                    row: Row = {"depth": depth, "chunk_size": chunk, "step": times, "tokens": tokens}
                     row |= {"period": period or tokens, "growth": growth, "repeated": over}
-                    best = row if best is None or max(over) > max(best["repeated"]) else best
-                assert best is not None
+                    best = row if max(over) > max(best["repeated"]) else best
                 rows.append(best)
-                progress(f"search, depth {depth}, chunks of {chunk}, {times:g} × the step: {best}", 6 * depth)
+                name = f"search, depth {depth}, chunks of {chunk}, {times:g} × the step"
+                progress(f"{name}: {max(best['repeated']):.3g}", 6 * depth)
     return rows
 
 
@@ -206,7 +210,8 @@ def layer_inputs(progress: Progress) -> list[Row]:
                 leaf = (scale * x).to(dtype).requires_grad_()
                 y, state = layer(leaf)
                 y.float().square().mean().backward()
-                found = [y, leaf.grad, *(p.grad for p in layer.parameters()), *state.memory.momentum]
+                grads = [p.grad for p in layer.parameters() if p.grad is not None]
+                found = [y, leaf.grad, *grads, *state.memory.momentum]
                 rows.append(
                     {
                         "norm": norm,
@@ -215,7 +220,7 @@ def layer_inputs(progress: Progress) -> list[Row]:
                         "finite": all(t is not None and bool(t.isfinite().all()) for t in found),
                         "output": y.abs().max().item(),
                         "longest_row": max(w.norm(dim=-1).max().item() for w in state.memory.weights),
-                        "gradient": max(p.grad.abs().max().item() for p in layer.parameters()),
+                        "gradient": max(g.abs().max().item() for g in grads),
                     }
                 )
             progress(f"layer, norm {norm}, {dtype}", 2)
@@ -239,7 +244,7 @@ def texts(quick: bool, long: bool) -> dict[str, torch.Tensor]:
 
 def read_text(model: TitansForCausalLM, ids: torch.Tensor, piece: int = 1024) -> Row:
     """Read a stream piece by piece with the memories carried on, the last piece with a backward pass."""
-    states, finite, worst = None, True, 0.0
+    states, loss, finite, worst = None, None, True, 0.0
     pieces = ids.split(piece, dim=1)
     for number, part in enumerate(pieces):
         last = number == len(pieces) - 1
@@ -251,6 +256,7 @@ def read_text(model: TitansForCausalLM, ids: torch.Tensor, piece: int = 1024) ->
         finite &= bool(output.logits.isfinite().all())
         worst = max(worst, loss.item())
     model.zero_grad()
+    assert loss is not None
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     finite &= all(bool(g.isfinite().all()) for g in grads)
@@ -282,7 +288,8 @@ def models(quick: bool, long: bool, progress: Progress) -> list[Row]:
                 sliding_window=64,
                 num_persistent_tokens=4,
             )
-            model = TitansForCausalLM(config).to(dtype)
+            model: Any = TitansForCausalLM(config)
+            model = model.to(dtype)
             for name, ids in streams.items():
                 began = time.perf_counter()
                 row = {"variant": variant, "dtype": str(dtype).removeprefix("torch."), "stream": name}
@@ -449,35 +456,62 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def revived(content: dict[str, Any]) -> dict[Any, Any]:
+    """What is read back from JSON, as it was before it was written."""
+
+    def value(x: Any) -> Any:
+        if isinstance(x, list):
+            return [value(y) for y in x]
+        return float(x) if x in ("Infinity", "NaN") else x
+
+    return {int(k) if k.isdecimal() else k: value(v) for k, v in content.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a subset")
     parser.add_argument("--long", action="store_true", help="10⁶ tokens through every model, too")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="the others are kept")
     parser.add_argument("--results", type=Path, default=None, help=f"where to write, by default {RESULTS}")
     arguments = parser.parse_args()
     quick, long = arguments.quick, arguments.long
+    folder = arguments.results or (None if quick else RESULTS)
+    kept: dict[str, Any] = {}
+    if len(arguments.parts) < len(PARTS):
+        if folder is None or not (folder / "stress.json").exists():
+            parser.error("--parts keeps the other parts of earlier results, and there are none")
+        # A string where a number is not finite, as written below; JSON makes strings of keys.
+        kept = json.loads((folder / "stress.json").read_text(), object_hook=revived)
     torch.set_num_threads(1)
     per_model = (8192 if quick else 98304) + (10**6 if long else 0)
-    expected = (48 if quick else 480) + 75 + (54 if quick else 108) + 8 + 8 * per_model / 6000
-    progress = Progress(expected)
-    began = time.perf_counter()
-    found: dict[str, Any] = {
-        "default": default_form(quick, progress),
-        "counter_examples": counter_examples(quick, progress),
-        "search": searches(quick, progress),
-        "layer": layer_inputs(progress),
-        "models": models(quick, long, progress),
+    seconds = {
+        "default": 48 if quick else 480,
+        "counter_examples": 75,
+        "search": 54 if quick else 108,
+        "layer": 8,
+        "models": 8 * per_model / 6000,
     }
+    progress = Progress(sum(seconds[part] for part in arguments.parts))
+    run: dict[str, Callable[[], list[Row]]] = {
+        "default": lambda: default_form(quick, progress),
+        "counter_examples": lambda: counter_examples(quick, progress),
+        "search": lambda: searches(quick, progress),
+        "layer": lambda: layer_inputs(progress),
+        "models": lambda: models(quick, long, progress),
+    }
+    began = time.perf_counter()
+    found: dict[str, Any] = {part: run[part]() if part in arguments.parts else kept[part] for part in PARTS}
     flags = "".join(f" --{name}" for name in ("quick", "long") if getattr(arguments, name))
-    found["machine"] = (
+    found["machine"] = kept.get("machine") or (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
         f"`python benchmarks/stress.py{flags}`, one thread, {time.perf_counter() - began:.0f} s."
     )
+    if kept:
+        found["machine"] += f" Again on {datetime.date.today()}: {', '.join(arguments.parts)}."
     text = report(found)
     print(text)
-    folder = arguments.results or (None if quick else RESULTS)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stress.md").write_text(text)

@@ -421,18 +421,20 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
             "least 1, norm=False and residual=False"
         )
     value = net.head_dim**0.5 if longest_value is None else longest_value
-    step = []
+    step, limits = [], []
     for layer, slow in enumerate(memory.slow):
-        total = net.row_limit * slow.shape[-2] ** 0.5
-        if memory.decay_to_initial:
-            total += float(slow.norm())
+        longest_row = float(slow.norm(dim=-1).max())
+        # Without a base the fast weights begin as the slow ones, and nothing has shortened these yet.
+        limit = net.row_limit if memory.decay_to_initial else max(net.row_limit, longest_row)
         if layer == net.depth - 1:
-            total = net.row_limit
-            if memory.decay_to_initial:
-                total += float(slow.norm(dim=-1).max())
+            total = limit + longest_row * memory.decay_to_initial
+        else:
+            total = limit * slow.shape[-2] ** 0.5 + float(slow.norm()) * memory.decay_to_initial
         step.append(memory.max_step_size / net.depth * (value + total))
+        limits.append(limit)
     momentum = [s / (1 - memory.max_momentum) for s in step]
-    return StateBound(step, momentum, [net.row_limit + memory.chunk_size * m for m in momentum])
+    weights = [limit + memory.chunk_size * m for limit, m in zip(limits, momentum, strict=True)]
+    return StateBound(step, momentum, weights)
 
 
 def search_growth(
@@ -470,7 +472,9 @@ def search_growth(
 
     keys, values, gates = normal(dim), normal(dim), 2 * normal(3, depth)
     keys[: rows // 2] = keys[: rows // 2, :1] + 0.1 * keys[: rows // 2]
-    gates[..., 0, :] -= 8  # what is forgotten cannot grow, and has no gradient to start from
+    # What is forgotten cannot grow, and gives no gradient to start from; but to forget now and then can help.
+    gates[::2, ..., 0, :] -= 4
+    gates[1::2, ..., 0, :] -= 8
     leaves = [x.requires_grad_() for x in (keys, values, gates)]
     optimizer = torch.optim.Adam(leaves, lr=0.1)
 
