@@ -24,15 +24,8 @@ from typing import Any
 
 import torch
 
-from titans.evaluate.stress import (
-    StressedMemory,
-    hostile_cases,
-    key_gradients,
-    perturbation_growth,
-    search_growth,
-    state_bound,
-    stressed_memory,
-)
+from titans.evaluate.hostile import StressedMemory, hostile_cases, stressed_memory
+from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titans.evaluate.stress import (
-    hostile_cases,
-    key_gradients,
-    perturbation_growth,
-    search_growth,
-    state_bound,
-    stressed_memory,
-)
+from titans.evaluate.hostile import hostile_cases, stressed_memory
+from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.nn import NeuralMemory
 
 GROWTH_LIMIT = 100
