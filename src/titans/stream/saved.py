@@ -18,14 +18,15 @@ from torch.utils import _pytree as pytree
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import read_state_file
 from titans.memory import MemoryState
+from titans.nn import NeuralMemory
 
 
 @dataclass(frozen=True)
 class LayerStats:
     """Frobenius norms over all heads and matrices of one layer's memory.
 
-    weight_norm, momentum_norm: of the weights and of their momentum. change: ‖W − W_0‖ / ‖W_0‖, W_0 as a
-    fresh session begins; None where the model is not at hand.
+    weight_norm, momentum_norm: of the fast weights and of their momentum. change: how far the network has
+    moved from that of a fresh session, ‖W − W_0‖ / ‖W_0‖; None where the model is not at hand.
     """
 
     weight_norm: float
@@ -106,18 +107,22 @@ def _memories(states: tuple[Any, ...] | None) -> list[MemoryState]:
     return [leaf for leaf in pytree.tree_leaves(states, is_leaf=is_memory) if is_memory(leaf)]
 
 
-def stats_of(cache: TitansCache, tokens: int, initial: tuple[Any, ...] | None) -> SessionStats:
-    """Statistics of a cache of one row; `initial` is what a fresh one would hold, or None if not at hand."""
+@torch.no_grad()
+def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -> SessionStats:
+    """Statistics of a cache of one row; without the model nothing is known of a fresh one."""
 
     def norm(tensors: Sequence[Tensor]) -> float:
         return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
 
-    now = _memories(cache.states or initial)
-    layers = []
-    for memory, fresh in zip(now, _memories(initial) or [None] * len(now), strict=True):
-        change = None
-        if fresh is not None:
-            difference = [w - w_0 for w, w_0 in zip(memory.weights, fresh.weights, strict=True)]
-            change = norm(difference) / norm(fresh.weights)
-        layers.append(LayerStats(norm(memory.weights), norm(memory.momentum), change))
+    initial = None if model is None else initial_states(model)
+    now, modules = _memories(cache.states or initial), [] if model is None else list(model.modules())
+    changes: list[float | None] = [None] * len(now)
+    learners = [module for module in modules if isinstance(module, NeuralMemory)]
+    for index, (learner, fresh) in enumerate(zip(learners, _memories(initial), strict=True)):
+        difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
+        changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, learner.base))
+    layers = (
+        LayerStats(norm(memory.weights), norm(memory.momentum), change)
+        for memory, change in zip(now, changes, strict=True)
+    )
     return SessionStats(tokens, cache.nbytes(), tuple(layers))

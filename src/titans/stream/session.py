@@ -247,7 +247,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Tokens read, bytes held, and the norms of every layer's memory."""
-        return stats_of(self._now.cache, self.num_tokens, initial_states(self.model))
+        return stats_of(self._now.cache, self.num_tokens, self.model)
 
     def _read(self, piece: Tensor) -> Tensor | None:
         """Take in (n,) ids; the surprise (tokens read, layers) of what the model read, or None if it has no
