@@ -34,6 +34,7 @@ from titans.data import hold_out, load_corpus
 from titans.data.recall import IGNORED, associative_recall, passkey, restated_passkey
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
+from titans.train.checkpoint import write_json
 from titans.train.optimizer import make_optimizer
 
 LITERAL = dict(
@@ -335,9 +336,7 @@ def main() -> int:
         if time.monotonic() - began > 60 * arguments.minutes:
             break
         found = train(run)
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
-        os.replace(partial, kept)
+        write_json(kept, found)
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
         print(f"{number}/{len(mine)} {run.name} {shown}", file=sys.stderr, flush=True)
     print(report(arguments.runs))

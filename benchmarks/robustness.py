@@ -50,7 +50,7 @@ SIZE = {
     "head_dim": 32,
 }
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 64
-LAST_STEPS = 20  # a single step's loss depends on which four windows it read
+LAST_STEPS = 20  # a single step's loss depends on which windows it read
 SETTLED_AFTER = 100
 RESULTS = Path(__file__).parent / "results"
 

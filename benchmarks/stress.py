@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from titans.evaluate.hostile import StressedMemory, hostile_cases, stressed_memory
+from titans.evaluate.hostile import PAPER_FORM, StressedMemory, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
@@ -41,16 +41,7 @@ FORGETS = ("0", "0.001", "0.05", "1 now and then")
 THOROUGH = [(s, "0") for s in SCHEDULES] + [(s, f) for s in ("all at max", "switching") for f in FORGETS[1:]]
 FEW = [("all at max", "0"), ("switching", "0.001")]
 COUNTER = [(s, f) for s in ("all at max", "write, then coast") for f in FORGETS[:3]]
-PAPER: dict[str, Any] = dict(
-    activation="gelu",
-    norm=False,
-    residual=False,
-    normalize_step=False,
-    row_limit=None,
-    length_floor=0.0,
-    decay_to_initial=False,
-)
-NORMED: dict[str, Any] = PAPER | dict(norm=True, residual=True, gain=1.0)
+NORMED: dict[str, Any] = PAPER_FORM | dict(norm=True, residual=True, gain=1.0)
 EARLIER: dict[str, Any] = NORMED | dict(normalize_step=True, unit_rows=True, gain=0.5, max_momentum=0.9)
 PARTS = ("default", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
@@ -129,7 +120,7 @@ def counter_examples(quick: bool, progress: Progress) -> list[Row]:
         (
             f"paper, linear, η {eta}, θ = {part}(1 − η)/chunk",
             (HEAD_DIM, 1, 4),
-            PAPER | dict(max_momentum=eta, max_step_size=factor * (1 - eta) / 4),
+            PAPER_FORM | dict(max_momentum=eta, max_step_size=factor * (1 - eta) / 4),
             all_at_max,
             swing,
             True,
@@ -139,9 +130,9 @@ def counter_examples(quick: bool, progress: Progress) -> list[Row]:
     ]
     others = [
         ("paper, linear, write at η 0, then coast at 0.99, θ = 1/chunk", (HEAD_DIM, 1, 16),
-         PAPER | dict(max_momentum=0.99, max_step_size=1 / 16), coast, (), True),
+         PAPER_FORM | dict(max_momentum=0.99, max_step_size=1 / 16), coast, (), True),
         ("paper, two layers, η 0.9, θ = (1 − η)/chunk", (HEAD_DIM, 2, 16),
-         PAPER | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
+         PAPER_FORM | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
         ("paper, residual + LayerNorm, η 0.9, θ = (1 − η)/chunk", (HEAD_DIM, 2, 16),
          NORMED | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
         ("earlier default: + normalize_step, unit_rows, 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),

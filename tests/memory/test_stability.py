@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titans.evaluate.hostile import hostile_cases, stressed_memory
+from titans.evaluate.hostile import PAPER_FORM, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.nn import NeuralMemory
 
 GROWTH_LIMIT = 100
 WORST_GATES = [("all at max", "0"), ("momentum every other chunk", "0"), ("switching", "0.001")]
-LITERAL = dict(
-    activation="gelu", norm=False, residual=False, normalize_step=False, row_limit=None, length_floor=0.0,
-    decay_to_initial=False,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -45,7 +41,7 @@ def test_gradients_of_far_keys_do_not_grow(depth):
     "options",
     [
         dict(max_step_size=8 * 0.5 / 16),
-        LITERAL | dict(norm=True, residual=True, gain=1.0, max_momentum=0.9, max_step_size=0.1 / 16),
+        PAPER_FORM | dict(norm=True, residual=True, gain=1.0, max_momentum=0.9, max_step_size=0.1 / 16),
     ],
     ids=["steps of 8 in normalised units", "the paper's equations with residual and LayerNorm"],
 )
@@ -61,7 +57,7 @@ def test_unstable_memories_fail_the_same_checks(options):
 @pytest.mark.parametrize(("eta", "fraction"), [(0.95, 1), (0.97, 0.5), (0.99, 0.5)])
 def test_the_simple_rule_for_the_step_fails_on_two_alternating_keys(eta, fraction):
     """theta = (1 − eta) / chunk_size, or half of it: stable for one key, a swing for two."""
-    memory = stressed_memory(4, 1, 4, **LITERAL, max_momentum=eta, max_step_size=fraction * (1 - eta) / 4)
+    memory = stressed_memory(4, 1, 4, **PAPER_FORM, max_momentum=eta, max_step_size=fraction * (1 - eta) / 4)
     cases = hostile_cases(memory, 4096, gates=[("all at max", "0")], periods=(14, 26, 44))
     growth = perturbation_growth(memory, cases).weights
     assert growth[cases.names.index("constant; gates: all at max; forget: 0")] < 1.01
@@ -78,7 +74,7 @@ def test_the_bound_holds_against_a_search_and_no_form_without_one_gets_it():
     assert (found.longest_weights[0] <= torch.tensor(bound.weights)).all()
     assert (found.longest_momentum[0] <= torch.tensor(bound.momentum)).all()
     for options in (
-        LITERAL,
+        PAPER_FORM,
         dict(length_floor=0.0),
         dict(residual=True),
         dict(row_limit=None),

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.nn.memory import NeuralMemoryState
-from titans.stream.saved import initial_states
+from titans.stream.saved import find_states, initial_states
 from titans.stream.session import reading
 from titans.stream.text import token_ids
 
@@ -73,13 +72,13 @@ def gate_statistics(
         initial = initial_states(model)
         at_rest = [
             memory.applied_gates(memory.gate_weight.new_zeros(1, 1, memory.gate_weight.shape[1]), state)[0]
-            for memory, state in zip(memories, _states_of_memories(initial), strict=True)
+            for memory, state in zip(memories, find_states(NeuralMemoryState, initial), strict=True)
         ]
         for text in filter(len, texts):
             cache = TitansCache(model.config)
             cache.store(initial, 0)
             for chunk in text.split(length):
-                states = _states_of_memories(cache.states)
+                states = find_states(NeuralMemoryState, cache.states)
                 with _collected_inputs(memories) as inputs:
                     model.model(chunk[None].long().to(model.device), past_key_values=cache)
                 for memory, x, state, parts in zip(memories, inputs, states, found, strict=True):
@@ -92,16 +91,6 @@ def gate_statistics(
         _describe(rest[0, 0].cpu().double(), *(torch.cat(gate) for gate in zip(*parts, strict=True)))
         for rest, parts in zip(at_rest, found, strict=True)
     ]
-
-
-def _states_of_memories(states: object) -> list[NeuralMemoryState]:
-    """The states of the memories of all blocks, in the order of the layers."""
-
-    def is_memory(x: object) -> bool:
-        return isinstance(x, NeuralMemoryState)
-
-    leaves = pytree.tree_leaves(states, is_leaf=is_memory)
-    return [leaf for leaf in leaves if isinstance(leaf, NeuralMemoryState)]
 
 
 @contextmanager

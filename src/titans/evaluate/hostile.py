@@ -15,6 +15,17 @@ from titans.memory import MemoryNetwork
 from titans.nn import NeuralMemory
 from titans.nn.norm import shorten
 
+# The paper's equations with the plain network: nothing that `NeuralMemory` adds for stability.
+PAPER_FORM: dict[str, Any] = dict(
+    activation="gelu",
+    norm=False,
+    residual=False,
+    normalize_step=False,
+    row_limit=None,
+    length_floor=0.0,
+    decay_to_initial=False,
+)
+
 
 @dataclass(frozen=True)
 class StressedMemory:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import read_state_file
 from titans.memory import MemoryState
+from titans.memory.state import State
 from titans.nn import NeuralMemory
 
 
@@ -100,11 +101,10 @@ def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:
     return tuple(layer.mixer.initial_state(1) for layer in model.model.layers)
 
 
-def _memories(states: tuple[Any, ...] | None) -> list[MemoryState]:
-    def is_memory(x: Any) -> bool:
-        return isinstance(x, MemoryState)
-
-    return [leaf for leaf in pytree.tree_leaves(states, is_leaf=is_memory) if is_memory(leaf)]
+def find_states(kind: type[State], states: object) -> list[State]:
+    """The states of one kind inside those of all blocks, in the order of the layers."""
+    leaves = pytree.tree_leaves(states, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 @torch.no_grad()
@@ -115,10 +115,13 @@ def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -
         return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
 
     initial = None if model is None else initial_states(model)
-    now, modules = _memories(cache.states or initial), [] if model is None else list(model.modules())
+    now, modules = (
+        find_states(MemoryState, cache.states or initial),
+        [] if model is None else list(model.modules()),
+    )
     changes: list[float | None] = [None] * len(now)
     learners = [module for module in modules if isinstance(module, NeuralMemory)]
-    for index, (learner, fresh) in enumerate(zip(learners, _memories(initial), strict=True)):
+    for index, (learner, fresh) in enumerate(zip(learners, find_states(MemoryState, initial), strict=True)):
         difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
         changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, learner.base))
     layers = (
