@@ -33,8 +33,8 @@ class StressedMemory:
 
     Attributes:
         network, chunk_size, max_momentum, max_step_size: as in the layer.
-        slow: the learned initial weights, (1, out, in) for each layer.
-        decay_to_initial: the fast weights are offsets on `slow`, rather than starting there.
+        initial: the fast weights of a memory that has read nothing, (1, out, in) for each layer.
+        base: the weights on which the fast ones are offsets, if they are, (1, out, in) for the first layers.
         norm_weight: gain of the LayerNorm, (1, head_dim), or None.
     """
 
@@ -42,18 +42,13 @@ class StressedMemory:
     chunk_size: int
     max_momentum: float
     max_step_size: float
-    slow: tuple[Tensor, ...]
-    decay_to_initial: bool
+    initial: tuple[Tensor, ...]
+    base: tuple[Tensor, ...] | None
     norm_weight: Tensor | None
 
-    @property
-    def base(self) -> tuple[Tensor, ...] | None:
-        return self.slow if self.decay_to_initial else None
-
     def fast(self, rows: int) -> list[Tensor]:
-        """The fast weights of a memory that has read nothing, (rows, 1, out, in) for each layer."""
-        start = [torch.zeros_like(w) for w in self.slow] if self.decay_to_initial else self.slow
-        return [w.expand(rows, *w.shape).clone() for w in start]
+        """`initial` for so many rows, (rows, 1, out, in) for each layer."""
+        return [w.expand(rows, *w.shape).clone() for w in self.initial]
 
 
 def stressed_memory(
@@ -62,7 +57,7 @@ def stressed_memory(
     chunk_size: int,
     *,
     expansion: int = 2,
-    last: float = 0.0,
+    widen: float = 1.0,
     gain: float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -72,8 +67,7 @@ def stressed_memory(
 
     Args:
         head_dim, depth, chunk_size, expansion, options: of `NeuralMemory`.
-        last: the last slow layer of an empty memory is zero at first but is learned; draw it with this many
-            times the usual standard deviation, fan_in^-½.
+        widen: what the base is multiplied by, as if it had learned to be so wide.
         gain: of the LayerNorm, instead of the layer's initial one.
         seed: of the weights.
         dtype: of the weights.
@@ -81,9 +75,6 @@ def stressed_memory(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = NeuralMemory(2, 1, head_dim, depth, expansion, chunk_size, **options).to(dtype)
-        slow = [w.detach() for w in layer.initial_weights]
-        if layer.decay_to_initial:
-            slow[-1] = last * slow[-1].shape[-1] ** -0.5 * torch.randn_like(slow[-1])
     norm_weight = None if layer.norm_weight is None else layer.norm_weight.detach()
     if norm_weight is not None and gain is not None:
         norm_weight = torch.full_like(norm_weight, gain)
@@ -92,8 +83,8 @@ def stressed_memory(
         chunk_size,
         layer.max_momentum,
         layer.max_step_size,
-        tuple(slow),
-        layer.decay_to_initial,
+        tuple(w[0].detach() for w in layer.initial_state(1).memory.weights),
+        None if layer.base is None else tuple(widen * w.detach() for w in layer.base),
         norm_weight,
     )
 
@@ -205,7 +196,7 @@ def gate_schedules(
     }
 
 
-def forget_schedules(tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
+def forget_schedules(tokens: int, chunk_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Forgetting, (tokens,) each, by name."""
     wipes = torch.rand(tokens, generator=generator) < 0.01
     return {
@@ -213,6 +204,8 @@ def forget_schedules(tokens: int, generator: torch.Generator) -> dict[str, Tenso
         "0.001": torch.full((tokens,), 1e-3, dtype=torch.float64),
         "0.05": torch.full((tokens,), 0.05, dtype=torch.float64),
         "1 now and then": wipes.double(),
+        # What was written before is gone when the chunk ends, and the chunk's writes assume that it is not.
+        "1 as a chunk starts": (torch.arange(tokens) % chunk_size == 0).double(),
     }
 
 
@@ -237,9 +230,9 @@ def hostile_cases(
     net, chunk = memory.network, memory.chunk_size
     streams = hostile_streams(net.head_dim, tokens, chunk, generator, periods)
     schedules = gate_schedules(tokens, net.depth, chunk, memory.max_momentum, memory.max_step_size, generator)
-    forget = forget_schedules(tokens, generator)
+    forget = forget_schedules(tokens, chunk, generator)
     chosen = [(s, *pair) for s in streams for pair in (gates or product(schedules, forget))]
-    dtype = memory.slow[0].dtype
+    dtype = memory.initial[0].dtype
 
     def stack(rows: list[Tensor]) -> Tensor:
         return torch.stack(rows).unsqueeze(2).to(dtype)

@@ -130,14 +130,17 @@ def key_gradients(
 
     Returns:
         The largest |d loss / d key|, (rows, len(distances)), and whether the gradients of everything (keys,
-        values, gates, slow weights) are finite. Not finite counts as inf.
+        values, gates, initial weights) are finite. Not finite counts as inf.
     """
     leaves = [x.detach().clone().requires_grad_() for x in cases.tokens]
-    slow = tuple(w.detach().clone().requires_grad_() for w in memory.slow)
-    cases, memory = Cases(cases.names, *leaves), replace(memory, slow=slow)
+    initial, base = (
+        tuple(w.detach().clone().requires_grad_() for w in slow)
+        for slow in (memory.initial, memory.base or ())
+    )
+    cases, memory = Cases(cases.names, *leaves), replace(memory, initial=initial, base=base)
     reads, _ = scan(memory, cases, MemoryState.initial(memory.fast(leaves[0].shape[0])))
     loss = (reads[:, -last:] - cases.values[:, -last:]).square().sum(-1).mean(1).sum()
-    grads = torch.autograd.grad(loss, [*leaves, *slow])
+    grads = torch.autograd.grad(loss, [*leaves, *initial, *base])
     lengths = grads[0].squeeze(2).norm(dim=-1).nan_to_num(nan=math.inf, posinf=math.inf)
     end = lengths.shape[1] - last
     found = [lengths[:, max(0, end - d) : max(0, end - d) + window].amax(1) for d in distances]
@@ -165,10 +168,10 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1. The answer
     is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H because |SiLU(x)| ≤ |x|, so the step is at most
 
-        step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l,
+        step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l (and base_L = 0),
 
     and for a row of the last layer, whose error is its own answer less its own value, ‖A_l‖ is the length of
-    that row: ‖A_L‖ ≤ max ‖row of base_L‖ + row_limit. Momentum sums to at most step_l / (1 − η), and within
+    that row: ‖A_L‖ ≤ row_limit. Momentum sums to at most step_l / (1 − η), and within
     a chunk rows that began it no longer than `row_limit` gain at most chunk_size times that. With
     θ ≤ 2 (1 − η)/chunk_size:
 
@@ -193,14 +196,12 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
         )
     value = net.head_dim**0.5 if longest_value is None else longest_value
     step, limits = [], []
-    for layer, slow in enumerate(memory.slow):
-        longest_row = float(slow.norm(dim=-1).max())
-        # Without a base the fast weights begin as the slow ones, and nothing has shortened these yet.
-        limit = net.row_limit if memory.decay_to_initial else max(net.row_limit, longest_row)
-        if layer == net.depth - 1:
-            total = limit + longest_row * memory.decay_to_initial
-        else:
-            total = limit * slow.shape[-2] ** 0.5 + float(slow.norm()) * memory.decay_to_initial
+    bases = [float(b.norm()) for b in memory.base or ()]
+    for layer, start in enumerate(memory.initial):
+        # Nothing has shortened the rows with which the fast weights begin.
+        limit = max(net.row_limit, float(start.norm(dim=-1).max()))
+        total = limit if layer == net.depth - 1 else limit * start.shape[-2] ** 0.5
+        total += sum(bases[layer : layer + 1])
         step.append(memory.max_step_size / net.depth * (value + total))
         limits.append(limit)
     momentum = [s / (1 - memory.max_momentum) for s in step]

@@ -34,24 +34,24 @@ class NeuralMemoryState:
 class InitialWeights(nn.ParameterList):
     """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation.
 
-    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers
-    0 (before a LayerNorm), and the little that a token writes is not drowned.
+    An `empty` one stops before the last layer, where nothing is below what tokens write: what has read
+    nothing, or forgotten everything, answers 0 (before a LayerNorm). A last layer that is learned drowns the
+    little that a token writes (docs/decisions/memory.md).
     """
 
     def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
-        super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
-        self.unit_rows, self.empty = network.unit_rows, empty
+        shapes = network.weight_shapes[:-1] if empty else network.weight_shapes
+        super().__init__(torch.empty(num_heads, *shape) for shape in shapes)
+        self.unit_rows, self.depth = network.unit_rows, network.depth
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for layer, weight in enumerate(self):
             # Keys have unit length: fan-in initialisation would leave the activation all but linear.
-            nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
+            nn.init.normal_(weight, std=1.0 if layer == 0 and self.depth > 1 else weight.shape[-1] ** -0.5)
             if self.unit_rows:
                 weight.copy_(F.normalize(weight, dim=-1))
-        if self.empty:
-            nn.init.zeros_(self[-1])
 
 
 class NeuralMemory(nn.Module):
@@ -67,8 +67,9 @@ class NeuralMemory(nn.Module):
         num_heads, head_dim: each head has a memory of its own.
         depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit, length_floor: see
             `MemoryNetwork`.
-        decay_to_initial: the fast weights are offsets on the learned initial ones, so that what is forgotten
-            decays towards these; otherwise they start there and decay towards 0, as in equation 13.
+        decay_to_initial: the fast weights are offsets on learned initial ones, so that what is forgotten
+            decays towards these; the last layer's are 0, so that an empty memory answers 0. Otherwise all
+            layers start at learned weights and decay towards 0, as in equation 13.
         chunk_size: tokens that share one set of gradient weights.
         conv_kernel: width of the causal convolution on q, k and v.
         max_momentum: upper bound of the momentum gate.
@@ -159,7 +160,8 @@ class NeuralMemory(nn.Module):
 
     @property
     def base(self) -> tuple[Tensor, ...] | None:
-        """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
+        """The weights on which the fast ones are offsets, (heads, out, in) for all layers but the last, or
+        None."""
         return tuple(self.initial_weights) if self.decay_to_initial else None
 
     def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
@@ -167,9 +169,11 @@ class NeuralMemory(nn.Module):
 
         These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
         """
-        weights = [w.unsqueeze(0) for w in self.initial_weights]
         if self.decay_to_initial:
-            weights = [torch.zeros_like(w) for w in weights]
+            shapes = self.network.weight_shapes
+            weights = [self.conv.weight.new_zeros(1, self.num_heads, *shape) for shape in shapes]
+        else:
+            weights = [w.unsqueeze(0) for w in self.initial_weights]
         memory = MemoryState.initial(weights)
         if persistent is not None and len(persistent):
             _, after = self.packed(persistent.unsqueeze(0), NeuralMemoryState(self._empty_tail(1), memory))
