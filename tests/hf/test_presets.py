@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,10 @@ def parts(config: TitansConfig) -> dict[str, int]:
     )
     depth, e = config.memory_depth, config.memory_expansion
     conv, p = config.conv_kernel, config.num_persistent_tokens
-    hidden = dim * e
-    initial = heads * (dim * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
+    widths = [dim, *[dim * e] * (depth - 1), dim]
+    layer_sizes = [a * b for a, b in pairwise(widths)]
+    # Offsets have no learned weights below the last layer.
+    initial = heads * sum(layer_sizes[:-1] if config.memory_decay_to_initial else layer_sizes)
     norm = 2 * width if config.memory_norm else 0
     has_memory = config.variant != "transformer"
     return {
@@ -76,7 +79,7 @@ def test_every_preset_has_the_parameters_of_the_formula(preset, variant):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(memory_depth=1, memory_norm=False, tie_word_embeddings=False),
+        dict(memory_depth=1, memory_norm=True, memory_decay_to_initial=False, tie_word_embeddings=False),
         dict(memory_depth=4, head_dim=6, num_attention_heads=5, conv_kernel=1, num_persistent_tokens=0),
         dict(memory_depth=3, memory_expansion=1, intermediate_size=7, conv_kernel=3),
     ],

@@ -110,10 +110,11 @@ def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> 
         train(settings(steps=7, resume=True))
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "forget"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "forget", "held-out loss", "held-out text"])
 def test_nan_stops_before_it_reaches_the_weights_or_a_checkpoint(settings: Make, where: str) -> None:
-    run = TrainingRun(settings(save_every=2))
-    weight = run.model.model.embed_tokens.weight if where == "forget" else run.model.model.norm.weight
+    run = TrainingRun(settings(save_every=2, eval_every=3 if "held-out" in where else 4))
+    early = where in ("forget", "held-out text")
+    weight = run.model.model.embed_tokens.weight if early else run.model.model.norm.weight
 
     def poison(line: dict[str, Any]) -> None:
         if line["step"] == 3 and where != "gradient":

@@ -65,9 +65,7 @@ def check_read(
             _expect_floating(name, tensor)
     if base is not None:
         if len(base) > net.depth:
-            raise ValueError(
-                f"base has {len(base)} tensors: give one for each of the first layers, of {net.depth}"
-            )
+            raise ValueError(f"base has {len(base)} tensors: give at most one for each of {net.depth} layers")
         _check_shapes("base", base, net, (heads,), "(heads, out, in)")
 
 

@@ -183,7 +183,11 @@ class TitansTrainer(Trainer):
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
     ) -> dict[str, float]:
         with self.metrics.paused():
-            results = self.evaluate()
+            try:
+                results = self.evaluate()
+            except ValueError as error:
+                raise self._stopped(f"the model could not read the held-out text ({error})") from error
+        self._refuse_non_finite(results["eval_loss"], "held-out loss")
         self.metrics.log_evaluation(
             self.state.global_step, results["eval_loss"], results["eval_bits_per_byte"]
         )
