@@ -161,15 +161,7 @@ def run_one(drawn: Draw, steps: int) -> Result:
             run.run(on_log)
         except NonFiniteError as error:
             what, _, _ = str(error).partition(" at step ")
-            non_finite = {"step": len(losses) + 1, "what": what}
-        except ValueError as error:
-            # Training reports what is not finite itself; in the evaluation at its end the memory does.
-            if len(losses) < steps:
-                raise
-            non_finite = {"step": steps, "what": f"the held-out text could not be read ({error})"}
-        if held_out is not None and not math.isfinite(held_out):
-            non_finite = {"step": steps, "what": f"the held-out loss is {held_out}"}
-            held_out = None
+            non_finite = {"step": min(len(losses) + 1, steps), "what": what}
     return {
         **asdict(drawn),
         "loss": float(np.mean(losses[-LAST_STEPS:])) if non_finite is None else None,
