@@ -98,10 +98,10 @@ def default_form(quick: bool, progress: Progress) -> list[Row]:
     depths, chunks = ((1, 2), (4, 16)) if quick else ((1, 2, 3, 4), (1, 4, 16, 64, 256))
     for depth in depths:
         for chunk in chunks:
-            # As initialised, and as if the base had been learned to be wide.
-            for widen in (1.0, 8.0) if chunk == 16 and depth > 1 else (1.0,):
-                memory = stressed_memory(HEAD_DIM, depth, chunk, widen=widen)
-                name = {"depth": depth, "chunk_size": chunk, "widen": widen}
+            # As initialised (the base's last layer empty), and as if that had been learned.
+            for last in (0.0, 1.0) if chunk == 16 else (0.0,):
+                memory = stressed_memory(HEAD_DIM, depth, chunk, last=last)
+                name = {"depth": depth, "chunk_size": chunk, "last": last}
                 long_chunks = chunk > 16
                 gates = FEW if quick or long_chunks else THOROUGH
                 rows.append(measure(memory, name, gates, 1024 if quick else TOKENS))
@@ -347,15 +347,15 @@ def report(found: dict[str, Any]) -> str:
         "Growth: the largest distance between the weights of two memories over the stream, divided by that "
         "of their beginnings (10⁻⁹), or by the change of the first key. Weights and momentum: the longest "
         "row seen, and how much that is of what `state_bound` allows. ∂ at T: the largest gradient of the "
-        f"loss with respect to a key T tokens back. head_dim {HEAD_DIM}, expansion 2, float64. “wide”: "
-        "with a base of 8 times the initial size.",
+        f"loss with respect to a key T tokens back. head_dim {HEAD_DIM}, expansion 2, float64. “learned”: "
+        "with a base whose last layer is not empty.",
         "",
         *table(
             ["depth", "chunk", "streams", "growth", "of a key", "weights", "momentum", *columns],
             [
                 [
                     str(r["depth"]),
-                    str(r["chunk_size"]) + (" wide" if r["widen"] > 1 else ""),
+                    str(r["chunk_size"]) + (" learned" if r["last"] else ""),
                     str(r["cases"]),
                     number(r["growth"]),
                     number(r["growth_of_key"]),

@@ -155,15 +155,14 @@ def memory_scan(
 
     Depth is the number of weight matrices: 1 is the linear memory, 2 the two-layer one. Not in the paper, but
     for stability: `normalize_step` divides theta by the curvature (which `length_floor` bounds from below);
-    `unit_rows` rescales W where a chunk ends, `row_limit` only shortens it; and with `base`, (heads,
-    out, in) of the first layers, the network is run with base + W, and forgetting leads back to the base.
+    `unit_rows` rescales W where a chunk ends, `row_limit` only shortens it; and with `base`, per layer
+    (heads, out, in), the network is run with base + W, so that forgetting leads back to it, not to nothing.
     """
     time, num_heads, depth = forget.shape
     reads, ends = np.zeros_like(queries), []
     for head in range(num_heads):
         M = Memory(activation, residual, *(None if p is None else p[head] for p in (gain, bias)))
-        B = [0.0 * w[head] for w in state.weights]
-        B[: len(base or ())] = [b[head] for b in base or ()]
+        B = [0.0 * w[head] if base is None else base[layer][head] for layer, w in enumerate(state.weights)]
         W, S, anchor = ([w[head] for w in part] for part in (state.weights, state.momentum, state.anchor))
         for t in range(time):
             q, k, v = queries[t, head], keys[t, head], values[t, head]

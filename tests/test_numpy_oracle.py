@@ -112,7 +112,7 @@ def test_reference_equals_numpy(depth, activation, residual, norm, steady, offse
     slow = dict(norm_weight=torch.from_numpy(gain), norm_bias=torch.from_numpy(bias)) if norm else {}
     options |= dict(gain=gain, bias=bias)
     if offsets:
-        options["base"] = initial_weights(rng, depth, HEADS)[: max(1, depth - 1)]
+        options["base"] = initial_weights(rng, depth, HEADS)
         slow["base"] = [torch.from_numpy(b) for b in options["base"]]
 
     state = MemoryState.initial(tuple(map(torch.from_numpy, weights)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,19 +32,19 @@ def parts(config: TitansConfig) -> dict[str, int]:
     )
     depth, e = config.memory_depth, config.memory_expansion
     conv, p = config.conv_kernel, config.num_persistent_tokens
-    widths = [dim, *[dim * e] * (depth - 1), dim]
-    layer_sizes = [a * b for a, b in pairwise(widths)]
-    # Offsets have no learned weights below the last layer.
-    initial = heads * sum(layer_sizes[:-1] if config.memory_decay_to_initial else layer_sizes)
-    norm = 2 * width if config.memory_norm else 0
+    hidden = dim * e
+    initial = heads * (dim * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
+    norm = (2 if config.memory_norm else 0) * width
+    # What the text taught and what training did are normalised apart.
+    reads = (2 if config.memory_decay_to_initial else 1) * width
     has_memory = config.variant != "transformer"
     return {
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
         "attention": layers * 4 * d * width * (config.variant != "lmm"),
         "memory": layers * (5 * d * width + 3 * width * conv + 3 * heads * depth * (d + 1)) * has_memory,
-        "initial memory": layers * (initial + norm + width) * has_memory,
-        "recall": layers * (2 * d * width + width * conv + width) * (config.variant == "mac"),
+        "initial memory": layers * (initial + norm + reads) * has_memory,
+        "recall": layers * (2 * d * width + width * conv + reads) * (config.variant == "mac"),
         "persistent tokens": layers * p * d * has_memory,
         "norms": d + layers * d * {"transformer": 2, "lmm": 2, "mag": 4, "mal": 3, "mac": 5}[config.variant],
     }

@@ -53,7 +53,7 @@ class Problem:
     ) -> tuple[Tensor, MemoryState, Tensor]:
         """`memory_scan` of the tokens in `cut`, from `state` (default: the problem's own)."""
         fresh = {
-            name: tuple(leaf for key, leaf in self.leaves.items() if key.startswith(f"{name}."))
+            name: self.layers(name)
             for name in ("initial", "initial_momentum", "base")
             if f"{name}.0" in self.leaves
         }
@@ -139,7 +139,7 @@ def make_problem(
     mask: str = "none",
     reset: str = "none",
     initial_momentum: bool = False,
-    base: int = 0,
+    base: bool = False,
     position: str = "zero",
     closed_gates: bool = True,
     **network: object,
@@ -149,7 +149,7 @@ def make_problem(
     Args:
         mask: "none", "random" or "rows" (random, and the first row has no real token). Masked inputs are NaN.
         reset: "none", "random" (masked tokens too) or "last" (random, and at the last token of every row).
-        base: the fast weights of so many first layers (at most all) are offsets.
+        base: the fast weights are offsets.
         position: "zero", "same" (one place inside a chunk for all rows) or "apart" (each row at its own).
         closed_gates: make some gates exactly 0 and some exactly 1.
         network: fields of `MemoryNetwork`.
@@ -194,7 +194,7 @@ def make_problem(
         leaves["norm_bias"] = 0.3 * normal(heads, head_dim)
 
     if base:
-        leaves |= {f"base.{layer}": 0.5 * x for layer, x in enumerate(weights(heads)[:base])}
+        leaves |= {f"base.{layer}": 0.5 * x for layer, x in enumerate(weights(heads))}
     flags = {}
     if reset != "none":
         flags["reset"] = uniform(batch, time) < 0.15

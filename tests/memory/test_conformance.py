@@ -37,7 +37,7 @@ calls = st.fixed_dictionaries(
         mask=st.sampled_from(["none", "random", "rows"]),
         reset=st.sampled_from(["none", "random", "last"]),
         initial_momentum=st.booleans(),
-        base=st.integers(0, 3),
+        base=st.booleans(),
         position=st.sampled_from(["zero", "same", "apart"]),
         closed_gates=st.booleans(),
     )
@@ -92,9 +92,9 @@ CORNERS = {
     ),
     "linear and plain": dict(depth=1, residual=False, norm=False, time=40, chunk_size=4),
     "rows kept short": dict(norm=False, unit_rows=True, activation="silu", time=30),
-    "offsets": dict(base=1, norm=False, residual=False, row_limit=0.8, time=30, normalize_step=True),
+    "offsets": dict(base=True, norm=False, residual=False, row_limit=0.8, time=30, normalize_step=True),
     "offsets, every option": dict(
-        base=3,
+        base=True,
         depth=3,
         row_limit=0.5,
         normalize_step=True,

@@ -14,10 +14,10 @@ WORST_GATES = [("all at max", "0"), ("all at max", "1 as a chunk starts"), ("swi
 
 
 @pytest.mark.parametrize(
-    ("depth", "chunk_size", "widen"), [(1, 1, 1.0), (2, 4, 1.0), (2, 16, 8.0), (3, 16, 1.0)]
+    ("depth", "chunk_size", "last"), [(1, 1, 0.0), (2, 4, 0.0), (2, 16, 1.0), (3, 16, 0.0)]
 )
-def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, widen):
-    memory = stressed_memory(8, depth, chunk_size, widen=widen)
+def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last):
+    memory = stressed_memory(8, depth, chunk_size, last=last)
     growth = perturbation_growth(memory, hostile_cases(memory, 4096, gates=WORST_GATES))
     assert growth.weights.max() < GROWTH_LIMIT
     assert growth.first_key.max() < GROWTH_LIMIT
@@ -25,7 +25,7 @@ def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, widen
     assert (growth.longest_weights.amax(0) <= torch.tensor(bound.weights)).all()
     assert (growth.longest_momentum.amax(0) <= torch.tensor(bound.momentum)).all()
     # Had nothing been written, this would prove nothing.
-    assert growth.longest_weights[:, -1].max() > 0.5
+    assert growth.longest_weights[:, -1].max() > 1
 
 
 @pytest.mark.parametrize("depth", [1, 2])

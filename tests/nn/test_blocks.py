@@ -192,7 +192,8 @@ def test_mac_follows_its_definition_segment_by_segment():
             norm_bias=block.memory.norm_bias,
             base=block.memory.base,
         )
-        recalled = block.recall_output(block.recall_norm(reads).flatten(-2))
+        prior = block.memory.prior(queries[:, begin : begin + SEGMENT])
+        recalled = block.recall_output(block.recall_norm(reads, prior).flatten(-2))
         assert reads.flatten(-2).shape[-1] == width
         segment = normed[:, begin : begin + SEGMENT]
         attended.append(block.attention(segment, recalled, block.persistent)[0])

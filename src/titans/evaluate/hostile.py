@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans.memory import MemoryNetwork
 from titans.nn import NeuralMemory
@@ -57,7 +57,7 @@ def stressed_memory(
     chunk_size: int,
     *,
     expansion: int = 2,
-    widen: float = 1.0,
+    last: float = 0.0,
     gain: float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -67,7 +67,8 @@ def stressed_memory(
 
     Args:
         head_dim, depth, chunk_size, expansion, options: of `NeuralMemory`.
-        widen: what the base is multiplied by, as if it had learned to be so wide.
+        last: the last layer of a base is zero at first but is learned; draw it with this many times the usual
+            standard deviation, fan_in^-½.
         gain: of the LayerNorm, instead of the layer's initial one.
         seed: of the weights.
         dtype: of the weights.
@@ -75,6 +76,8 @@ def stressed_memory(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = NeuralMemory(2, 1, head_dim, depth, expansion, chunk_size, **options).to(dtype)
+        if layer.base is not None:
+            nn.init.normal_(layer.initial_weights[-1], std=last * layer.base[-1].shape[-1] ** -0.5)
     norm_weight = None if layer.norm_weight is None else layer.norm_weight.detach()
     if norm_weight is not None and gain is not None:
         norm_weight = torch.full_like(norm_weight, gain)
@@ -84,7 +87,7 @@ def stressed_memory(
         layer.max_momentum,
         layer.max_step_size,
         tuple(w[0].detach() for w in layer.initial_state(1).memory.weights),
-        None if layer.base is None else tuple(widen * w.detach() for w in layer.base),
+        None if layer.base is None else tuple(w.detach() for w in layer.base),
         norm_weight,
     )
 

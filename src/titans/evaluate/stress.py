@@ -168,10 +168,10 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1. The answer
     is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H because |SiLU(x)| ≤ |x|, so the step is at most
 
-        step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l (and base_L = 0),
+        step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l,
 
     and for a row of the last layer, whose error is its own answer less its own value, ‖A_l‖ is the length of
-    that row: ‖A_L‖ ≤ row_limit. Momentum sums to at most step_l / (1 − η), and within
+    that row: ‖A_L‖ ≤ max ‖row of base_L‖ + row_limit. Momentum sums to at most step_l / (1 − η), and within
     a chunk rows that began it no longer than `row_limit` gain at most chunk_size times that. With
     θ ≤ 2 (1 − η)/chunk_size:
 
@@ -196,12 +196,14 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
         )
     value = net.head_dim**0.5 if longest_value is None else longest_value
     step, limits = [], []
-    bases = [float(b.norm()) for b in memory.base or ()]
-    for layer, start in enumerate(memory.initial):
+    bases = memory.base or [torch.zeros_like(w) for w in memory.initial]
+    for layer, (start, base) in enumerate(zip(memory.initial, bases, strict=True)):
         # Nothing has shortened the rows with which the fast weights begin.
         limit = max(net.row_limit, float(start.norm(dim=-1).max()))
-        total = limit if layer == net.depth - 1 else limit * start.shape[-2] ** 0.5
-        total += sum(bases[layer : layer + 1])
+        if layer == net.depth - 1:
+            total = limit + float(base.norm(dim=-1).max())
+        else:
+            total = limit * start.shape[-2] ** 0.5 + float(base.norm())
         step.append(memory.max_step_size / net.depth * (value + total))
         limits.append(limit)
     momentum = [s / (1 - memory.max_momentum) for s in step]

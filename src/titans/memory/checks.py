@@ -64,9 +64,7 @@ def check_read(
             _expect_shape(name, tensor, (heads, head_dim), "(heads, head_dim)")
             _expect_floating(name, tensor)
     if base is not None:
-        if len(base) > net.depth:
-            raise ValueError(f"base has {len(base)} tensors: give at most one for each of {net.depth} layers")
-        _check_shapes("base", base, net, (heads,), "(heads, out, in)")
+        _check_weights("base", base, net, (heads,), "(heads, out, in)")
 
 
 def _check_weights(
@@ -74,13 +72,7 @@ def _check_weights(
 ) -> None:
     if len(weights) != net.depth:
         raise ValueError(f"{name} has {len(weights)} tensors: give one for each of the {net.depth} layers")
-    _check_shapes(name, weights, net, leading, meaning)
-
-
-def _check_shapes(
-    name: str, weights: Sequence[Tensor], net: MemoryNetwork, leading: tuple[int, ...], meaning: str
-) -> None:
-    for layer, (weight, shape) in enumerate(zip(weights, net.weight_shapes, strict=False)):
+    for layer, (weight, shape) in enumerate(zip(weights, net.weight_shapes, strict=True)):
         _expect_shape(f"{name}[{layer}]", weight, (*leading, *shape), meaning)
         _expect_floating(f"{name}[{layer}]", weight)
 

@@ -26,7 +26,7 @@ Weights = tuple[Tensor, ...]
 
 class Chunk(NamedTuple):
     """What enters a chunk: tokens (rows, width, head_dim), coefficients per layer, gain and bias (rows, 1,
-    head_dim), base (rows, out, in) of the first layers, or of none."""
+    head_dim), base (rows, out, in) per layer."""
 
     queries: Tensor
     keys: Tensor
@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
     coefficients: list[ChunkCoefficients]
     gain: Tensor | None
     bias: Tensor | None
-    base: Weights
+    base: Weights | None
 
 
 class _Keys(NamedTuple):
@@ -91,7 +91,7 @@ class ChunkGradients(NamedTuple):
     weights: list[Tensor]
     momentum: list[Tensor]
     anchor: list[Tensor] | None
-    base: list[Tensor]
+    base: list[Tensor] | None
 
 
 def _objective(
@@ -181,7 +181,7 @@ def run_chunk(
         with_weights, with_momentum = torch.bmm(hidden, weight.mT), torch.bmm(hidden, moment.mT)
         similarity = torch.bmm(hidden, h.mT)
         out = (with_weights * c.read_weights).addcmul_(with_momentum, c.read_momentum)
-        if layer < len(chunk.base):
+        if chunk.base is not None:
             out.baddbmm_(hidden, chunk.base[layer].mT)
         out = out.baddbmm_(similarity * c.read_steps, d, alpha=-1)
         reads.append(_Read(hidden, with_weights, with_momentum, similarity, out))
@@ -241,7 +241,7 @@ def chunk_backward(
     coefficient_grads: list[ChunkCoefficients] = []
     from_weights: list[Tensor] = []
     from_momentum: list[Tensor] = []
-    from_base: list[Tensor] = []
+    from_base: list[Tensor] | None = None if chunk.base is None else []
     for layer in reversed(range(net.depth)):
         c, h, d, read = chunk.coefficients[layer], keys.inputs[layer], keys.scaled[layer], tape.reads[layer]
         weight, moment = tape.weights[layer], tape.momentum[layer]
@@ -251,7 +251,7 @@ def chunk_backward(
         similarity_grad = mixing_grad * c.read_steps
         by_weights, by_momentum = out_grad * c.read_weights, out_grad * c.read_momentum
         hidden_grad = torch.bmm(by_weights, weight).baddbmm_(by_momentum, moment).baddbmm_(similarity_grad, h)
-        if layer < len(chunk.base):
+        if chunk.base is not None and from_base is not None:
             hidden_grad.baddbmm_(out_grad, chunk.base[layer])
             from_base.append(torch.bmm(out_grad.mT, read.inputs))
         deposit_w, deposit_s = torch.bmm(h, grad_w.mT), torch.bmm(h, grad_s.mT)
@@ -282,16 +282,18 @@ def chunk_backward(
         input_grads.append(input_grad)
         out_grad = backward(hidden_grad, tape.reads[layer - 1].outputs) if layer else hidden_grad
     for reverse in (scaled_grads, input_grads, coefficient_grads, from_weights, from_momentum, from_base):
-        reverse.reverse()
+        if reverse is not None:
+            reverse.reverse()
 
     # What is found at the anchor belongs to the base too, so it can go straight to the weights only without.
-    direct = tape.shared and not from_base
+    direct = tape.shared and from_base is None
     anchor_grads = from_weights if direct else [torch.zeros_like(w) for w in tape.anchor]
     key_grad, value_grad, key_gain, key_bias = _key_backward(
         net, tape, scaled_grads, input_grads, anchor_grads
     )
-    for into, grad in zip(from_base, anchor_grads, strict=False):
-        into += grad
+    if from_base is not None:
+        for into, grad in zip(from_base, anchor_grads, strict=True):
+            into += grad
     if tape.shared and not direct:
         for into, grad in zip(from_weights, anchor_grads, strict=True):
             into += grad

@@ -112,9 +112,8 @@ def memory_scan(
             `initial_momentum` and position 0.
         initial: (heads, out, in) for each layer; needed with `reset`.
         initial_momentum: (heads, out, in) for each layer; zero by default.
-        base: (heads, out, in) of the first layers, or of all: slow weights on which the fast ones are
-            offsets. The network is run with their sum, so that what is forgotten decays towards `base` and
-            not towards 0.
+        base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
+            run with their sum, so that what is forgotten decays towards `base` and not towards 0.
         backend: "auto", "chunkwise" or "reference".
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
 

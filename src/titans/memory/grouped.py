@@ -128,7 +128,7 @@ def scan_group(
             _by_layer(coefficients, n),
             slow.gain,
             slow.bias,
-            slow.base,
+            slow.base or None,
         )
         read, weights, momentum, tape = run_chunk(net, chunk, *state)
         state = _end(net, here, weights, momentum, state.anchor)
@@ -144,22 +144,21 @@ class _Arguments:
 
     def __init__(self, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> None:
         self.net, self.marks = net, marks
-        self.num_base = len(slow.base)
+        self.has_base = bool(slow.base)
         self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum, *slow.base]
         self.flat += [w for part in state for w in part]
 
     def unflatten(self, flat: Any) -> tuple[Tokens, Slow, State]:
         depth = self.net.depth
-        rest = list(flat[8:])
-
-        def take(count: int) -> tuple[Tensor, ...]:
-            taken, rest[:count] = tuple(rest[:count]), []
-            return taken
-
+        layered = [tuple(flat[i : i + depth]) for i in range(8, len(flat), depth)]
         # Without resets there are no initial weights to put back.
-        fresh = 0 if self.marks.fresh is None else depth
-        slow = Slow(flat[6], flat[7], take(fresh), take(fresh), take(self.num_base))
-        return Tokens(*flat[:6]), slow, State(take(depth), take(depth), take(depth))
+        initial, initial_momentum = layered[:2] if self.marks.fresh is not None else ((), ())
+        base = layered[-4] if self.has_base else ()
+        return (
+            Tokens(*flat[:6]),
+            Slow(flat[6], flat[7], initial, initial_momentum, base),
+            State(*layered[-3:]),
+        )
 
 
 class _GroupedScan(torch.autograd.Function):
@@ -271,7 +270,7 @@ class _SlowGradients:
         for total, part in ((self.gain, grads.gain), (self.bias, grads.bias)):
             if total is not None and part is not None:
                 total += part
-        for total, part in zip(self.base, grads.base, strict=True):
+        for total, part in zip(self.base, grads.base or (), strict=True):
             total += part
 
     def flat(self) -> list[Tensor | None]:

@@ -105,10 +105,8 @@ class MemoryNetwork:
         return tuple((out, inp) for inp, out in pairwise(widths))
 
     def total(self, fast: Sequence[Tensor], base: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """The weights the network is run with: the fast ones, those of the first layers on top of slow ones
-        (heads, out, in) if any."""
-        base = () if base is None else base
-        return (*(w + b for w, b in zip(fast, base, strict=False)), *fast[len(base) :])
+        """The weights the network is run with: the fast ones, on top of slow ones (heads, out, in) if any."""
+        return tuple(fast) if base is None else tuple(w + b for w, b in zip(fast, base, strict=True))
 
     def features(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, head_dim), W (…, out,

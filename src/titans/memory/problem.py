@@ -18,7 +18,7 @@ class ScanProblem:
     queries, keys, values: (batch, time, heads, head_dim). forget, momentum, step_size: (batch, time, heads,
         depth).
     gain, bias: (heads, 1, head_dim) or None. mask, reset: (batch, time) bool or None.
-    base: (heads, out, in) of the first layers, added to the fast weights where the network is run, or None.
+    base: (heads, out, in) each, added to the fast weights wherever the network is run, or None.
     initial, initial_momentum: (heads, out, in) each, or None; where `reset` starts a row afresh.
     """
 

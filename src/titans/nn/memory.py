@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
-from titans.nn.norm import HeadRMSNorm, shorten
+from titans.nn.norm import ReadNorm, shorten
 from titans.nn.packing import real_tokens, take
 
 LONGEST_HALF_LIFE = 1e6
@@ -34,24 +34,24 @@ class NeuralMemoryState:
 class InitialWeights(nn.ParameterList):
     """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation.
 
-    An `empty` one stops before the last layer, where nothing is below what tokens write: what has read
-    nothing, or forgotten everything, answers 0 (before a LayerNorm). A last layer that is learned drowns the
-    little that a token writes (docs/decisions/memory.md).
+    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers
+    0 (before a LayerNorm), and the little that a token writes is not drowned.
     """
 
     def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
-        shapes = network.weight_shapes[:-1] if empty else network.weight_shapes
-        super().__init__(torch.empty(num_heads, *shape) for shape in shapes)
-        self.unit_rows, self.depth = network.unit_rows, network.depth
+        super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
+        self.unit_rows, self.empty = network.unit_rows, empty
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for layer, weight in enumerate(self):
             # Keys have unit length: fan-in initialisation would leave the activation all but linear.
-            nn.init.normal_(weight, std=1.0 if layer == 0 and self.depth > 1 else weight.shape[-1] ** -0.5)
+            nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
             if self.unit_rows:
                 weight.copy_(F.normalize(weight, dim=-1))
+        if self.empty:
+            nn.init.zeros_(self[-1])
 
 
 class NeuralMemory(nn.Module):
@@ -60,16 +60,16 @@ class NeuralMemory(nn.Module):
     q, k, v are projected, convolved and passed through SiLU; q and k are L2-normalised per head, and a v
     longer than √head_dim is shortened to that, so that no input can write without bound. Forget, momentum and
     step size are functions of the token, one for each head and memory layer. The reads are normalised per
-    head, gated by silu of a projection, and projected back.
+    head (what the text taught apart from what was there before, see `ReadNorm`), gated by silu of a
+    projection, and projected back.
 
     Args:
         hidden_size: width of input and output.
         num_heads, head_dim: each head has a memory of its own.
         depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit, length_floor: see
             `MemoryNetwork`.
-        decay_to_initial: the fast weights are offsets on learned initial ones, so that what is forgotten
-            decays towards these; the last layer's are 0, so that an empty memory answers 0. Otherwise all
-            layers start at learned weights and decay towards 0, as in equation 13.
+        decay_to_initial: the fast weights are offsets on the learned initial ones, so that what is forgotten
+            decays towards these; otherwise they start there and decay towards 0, as in equation 13.
         chunk_size: tokens that share one set of gradient weights.
         conv_kernel: width of the causal convolution on q, k and v.
         max_momentum: upper bound of the momentum gate.
@@ -137,7 +137,7 @@ class NeuralMemory(nn.Module):
         self.initial_weights = InitialWeights(self.network, num_heads, empty=decay_to_initial)
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
-        self.read_norm = HeadRMSNorm(num_heads, head_dim)
+        self.read_norm = ReadNorm(num_heads, head_dim, decay_to_initial)
         self.output = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
 
@@ -160,20 +160,32 @@ class NeuralMemory(nn.Module):
 
     @property
     def base(self) -> tuple[Tensor, ...] | None:
-        """The weights on which the fast ones are offsets, (heads, out, in) for all layers but the last, or
-        None."""
+        """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
         return tuple(self.initial_weights) if self.decay_to_initial else None
+
+    def prior(self, queries: Tensor) -> Tensor | None:
+        """What a memory that has read nothing answers, (batch, time, heads, head_dim) in at least float32.
+
+        None where the fast weights are no offsets: what was there at first has been forgotten too.
+        """
+        if self.base is None:
+            return None
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        gain, bias = (
+            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
+        )
+        with torch.autocast(queries.device.type, enabled=False):
+            weights = [w.to(dtype) for w in self.base]
+            return self.network(weights, queries.to(dtype).transpose(1, 2), gain, bias).transpose(1, 2)
 
     def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
         """The state of rows that have read nothing but persistent (num_persistent, hidden_size), if any.
 
         These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
         """
+        weights = [w.unsqueeze(0) for w in self.initial_weights]
         if self.decay_to_initial:
-            shapes = self.network.weight_shapes
-            weights = [self.conv.weight.new_zeros(1, self.num_heads, *shape) for shape in shapes]
-        else:
-            weights = [w.unsqueeze(0) for w in self.initial_weights]
+            weights = [torch.zeros_like(w) for w in weights]
         memory = MemoryState.initial(weights)
         if persistent is not None and len(persistent):
             _, after = self.packed(persistent.unsqueeze(0), NeuralMemoryState(self._empty_tail(1), memory))
@@ -278,11 +290,13 @@ class NeuralMemory(nn.Module):
         qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
         qkv, tail = self.conv(qkv, state.tail, lengths, reset)
         queries, keys, values = F.silu(qkv).view(batch, time, 3, heads, head_dim).unbind(2)
+        # Reads come in the dtype of the queries, and what a token wrote is small beside the prior.
+        queries = F.normalize(queries.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         forget, momentum, step_size = self._gates(x)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
         reads, memory, surprise = memory_scan(
             self.network,
-            F.normalize(queries, dim=-1),
+            queries,
             F.normalize(keys, dim=-1),
             shorten(values, head_dim**0.5),
             forget,
@@ -304,7 +318,7 @@ class NeuralMemory(nn.Module):
         if reset is not None and lengths is not None:
             ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
             tail = torch.where(ended[:, None, None], 0, tail)
-        y = self.read_norm(reads).flatten(-2) * F.silu(gate)
+        y = self.read_norm(reads, self.prior(queries)).flatten(-2).to(gate.dtype) * F.silu(gate)
         return self.output(y), NeuralMemoryState(tail, memory)
 
     @torch.no_grad()

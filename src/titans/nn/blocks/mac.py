@@ -22,7 +22,7 @@ from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
 from titans.nn.gate import MemoryGate
 from titans.nn.memory import NeuralMemoryState
-from titans.nn.norm import HeadRMSNorm, RMSNorm
+from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import real_tokens, take
 from titans.nn.segment_attention import SegmentAttention, SegmentState
 
@@ -55,13 +55,13 @@ class MACBlock(nn.Module):
         width = s.num_heads * s.head_dim
         self.recall_query = nn.Linear(s.hidden_size, width, bias=False)
         self.recall_conv = CausalConv(width, s.conv_kernel)
-        self.recall_norm = HeadRMSNorm(s.num_heads, s.head_dim, s.norm_eps)
         self.recall_output = nn.Linear(width, s.hidden_size, bias=False)
         self.attention = SegmentAttention(
             s.hidden_size, s.num_heads, s.head_dim, s.segment_length, s.rope_theta
         )
         self.memory_norm = RMSNorm(s.hidden_size, s.norm_eps)
         self.memory = s.memory()
+        self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.decay_to_initial, s.norm_eps)
         self.gate = MemoryGate(s.hidden_size, s.norm_eps)
 
     def initial_state(self, batch: int) -> MACState:
@@ -167,14 +167,16 @@ class MACBlock(nn.Module):
     def _recall(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         queries, tail = self.recall_conv(self.recall_query(x), state.recall_tail, lengths)
         heads = (self.memory.num_heads, self.memory.network.head_dim)
-        queries = F.normalize(F.silu(queries).unflatten(-1, heads), dim=-1)
+        wide = F.silu(queries).unflatten(-1, heads).to(torch.promote_types(x.dtype, torch.float32))
+        wide = F.normalize(wide, dim=-1)
         then = MemoryState(state.snapshot, state.snapshot, state.snapshot, state.memory.memory.position)
         reads = memory_read(
             self.memory.network,
-            queries,
+            wide,
             then,
             norm_weight=self.memory.norm_weight,
             norm_bias=self.memory.norm_bias,
             base=self.memory.base,
         )
-        return self.recall_output(self.recall_norm(reads).flatten(-2)), tail
+        recalled = self.recall_norm(reads, self.memory.prior(wide)).flatten(-2)
+        return self.recall_output(recalled.to(queries.dtype)), tail
