@@ -132,15 +132,16 @@ def key_gradients(
         The largest |d loss / d key|, (rows, len(distances)), and whether the gradients of everything (keys,
         values, gates, initial weights) are finite. Not finite counts as inf.
     """
-    leaves = [x.detach().clone().requires_grad_() for x in cases.tokens]
-    initial, base = (
-        tuple(w.detach().clone().requires_grad_() for w in slow)
-        for slow in (memory.initial, memory.base or ())
-    )
+
+    def cut_off(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(x.detach().clone().requires_grad_() for x in tensors)
+
+    leaves, initial = cut_off(cases.tokens), cut_off(memory.initial)
+    base = None if memory.base is None else cut_off(memory.base)
     cases, memory = Cases(cases.names, *leaves), replace(memory, initial=initial, base=base)
     reads, _ = scan(memory, cases, MemoryState.initial(memory.fast(leaves[0].shape[0])))
     loss = (reads[:, -last:] - cases.values[:, -last:]).square().sum(-1).mean(1).sum()
-    grads = torch.autograd.grad(loss, [*leaves, *initial, *base])
+    grads = torch.autograd.grad(loss, [*leaves, *initial, *(base or ())])
     lengths = grads[0].squeeze(2).norm(dim=-1).nan_to_num(nan=math.inf, posinf=math.inf)
     end = lengths.shape[1] - last
     found = [lengths[:, max(0, end - d) : max(0, end - d) + window].amax(1) for d in distances]
