@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from titans.memory import memory_read
 from titans.nn import NeuralMemory
 from titans.nn import memory as memory_module
 
@@ -72,6 +73,18 @@ def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, se
             alone, last = layer(x[row, begin:end][real][None], persistent=persistent)
             assert_close(whole[row, begin:end][real], alone[0], FLOAT64, "row alone")
         assert_same_states(pytree.tree_map(lambda leaf, row=row: leaf[row : row + 1], state), last)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 2, 4, norm=norm, decay_to_initial=True).double()
+    nn.init.normal_(layer.initial_weights[-1])
+    queries = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    fresh = layer.initial_state(2).memory
+    slow = dict(norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, base=layer.base)
+    assert_close(layer.prior(queries), memory_read(layer.network, queries, fresh, **slow), FLOAT64, "prior")
+    assert NeuralMemory(8, 2, 4, decay_to_initial=False).prior(queries) is None
 
 
 @every_form

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from titans.nn.mlp import SwiGLU
-from titans.nn.norm import HeadRMSNorm, RMSNorm
+from titans.nn.norm import PRIOR_EPS, HeadRMSNorm, ReadNorm, RMSNorm
 
 
 def test_formula_and_weight():
@@ -16,6 +16,19 @@ def test_formula_and_weight():
     unit = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
     torch.testing.assert_close(norm(x), 0.5 * unit)
     torch.testing.assert_close(heads(x), unit * torch.arange(24.0, dtype=torch.float64).view(4, 6))
+
+
+def test_what_is_faint_is_not_drowned_by_the_prior():
+    generator = torch.Generator().manual_seed(0)
+    taught, prior = torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64).unbind(0)
+    norm = ReadNorm(4, 6, has_prior=True, eps=0.0).double()
+    known = prior / (prior.square().mean(-1, keepdim=True) + PRIOR_EPS).sqrt()
+    for size in (1e-3, 1.0):
+        torch.testing.assert_close(
+            norm(prior + size * taught, prior), taught / taught.square().mean(-1, keepdim=True).sqrt() + known
+        )
+    alone = ReadNorm(4, 6, has_prior=False).double()
+    torch.testing.assert_close(alone(taught, None), alone.taught(taught))
 
 
 def test_bfloat16_is_normalised_in_float32():
