@@ -83,7 +83,7 @@ SIZES = dict(
 )
 LEARNING_RATE, WARMUP_STEPS = 1e-2, 20
 TOKENS_PER_STEP, LENGTH = 4096, 256
-STEPS = {"passkey": 320, "recall": 600, "text": 80}
+STEPS = {"passkey": 320, "recall": 1000, "text": 80}
 NUM_SAMPLES = 200
 # Results of other settings are not mixed in.
 SETTINGS = json.loads(json.dumps([FORMS, HALF_LIVES, SIZES, STEPS, TOKENS_PER_STEP, LENGTH, LEARNING_RATE]))
@@ -261,6 +261,10 @@ COLUMNS = {
 }
 
 
+def steps_to_learn(found: dict[str, Any]) -> str:
+    return "NaN" if "nan" in found else str(found["learned"] or f"> {STEPS['passkey']}")
+
+
 def table(task: str, results: dict[Run, dict[str, Any]]) -> str:
     """One task's runs as a Markdown table, a row for each cell."""
     head = ["form", "half-life", "schedule", "seeds", "NaN", *COLUMNS[task]]
@@ -275,7 +279,7 @@ def table(task: str, results: dict[Run, dict[str, Any]]) -> str:
         scale, digits = (1, 3) if task == "text" else (100, 1)
         row = [form, half_life, schedule, str(len(cell)), str(len(cell) - len(good))]
         if task == "passkey":
-            row.append(", ".join(str(found.get("learned") or f"> {STEPS[task]}") for found in cell))
+            row.append(", ".join(map(steps_to_learn, cell)))
         row += [interval([found[c] for found in good], scale, digits) for c in COLUMNS[task]]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
