@@ -83,7 +83,7 @@ SIZES = dict(
 )
 LEARNING_RATE, WARMUP_STEPS = 1e-2, 20
 TOKENS_PER_STEP, LENGTH = 4096, 256
-STEPS = {"passkey": 320, "recall": 1000, "text": 80}
+STEPS = {"passkey": 320, "recall": 600, "text": 80}
 NUM_SAMPLES = 200
 # Results of other settings are not mixed in.
 SETTINGS = json.loads(json.dumps([FORMS, HALF_LIVES, SIZES, STEPS, TOKENS_PER_STEP, LENGTH, LEARNING_RATE]))
