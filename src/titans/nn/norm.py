@@ -44,10 +44,6 @@ class HeadRMSNorm(nn.Module):
         )
 
 
-# A prior starts at 0, where normalising multiplies its gradient by eps^-½: 10, not 1000.
-PRIOR_EPS = 1e-2
-
-
 class ReadNorm(nn.Module):
     """A memory's answers on one scale, whatever their size: what the text taught plus what training did.
 
@@ -58,7 +54,7 @@ class ReadNorm(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, has_prior: bool, eps: float = 1e-6) -> None:
         super().__init__()
         self.taught = HeadRMSNorm(num_heads, head_dim, eps)
-        self.prior = HeadRMSNorm(num_heads, head_dim, PRIOR_EPS) if has_prior else None
+        self.prior = HeadRMSNorm(num_heads, head_dim, eps) if has_prior else None
 
     def forward(self, reads: Tensor, prior: Tensor | None) -> Tensor:
         """Reads, and those of a memory that has read nothing, if there is one: (..., num_heads, head_dim)."""
