@@ -79,7 +79,9 @@ def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, se
 def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
     torch.manual_seed(0)
     layer = NeuralMemory(8, 2, 4, norm=norm, decay_to_initial=True).double()
-    nn.init.normal_(layer.initial_weights[-1])
+    for weight in (layer.initial_weights[-1], layer.norm_weight, layer.norm_bias):
+        if weight is not None:
+            nn.init.normal_(weight)
     queries = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     fresh = layer.initial_state(2).memory
     slow = dict(norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, base=layer.base)
