@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
-from titans.nn.norm import ReadNorm, shorten
+from titans.nn.norm import ReadNorm, shorten, unit_queries
 from titans.nn.packing import real_tokens, take
 
 LONGEST_HALF_LIFE = 1e6
@@ -290,8 +290,7 @@ class NeuralMemory(nn.Module):
         qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
         qkv, tail = self.conv(qkv, state.tail, lengths, reset)
         queries, keys, values = F.silu(qkv).view(batch, time, 3, heads, head_dim).unbind(2)
-        # Reads come in the dtype of the queries, and what a token wrote is small beside the prior.
-        queries = F.normalize(queries.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        queries = unit_queries(queries)
         forget, momentum, step_size = self._gates(x)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
         reads, memory, surprise = memory_scan(

@@ -63,6 +63,14 @@ class ReadNorm(nn.Module):
         return self.taught(reads - prior) + self.prior(prior)
 
 
+def unit_queries(x: Tensor) -> Tensor:
+    """x / ‖x‖ along the last axis, in at least float32.
+
+    Reads come in the dtype of their queries, and what a token wrote is small beside the prior.
+    """
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
 def shorten(x: Tensor, longest: float) -> Tensor:
     """x, vectors along the last axis longer than `longest` being shortened to it."""
     length = torch.linalg.vector_norm(

@@ -22,7 +22,7 @@ from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
 from titans.nn.gate import MemoryGate
 from titans.nn.memory import NeuralMemoryState
-from titans.nn.norm import ReadNorm, RMSNorm
+from titans.nn.norm import ReadNorm, RMSNorm, unit_queries
 from titans.nn.packing import real_tokens, take
 from titans.nn.segment_attention import SegmentAttention, SegmentState
 
@@ -167,8 +167,7 @@ class MACBlock(nn.Module):
     def _recall(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         queries, tail = self.recall_conv(self.recall_query(x), state.recall_tail, lengths)
         heads = (self.memory.num_heads, self.memory.network.head_dim)
-        wide = F.silu(queries).unflatten(-1, heads).to(torch.promote_types(x.dtype, torch.float32))
-        wide = F.normalize(wide, dim=-1)
+        wide = unit_queries(F.silu(queries).unflatten(-1, heads))
         then = MemoryState(state.snapshot, state.snapshot, state.snapshot, state.memory.memory.position)
         reads = memory_read(
             self.memory.network,
