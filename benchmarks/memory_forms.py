@@ -83,10 +83,13 @@ SIZES = dict(
 )
 LEARNING_RATE, WARMUP_STEPS = 1e-2, 20
 TOKENS_PER_STEP, LENGTH = 4096, 256
-STEPS = {"passkey": 320, "recall": 600, "text": 80}
+STEPS = {"passkey": 320, "recall": 800, "text": 80}
 NUM_SAMPLES = 200
 # Results of other settings are not mixed in.
-SETTINGS = json.loads(json.dumps([FORMS, HALF_LIVES, SIZES, STEPS, TOKENS_PER_STEP, LENGTH, LEARNING_RATE]))
+SETTINGS = {
+    task: json.loads(json.dumps([FORMS, HALF_LIVES, SIZES, steps, TOKENS_PER_STEP, LENGTH, LEARNING_RATE]))
+    for task, steps in STEPS.items()
+}
 RESULTS = Path(__file__).parent / "results"
 Batch = tuple[Tensor, Tensor]
 
@@ -313,9 +316,10 @@ def take_up(folder: Path) -> None:
     """Count the runs of the committed results as done."""
     path = RESULTS / "memory_forms.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("settings") == SETTINGS:
-        for name, found in before["runs"].items():
-            (folder / f"{name}.json").write_text(json.dumps(found))
+    for name, found in before.get("runs", {}).items():
+        task = name.split("-")[0]
+        if before["settings"].get(task) == SETTINGS[task]:
+            write_json(folder / f"{name}.json", found)
 
 
 def main() -> int:

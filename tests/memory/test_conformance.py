@@ -67,6 +67,8 @@ def agree(problem: Problem, backend: str) -> None:
 @settings(bounded, max_examples=150)
 @given(call=calls, stretch=stretches)
 def test_any_call(backend, objective, update_rule, call, stretch):
+    # A row of one number that is rescaled has a gradient of exactly 0, and what is found is rounding.
+    assume(call["head_dim"] > 1 or not call.get("unit_rows"))
     event(f"three groups or more: {stretch['time'] // stretch['chunk_size'] >= 7}")
     problem = make_problem(**call, **stretch, objective=objective, update_rule=update_rule)
     expected = everything(problem, "reference")
@@ -189,9 +191,10 @@ def test_backward_under_autocast_is_the_gradient_of_what_went_forward(backend):
     assert torch.equal(gradient(True), gradient(False))
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives_are_refused_rather_than_wrong(backend):
     problem = make_problem(time=5).require_grad()
-    reads, _, _ = problem.scan("chunkwise")
+    reads, _, _ = problem.scan(backend)
     with pytest.raises(RuntimeError, match=r"differentiable once.*create_graph=True.*use 'reference'"):
         torch.autograd.grad(reads.sum(), problem.leaves["keys"], create_graph=True)
 

@@ -66,7 +66,10 @@ REFUSED = [
     (dict(state=replace(STATE, anchor=[a.int() for a in STATE.anchor])), r"state.anchor\[0\] has dtype"),
     (dict(state=replace(STATE, position=torch.tensor(0))), r"state.position has shape \(\): give \(2,\)"),
     (dict(state=replace(STATE, position=torch.zeros(2))), r"state.position has dtype torch.float32: give t"),
-    (dict(backend="cuda"), r"backend='cuda' is not known here: choose one of \['auto', 'chunkwise', 'ref"),
+    (
+        dict(backend="cuda"),
+        r"backend='cuda' is not known here: choose one of \['auto', 'native', 'chunkwise', 'ref",
+    ),
 ]
 
 

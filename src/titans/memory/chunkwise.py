@@ -13,12 +13,16 @@ from torch import Tensor
 from titans.memory.chunk import Weights
 from titans.memory.grouped import Marks, Slow, State, Tokens, scan_chunks
 from titans.memory.layout import Columns, cut_columns
+from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
+# `grouped.scan_chunks` or what computes the same.
+ScanChunks = Callable[[MemoryNetwork, Tokens, Marks, Slow, State], tuple[Tensor, Tensor, State]]
+
 
 def _scan_columns(
-    problem: ScanProblem, tokens: Tokens, marks: Marks, state: MemoryState
+    problem: ScanProblem, run: ScanChunks, tokens: Tokens, marks: Marks, state: MemoryState
 ) -> tuple[Tensor, Tensor, MemoryState]:
     """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state (no
     position)."""
@@ -42,7 +46,7 @@ def _scan_columns(
     gain, bias = (None if x is None else per_row(x) for x in (problem.gain, problem.bias))
     slow = Slow(gain, bias, initial, initial_momentum, tuple(map(per_row, problem.base or ())))
     start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
-    reads, surprise, parts = scan_chunks(net, tokens, marks, slow, start)
+    reads, surprise, parts = run(net, tokens, marks, slow, start)
     shaped = [tuple(w.view(batch, heads, *w.shape[1:]) for w in part) for part in parts]
     return reads, surprise, MemoryState(shaped[0], shaped[1], shaped[2], state.position)
 
@@ -70,7 +74,7 @@ def _tokens(problem: ScanProblem, select: Callable[[Tensor], Tensor], num_chunks
     )
 
 
-def _scan_aligned(problem: ScanProblem, phase: int) -> tuple[Tensor, MemoryState, Tensor]:
+def _scan_aligned(problem: ScanProblem, run: ScanChunks, phase: int) -> tuple[Tensor, MemoryState, Tensor]:
     """Every token real and every row at the same phase of its chunk: finish the open chunk, whole ones, the
     rest."""
     batch, time, heads, _ = problem.keys.shape
@@ -83,7 +87,7 @@ def _scan_aligned(problem: ScanProblem, phase: int) -> tuple[Tensor, MemoryState
             continue
         complete = (phase + end) % size == 0
         tokens = _tokens(problem, lambda x, b=begin, e=end: x[:, b:e].contiguous(), chunks)
-        read, surprise, state = _scan_columns(problem, tokens, Marks(None, None, complete), state)
+        read, surprise, state = _scan_columns(problem, run, tokens, Marks(None, None, complete), state)
         reads.append(_by_time(read, batch))
         surprises.append(_by_time(surprise.unsqueeze(-1), batch).squeeze(-1))
     position = problem.state.position + time
@@ -91,7 +95,9 @@ def _scan_aligned(problem: ScanProblem, phase: int) -> tuple[Tensor, MemoryState
     return torch.cat(reads, 1), state, torch.cat(surprises, 1)
 
 
-def _scan_ragged(problem: ScanProblem, columns: Columns) -> tuple[Tensor, MemoryState, Tensor]:
+def _scan_ragged(
+    problem: ScanProblem, run: ScanChunks, columns: Columns
+) -> tuple[Tensor, MemoryState, Tensor]:
     """Rows at different phases, masked tokens, resets: gather into columns, scan, put back."""
     batch, time, heads, head_dim = problem.keys.shape
     _, num_chunks, width = columns.filled.shape
@@ -113,7 +119,9 @@ def _scan_ragged(problem: ScanProblem, columns: Columns) -> tuple[Tensor, Memory
             per_row(columns.fresh) if problem.reset is not None else None,
             per_row(columns.complete),
         )
-        read, surprise, state = _scan_columns(problem, _tokens(problem, gather, num_chunks), marks, state)
+        read, surprise, state = _scan_columns(
+            problem, run, _tokens(problem, gather, num_chunks), marks, state
+        )
         real = problem.mask if problem.mask is not None else torch.ones_like(columns.place, dtype=torch.bool)
 
         def back(x: Tensor) -> Tensor:
@@ -139,15 +147,20 @@ def _scan_ragged(problem: ScanProblem, columns: Columns) -> tuple[Tensor, Memory
 
 def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    return scan_laid_out(problem, scan_chunks)
+
+
+def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, MemoryState, Tensor]:
+    """Cut the rows into chunks, have these run, and put the answers back where the tokens were."""
     batch, time, heads, _ = problem.keys.shape
     if time == 0:
         return torch.zeros_like(problem.queries), problem.state, problem.keys.new_zeros(batch, 0, heads)
     if problem.mask is None and problem.reset is None:
         phases = set((problem.state.position % problem.chunk_size).tolist())
         if len(phases) == 1:
-            return _scan_aligned(problem, phases.pop())
+            return _scan_aligned(problem, run, phases.pop())
     real = problem.mask
     if real is None:
         real = torch.ones(batch, time, dtype=torch.bool, device=problem.keys.device)
     columns = cut_columns(problem.state.position, real, problem.chunk_size, problem.reset)
-    return _scan_ragged(problem, columns)
+    return _scan_ragged(problem, run, columns)

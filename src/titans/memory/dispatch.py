@@ -10,6 +10,8 @@ from torch import Tensor
 
 from titans.memory.checks import check_read, check_scan
 from titans.memory.chunkwise import chunkwise_scan
+from titans.memory.native import native_scan
+from titans.memory.native import refuses as native_refuses
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.reference import reference_scan
@@ -34,6 +36,7 @@ def _chunkwise_refuses(problem: ScanProblem) -> str | None:
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
+    "native": Backend(native_scan, native_refuses),
     "chunkwise": Backend(chunkwise_scan, _chunkwise_refuses),
     "reference": Backend(reference_scan, lambda problem: None),
 }
@@ -114,7 +117,7 @@ def memory_scan(
         initial_momentum: (heads, out, in) for each layer; zero by default.
         base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
             run with their sum, so that what is forgotten decays towards `base` and not towards 0.
-        backend: "auto", "chunkwise" or "reference".
+        backend: "auto", or a name in `BACKENDS`: "native", "chunkwise", "reference".
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
 
     Returns:

@@ -139,7 +139,7 @@ def scan_group(
     return torch.stack(reads), torch.stack(surprises), state
 
 
-class _Arguments:
+class Arguments:
     """The tensors of a scan, flattened for autograd and put back together; optional ones keep their place."""
 
     def __init__(self, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> None:
@@ -147,6 +147,11 @@ class _Arguments:
         self.has_base = bool(slow.base)
         self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum, *slow.base]
         self.flat += [w for part in state for w in part]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd has to know of this scan."""
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.flat)
 
     def unflatten(self, flat: Any) -> tuple[Tokens, Slow, State]:
         depth = self.net.depth
@@ -166,7 +171,7 @@ class _GroupedScan(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: _Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
         net = arguments.net
         tokens, slow, state = arguments.unflatten(flat)
         num_chunks = tokens.keys.shape[0]
@@ -206,7 +211,7 @@ class _GroupedScan(torch.autograd.Function):
 
     @staticmethod
     def _recompute(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arguments: _Arguments = ctx.arguments
+        arguments: Arguments = ctx.arguments
         net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
         saved = ctx.saved_tensors
         tokens, slow, _ = arguments.unflatten(saved[: ctx.num_inputs])
@@ -347,8 +352,8 @@ def scan_chunks(
 ) -> tuple[Tensor, Tensor, State]:
     """Run laid-out chunks: reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the
     state."""
-    arguments = _Arguments(net, marks, tokens, slow, state)
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in arguments.flat):
+    arguments = Arguments(net, marks, tokens, slow, state)
+    if not arguments.needs_grad:
         return scan_group(net, tokens, coefficients_of(net, tokens, marks), marks, slow, state)
     reads, surprise, *leaves = _GroupedScan.apply(arguments, *arguments.flat)
     return (

@@ -1,0 +1,139 @@
+"""The fast path as one compiled loop: a head's state stays in the core's cache from chunk to chunk.
+
+The same algorithm as `chunk.py` and `grouped.py`, which are the place to read it. The C++ beside this file is
+compiled on first use (`build.py`); `missing` says in a sentence why it cannot be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.memory.chunkwise import scan_laid_out
+from titans.memory.grouped import Arguments, Marks, Slow, State, Tokens
+from titans.memory.native.build import missing
+from titans.memory.network import MemoryNetwork
+from titans.memory.problem import ScanProblem
+from titans.memory.state import MemoryState
+
+__all__ = ["missing", "native_scan", "refuses"]
+
+
+def refuses(problem: ScanProblem) -> str | None:
+    """Why the compiled loop cannot run this problem, or None."""
+    net = problem.net
+    if problem.keys.device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
+    if net.objective != "squared_error" or net.update_rule != "momentum":
+        return "it knows the objective 'squared_error' and the update rule 'momentum'"
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
+    return missing()
+
+
+def native_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
+    """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    return scan_laid_out(problem, _scan_chunks)
+
+
+def _sizes(net: MemoryNetwork) -> tuple[list[int], list[float]]:
+    """The network as `Network` of network.h has it."""
+    rescale = 0
+    if net.unit_rows or net.row_limit is not None:
+        rescale = 2 if net.unit_rows and net.norm else 1
+    hidden = net.head_dim * net.expansion
+    flags = (net.activation == "gelu", net.residual, net.norm, net.normalize_step)
+    numbers = [net.length_floor, 1.0 if net.row_limit is None else net.row_limit]
+    return [net.depth, net.head_dim, hidden, *map(int, flags), rescale], numbers
+
+
+def _problem(net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> list[Any]:
+    """The arguments that both operators begin with."""
+    chunks, rows = tokens.keys.shape[:2]
+    complete = marks.complete
+    if not isinstance(complete, Tensor):
+        complete = torch.full((chunks, rows), complete)
+
+    def each(tensors: Any) -> list[Tensor]:
+        return [x.contiguous() for x in tensors]
+
+    return [
+        *_sizes(net),
+        each(tokens),
+        *(None if x is None else x.contiguous() for x in (marks.filled, marks.fresh)),
+        complete.contiguous(),
+        *(None if x is None else x.contiguous() for x in (slow.gain, slow.bias)),
+        *map(each, (slow.initial, slow.initial_momentum, slow.base)),
+        each([*state.weights, *state.momentum, *state.anchor]),
+        state.anchor[0] is state.weights[0],
+    ]
+
+
+def _keeps_anchor(marks: Marks) -> bool:
+    return isinstance(marks.complete, Tensor)
+
+
+def _split(results: list[Tensor], depth: int) -> State:
+    return State(*(tuple(results[i : i + depth]) for i in range(0, 3 * depth, depth)))
+
+
+def _scan_chunks(
+    net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+) -> tuple[Tensor, Tensor, State]:
+    arguments = Arguments(net, marks, tokens, slow, state)
+    if arguments.needs_grad:
+        reads, surprise, *leaves = _NativeScan.apply(arguments, *arguments.flat)
+        return reads, surprise, _split(leaves, net.depth)
+    problem = _problem(net, marks, tokens, slow, state)
+    reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, False)
+    return reads, surprise, _split(leaves, net.depth)
+
+
+class _NativeScan(torch.autograd.Function):
+    """A scan that keeps the state once per group of chunks and recomputes the inside of a group going
+    backward."""
+
+    @staticmethod
+    def forward(ctx: Any, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        net, marks = arguments.net, arguments.marks
+        ctx.arguments, ctx.num_inputs = arguments, len(flat)
+        tokens, slow, state = arguments.unflatten(flat)
+        ctx.shared = state.anchor[0] is state.weights[0]
+        ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
+        problem = _problem(net, marks, tokens, slow, state)
+        found = torch.ops.titans_native.scan(*problem, ctx.group, True, _keeps_anchor(marks))
+        outputs, starts = found[: 2 + 3 * net.depth], found[2 + 3 * net.depth :]
+        ctx.save_for_backward(*flat, *starts)
+        ctx.mark_non_differentiable(outputs[1])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        arguments: Arguments = ctx.arguments
+        if torch.is_grad_enabled():
+            # Second derivatives through a recomputation would silently lose terms.
+            raise RuntimeError(
+                "backend='native' is differentiable once, create_graph=True asks for more: use 'reference'"
+            )
+        net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
+        saved = ctx.saved_tensors
+        tokens, slow, state = arguments.unflatten(saved[: ctx.num_inputs])
+        if ctx.shared:
+            # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
+            state = state._replace(anchor=state.weights)
+        problem = _problem(net, marks, tokens, slow, state)
+        wanted = [x.contiguous() for x in (grads[0], *grads[2:])]
+        found = torch.ops.titans_native.scan_backward(*problem, ctx.group, saved[ctx.num_inputs :], wanted)
+        token_grads, (gain, bias), rest = found[:6], found[6:8], found[8:]
+        slow_grads = [
+            None if slow.gain is None else gain.unsqueeze(1),
+            None if slow.bias is None else bias.unsqueeze(1),
+            *rest[: -3 * depth],
+        ]
+        state_grads = list(rest[-3 * depth :])
+        if ctx.shared:
+            state_grads[-depth:] = [None] * depth
+        return (None, *token_grads, *slow_grads, *state_grads)

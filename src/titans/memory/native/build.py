@@ -1,0 +1,97 @@
+"""Compiling the native backend: once for each source, compiler, processor and torch, then found again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent
+
+
+def _flags() -> list[str]:
+    torch_folder = Path(torch.__file__).parent
+    capability = torch.backends.cpu.get_cpu_capability()
+    include = torch_folder / "include"
+    return [
+        "-std=c++20",
+        "-O3",
+        "-march=native",
+        *(["-mprefer-vector-width=512"] if capability == "AVX512" else []),
+        *(
+            [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+            if capability in ("AVX2", "AVX512")
+            else []
+        ),
+        "-fopenmp",
+        "-fPIC",
+        "-shared",
+        f"-I{include}",
+        f"-I{include / 'torch/csrc/api/include'}",
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+
+
+def _processor() -> str:
+    """What decides which instructions -march=native may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "titans"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Build and load the operators; why that cannot be done, in a sentence, or None where they are there."""
+    compiler = os.environ.get("CXX") or "g++"
+    found = shutil.which(compiler)
+    if found is None:
+        return f"it is compiled on first use and there is no {compiler} (Debian, Ubuntu: apt-get install g++)"
+    try:
+        library = _built(found)
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"compiling it with {found} failed: {error}"
+    return None
+
+
+def _built(compiler: str) -> Path:
+    """The compiled library, from the cache or built now."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    sources = sorted(_SOURCES.glob("*.h")) + sorted(_SOURCES.glob("*.cpp"))
+    told = [version, torch.__version__, _processor(), *_flags(), *(path.read_text() for path in sources)]
+    name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    library = _cache() / f"native-{name}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    print("titans: compiling the native memory backend, once (about half a minute)", file=sys.stderr)
+    # Two processes may build at the same time: each under a name of its own, and the last one stands.
+    handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
+    os.close(handle)
+    try:
+        command = [compiler, str(_SOURCES / "scan.cpp"), "-o", temporary, *_flags()]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError(errors[0] if errors else done.stderr[-500:])
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library

@@ -1,0 +1,128 @@
+// Small matrix products with a vector along the last, contiguous dimension, which is padded to whole vectors.
+// What happens to a finished tile is the caller's: sums, scaling and stores are fused into the product.
+#pragma once
+
+#include <cstddef>
+
+namespace titans {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kAccumulators = 16;  // of 32 registers: enough to hide the latency of a multiply-add
+#else
+constexpr int kVectorBytes = 32;
+constexpr int kAccumulators = 8;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+template <class T>
+inline void store(T* p, Vector<T> x) {
+  *reinterpret_cast<Vector<T>*>(p) = x;
+}
+template <class T>
+inline Vector<T> splat(T x) {
+  return Vector<T>{} + x;
+}
+
+inline int padded(int n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
+
+template <bool kTransposed, int kRows, int kVectors, class T, class Finish>
+[[gnu::always_inline]] inline void tile(
+    int i, int j, int depth, const T* a, int lda, const T* b, int ldb, const Finish& finish) {
+  Vector<T> sum[kRows][kVectors] = {};
+  a += kTransposed ? i : std::ptrdiff_t(i) * lda;
+  b += j;
+  for (int k = 0; k < depth; ++k) {
+    Vector<T> right[kVectors];
+#pragma GCC unroll 8
+    for (int n = 0; n < kVectors; ++n) right[n] = load(b + n * kLanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const T left = kTransposed ? a[r] : a[std::ptrdiff_t(r) * lda];
+#pragma GCC unroll 8
+      for (int n = 0; n < kVectors; ++n) sum[r][n] += left * right[n];
+    }
+    a += kTransposed ? lda : 1;
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < kVectors; ++n) finish(i + r, j + n * kLanes<T>, sum[r][n]);
+}
+
+template <bool kTransposed, int kVectors, class T, class Finish>
+inline void panel(
+    int rows, int j, int depth, const T* a, int lda, const T* b, int ldb, const Finish& finish) {
+  constexpr int kTall = kAccumulators / kVectors;
+  constexpr int kShort = kTall > 4 ? 4 : 1;
+  int i = 0;
+  for (; i + kTall <= rows; i += kTall) tile<kTransposed, kTall, kVectors>(i, j, depth, a, lda, b, ldb, finish);
+  for (; i + kShort <= rows; i += kShort)
+    tile<kTransposed, kShort, kVectors>(i, j, depth, a, lda, b, ldb, finish);
+  for (; i < rows; ++i) tile<kTransposed, 1, kVectors>(i, j, depth, a, lda, b, ldb, finish);
+}
+
+// finish(i, j, v): v holds Σ_k op(A)[i, k] B[k, j … j + lanes), for each i < rows and j < columns.
+// A is (rows, depth), or (depth, rows) if transposed; B is (depth, columns), columns whole vectors.
+template <bool kTransposed, class T, class Finish>
+inline void product(
+    int rows, int columns, int depth, const T* a, int lda, const T* b, int ldb, const Finish& finish) {
+  constexpr int kWide = kAccumulators >= 16 ? 4 : 2;
+  int j = 0;
+  for (; j + kWide * kLanes<T> <= columns; j += kWide * kLanes<T>)
+    panel<kTransposed, kWide>(rows, j, depth, a, lda, b, ldb, finish);
+  if constexpr (kWide == 4)
+    for (; j + 2 * kLanes<T> <= columns; j += 2 * kLanes<T>)
+      panel<kTransposed, 2>(rows, j, depth, a, lda, b, ldb, finish);
+  for (; j < columns; j += kLanes<T>) panel<kTransposed, 1>(rows, j, depth, a, lda, b, ldb, finish);
+}
+
+// The finishes that are needed more than once.
+template <class T>
+auto assign(T* c, int ldc) {
+  return [=](int i, int j, Vector<T> sum) { store(c + std::ptrdiff_t(i) * ldc + j, sum); };
+}
+template <class T>
+auto add(T* c, int ldc) {
+  return [=](int i, int j, Vector<T> sum) {
+    T* at = c + std::ptrdiff_t(i) * ldc + j;
+    store(at, load(at) + sum);
+  };
+}
+template <class T>
+auto subtract(T* c, int ldc) {
+  return [=](int i, int j, Vector<T> sum) {
+    T* at = c + std::ptrdiff_t(i) * ldc + j;
+    store(at, load(at) - sum);
+  };
+}
+
+// (rows, columns) to (columns, rows).
+template <class T>
+inline void transpose(int rows, int columns, const T* from, int ld_from, T* to, int ld_to) {
+  constexpr int kBlock = 16;
+  for (int i = 0; i < rows; i += kBlock)
+    for (int j = 0; j < columns; j += kBlock) {
+      const int last_i = i + kBlock < rows ? i + kBlock : rows;
+      const int last_j = j + kBlock < columns ? j + kBlock : columns;
+      for (int c = j; c < last_j; ++c)
+        for (int r = i; r < last_i; ++r)
+          to[std::ptrdiff_t(c) * ld_to + r] = from[std::ptrdiff_t(r) * ld_from + c];
+    }
+}
+
+}  // namespace titans

@@ -1,0 +1,344 @@
+// The fast network of one head where it is not a matrix product: activation, LayerNorm, objective, step
+// normalizers, each forward and backward. Token matrices are (features, slots), a vector runs along slots.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "matmul.h"
+
+namespace titans {
+
+constexpr double kNormEps = 1e-5;
+constexpr double kNormalizerFloor = 1e-6;
+constexpr double kActivationSlope = 1.13;
+
+struct Network {
+  int depth, head_dim, hidden;
+  bool gelu, residual, norm, normalize;
+  enum Rescale { kNever, kLonger, kAlways } rescale;
+  double length_floor, radius;
+
+  int in(int layer) const { return layer ? hidden : head_dim; }
+  int out(int layer) const { return layer + 1 < depth ? hidden : head_dim; }
+};
+
+template <class T>
+struct Slopes {
+  at::vec::Vectorized<T> value, first, second;
+};
+
+// The activation and its first two derivatives.
+template <class T>
+inline Slopes<T> activation(bool gelu, at::vec::Vectorized<T> x) {
+  using V = at::vec::Vectorized<T>;
+  const V one(T(1)), two(T(2));
+  if (gelu) {
+    const V area = V(T(0.5)) * (one + (x * V(T(M_SQRT1_2))).erf());
+    const V density = V(T(0.5 * M_SQRT1_2 * M_2_SQRTPI)) * (x * x * V(T(-0.5))).exp();
+    return {x * area, area + x * density, density * (two - x * x)};
+  }
+  const V gate = one / (one + x.neg().exp());
+  const V closed = one - gate;
+  return {x * gate, gate * (one + x * closed), gate * closed * (two + x * (one - two * gate))};
+}
+
+template <class T, class Body>
+inline void for_vectors(int n, const Body& body) {
+  for (int i = 0; i < n; i += at::vec::Vectorized<T>::size()) body(i);
+}
+
+// h = act(z).
+template <class T>
+inline void activate(bool gelu, int n, const T* z, T* h) {
+  using V = at::vec::Vectorized<T>;
+  for_vectors<T>(n, [&](int i) { activation<T>(gelu, V::loadu(z + i)).value.store(h + i); });
+}
+
+// to = grad · act'(z).
+template <class T>
+inline void activate_backward(bool gelu, int n, const T* z, const T* grad, T* to) {
+  using V = at::vec::Vectorized<T>;
+  for_vectors<T>(n, [&](int i) {
+    (V::loadu(grad + i) * activation<T>(gelu, V::loadu(z + i)).first).store(to + i);
+  });
+}
+
+// Of δ = above · act'(z): to = grad · act'(z), bend = grad · above · act''(z).
+template <class T>
+inline void activate_twice_backward(
+    bool gelu, int n, const T* z, const T* above, const T* grad, T* to, T* bend) {
+  using V = at::vec::Vectorized<T>;
+  for_vectors<T>(n, [&](int i) {
+    const auto slopes = activation<T>(gelu, V::loadu(z + i));
+    const V g = V::loadu(grad + i);
+    (g * slopes.first).store(to + i);
+    (g * V::loadu(above + i) * slopes.second).store(bend + i);
+  });
+}
+
+// Σ over features of a·b, (slots,).
+template <class T>
+inline void dot_columns(int features, int slots, const T* a, const T* b, T* sum) {
+  std::fill_n(sum, slots, T(0));
+  for (int i = 0; i < features; ++i)
+    for (int t = 0; t < slots; ++t) sum[t] += a[i * slots + t] * b[i * slots + t];
+}
+
+// Gain and bias of one head, each (head_dim,) or null.
+template <class T>
+struct Affine {
+  const T* gain;
+  const T* bias;
+  T scale(int i) const { return gain ? gain[i] : T(1); }
+  T shift(int i) const { return bias ? bias[i] : T(0); }
+};
+
+// LayerNorm without gain and bias: normed (features, slots) and its scale 1/√(var + eps) (slots,).
+template <class T>
+inline void layer_norm(int features, int slots, const T* x, T* normed, T* scale, T* mean) {
+  std::fill_n(mean, slots, T(0));
+  std::fill_n(scale, slots, T(0));
+  for (int i = 0; i < features; ++i)
+    for (int t = 0; t < slots; ++t) mean[t] += x[i * slots + t];
+  for (int t = 0; t < slots; ++t) mean[t] /= T(features);
+  for (int i = 0; i < features; ++i)
+    for (int t = 0; t < slots; ++t) {
+      normed[i * slots + t] = x[i * slots + t] - mean[t];
+      scale[t] += normed[i * slots + t] * normed[i * slots + t];
+    }
+  for (int t = 0; t < slots; ++t) scale[t] = T(1) / std::sqrt(scale[t] / T(features) + T(kNormEps));
+  for (int i = 0; i < features; ++i)
+    for (int t = 0; t < slots; ++t) normed[i * slots + t] *= scale[t];
+}
+
+// The gradient of LayerNorm's input from that of its output, `grad`, and what else its scale has, `scale_grad`.
+template <class T>
+inline void layer_norm_backward(
+    int features, int slots, const T* normed, const T* scale, const T* grad, const T* scale_grad, T* to,
+    T* mean, T* along) {
+  std::fill_n(mean, slots, T(0));
+  std::fill_n(along, slots, T(0));
+  for (int i = 0; i < features; ++i)
+    for (int t = 0; t < slots; ++t) {
+      mean[t] += grad[i * slots + t];
+      along[t] += grad[i * slots + t] * normed[i * slots + t];
+    }
+  for (int t = 0; t < slots; ++t) {
+    mean[t] /= T(features);
+    along[t] = (along[t] + (scale_grad ? scale_grad[t] * scale[t] : T(0))) / T(features);
+  }
+  for (int i = 0; i < features; ++i)
+    for (int t = 0; t < slots; ++t)
+      to[i * slots + t] = scale[t] * (grad[i * slots + t] - mean[t] - normed[i * slots + t] * along[t]);
+}
+
+// M(x) from f(x): LayerNorm and residual.
+template <class T>
+inline void finish(
+    const Network& net, int slots, const T* features, const T* x, Affine<T> affine, T* answers, T* scratch) {
+  const int d = net.head_dim;
+  const T* from = features;
+  if (net.norm) {
+    T *scale = scratch, *mean = scratch + slots;
+    layer_norm(d, slots, features, answers, scale, mean);
+    for (int i = 0; i < d; ++i)
+      for (int t = 0; t < slots; ++t)
+        answers[i * slots + t] = answers[i * slots + t] * affine.scale(i) + affine.shift(i);
+    from = answers;
+  }
+  for (int i = 0; i < d * slots; ++i) answers[i] = net.residual ? from[i] + x[i] : from[i];
+}
+
+// Gradients of f(x), gain and bias (these are added to) through `finish`; the residual is the caller's.
+template <class T>
+inline void finish_backward(
+    const Network& net, int slots, const T* features, Affine<T> affine, const T* grad, T* to, T* gain_grad,
+    T* bias_grad, T* scratch) {
+  const int d = net.head_dim, n = d * slots;
+  if (!net.norm) {
+    std::copy_n(grad, n, to);
+    return;
+  }
+  T *normed = scratch, *scaled = scratch + n, *scale = scratch + 2 * n;
+  T *mean = scale + slots, *along = mean + slots;
+  layer_norm(d, slots, features, normed, scale, mean);
+  for (int i = 0; i < d; ++i) {
+    T gain = 0, bias = 0;
+    for (int t = 0; t < slots; ++t) {
+      gain += grad[i * slots + t] * normed[i * slots + t];
+      bias += grad[i * slots + t];
+      scaled[i * slots + t] = grad[i * slots + t] * affine.scale(i);
+    }
+    if (gain_grad) gain_grad[i] += gain;
+    if (bias_grad) bias_grad[i] += bias;
+  }
+  layer_norm_backward(d, slots, normed, scale, scaled, static_cast<const T*>(nullptr), to, mean, along);
+}
+
+template <class T>
+inline T largest_gain(const Network& net, Affine<T> affine) {
+  T largest = affine.gain ? T(0) : T(1);
+  for (int i = 0; affine.gain && i < net.head_dim; ++i) largest = std::max(largest, std::abs(affine.gain[i]));
+  return largest;
+}
+
+// The gradient of ‖M(k) − v‖² with respect to f(k), the objective itself, and ρ², the norm's squared slope.
+template <class T>
+inline void objective(
+    const Network& net, int slots, const T* features, const T* keys, const T* values, Affine<T> affine,
+    T* delta, T* surprise, T* slope, T* scratch) {
+  const int d = net.head_dim;
+  std::fill_n(surprise, slots, T(0));
+  if (!net.norm) {
+    std::fill_n(slope, slots, T(1));
+    for (int i = 0; i < d; ++i)
+      for (int t = 0; t < slots; ++t) {
+        const int at = i * slots + t;
+        const T error = (net.residual ? features[at] + keys[at] : features[at]) - values[at];
+        surprise[t] += error * error;
+        delta[at] = 2 * error;
+      }
+    return;
+  }
+  T *normed = scratch, *scaled = scratch + d * slots, *scale = scratch + 2 * d * slots;
+  T *mean = scale + slots, *along = mean + slots;
+  layer_norm(d, slots, features, normed, scale, mean);
+  for (int i = 0; i < d; ++i)
+    for (int t = 0; t < slots; ++t) {
+      const int at = i * slots + t;
+      T answer = normed[at] * affine.scale(i) + affine.shift(i);
+      if (net.residual) answer += keys[at];
+      const T error = answer - values[at];
+      surprise[t] += error * error;
+      scaled[at] = 2 * error * affine.scale(i);
+    }
+  const T largest = largest_gain(net, affine);
+  for (int t = 0; t < slots; ++t) slope[t] = largest * largest * scale[t] * scale[t];
+  layer_norm_backward(d, slots, normed, scale, scaled, static_cast<const T*>(nullptr), delta, mean, along);
+}
+
+// Backward of `objective` from the gradients of delta and slope: features, keys (added to) and values are
+// written to, gain and bias added to.
+template <class T>
+inline void objective_backward(
+    const Network& net, int slots, const T* features, const T* keys, const T* values, Affine<T> affine,
+    const T* delta_grad, const T* slope_grad, T* features_grad, T* keys_grad, T* values_grad, T* gain_grad,
+    T* bias_grad, T* scratch) {
+  const int d = net.head_dim, n = d * slots;
+  if (!net.norm) {
+    for (int i = 0; i < n; ++i) {
+      features_grad[i] = 2 * delta_grad[i];
+      values_grad[i] = -2 * delta_grad[i];
+      if (net.residual) keys_grad[i] += 2 * delta_grad[i];
+    }
+    return;
+  }
+  T *normed = scratch, *error = scratch + n, *normed_grad = scratch + 2 * n;
+  T *scale = scratch + 3 * n, *mean = scale + slots, *along = mean + slots, *mean_grad = along + slots,
+    *along_grad = mean_grad + slots, *scale_grad = along_grad + slots;
+  layer_norm(d, slots, features, normed, scale, mean);
+  std::fill_n(mean, 5 * slots, T(0));
+  for (int i = 0; i < d; ++i)
+    for (int t = 0; t < slots; ++t) {
+      const int at = i * slots + t;
+      T answer = normed[at] * affine.scale(i) + affine.shift(i);
+      if (net.residual) answer += keys[at];
+      error[at] = 2 * (answer - values[at]);
+      const T scaled = error[at] * affine.scale(i);
+      mean[t] += scaled;
+      along[t] += scaled * normed[at];
+      mean_grad[t] += delta_grad[at];
+      along_grad[t] += delta_grad[at] * normed[at];
+    }
+  for (int t = 0; t < slots; ++t) {
+    mean[t] /= T(d);
+    along[t] /= T(d);
+    mean_grad[t] /= T(d);
+    along_grad[t] /= T(d);
+  }
+  // δ = scale · (error · gain − mean − normed · along).
+  const T largest = largest_gain(net, affine);
+  for (int i = 0; i < d; ++i) {
+    T gain = 0, bias = 0;
+    for (int t = 0; t < slots; ++t) {
+      const int at = i * slots + t;
+      const T scaled = error[at] * affine.scale(i);
+      scale_grad[t] += delta_grad[at] * (scaled - mean[t] - normed[at] * along[t]);
+      const T scaled_grad = scale[t] * (delta_grad[at] - mean_grad[t] - normed[at] * along_grad[t]);
+      const T answer_grad = 2 * scaled_grad * affine.scale(i);
+      normed_grad[at] = answer_grad * affine.scale(i) -
+          scale[t] * (delta_grad[at] * along[t] + scaled * along_grad[t]);
+      gain += scaled_grad * error[at] + answer_grad * normed[at];
+      bias += answer_grad;
+      values_grad[at] = -answer_grad;
+      if (net.residual) keys_grad[at] += answer_grad;
+    }
+    if (gain_grad) gain_grad[i] += gain;
+    if (bias_grad) bias_grad[i] += bias;
+  }
+  if (slope_grad) {
+    T largest_grad = 0;
+    int ties = 0;
+    for (int t = 0; t < slots; ++t) {
+      scale_grad[t] += 2 * largest * largest * scale[t] * slope_grad[t];
+      largest_grad += 2 * largest * scale[t] * scale[t] * slope_grad[t];
+    }
+    for (int i = 0; gain_grad && i < d; ++i) ties += std::abs(affine.gain[i]) == largest;
+    for (int i = 0; gain_grad && i < d; ++i)
+      if (std::abs(affine.gain[i]) == largest && largest > 0)
+        gain_grad[i] += (affine.gain[i] < 0 ? -largest_grad : largest_grad) / T(ties);
+  }
+  // normed = (f − mean f) · scale, and the scale depends on f as well.
+  layer_norm_backward(d, slots, normed, scale, normed_grad, scale_grad, features_grad, mean, along);
+}
+
+// Per layer the divisor of its step sizes, L · max(c, floor), and the bound on the slope above it.
+template <class T>
+inline void step_normalizers(
+    const Network& net, int slots, const T* slope, const T* const* input_squares, const T* weight_squares,
+    T* const* bounds, T* const* normalizers) {
+  const T shortest = T(net.length_floor * net.length_floor);
+  for (int t = 0; t < slots; ++t) bounds[net.depth - 1][t] = 2 * slope[t];
+  for (int l = net.depth - 1; l >= 0; --l) {
+    for (int t = 0; t < slots; ++t) {
+      const T curvature = bounds[l][t] * std::max(input_squares[l][t], shortest);
+      normalizers[l][t] = T(net.depth) * std::max(curvature, T(kNormalizerFloor));
+    }
+    if (l == 0) break;
+    const T above = T(kActivationSlope * kActivationSlope) * (weight_squares[l] + T(net.out(l)) * shortest);
+    for (int t = 0; t < slots; ++t) bounds[l - 1][t] = bounds[l][t] * above;
+  }
+}
+
+// From the gradients of the normalizers to those of slope, input squares and weight squares.
+template <class T>
+inline void step_normalizers_backward(
+    const Network& net, int slots, const T* const* input_squares, const T* weight_squares,
+    const T* const* bounds, const T* const* normalizer_grads, T* slope_grad, T* const* input_square_grads,
+    T* weight_square_grads, T* bound_grad) {
+  const T shortest = T(net.length_floor * net.length_floor);
+  std::fill_n(bound_grad, slots, T(0));
+  for (int l = 0; l < net.depth; ++l) {
+    for (int t = 0; t < slots; ++t) {
+      const T length = std::max(input_squares[l][t], shortest);
+      const bool counts = bounds[l][t] * length >= T(kNormalizerFloor);
+      const T curvature_grad = counts ? T(net.depth) * normalizer_grads[l][t] : T(0);
+      input_square_grads[l][t] = input_squares[l][t] >= shortest ? curvature_grad * bounds[l][t] : T(0);
+      bound_grad[t] += curvature_grad * length;
+    }
+    if (l + 1 == net.depth) break;
+    const T slope = T(kActivationSlope * kActivationSlope);
+    const T above = slope * (weight_squares[l + 1] + T(net.out(l + 1)) * shortest);
+    weight_square_grads[l + 1] = 0;
+    for (int t = 0; t < slots; ++t) {
+      weight_square_grads[l + 1] += slope * bound_grad[t] * bounds[l + 1][t];
+      bound_grad[t] *= above;
+    }
+  }
+  for (int t = 0; t < slots; ++t) slope_grad[t] = 2 * bound_grad[t];
+}
+
+}  // namespace titans

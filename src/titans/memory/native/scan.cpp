@@ -1,0 +1,446 @@
+// Chunks in sequence for every head: grouped.py's scan, one head to a thread, its state in that core's cache.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+#include "chunk_backward.h"
+
+namespace titans {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+template <class T>
+const T* data(const OptionalTensor& x) {
+  return x ? x->const_data_ptr<T>() : nullptr;
+}
+
+Network network(at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
+  return {int(sizes[0]),  int(sizes[1]), int(sizes[2]), bool(sizes[3]), bool(sizes[4]),
+          bool(sizes[5]), bool(sizes[6]), Network::Rescale(sizes[7]), numbers[0], numbers[1]};
+}
+
+// The arguments of a scan: tokens (chunks, rows, width, …), gates (chunks, depth, rows, width), flags (chunks, rows).
+template <class T>
+struct Problem {
+  Network net;
+  int chunks, rows, width, slots;
+  const Tensors &tokens, &initial, &initial_momentum, &base, &state;
+  const bool *filled, *fresh, *complete;
+  const T *gain, *bias;
+  bool shared;
+
+  Problem(
+      const Network& net, const Tensors& tokens, const OptionalTensor& filled, const OptionalTensor& fresh,
+      const Tensor& complete, const OptionalTensor& gain, const OptionalTensor& bias, const Tensors& initial,
+      const Tensors& initial_momentum, const Tensors& base, const Tensors& state, bool shared)
+      : net(net),
+        chunks(tokens[0].size(0)),
+        rows(tokens[0].size(1)),
+        width(tokens[0].size(2)),
+        slots(padded(width, kLanes<T>)),
+        tokens(tokens),
+        initial(initial),
+        initial_momentum(initial_momentum),
+        base(base),
+        state(state),
+        filled(data<bool>(filled)),
+        fresh(data<bool>(fresh)),
+        complete(complete.const_data_ptr<bool>()),
+        gain(data<T>(gain)),
+        bias(data<T>(bias)),
+        shared(shared) {}
+
+  Affine<T> affine(int row) const {
+    return {gain ? gain + row * net.head_dim : nullptr, bias ? bias + row * net.head_dim : nullptr};
+  }
+  bool starts_fresh(int n, int row) const { return fresh && fresh[n * rows + row]; }
+  bool completes(int n, int row) const { return complete[n * rows + row]; }
+  std::ptrdiff_t token_offset(int n, int row) const {
+    return (std::ptrdiff_t(n) * rows + row) * width * net.head_dim;
+  }
+  std::ptrdiff_t gate_offset(int n, int l, int row) const {
+    return ((std::ptrdiff_t(n) * net.depth + l) * rows + row) * width;
+  }
+  Gates<T> gates(int n, int l, int row) const {
+    const auto at = gate_offset(n, l, row);
+    return {
+        tokens[3].const_data_ptr<T>() + at, tokens[4].const_data_ptr<T>() + at,
+        tokens[5].const_data_ptr<T>() + at,
+        filled ? filled + (std::ptrdiff_t(n) * rows + row) * width : nullptr};
+  }
+};
+
+// One matrix of a (…, rows, out, in) tensor into padded rows, and back.
+template <class T>
+void load_matrix(const Network& net, int l, const Tensor& from, std::ptrdiff_t index, T* to) {
+  const int in = net.in(l), stride = Matrices<T>::stride(net, l);
+  const T* source = from.const_data_ptr<T>() + index * net.out(l) * in;
+  for (int i = 0; i < net.out(l); ++i) {
+    std::copy_n(source + std::ptrdiff_t(i) * in, in, to + std::ptrdiff_t(i) * stride);
+    std::fill_n(to + std::ptrdiff_t(i) * stride + in, stride - in, T(0));
+  }
+}
+template <class T>
+void store_matrix(const Network& net, int l, const T* from, Tensor& to, std::ptrdiff_t index) {
+  const int in = net.in(l), stride = Matrices<T>::stride(net, l);
+  T* target = to.data_ptr<T>() + index * net.out(l) * in;
+  for (int i = 0; i < net.out(l); ++i)
+    std::copy_n(from + std::ptrdiff_t(i) * stride, in, target + std::ptrdiff_t(i) * in);
+}
+
+template <class T>
+void load_tokens(const Problem<T>& problem, int n, int row, const Tensor& from, T* to) {
+  const int d = problem.net.head_dim, slots = problem.slots;
+  if (problem.width < slots) std::fill_n(to, d * slots, T(0));
+  transpose(problem.width, d, from.const_data_ptr<T>() + problem.token_offset(n, row), d, to, slots);
+}
+template <class T>
+void store_tokens(const Problem<T>& problem, int n, int row, const T* from, Tensor& to) {
+  const int d = problem.net.head_dim;
+  T* target = to.data_ptr<T>() + problem.token_offset(n, row);
+  transpose(d, problem.width, from, problem.slots, target, d);
+}
+
+template <class T>
+void load_chunk(const Problem<T>& problem, int n, int row, Tape<T>& tape, Scratch<T>& scratch) {
+  load_tokens(problem, n, row, problem.tokens[0], tape.queries);
+  load_tokens(problem, n, row, problem.tokens[1], tape.keys);
+  load_tokens(problem, n, row, problem.tokens[2], tape.values);
+  for (int l = 0; l < problem.net.depth; ++l) {
+    const auto gates = problem.gates(n, l, row);
+    scratch.products.compute(problem.width, gates);
+    coefficients(problem.width, problem.slots, gates, scratch.products, tape.coefficients[l]);
+  }
+}
+
+// total = anchor + base.
+template <class T>
+void add_base(const Network& net, const Matrices<T>& anchor, const Matrices<T>* base, const Matrices<T>& total) {
+  for (int l = 0; l < net.depth; ++l) {
+    std::copy_n(anchor[l], Matrices<T>::size(net, l), total[l]);
+    if (base) add_all(Matrices<T>::size(net, l), (*base)[l], total[l]);
+  }
+}
+
+// What a head starts from: the state given, or the one that `group` chunks are recomputed from.
+template <class T>
+void load_state(
+    const Problem<T>& problem, const Tensors& state, std::ptrdiff_t index, bool shared, const Matrices<T>* base,
+    const Matrices<T>& anchor, const Fast<T>& to) {
+  const Network& net = problem.net;
+  for (int l = 0; l < net.depth; ++l) {
+    load_matrix(net, l, state[l], index, to.weights[l]);
+    load_matrix(net, l, state[net.depth + l], index, to.momentum[l]);
+    if (!shared) load_matrix(net, l, state[2 * net.depth + l], index, anchor[l]);
+  }
+  add_base(net, shared ? to.weights : anchor, base, to.total);
+}
+
+template <class T>
+void load_fresh(const Problem<T>& problem, int row, const Matrices<T>* base, const Fast<T>& to) {
+  for (int l = 0; l < problem.net.depth; ++l) {
+    load_matrix(problem.net, l, problem.initial[l], row, to.weights[l]);
+    load_matrix(problem.net, l, problem.initial_momentum[l], row, to.momentum[l]);
+  }
+  add_base(problem.net, to.weights, base, to.total);
+}
+
+// What a memory forgets halves until it is denormal, and arithmetic with denormals is a hundred times slower.
+class FlushDenormals {
+#if defined(__SSE__)
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+struct Block {
+  explicit Block(std::ptrdiff_t bytes) : at(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+    TORCH_CHECK(at || !bytes, "the native memory backend needs ", bytes, " bytes for each thread and got none");
+  }
+  ~Block() { std::free(at); }
+  Block(const Block&) = delete;
+  void* at;
+};
+
+
+template <class T>
+struct ForwardBuffers {
+  Fast<T> now;
+  Matrices<T> anchor, base;
+  Tape<T> tape;
+  Scratch<T> scratch;
+  T* answers;
+  ForwardBuffers(Arena& arena, const Problem<T>& p)
+      : now(p.net, arena),
+        anchor(p.net, arena),
+        base(p.net, arena),
+        tape(p.net, p.slots, arena),
+        scratch(p.net, p.slots, arena),
+        answers(arena.take<T>(p.net.head_dim * p.slots)) {}
+};
+
+template <class T>
+struct BackwardBuffers {
+  std::vector<Fast<T>> fast;  // before each chunk of a group, and after the last
+  Fast<T> fresh;
+  Matrices<T> anchor, base;
+  std::vector<Tape<T>> tapes;
+  Scratch<T> scratch;
+  StateGradients<T> grads;
+  TokenGradients<T> found;
+  T* answers;
+  BackwardBuffers(Arena& arena, const Problem<T>& p, int group)
+      : fresh(p.net, arena),
+        anchor(p.net, arena),
+        base(p.net, arena),
+        scratch(p.net, p.slots, arena),
+        grads(p.net, arena, !p.base.empty(), p.fresh != nullptr),
+        found(p.net, p.slots, arena),
+        answers(arena.take<T>(p.net.head_dim * p.slots)) {
+    for (int i = 0; i <= group; ++i) fast.emplace_back(p.net, arena);
+    for (int i = 0; i < group; ++i) tapes.emplace_back(p.net, p.slots, arena);
+  }
+};
+
+template <class T>
+const Matrices<T>* load_base(const Problem<T>& problem, int row, const Matrices<T>& to) {
+  if (problem.base.empty()) return nullptr;
+  for (int l = 0; l < problem.net.depth; ++l) load_matrix(problem.net, l, problem.base[l], row, to[l]);
+  return &to;
+}
+
+template <class T>
+Tensors forward(const Problem<T>& problem, int group, bool keep, bool keep_anchor) {
+  const Network& net = problem.net;
+  const int groups = (problem.chunks + group - 1) / group;
+  const auto options = problem.tokens[0].options();
+  Tensors results{
+      at::empty({problem.chunks, problem.rows, problem.width, net.head_dim}, options),
+      at::empty({problem.chunks, problem.rows, problem.width}, options)};
+  for (int part = 0; part < 3; ++part)
+    for (int l = 0; l < net.depth; ++l)
+      results.push_back(at::empty({problem.rows, net.out(l), net.in(l)}, options));
+  // The first group starts from the state that the caller has.
+  Tensors starts;
+  for (int part = 0; keep && part < (keep_anchor ? 3 : 2); ++part)
+    for (int l = 0; l < net.depth; ++l)
+      starts.push_back(at::empty({groups - 1, problem.rows, net.out(l), net.in(l)}, options));
+
+  Arena counting;
+  ForwardBuffers<T>(counting, problem);
+  at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals guard;
+    Block block(counting.used());
+    Arena arena(block.at);
+    ForwardBuffers<T> at(arena, problem);
+    for (int row = begin; row < end; ++row) {
+      const Matrices<T>* base = load_base(problem, row, at.base);
+      bool shared = problem.shared;
+      load_state(problem, problem.state, row, shared, base, at.anchor, at.now);
+      for (int n = 0; n < problem.chunks; ++n) {
+        if (keep && n && n % group == 0) {
+          const std::ptrdiff_t index = std::ptrdiff_t(n / group - 1) * problem.rows + row;
+          for (int l = 0; l < net.depth; ++l) {
+            store_matrix(net, l, at.now.weights[l], starts[l], index);
+            store_matrix(net, l, at.now.momentum[l], starts[net.depth + l], index);
+            if (keep_anchor)
+              store_matrix(
+                  net, l, shared ? at.now.weights[l] : at.anchor[l], starts[2 * net.depth + l], index);
+          }
+        }
+        if (problem.starts_fresh(n, row)) {
+          load_fresh(problem, row, base, at.now);
+          shared = true;
+        }
+        const bool complete = problem.completes(n, row);
+        if (shared && !complete)
+          for (int l = 0; l < net.depth; ++l)
+            std::copy_n(at.now.weights[l], Matrices<T>::size(net, l), at.anchor[l]);
+        load_chunk(problem, n, row, at.tape, at.scratch);
+        run_chunk(net, at.now, at.now, base, problem.affine(row), complete, at.tape, at.scratch, at.answers);
+        store_tokens(problem, n, row, at.answers, results[0]);
+        std::copy_n(
+            at.tape.surprise, problem.width,
+            results[1].data_ptr<T>() + (std::ptrdiff_t(n) * problem.rows + row) * problem.width);
+        shared = complete;
+      }
+      for (int l = 0; l < net.depth; ++l) {
+        store_matrix(net, l, at.now.weights[l], results[2 + l], row);
+        store_matrix(net, l, at.now.momentum[l], results[2 + net.depth + l], row);
+        store_matrix(
+            net, l, shared ? at.now.weights[l] : at.anchor[l], results[2 + 2 * net.depth + l], row);
+      }
+    }
+  });
+  results.insert(results.end(), starts.begin(), starts.end());
+  return results;
+}
+
+// grads: of reads, weights, momentum and anchor. Returns the gradients of tokens, gain, bias, initial,
+// initial_momentum, base, weights, momentum, anchor.
+template <class T>
+Tensors backward(const Problem<T>& problem, int group, const Tensors& starts, const Tensors& grads) {
+  const Network& net = problem.net;
+  const int groups = (problem.chunks + group - 1) / group, depth = net.depth;
+  const auto options = problem.tokens[0].options();
+  const auto like = [&](const Tensor& x) { return at::empty(x.sizes(), options); };
+  Tensors token_grads, initial_grads, base_grads, state_grads;
+  for (const auto& x : problem.tokens) token_grads.push_back(like(x));
+  Tensor gain_grad = at::empty({problem.rows, net.head_dim}, options), bias_grad = like(gain_grad);
+  for (const auto& x : problem.initial) initial_grads.push_back(like(x));
+  for (const auto& x : problem.initial_momentum) initial_grads.push_back(like(x));
+  for (const auto& x : problem.base) base_grads.push_back(like(x));
+  for (int part = 0; part < 3; ++part)
+    for (int l = 0; l < depth; ++l) state_grads.push_back(like(problem.state[l]));
+
+  Arena counting;
+  BackwardBuffers<T>(counting, problem, group);
+  at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals guard;
+    Block block(counting.used());
+    Arena arena(block.at);
+    BackwardBuffers<T> at(arena, problem, group);
+    std::vector<const Fast<T>*> before(group);
+    std::vector<char> shared(problem.chunks + 1);
+    for (int row = begin; row < end; ++row) {
+      const Affine<T> affine = problem.affine(row);
+      const Matrices<T>* base = load_base(problem, row, at.base);
+      const auto zero = [&](const Matrices<T>& x) {
+        for (size_t l = 0; l < x.layer.size(); ++l) std::fill_n(x[l], Matrices<T>::size(net, l), T(0));
+      };
+      zero(at.grads.base), zero(at.grads.initial), zero(at.grads.initial_momentum);
+      std::fill_n(at.grads.gain, net.head_dim, T(0));
+      std::fill_n(at.grads.bias, net.head_dim, T(0));
+      for (int l = 0; l < depth; ++l) {
+        load_matrix(net, l, grads[1 + l], row, at.grads.weights[l]);
+        load_matrix(net, l, grads[1 + depth + l], row, at.grads.momentum[l]);
+        load_matrix(net, l, grads[1 + 2 * depth + l], row, at.grads.anchor[l]);
+      }
+      if (problem.fresh) load_fresh(problem, row, base, at.fresh);
+      // shared[n]: when chunk n − 1 was over, the anchor was the weights.
+      shared[0] = problem.shared;
+      for (int n = 0; n < problem.chunks; ++n) shared[n + 1] = problem.completes(n, row);
+
+      for (int g = groups - 1; g >= 0; --g) {
+        const int first = g * group, count = std::min(group, problem.chunks - first);
+        const std::ptrdiff_t index = g ? std::ptrdiff_t(g - 1) * problem.rows + row : row;
+        load_state(problem, g ? starts : problem.state, index, shared[first], base, at.anchor, at.fast[0]);
+        for (int i = 0; i < count; ++i) {
+          before[i] = problem.starts_fresh(first + i, row) ? &at.fresh : &at.fast[i];
+          load_chunk(problem, first + i, row, at.tapes[i], at.scratch);
+          run_chunk(
+              net, *before[i], at.fast[i + 1], base, affine, problem.completes(first + i, row), at.tapes[i],
+              at.scratch, at.answers);
+        }
+        for (int i = count - 1; i >= 0; --i) {
+          const int n = first + i;
+          const bool fresh = problem.starts_fresh(n, row);
+          load_tokens(problem, n, row, grads[0], at.answers);
+          chunk_backward(
+              net, *before[i], at.fast[i + 1], base, affine, problem.completes(n, row), fresh || shared[n],
+              at.tapes[i], at.scratch, at.answers, at.grads, at.found);
+          store_tokens(problem, n, row, at.found.queries, token_grads[0]);
+          store_tokens(problem, n, row, at.found.keys, token_grads[1]);
+          store_tokens(problem, n, row, at.found.values, token_grads[2]);
+          for (int l = 0; l < depth; ++l) {
+            const auto gates = problem.gates(n, l, row);
+            const auto offset = problem.gate_offset(n, l, row);
+            at.scratch.products.compute(problem.width, gates);
+            coefficients_backward(
+                problem.width, problem.slots, gates, at.scratch.products, at.found.coefficients[l],
+                token_grads[3].data_ptr<T>() + offset, token_grads[4].data_ptr<T>() + offset,
+                token_grads[5].data_ptr<T>() + offset, at.scratch.gates);
+          }
+          for (int l = 0; fresh && l < depth; ++l) {
+            add_all(Matrices<T>::size(net, l), at.grads.weights[l], at.grads.initial[l]);
+            add_all(Matrices<T>::size(net, l), at.grads.momentum[l], at.grads.initial_momentum[l]);
+          }
+          if (fresh) zero(at.grads.weights), zero(at.grads.momentum);
+        }
+      }
+      for (int l = 0; l < depth; ++l) {
+        store_matrix(net, l, at.grads.weights[l], state_grads[l], row);
+        store_matrix(net, l, at.grads.momentum[l], state_grads[depth + l], row);
+        store_matrix(net, l, at.grads.anchor[l], state_grads[2 * depth + l], row);
+        if (base) store_matrix(net, l, at.grads.base[l], base_grads[l], row);
+        if (!problem.fresh) continue;
+        store_matrix(net, l, at.grads.initial[l], initial_grads[l], row);
+        store_matrix(net, l, at.grads.initial_momentum[l], initial_grads[depth + l], row);
+      }
+      std::copy_n(at.grads.gain, net.head_dim, gain_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
+      std::copy_n(at.grads.bias, net.head_dim, bias_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
+    }
+  });
+  Tensors results = token_grads;
+  results.insert(results.end(), {gain_grad, bias_grad});
+  for (const auto* part : {&initial_grads, &base_grads, &state_grads})
+    results.insert(results.end(), part->begin(), part->end());
+  return results;
+}
+
+template <class Function>
+Tensors dispatch(const Tensor& x, const Function& function) {
+  if (x.scalar_type() == at::kDouble) return function(double());
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "the native memory backend computes in float32 or float64");
+  return function(float());
+}
+
+Tensors scan(
+    at::IntArrayRef sizes, at::ArrayRef<double> numbers, at::TensorList tokens, const OptionalTensor& filled,
+    const OptionalTensor& fresh, const Tensor& complete, const OptionalTensor& gain, const OptionalTensor& bias,
+    at::TensorList initial, at::TensorList initial_momentum, at::TensorList base, at::TensorList state,
+    bool shared, int64_t group, bool keep, bool keep_anchor) {
+  const Tensors t = tokens.vec(), i = initial.vec(), m = initial_momentum.vec(), b = base.vec(), s = state.vec();
+  return dispatch(t[0], [&](auto type) {
+    const Problem<decltype(type)> problem(
+        network(sizes, numbers), t, filled, fresh, complete, gain, bias, i, m, b, s, shared);
+    return forward(problem, group, keep, keep_anchor);
+  });
+}
+
+Tensors scan_backward(
+    at::IntArrayRef sizes, at::ArrayRef<double> numbers, at::TensorList tokens, const OptionalTensor& filled,
+    const OptionalTensor& fresh, const Tensor& complete, const OptionalTensor& gain, const OptionalTensor& bias,
+    at::TensorList initial, at::TensorList initial_momentum, at::TensorList base, at::TensorList state,
+    bool shared, int64_t group, at::TensorList starts, at::TensorList grads) {
+  const Tensors t = tokens.vec(), i = initial.vec(), m = initial_momentum.vec(), b = base.vec(), s = state.vec();
+  return dispatch(t[0], [&](auto type) {
+    const Problem<decltype(type)> problem(
+        network(sizes, numbers), t, filled, fresh, complete, gain, bias, i, m, b, s, shared);
+    return backward(problem, group, starts.vec(), grads.vec());
+  });
+}
+
+}  // namespace
+}  // namespace titans
+
+TORCH_LIBRARY(titans_native, library) {
+  library.def(
+      "scan(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, Tensor complete, "
+      "Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, Tensor[] state, "
+      "bool shared, int group, bool keep, bool keep_anchor) -> Tensor[]");
+  library.def(
+      "scan_backward(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, "
+      "Tensor complete, Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, "
+      "Tensor[] state, bool shared, int group, Tensor[] starts, Tensor[] grads) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(titans_native, CPU, library) {
+  library.impl("scan", titans::scan);
+  library.impl("scan_backward", titans::scan_backward);
+}
