@@ -3,9 +3,6 @@
 // a product with a weight-shaped result are (slots, features). Weights are (out, in), rows padded to vectors.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "coefficients.h"
 #include "network.h"
 
@@ -72,6 +69,7 @@ struct Tape {
   T *queries, *keys, *values;            // (head_dim, slots)
   TokenMatrices<T> inputs, inputs_right;  // h_{l-1} of the keys; right: (slots, in)
   TokenMatrices<T> outputs, above, deltas, scaled;
+  TokenMatrices<T> slopes, curvatures, read_slopes;  // act' and act'' of the outputs, act' of the answers
   TokenMatrices<T> normalizers, bounds, input_squares;  // (slots,)
   TokenMatrices<T> reads, reads_right;                  // r_{l-1} of the queries
   TokenMatrices<T> with_weights, with_momentum, answers, similarity;
@@ -80,7 +78,8 @@ struct Tape {
   std::vector<T> weight_squares;
   T* surprise;
 
-  Tape(const Network& net, int slots, Arena& arena) : slots(slots) {
+  // `keep`: for a backward pass.
+  Tape(const Network& net, int slots, Arena& arena, bool keep) : slots(slots) {
     const auto in = [&](int l) { return net.in(l); };
     const auto in_padded = [&](int l) { return Matrices<T>::stride(net, l); };
     const auto out = [&](int l) { return net.out(l); };
@@ -94,7 +93,9 @@ struct Tape {
     inputs = make(in), inputs_right = make(in_padded), reads = make(in), reads_right = make(in_padded);
     outputs = make(out), above = make(out), deltas = make(out), answers = make(out);
     scaled = net.normalize ? make(out) : deltas;
-    with_weights = make(out), with_momentum = make(out);
+    with_weights = make(out), with_momentum = make(out), slopes = make(out);
+    curvatures.layer.resize(net.depth), read_slopes.layer.resize(net.depth);
+    if (keep) curvatures = make(out), read_slopes = make(out);
     normalizers = make(one), bounds = make(one), input_squares = make(one), similarity = make(square);
     inputs[0] = keys;
     reads[0] = queries;
@@ -122,6 +123,7 @@ struct Scratch {
   std::vector<double> gates;
 
   Scratch(const Network& net, int slots, Arena& arena) {
+    // At least a vector for each feature: `slots` are whole vectors.
     const int most = std::max(padded(std::max(net.head_dim, net.hidden), kLanes<T>), slots);
     wide = arena.take<T>(most * slots), wide2 = arena.take<T>(most * slots), wide3 = arena.take<T>(most * slots);
     square = arena.take<T>(slots * slots), square2 = arena.take<T>(slots * slots);
@@ -150,7 +152,9 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
   for (int l = 0; l <= last; ++l) {
     const int in = net.in(l), out = net.out(l), stride = Matrices<T>::stride(net, l);
     product<false>(out, slots, in, now.total[l], stride, tape.inputs[l], slots, assign(tape.outputs[l], slots));
-    if (l < last) activate(net.gelu, out * slots, tape.outputs[l], tape.inputs[l + 1]);
+    if (l < last)
+      activate(
+          net.gelu, out * slots, tape.outputs[l], tape.inputs[l + 1], tape.slopes[l], tape.curvatures[l]);
     to_right(in, slots, stride, tape.inputs[l], tape.inputs_right[l]);
   }
   T* slope = tape.bounds[last];
@@ -179,7 +183,7 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
     product<true>(
         out, slots, net.out(l + 1), now.total[l + 1], stride, tape.deltas[l + 1], slots,
         assign(tape.above[l], slots));
-    activate_backward(net.gelu, out * slots, tape.outputs[l], tape.above[l], tape.deltas[l]);
+    multiply(out * slots, tape.above[l], tape.slopes[l], tape.deltas[l]);
   }
   for (int l = 0; net.normalize && l <= last; ++l)
     for (int i = 0; i < net.out(l); ++i)
@@ -206,12 +210,20 @@ void write_layer(
   scale_columns(out, slots, tape.scaled[l], c.end_steps, scratch.wide);
   scale_columns(out, slots, tape.scaled[l], c.momentum_steps, scratch.wide2);
   const T *weights = now.weights[l], *momentum = now.momentum[l];
-  T *next_weights = next.weights[l], *next_momentum = next.momentum[l];
+  T *next_weights = next.weights[l], *next_momentum = next.momentum[l], *next_total = next.total[l];
+  // Squared lengths of the rows, lane by lane.
+  T* squares = scratch.wide3;
+  std::fill_n(squares, out * kLanes<T>, T(0));
   product<false>(
       out, stride, slots, scratch.wide, slots, tape.inputs_right[l], stride, [&](int i, int j, Vector<T> sum) {
         const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
-        const Vector<T> w = load(weights + at);
-        store(next_weights + at, w + c.end_weights * w + c.end_momentum * load(momentum + at) - sum);
+        Vector<T> w = load(weights + at);
+        w += c.end_weights * w + c.end_momentum * load(momentum + at) - sum;
+        store(next_weights + at, w);
+        if (!complete) return;
+        store(next_total + at, base ? w + load(base + at) : w);
+        T* square = squares + i * kLanes<T>;
+        store(square, load(square) + w * w);
       });
   product<false>(
       out, stride, slots, scratch.wide2, slots, tape.inputs_right[l], stride, [&](int i, int j, Vector<T> sum) {
@@ -219,25 +231,17 @@ void write_layer(
         store(next_momentum + at, c.momentum_momentum * load(momentum + at) - sum);
       });
   if (!complete) {
-    if (next.total[l] != now.total[l]) std::memcpy(next.total[l], now.total[l], sizeof(T) * out * stride);
+    if (next_total != now.total[l]) std::copy_n(now.total[l], Matrices<T>::size(net, l), next_total);
     return;
   }
-  for (int i = 0; i < out; ++i) {
-    T* row = next_weights + std::ptrdiff_t(i) * stride;
-    T* total = next.total[l] + std::ptrdiff_t(i) * stride;
-    T scale = 1;
-    if (net.rescale != Network::kNever) {
-      Vector<T> squares{};
-      for (int j = 0; j < stride; j += kLanes<T>) squares += load(row + j) * load(row + j);
-      T square = 0;
-      for (int n = 0; n < kLanes<T>; ++n) square += squares[n];
-      scale = row_scale(net, square);
-      tape.row_scales[l][i] = scale;
-    }
-    for (int j = 0; j < stride; j += kLanes<T>) {
-      const Vector<T> w = scale == T(1) ? load(row + j) : load(row + j) * scale;
-      store(row + j, w);
-      store(total + j, base ? w + load(base + std::ptrdiff_t(i) * stride + j) : w);
+  for (int i = 0; net.rescale != Network::kNever && i < out; ++i) {
+    T square = 0;
+    for (int n = 0; n < kLanes<T>; ++n) square += squares[i * kLanes<T> + n];
+    const T scale = tape.row_scales[l][i] = row_scale(net, square);
+    if (scale == T(1)) continue;
+    for (std::ptrdiff_t at = std::ptrdiff_t(i) * stride; at < std::ptrdiff_t(i + 1) * stride; ++at) {
+      next_weights[at] *= scale;
+      next_total[at] = base ? next_weights[at] + base[at] : next_weights[at];
     }
   }
 }
@@ -265,7 +269,8 @@ void run_chunk(
     product<true>(slots, slots, in, tape.inputs[l], slots, hidden, slots, assign(tape.similarity[l], slots));
     for (int n = 0; n < slots * slots; ++n) scratch.square[n] = tape.similarity[l][n] * c.steps[n];
     product<false>(out, slots, slots, tape.scaled[l], slots, scratch.square, slots, subtract(answer, slots));
-    if (l + 1 < net.depth) activate(net.gelu, out * slots, answer, tape.reads[l + 1]);
+    if (l + 1 < net.depth)
+      activate<T>(net.gelu, out * slots, answer, tape.reads[l + 1], tape.read_slopes[l], nullptr);
     write_layer(net, l, now, next, base ? (*base)[l] : nullptr, complete, tape, scratch);
   }
   finish(net, slots, tape.answers[net.depth - 1], tape.queries, affine, answers, scratch.norm);

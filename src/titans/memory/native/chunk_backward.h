@@ -19,11 +19,6 @@ struct StateGradients {
   }
 };
 
-template <class T>
-inline void add_all(std::ptrdiff_t size, const T* from, T* to) {
-  for (std::ptrdiff_t i = 0; i < size; ++i) to[i] += from[i];
-}
-
 // Token-sized gradients of one chunk.
 template <class T>
 struct TokenGradients {
@@ -170,7 +165,7 @@ void layer_backward(
   if (base) product<false>(out, stride, slots, out_grad, slots, read_right, stride, add(grads.base[l], stride));
 
   if (l)
-    activate_backward(net.gelu, in * slots, tape.answers[l - 1], hidden_grad, found.by_read[l - 1]);
+    multiply(in * slots, hidden_grad, tape.read_slopes[l - 1], found.by_read[l - 1]);
   else
     std::copy_n(hidden_grad, in * slots, found.queries);
 }
@@ -203,8 +198,9 @@ void key_backward(
   for (int l = 0; l < last; ++l) {
     const int out = net.out(l), stride = Matrices<T>::stride(net, l + 1);
     T* above_grad = scratch.wide;
-    activate_twice_backward(
-        net.gelu, out * slots, tape.outputs[l], tape.above[l], found.scaled[l], above_grad, found.bends[l]);
+    multiply(out * slots, found.scaled[l], tape.slopes[l], above_grad);
+    multiply(out * slots, found.scaled[l], tape.above[l], found.bends[l]);
+    multiply(out * slots, found.bends[l], tape.curvatures[l], found.bends[l]);
     product<false>(
         net.out(l + 1), slots, out, now.total[l + 1], stride, above_grad, slots, add(found.scaled[l + 1], slots));
     to_right(out, slots, stride, above_grad, found.above_right[l + 1]);
@@ -221,7 +217,7 @@ void key_backward(
     const T* out_grad = found.by_key[l];
     product<true>(in, slots, out, now.total[l], stride, out_grad, slots, add(found.inputs[l], slots));
     if (l) {
-      activate_backward(net.gelu, in * slots, tape.outputs[l - 1], found.inputs[l], found.by_key[l - 1]);
+      multiply(in * slots, found.inputs[l], tape.slopes[l - 1], found.by_key[l - 1]);
       add_all(in * slots, found.bends[l - 1], found.by_key[l - 1]);
     }
     const T square_grad = l && net.normalize ? 2 * found.weight_squares[l] : T(0);

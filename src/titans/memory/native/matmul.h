@@ -2,6 +2,9 @@
 // What happens to a finished tile is the caller's: sums, scaling and stores are fused into the product.
 #pragma once
 
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
 #include <cstddef>
 
 namespace titans {
@@ -41,9 +44,15 @@ inline int padded(int n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
 
 template <bool kTransposed, int kRows, int kVectors, class T, class Finish>
 [[gnu::always_inline]] inline void tile(
-    int i, int j, int depth, const T* a, int lda, const T* b, int ldb, const Finish& finish) {
+    int i, int j, int depth, const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
+    const Finish& finish) {
   Vector<T> sum[kRows][kVectors] = {};
-  a += kTransposed ? i : std::ptrdiff_t(i) * lda;
+  // Rows of A by fours, so that their addresses need few registers.
+  constexpr int kFours = kTransposed ? 1 : (kRows + 3) / 4;
+  const T* left[kFours];
+  for (int f = 0; f < kFours; ++f) left[f] = a + (kTransposed ? i : (i + 4 * f) * lda);
+  std::ptrdiff_t thrice = 3 * lda;
+  asm("" : "+r"(lda), "+r"(thrice));
   b += j;
   for (int k = 0; k < depth; ++k) {
     Vector<T> right[kVectors];
@@ -51,11 +60,13 @@ template <bool kTransposed, int kRows, int kVectors, class T, class Finish>
     for (int n = 0; n < kVectors; ++n) right[n] = load(b + n * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const T left = kTransposed ? a[r] : a[std::ptrdiff_t(r) * lda];
+      const T* four = left[kTransposed ? 0 : r / 4];
+      const T factor = kTransposed ? four[r] : r % 4 == 3 ? four[thrice] : four[(r % 4) * lda];
 #pragma GCC unroll 8
-      for (int n = 0; n < kVectors; ++n) sum[r][n] += left * right[n];
+      for (int n = 0; n < kVectors; ++n) sum[r][n] += factor * right[n];
     }
-    a += kTransposed ? lda : 1;
+#pragma GCC unroll 8
+    for (int f = 0; f < kFours; ++f) left[f] += kTransposed ? lda : 1;
     b += ldb;
   }
 #pragma GCC unroll 16
@@ -66,7 +77,8 @@ template <bool kTransposed, int kRows, int kVectors, class T, class Finish>
 
 template <bool kTransposed, int kVectors, class T, class Finish>
 inline void panel(
-    int rows, int j, int depth, const T* a, int lda, const T* b, int ldb, const Finish& finish) {
+    int rows, int j, int depth, const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
+    const Finish& finish) {
   constexpr int kTall = kAccumulators / kVectors;
   constexpr int kShort = kTall > 4 ? 4 : 1;
   int i = 0;
@@ -80,7 +92,8 @@ inline void panel(
 // A is (rows, depth), or (depth, rows) if transposed; B is (depth, columns), columns whole vectors.
 template <bool kTransposed, class T, class Finish>
 inline void product(
-    int rows, int columns, int depth, const T* a, int lda, const T* b, int ldb, const Finish& finish) {
+    int rows, int columns, int depth, const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
+    const Finish& finish) {
   constexpr int kWide = kAccumulators >= 16 ? 4 : 2;
   int j = 0;
   for (; j + kWide * kLanes<T> <= columns; j += kWide * kLanes<T>)
@@ -114,15 +127,12 @@ auto subtract(T* c, int ldc) {
 // (rows, columns) to (columns, rows).
 template <class T>
 inline void transpose(int rows, int columns, const T* from, int ld_from, T* to, int ld_to) {
-  constexpr int kBlock = 16;
+  constexpr int kBlock = at::vec::Vectorized<T>::size();
   for (int i = 0; i < rows; i += kBlock)
-    for (int j = 0; j < columns; j += kBlock) {
-      const int last_i = i + kBlock < rows ? i + kBlock : rows;
-      const int last_j = j + kBlock < columns ? j + kBlock : columns;
-      for (int c = j; c < last_j; ++c)
-        for (int r = i; r < last_i; ++r)
-          to[std::ptrdiff_t(c) * ld_to + r] = from[std::ptrdiff_t(r) * ld_from + c];
-    }
+    for (int j = 0; j < columns; j += kBlock)
+      at::vec::transpose_mxn<T>(
+          from + std::ptrdiff_t(i) * ld_from + j, ld_from, to + std::ptrdiff_t(j) * ld_to + i, ld_to,
+          std::min(kBlock, rows - i), std::min(kBlock, columns - j));
 }
 
 }  // namespace titans

@@ -2,9 +2,6 @@
 // normalizers, each forward and backward. Token matrices are (features, slots), a vector runs along slots.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
-#include <algorithm>
 #include <cmath>
 
 #include "matmul.h"
@@ -25,58 +22,39 @@ struct Network {
   int out(int layer) const { return layer + 1 < depth ? hidden : head_dim; }
 };
 
+// h = act(z) and, where they are wanted, act'(z) and act''(z).
 template <class T>
-struct Slopes {
-  at::vec::Vectorized<T> value, first, second;
-};
-
-// The activation and its first two derivatives.
-template <class T>
-inline Slopes<T> activation(bool gelu, at::vec::Vectorized<T> x) {
+inline void activate(bool gelu, int n, const T* z, T* h, T* slope, T* curvature) {
   using V = at::vec::Vectorized<T>;
-  const V one(T(1)), two(T(2));
-  if (gelu) {
-    const V area = V(T(0.5)) * (one + (x * V(T(M_SQRT1_2))).erf());
-    const V density = V(T(0.5 * M_SQRT1_2 * M_2_SQRTPI)) * (x * x * V(T(-0.5))).exp();
-    return {x * area, area + x * density, density * (two - x * x)};
+  const V half(T(0.5)), one(T(1)), two(T(2));
+  for (int i = 0; i < n; i += V::size()) {
+    const V x = V::loadu(z + i);
+    if (gelu) {
+      const V area = half * (one + (x * V(T(M_SQRT1_2))).erf());
+      (x * area).store(h + i);
+      if (!slope) continue;
+      const V density = V(T(0.5 * M_SQRT1_2 * M_2_SQRTPI)) * (x * x * half.neg()).exp();
+      (area + x * density).store(slope + i);
+      if (curvature) (density * (two - x * x)).store(curvature + i);
+    } else {
+      const V gate = one / (one + x.neg().exp());
+      (x * gate).store(h + i);
+      if (!slope) continue;
+      const V closed = one - gate;
+      (gate * (one + x * closed)).store(slope + i);
+      if (curvature) (gate * closed * (two + x * (one - two * gate))).store(curvature + i);
+    }
   }
-  const V gate = one / (one + x.neg().exp());
-  const V closed = one - gate;
-  return {x * gate, gate * (one + x * closed), gate * closed * (two + x * (one - two * gate))};
 }
 
-template <class T, class Body>
-inline void for_vectors(int n, const Body& body) {
-  for (int i = 0; i < n; i += at::vec::Vectorized<T>::size()) body(i);
-}
-
-// h = act(z).
 template <class T>
-inline void activate(bool gelu, int n, const T* z, T* h) {
-  using V = at::vec::Vectorized<T>;
-  for_vectors<T>(n, [&](int i) { activation<T>(gelu, V::loadu(z + i)).value.store(h + i); });
+inline void multiply(std::ptrdiff_t size, const T* a, const T* b, T* to) {
+  for (std::ptrdiff_t i = 0; i < size; ++i) to[i] = a[i] * b[i];
 }
 
-// to = grad · act'(z).
 template <class T>
-inline void activate_backward(bool gelu, int n, const T* z, const T* grad, T* to) {
-  using V = at::vec::Vectorized<T>;
-  for_vectors<T>(n, [&](int i) {
-    (V::loadu(grad + i) * activation<T>(gelu, V::loadu(z + i)).first).store(to + i);
-  });
-}
-
-// Of δ = above · act'(z): to = grad · act'(z), bend = grad · above · act''(z).
-template <class T>
-inline void activate_twice_backward(
-    bool gelu, int n, const T* z, const T* above, const T* grad, T* to, T* bend) {
-  using V = at::vec::Vectorized<T>;
-  for_vectors<T>(n, [&](int i) {
-    const auto slopes = activation<T>(gelu, V::loadu(z + i));
-    const V g = V::loadu(grad + i);
-    (g * slopes.first).store(to + i);
-    (g * V::loadu(above + i) * slopes.second).store(bend + i);
-  });
+inline void add_all(std::ptrdiff_t size, const T* from, T* to) {
+  for (std::ptrdiff_t i = 0; i < size; ++i) to[i] += from[i];
 }
 
 // Σ over features of a·b, (slots,).

@@ -189,7 +189,7 @@ struct ForwardBuffers {
       : now(p.net, arena),
         anchor(p.net, arena),
         base(p.net, arena),
-        tape(p.net, p.slots, arena),
+        tape(p.net, p.slots, arena, false),
         scratch(p.net, p.slots, arena),
         answers(arena.take<T>(p.net.head_dim * p.slots)) {}
 };
@@ -213,7 +213,7 @@ struct BackwardBuffers {
         found(p.net, p.slots, arena),
         answers(arena.take<T>(p.net.head_dim * p.slots)) {
     for (int i = 0; i <= group; ++i) fast.emplace_back(p.net, arena);
-    for (int i = 0; i < group; ++i) tapes.emplace_back(p.net, p.slots, arena);
+    for (int i = 0; i < group; ++i) tapes.emplace_back(p.net, p.slots, arena, true);
   }
 };
 
