@@ -218,7 +218,9 @@ void write_layer(
       out, stride, slots, scratch.wide, slots, tape.inputs_right[l], stride, [&](int i, int j, Vector<T> sum) {
         const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
         Vector<T> w = load(weights + at);
-        w += c.end_weights * w + c.end_momentum * load(momentum + at) - sum;
+        // In this order: forgetting everything must leave nothing, not a rounding.
+        w += c.end_weights * w;
+        w += c.end_momentum * load(momentum + at) - sum;
         store(next_weights + at, w);
         if (!complete) return;
         store(next_total + at, base ? w + load(base + at) : w);
