@@ -1,0 +1,190 @@
+"""What is timed: for each kind of case and each contender a function that does it once.
+
+A case is a dictionary that travels to the process that times it. `kind`:
+  product  float32 matrix products: `shape` (batch, rows, depth, columns); the machine's rate
+  scan     memory_scan alone, heads × 64, the paper's equations
+  layer    a whole memory (or attention) layer with its projections, batch 1
+  train    a whole model's training step, batch 1
+  prefill  a whole model reads `time` tokens into a cache
+  decode   a whole model's next token after `time` of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Case = dict[str, Any]
+Step = Callable[[], object]
+
+HEAD_DIM = 64
+
+
+def floating_operations(case: Case) -> float:
+    """Operations of the algorithm (docs/speed.md), for a product or a scan, forward, or with backward."""
+    if case["kind"] == "product":
+        batch, rows, depth, columns = case["shape"]
+        return 2.0 * batch * rows * depth * columns
+    d, m, c = HEAD_DIM, case["expansion"] * HEAD_DIM, case["chunk"]
+    forward = case["width"] // d * (22 * d * m + 4 * c * (d + m) + 4 * c * c)
+    return case["time"] * forward * (4.0 if case["backward"] else 1.0)
+
+
+def _backward(run: Callable[[], Tensor], leaves: list[Tensor]) -> Step:
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        run().square().mean().backward()
+
+    return step
+
+
+def _layer_step(layer: torch.nn.Module, case: Case, call: Callable[[Tensor], Tensor]) -> Step:
+    x = torch.randn(1, case["time"], case["width"])
+    if case["backward"]:
+        return _backward(lambda: call(x), list(layer.parameters()))
+
+    def step() -> None:
+        with torch.no_grad():
+            call(x)
+
+    return step
+
+
+def _product(case: Case) -> Step:
+    batch, rows, depth, columns = case["shape"]
+    left, right = torch.randn(batch, rows, depth), torch.randn(batch, depth, columns)
+    out = torch.empty(batch, rows, columns)
+    if batch == 1:
+        return lambda: torch.mm(left[0], right[0], out=out[0])
+    return lambda: torch.bmm(left, right, out=out)
+
+
+def _scan(case: Case, backend: str) -> Step:
+    from titans.memory import MemoryNetwork, MemoryState, memory_scan
+
+    heads = case["width"] // HEAD_DIM
+    net = MemoryNetwork(HEAD_DIM, 2, case["expansion"], "silu", residual=False, norm=False)
+    shape = (1, case["time"], heads)
+    unit = torch.nn.functional.normalize
+    tokens = [unit(torch.randn(*shape, HEAD_DIM), dim=-1) for _ in range(3)]
+    # Little is forgotten: a memory that decays to 0 would be timed on denormal numbers.
+    gates = [high * torch.rand(*shape, 2) for high in (1e-4, 0.5, 0.5 / case["chunk"])]
+    weights = [torch.randn(1, heads, *s) / s[1] ** 0.5 for s in net.weight_shapes]
+    leaves = [*tokens, *gates, *weights]
+    for leaf in leaves:
+        leaf.requires_grad_(case["backward"])
+
+    def run() -> Tensor:
+        state = MemoryState.initial(weights)
+        return memory_scan(net, *tokens, *gates, state, case["chunk"], backend=backend)[0]
+
+    if case["backward"]:
+        return _backward(run, leaves)
+    return run
+
+
+def _titans(case: Case, backend: str) -> Step:
+    if case["kind"] == "scan":
+        return _scan(case, backend)
+    from titans.memory import BACKENDS
+
+    # A process times one backend, whatever "auto" would prefer.
+    for name in [name for name in BACKENDS if name not in (backend, "reference")]:
+        del BACKENDS[name]
+    if case["kind"] == "layer":
+        from titans.nn import NeuralMemory
+
+        layer = NeuralMemory(
+            case["width"],
+            case["width"] // HEAD_DIM,
+            HEAD_DIM,
+            expansion=case["expansion"],
+            chunk_size=case["chunk"],
+        )
+        return _layer_step(layer, case, lambda x: layer(x)[0])
+    return _model_step(case, case["variant"])
+
+
+def _transformer(case: Case, _: str) -> Step:
+    if case["kind"] == "layer":
+        from titans.nn.full_attention import FullAttention
+
+        layer = FullAttention(case["width"], case["width"] // HEAD_DIM, HEAD_DIM)
+        return _layer_step(layer, case, lambda x: layer(x)[0])
+    return _model_step(case, "transformer")
+
+
+def _model_step(case: Case, variant: str) -> Step:
+    from titans.hf import TitansConfig, TitansForCausalLM
+
+    config = TitansConfig.from_preset(case["preset"], variant=variant)
+    model = TitansForCausalLM(config)
+    ids = torch.randint(config.vocab_size, (1, case["time"]))
+    if case["kind"] == "train":
+
+        def train() -> None:
+            model.zero_grad()
+            model(ids, labels=ids, use_cache=False).loss.backward()
+
+        return train
+    model.eval()
+    if case["kind"] == "prefill":
+
+        def prefill() -> None:
+            with torch.no_grad():
+                model(ids, use_cache=True, logits_to_keep=1)
+
+        return prefill
+    with torch.no_grad():
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    tokens = 16
+
+    def decode() -> None:
+        # Each repetition goes on from the last: a cache that grows does so by a few tokens only.
+        with torch.no_grad():
+            for _ in range(tokens):
+                model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+    return decode
+
+
+def _peer(case: Case, mode: str) -> Step:
+    """titans-pytorch, in its own environment; modes as in its README, or as close to the paper's rule."""
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    sizes = {
+        "default": dict(chunk_size=64),
+        "sequential": dict(chunk_size=64, batch_size=64),
+        "per token": dict(chunk_size=1, batch_size=case["chunk"]),
+    }[mode]
+    layer = NeuralMemory(
+        dim=case["width"],
+        dim_head=HEAD_DIM,
+        heads=case["width"] // HEAD_DIM,
+        model=MemoryMLP(dim=HEAD_DIM, depth=2, expansion_factor=float(case["expansion"])),
+        **sizes,
+    )
+    return _layer_step(layer, case, lambda x: layer(x)[0])
+
+
+CONTENDERS: dict[str, tuple[Callable[[Case, str], Step], str]] = {
+    "titans, native": (_titans, "native"),
+    "titans, torch": (_titans, "chunkwise"),
+    "attention": (_transformer, ""),
+    "titans-pytorch": (_peer, "default"),
+    "titans-pytorch, sequential": (_peer, "sequential"),
+    "titans-pytorch, per token": (_peer, "per token"),
+}
+
+
+def build(contender: str, case: Case) -> Step:
+    """The function that does a case once."""
+    torch.manual_seed(0)
+    if case["kind"] == "product":
+        return _product(case)
+    make, argument = CONTENDERS[contender]
+    return make(case, argument)
