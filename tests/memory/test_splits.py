@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from titans.memory import BACKENDS
 
-from ..tolerances import FLOAT64
+from ..tolerances import FLOAT64, assert_close
 from .problems import answers, assert_same, everything, make_problem, parts
 from .test_conformance import bounded, calls, stretches, tame
 
@@ -91,3 +91,24 @@ def test_a_reset_starts_the_row_afresh(backend):
         )
     alone.pop("reads"), alone.pop("surprise")
     assert_same(({k: packed[k] for k in alone}, problem.position), (alone, problem.position), FLOAT64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [dict(), dict(depth=3, norm=False, base=True, row_limit=0.7)])
+def test_decoding(backend, options):
+    """One token a call without autograd, at a width of whole vectors, which has a path of its own."""
+    problem = make_problem(
+        batch=2, time=9, head_dim=16, expansion=1, chunk_size=4, normalize_step=True, **options
+    )
+    reads, expected, _ = problem.scan("reference")
+    state, found = problem.state, []
+    with torch.no_grad():
+        for t in range(problem.time):
+            read, state, _ = problem.scan(backend, state, slice(t, t + 1))
+            found.append(read)
+            if backend != "reference" and (t + 1) % 4 == 0:
+                # Nothing is held twice.
+                assert state.anchor[0] is state.weights[0]
+    assert_close(torch.cat(found, 1), reads, FLOAT64, "reads")
+    for name, leaf in parts(state).items():
+        assert_close(leaf, parts(expected)[name], FLOAT64, name)

@@ -32,11 +32,14 @@ def _scan_columns(
     def per_row(x: Tensor) -> Tensor:
         return x.expand(batch, *x.shape).reshape(rows, *x.shape[1:])
 
-    # An anchor that is the weights stays the same tensors, which spares a second set of gradients.
-    flattened: dict[int, Tensor] = {}
+    # An anchor that is the weights stays the same tensors, which spares a second set of them.
+    reshaped: dict[int, Tensor] = {}
 
     def flat(weights: Weights) -> Weights:
-        return tuple(flattened.setdefault(id(w), w.reshape(rows, *w.shape[2:])) for w in weights)
+        return tuple(reshaped.setdefault(id(w), w.reshape(rows, *w.shape[2:])) for w in weights)
+
+    def by_head(weights: Weights) -> Weights:
+        return tuple(reshaped.setdefault(id(w), w.view(batch, heads, *w.shape[1:])) for w in weights)
 
     initial: Weights = ()
     initial_momentum: Weights = ()
@@ -47,8 +50,8 @@ def _scan_columns(
     slow = Slow(gain, bias, initial, initial_momentum, tuple(map(per_row, problem.base or ())))
     start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
     reads, surprise, parts = run(net, tokens, marks, slow, start)
-    shaped = [tuple(w.view(batch, heads, *w.shape[1:]) for w in part) for part in parts]
-    return reads, surprise, MemoryState(shaped[0], shaped[1], shaped[2], state.position)
+    weights, momentum, anchor = map(by_head, parts)
+    return reads, surprise, MemoryState(weights, momentum, anchor, state.position)
 
 
 def _by_chunk(x: Tensor, num_chunks: int) -> Tensor:

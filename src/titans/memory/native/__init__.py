@@ -72,7 +72,8 @@ def _problem(net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state
     ]
 
 
-def _keeps_anchor(marks: Marks) -> bool:
+def _is_ragged(marks: Marks) -> bool:
+    """Rows differ in the chunks that they complete, so that their anchors have to be told apart."""
     return isinstance(marks.complete, Tensor)
 
 
@@ -88,7 +89,10 @@ def _scan_chunks(
         reads, surprise, *leaves = _NativeScan.apply(arguments, *arguments.flat)
         return reads, surprise, _split(leaves, net.depth)
     problem = _problem(net, marks, tokens, slow, state)
-    reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, False)
+    ragged = _is_ragged(marks)
+    reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, ragged)
+    if not ragged:
+        leaves += leaves[: net.depth] if marks.complete else state.anchor
     return reads, surprise, _split(leaves, net.depth)
 
 
@@ -104,7 +108,7 @@ class _NativeScan(torch.autograd.Function):
         ctx.shared = state.anchor[0] is state.weights[0]
         ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
         problem = _problem(net, marks, tokens, slow, state)
-        found = torch.ops.titans_native.scan(*problem, ctx.group, True, _keeps_anchor(marks))
+        found = torch.ops.titans_native.scan(*problem, ctx.group, True, _is_ragged(marks))
         outputs, starts = found[: 2 + 3 * net.depth], found[2 + 3 * net.depth :]
         ctx.save_for_backward(*flat, *starts)
         ctx.mark_non_differentiable(outputs[1])

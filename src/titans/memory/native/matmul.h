@@ -23,17 +23,19 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T));
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T anywhere __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
+// A caller's tensor may begin anywhere.
 template <class T>
 inline Vector<T> load(const T* p) {
-  return *reinterpret_cast<const Vector<T>*>(p);
+  return *reinterpret_cast<const typename VectorOf<T>::anywhere*>(p);
 }
 template <class T>
 inline void store(T* p, Vector<T> x) {
-  *reinterpret_cast<Vector<T>*>(p) = x;
+  *reinterpret_cast<typename VectorOf<T>::anywhere*>(p) = x;
 }
 template <class T>
 inline Vector<T> splat(T x) {

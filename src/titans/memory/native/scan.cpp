@@ -12,6 +12,7 @@
 #endif
 
 #include "chunk_backward.h"
+#include "decode.h"
 
 namespace titans {
 namespace {
@@ -224,20 +225,63 @@ const Matrices<T>* load_base(const Problem<T>& problem, int row, const Matrices<
   return &to;
 }
 
+// A single token of every row, all of them closing their chunk or none.
 template <class T>
-Tensors forward(const Problem<T>& problem, int group, bool keep, bool keep_anchor) {
+void forward_token(const Problem<T>& problem, Tensors& results) {
+  const Network& net = problem.net;
+  const int d = net.head_dim;
+  Arena counting;
+  TokenBuffers<T>(net, counting);
+  at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals guard;
+    Block block(counting.used());
+    Arena arena(block.at);
+    TokenBuffers<T> at(net, arena);
+    for (int row = begin; row < end; ++row) {
+      Plain<T> state;
+      std::vector<Gates<T>> gates;
+      for (int l = 0; l < net.depth; ++l) {
+        const std::ptrdiff_t here = std::ptrdiff_t(row) * net.out(l) * net.in(l);
+        const auto part = [&](int which) {
+          return problem.state[which * net.depth + l].template const_data_ptr<T>() + here;
+        };
+        state.weights.push_back(part(0)), state.momentum.push_back(part(1));
+        state.anchor.push_back(part(problem.shared ? 0 : 2));
+        if (!problem.base.empty()) state.base.push_back(problem.base[l].template const_data_ptr<T>() + here);
+        state.next_weights.push_back(results[2 + l].template data_ptr<T>() + here);
+        state.next_momentum.push_back(results[2 + net.depth + l].template data_ptr<T>() + here);
+        gates.push_back(problem.gates(0, l, row));
+      }
+      const auto token = [&](int which) { return problem.tokens[which].template const_data_ptr<T>() + row * d; };
+      run_token(
+          net, state, problem.affine(row), token(0), token(1), token(2), gates, problem.completes(0, row), at,
+          results[0].template data_ptr<T>() + row * d);
+      results[1].template data_ptr<T>()[row] = at.surprise[0];
+    }
+  });
+}
+
+// `keep`: also the state before every group of chunks but the first, which starts from what the caller has.
+// `ragged`: rows differ in the chunks that they complete, so that their anchors have to be told apart.
+template <class T>
+Tensors forward(const Problem<T>& problem, int group, bool keep, bool ragged) {
   const Network& net = problem.net;
   const int groups = (problem.chunks + group - 1) / group;
   const auto options = problem.tokens[0].options();
   Tensors results{
       at::empty({problem.chunks, problem.rows, problem.width, net.head_dim}, options),
       at::empty({problem.chunks, problem.rows, problem.width}, options)};
-  for (int part = 0; part < 3; ++part)
+  const bool give_anchor = keep || ragged;
+  for (int part = 0; part < (give_anchor ? 3 : 2); ++part)
     for (int l = 0; l < net.depth; ++l)
       results.push_back(at::empty({problem.rows, net.out(l), net.in(l)}, options));
-  // The first group starts from the state that the caller has.
+  if (!give_anchor && !problem.filled && problem.chunks == 1 && problem.width == 1 &&
+      net.head_dim % std::max<int>(kLanes<T>, at::vec::Vectorized<T>::size()) == 0) {
+    forward_token(problem, results);
+    return results;
+  }
   Tensors starts;
-  for (int part = 0; keep && part < (keep_anchor ? 3 : 2); ++part)
+  for (int part = 0; keep && part < (ragged ? 3 : 2); ++part)
     for (int l = 0; l < net.depth; ++l)
       starts.push_back(at::empty({groups - 1, problem.rows, net.out(l), net.in(l)}, options));
 
@@ -258,7 +302,7 @@ Tensors forward(const Problem<T>& problem, int group, bool keep, bool keep_ancho
           for (int l = 0; l < net.depth; ++l) {
             store_matrix(net, l, at.now.weights[l], starts[l], index);
             store_matrix(net, l, at.now.momentum[l], starts[net.depth + l], index);
-            if (keep_anchor)
+            if (ragged)
               store_matrix(
                   net, l, shared ? at.now.weights[l] : at.anchor[l], starts[2 * net.depth + l], index);
           }
@@ -282,8 +326,9 @@ Tensors forward(const Problem<T>& problem, int group, bool keep, bool keep_ancho
       for (int l = 0; l < net.depth; ++l) {
         store_matrix(net, l, at.now.weights[l], results[2 + l], row);
         store_matrix(net, l, at.now.momentum[l], results[2 + net.depth + l], row);
-        store_matrix(
-            net, l, shared ? at.now.weights[l] : at.anchor[l], results[2 + 2 * net.depth + l], row);
+        if (give_anchor)
+          store_matrix(
+              net, l, shared ? at.now.weights[l] : at.anchor[l], results[2 + 2 * net.depth + l], row);
       }
     }
   });
@@ -404,12 +449,12 @@ Tensors scan(
     at::IntArrayRef sizes, at::ArrayRef<double> numbers, at::TensorList tokens, const OptionalTensor& filled,
     const OptionalTensor& fresh, const Tensor& complete, const OptionalTensor& gain, const OptionalTensor& bias,
     at::TensorList initial, at::TensorList initial_momentum, at::TensorList base, at::TensorList state,
-    bool shared, int64_t group, bool keep, bool keep_anchor) {
+    bool shared, int64_t group, bool keep, bool ragged) {
   const Tensors t = tokens.vec(), i = initial.vec(), m = initial_momentum.vec(), b = base.vec(), s = state.vec();
   return dispatch(t[0], [&](auto type) {
     const Problem<decltype(type)> problem(
         network(sizes, numbers), t, filled, fresh, complete, gain, bias, i, m, b, s, shared);
-    return forward(problem, group, keep, keep_anchor);
+    return forward(problem, group, keep, ragged);
   });
 }
 
@@ -433,7 +478,7 @@ TORCH_LIBRARY(titans_native, library) {
   library.def(
       "scan(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, Tensor complete, "
       "Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, Tensor[] state, "
-      "bool shared, int group, bool keep, bool keep_anchor) -> Tensor[]");
+      "bool shared, int group, bool keep, bool ragged) -> Tensor[]");
   library.def(
       "scan_backward(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, "
       "Tensor complete, Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, "
