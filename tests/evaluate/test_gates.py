@@ -32,7 +32,7 @@ def memories_of(model: TitansForCausalLM) -> list[NeuralMemory]:
 @torch.no_grad()
 def test_gates_that_see_nothing_are_their_biases() -> None:
     model = small_model("mac", num_attention_heads=3, memory_normalize_step=False)
-    expected = torch.tensor([16.0, 4e3, 1e6]).double()[:, None].expand(3, 2)  # from 4 chunks of 4, log-spaced
+    expected = torch.tensor([1024.0, 32e3, 1e6]).double()[:, None].expand(3, 2)  # log-spaced
     layers = gate_statistics(model, DOCUMENTS)
     assert len(layers) == 2
     for layer in layers:

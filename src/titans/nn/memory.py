@@ -15,8 +15,8 @@ from titans.nn.conv import CausalConv
 from titans.nn.norm import ReadNorm, shorten, unit_queries
 from titans.nn.packing import real_tokens, take
 
-LONGEST_HALF_LIFE = 1e6
-SHORTEST_HALF_LIFE_IN_CHUNKS = 4
+# Of what is kept at first, in tokens; log-spaced over the heads. Measured: docs/decisions/memory.md.
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1024.0, 1e6
 
 
 @register_state
@@ -146,10 +146,8 @@ class NeuralMemory(nn.Module):
         """Gates with half-lives log-spaced over heads."""
         nn.init.normal_(self.gate_weight, std=0.02)
         heads = self.num_heads
-        shortest = SHORTEST_HALF_LIFE_IN_CHUNKS * self.chunk_size
-        longest = max(LONGEST_HALF_LIFE, shortest)
         spread = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
-        half_lives = shortest * (longest / shortest) ** spread
+        half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** spread
         self.gate_bias.zero_()
         self.gate_bias[2] = 1.0
         # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
