@@ -1,19 +1,23 @@
-# Two commands: `make demo` trains a small model and shows its memory at work, `make test` checks everything.
-# Both build .venv by themselves when it is missing or older than what it is built from.
+# `make demo` trains a small model and shows its memory at work, `make test` checks everything, `make bench` times
+# it beside others. Each builds .venv by itself when it is missing or older than what it is built from.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.built
+PEERS := .venv-peers
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m titans.experiments.demo
 
 test: lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+bench: $(STAMP) $(PEERS)/.built
+	$(BIN)/python benchmarks/speed --peers $(PEERS)/bin/python $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,7 +29,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(PEERS) demo dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed into an environment of its own, which only these two variables can pin.
@@ -37,4 +41,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
+
+# The package that others measure themselves by, away from ours, because it brings a dozen of its own.
+$(PEERS)/.built: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	PIP_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install -q torch==2.13.0 titans-pytorch==0.5.5
 	@touch $@
