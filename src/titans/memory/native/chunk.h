@@ -70,7 +70,7 @@ struct Tape {
   TokenMatrices<T> inputs, inputs_right;  // h_{l-1} of the keys; right: (slots, in)
   TokenMatrices<T> outputs, above, deltas, scaled;
   TokenMatrices<T> slopes, curvatures, read_slopes;  // act' and act'' of the outputs, act' of the answers
-  TokenMatrices<T> normalizers, bounds, input_squares;  // (slots,)
+  TokenMatrices<T> normalizers, inverses, bounds, input_squares;  // (slots,)
   TokenMatrices<T> reads, reads_right;                  // r_{l-1} of the queries
   TokenMatrices<T> with_weights, with_momentum, answers, similarity;
   TokenMatrices<T> row_scales;  // (out,), what each row was multiplied by at the chunk's end
@@ -96,7 +96,7 @@ struct Tape {
     with_weights = make(out), with_momentum = make(out), slopes = make(out);
     curvatures.layer.resize(net.depth), read_slopes.layer.resize(net.depth);
     if (keep) curvatures = make(out), read_slopes = make(out);
-    normalizers = make(one), bounds = make(one), input_squares = make(one), similarity = make(square);
+    normalizers = make(one), inverses = make(one), bounds = make(one), input_squares = make(one), similarity = make(square);
     inputs[0] = keys;
     reads[0] = queries;
     for (int l = 0; l < net.depth; ++l) {
@@ -164,15 +164,7 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
   if (net.normalize) {
     for (int l = 0; l <= last; ++l) {
       dot_columns(net.in(l), slots, tape.inputs[l], tape.inputs[l], tape.input_squares[l]);
-      Vector<T> sum{};
-      const auto size = l ? Matrices<T>::size(net, l) : 0;
-      for (std::ptrdiff_t i = 0; i < size; i += kLanes<T>) {
-        const Vector<T> w = load(now.total[l] + i);
-        sum += w * w;
-      }
-      T total = 0;
-      for (int i = 0; i < kLanes<T>; ++i) total += sum[i];
-      tape.weight_squares[l] = total;
+      if (l) tape.weight_squares[l] = dot(Matrices<T>::size(net, l), now.total[l], now.total[l]);
     }
     step_normalizers(
         net, slots, slope, tape.input_squares.layer.data(), tape.weight_squares.data(),
@@ -185,10 +177,10 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
         assign(tape.above[l], slots));
     multiply(out * slots, tape.above[l], tape.slopes[l], tape.deltas[l]);
   }
-  for (int l = 0; net.normalize && l <= last; ++l)
-    for (int i = 0; i < net.out(l); ++i)
-      for (int t = 0; t < slots; ++t)
-        tape.scaled[l][i * slots + t] = tape.deltas[l][i * slots + t] / tape.normalizers[l][t];
+  for (int l = 0; net.normalize && l <= last; ++l) {
+    for (int t = 0; t < slots; ++t) tape.inverses[l][t] = T(1) / tape.normalizers[l][t];
+    scale_columns(net.out(l), slots, tape.deltas[l], tape.inverses[l], tape.scaled[l]);
+  }
 }
 
 // What rows of this squared length are multiplied by at a chunk's end.
@@ -237,9 +229,7 @@ void write_layer(
     return;
   }
   for (int i = 0; net.rescale != Network::kNever && i < out; ++i) {
-    T square = 0;
-    for (int n = 0; n < kLanes<T>; ++n) square += squares[i * kLanes<T> + n];
-    const T scale = tape.row_scales[l][i] = row_scale(net, square);
+    const T scale = tape.row_scales[l][i] = row_scale(net, sum_of<T>(load(squares + i * kLanes<T>)));
     if (scale == T(1)) continue;
     for (std::ptrdiff_t at = std::ptrdiff_t(i) * stride; at < std::ptrdiff_t(i + 1) * stride; ++at) {
       next_weights[at] *= scale;

@@ -10,6 +10,7 @@ template <class T>
 struct StateGradients {
   Matrices<T> weights, momentum, anchor, base, initial, initial_momentum;
   T *gain, *bias;
+  bool anchored;  // `anchor` is not all zero
 
   StateGradients(const Network& net, Arena& arena, bool has_base, bool has_initial)
       : weights(net, arena), momentum(net, arena), anchor(net, arena) {
@@ -54,14 +55,22 @@ struct TokenGradients {
   }
 };
 
+// The anchor was the weights: its gradient is theirs.
+template <class T>
+void join_anchor(const Network& net, StateGradients<T>& grads) {
+  for (int l = 0; grads.anchored && l < net.depth; ++l) {
+    add_all(Matrices<T>::size(net, l), grads.anchor[l], grads.weights[l]);
+    std::fill_n(grads.anchor[l], Matrices<T>::size(net, l), T(0));
+  }
+  grads.anchored = false;
+}
+
 // Back through the end of a complete chunk: its weights settled and became the anchor.
 template <class T>
 void settle_backward(const Network& net, const Fast<T>& next, const Tape<T>& tape, StateGradients<T>& grads) {
+  join_anchor(net, grads);
   for (int l = 0; l < net.depth; ++l) {
     const int stride = Matrices<T>::stride(net, l);
-    const auto size = Matrices<T>::size(net, l);
-    add_all(size, grads.anchor[l], grads.weights[l]);
-    std::fill_n(grads.anchor[l], size, T(0));
     for (int i = 0; net.rescale != Network::kNever && i < net.out(l); ++i) {
       const T scale = tape.row_scales[l][i];
       if (net.rescale == Network::kLonger && scale == T(1)) continue;
@@ -137,19 +146,10 @@ void layer_backward(
   product<false>(in, slots, slots, tape.inputs[l], slots, mixing, slots, add(hidden_grad, slots));
 
   // The state before the chunk.
-  Vector<T> weights_weights{}, weights_momentum{}, momentum_momentum{};
-  for (std::ptrdiff_t i = 0; i < Matrices<T>::size(net, l); i += kLanes<T>) {
-    const Vector<T> w = load(weights_grad + i), s = load(momentum_grad + i), m = load(now.momentum[l] + i);
-    weights_weights += w * load(now.weights[l] + i);
-    weights_momentum += w * m;
-    momentum_momentum += s * m;
-  }
-  c_grad.end_weights = c_grad.end_momentum = c_grad.momentum_momentum = 0;
-  for (int n = 0; n < kLanes<T>; ++n) {
-    c_grad.end_weights += weights_weights[n];
-    c_grad.end_momentum += weights_momentum[n];
-    c_grad.momentum_momentum += momentum_momentum[n];
-  }
+  const auto size = Matrices<T>::size(net, l);
+  c_grad.end_weights = dot(size, weights_grad, now.weights[l]);
+  c_grad.end_momentum = dot(size, weights_grad, now.momentum[l]);
+  c_grad.momentum_momentum = dot(size, momentum_grad, now.momentum[l]);
   T* read_right = tape.reads_right[l];
   to_right(in, slots, stride, read, read_right);
   product<false>(out, stride, slots, by_momentum, slots, read_right, stride, [&](int i, int j, Vector<T> sum) {
@@ -179,8 +179,7 @@ void key_backward(
   if (net.normalize) {
     for (int l = 0; l <= last; ++l) {
       T* grad = found.scaled[l];
-      for (int i = 0; i < net.out(l); ++i)
-        for (int t = 0; t < slots; ++t) grad[i * slots + t] /= tape.normalizers[l][t];
+      scale_columns(net.out(l), slots, grad, tape.inverses[l], grad);
       dot_columns(net.out(l), slots, grad, tape.scaled[l], found.normalizers[l]);
       for (int t = 0; t < slots; ++t) found.normalizers[l][t] = -found.normalizers[l][t];
     }
@@ -253,11 +252,8 @@ void chunk_backward(
   if (net.residual) add_all(net.head_dim * slots, answers_grad, found.queries);
   key_backward(
       net, now, affine, base != nullptr, shared ? grads.weights : grads.anchor, tape, scratch, grads, found);
-  if (shared && !complete)
-    for (int l = 0; l <= last; ++l) {
-      add_all(Matrices<T>::size(net, l), grads.anchor[l], grads.weights[l]);
-      std::fill_n(grads.anchor[l], Matrices<T>::size(net, l), T(0));
-    }
+  if (shared) join_anchor(net, grads);
+  else grads.anchored = true;
 }
 
 }  // namespace titans

@@ -6,13 +6,6 @@
 
 namespace titans {
 
-template <class T>
-inline T sum_of(Vector<T> x) {
-  T sum = 0;
-  for (int n = 0; n < kLanes<T>; ++n) sum += x[n];
-  return sum;
-}
-
 // Weights of one head as they lie in the state's tensors: per layer (out, in).
 template <class T>
 struct Plain {

@@ -57,12 +57,44 @@ inline void add_all(std::ptrdiff_t size, const T* from, T* to) {
   for (std::ptrdiff_t i = 0; i < size; ++i) to[i] += from[i];
 }
 
-// Σ over features of a·b, (slots,).
+// Σ over features of a·b, (slots,). Several sums at once, because each waits for its last addition; slots are whole
+// vectors or one.
 template <class T>
 inline void dot_columns(int features, int slots, const T* a, const T* b, T* sum) {
-  std::fill_n(sum, slots, T(0));
-  for (int i = 0; i < features; ++i)
-    for (int t = 0; t < slots; ++t) sum[t] += a[i * slots + t] * b[i * slots + t];
+  if (slots == 1) {
+    *sum = 0;
+    for (int i = 0; i < features; ++i) *sum += a[i] * b[i];
+    return;
+  }
+  for (int t = 0; t < slots; t += kLanes<T>) {
+    Vector<T> sums[4] = {};
+    const T *left = a + t, *right = b + t;
+    int i = 0;
+    for (; i + 4 <= features; i += 4, left += 4 * slots, right += 4 * slots)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) sums[n] += load(left + n * slots) * load(right + n * slots);
+    for (; i < features; ++i, left += slots, right += slots) sums[0] += load(left) * load(right);
+    store(sum + t, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
+template <class T>
+inline T sum_of(Vector<T> x) {
+  T sum = 0;
+  for (int n = 0; n < kLanes<T>; ++n) sum += x[n];
+  return sum;
+}
+
+// Σ a·b of two matrices, whole vectors.
+template <class T>
+inline T dot(std::ptrdiff_t size, const T* a, const T* b) {
+  Vector<T> sums[4] = {};
+  std::ptrdiff_t i = 0;
+  for (; i + 4 * kLanes<T> <= size; i += 4 * kLanes<T>)
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) sums[n] += load(a + i + n * kLanes<T>) * load(b + i + n * kLanes<T>);
+  for (; i < size; i += kLanes<T>) sums[0] += load(a + i) * load(b + i);
+  return sum_of<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // Gain and bias of one head, each (head_dim,) or null.

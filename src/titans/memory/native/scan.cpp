@@ -376,6 +376,7 @@ Tensors backward(const Problem<T>& problem, int group, const Tensors& starts, co
         load_matrix(net, l, grads[1 + depth + l], row, at.grads.momentum[l]);
         load_matrix(net, l, grads[1 + 2 * depth + l], row, at.grads.anchor[l]);
       }
+      at.grads.anchored = true;
       if (problem.fresh) load_fresh(problem, row, base, at.fresh);
       // shared[n]: when chunk n − 1 was over, the anchor was the weights.
       shared[0] = problem.shared;
