@@ -37,7 +37,7 @@ DISTANCES = (256, 512, 1024, 2048, 4096)
 SCHEDULES = (
     "all at max", "no momentum", "write, then coast", "momentum every other chunk", "random", "switching",
 )  # fmt: skip
-FORGETS = ("0", "0.001", "0.05", "1 now and then")
+FORGETS = ("0", "0.001", "0.05", "1 now and then", "1 as a chunk starts")
 THOROUGH = [(s, "0") for s in SCHEDULES] + [(s, f) for s in ("all at max", "switching") for f in FORGETS[1:]]
 FEW = [("all at max", "0"), ("switching", "0.001")]
 COUNTER = [(s, f) for s in ("all at max", "write, then coast") for f in FORGETS[:3]]
