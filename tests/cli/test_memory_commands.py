@@ -244,7 +244,7 @@ def test_info_tells_what_the_gates_have_learned(
     for name, numbers in gates.items():
         expected = torch.stack([getattr(layer, name) for layer in layers])
         torch.testing.assert_close(torch.tensor(numbers).double(), expected, rtol=1e-4, atol=0)
-    assert torch.tensor(gates["half_life_at_rest"])[:, :, 1].round().tolist() == [[64, 1e6]] * 2
+    assert torch.tensor(gates["half_life_at_rest"])[:, :, 1].round().tolist() == [[1024, 1e6]] * 2
     # A row for each head, and a line in it for each matrix of the memory.
     lines = [line.split() for line in done.stderr.splitlines()]
     assert ["layer", "head", "W", "at", "rest", "10", "%", "median", "90", "%", "momentum", "step", "size",
