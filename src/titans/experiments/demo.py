@@ -185,7 +185,7 @@ def _ticker() -> Callable[[int, int], None]:
 def main() -> int:
     """Run the demo; the page is written to FOLDER/report.html."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each model (default 200)")
+    parser.add_argument("--steps", type=int, default=320, help="training steps of each model (default 320)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default demo)")
     arguments = parser.parse_args()
     for variant in ("mac", "transformer"):
