@@ -66,7 +66,6 @@ def train_beside(variant: str, steps: int, folder: Path) -> TrainedModel:
         batch_size=BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,
         in_order=True,
-        carry_memory=variant != "transformer",
         eval_every=max(steps // 4, 1),
         eval_tokens=16384,
         save_every=steps,
@@ -140,9 +139,9 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
         f"torch {torch.__version__}, {minutes:.1f} minutes; command: make demo",
         models=models,
         training_note=f"Held out: {', '.join(d.name for d in held_out)}, in windows of {SEQUENCE_LENGTH} "
-        "bytes, each with an empty memory. Both models read the same plays in the same order, the memory "
-        "carried along in one of them. They agree in width, depth and number of parameters: the "
-        "transformer's feed-forward layers are widened by what the memory takes.",
+        "bytes, each with an empty memory. Both models read the same plays in the same order. They "
+        "agree in width, depth and number of parameters: the transformer's feed-forward layers are widened by "
+        "what the memory takes.",
         recollection=found,
         recollection_note=f"Bits per byte on the second half of {play.name} (held out). Before it, each arm "
         "read something else into its memory; then attention and convolutions were emptied, so only the "
