@@ -140,8 +140,8 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
         models=models,
         training_note=f"Held out: {', '.join(d.name for d in held_out)}, in windows of {SEQUENCE_LENGTH} "
         "bytes, each with an empty memory. Both models read the same plays in the same order. They "
-        "agree in width, depth and number of parameters: the transformer's feed-forward layers are widened by "
-        "what the memory takes.",
+        "agree in width, depth and number of parameters: the transformer's feed-forward layers are widened "
+        "by what the memory takes.",
         recollection=found,
         recollection_note=f"Bits per byte on the second half of {play.name} (held out). Before it, each arm "
         "read something else into its memory; then attention and convolutions were emptied, so only the "
