@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from titans.memory import BACKENDS
+from titans.memory import BACKENDS, MemoryState
 
 from ..tolerances import FLOAT64, assert_close
 from .problems import answers, assert_same, everything, make_problem, parts
@@ -112,3 +112,15 @@ def test_decoding(backend, options):
     assert_close(torch.cat(found, 1), reads, FLOAT64, "reads")
     for name, leaf in parts(state).items():
         assert_close(leaf, parts(expected)[name], FLOAT64, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_anchor_that_is_the_weights_in_one_layer_only(backend):
+    problem = make_problem(time=6, position="same", seed=4)
+    state = problem.state
+    anchor = (state.weights[0], 0.5 * state.weights[1])
+    state = MemoryState(state.weights, state.momentum, anchor, state.position)
+    for found, expected in zip(
+        problem.scan(backend, state)[::2], problem.scan("reference", state)[::2], strict=True
+    ):
+        assert_close(found, expected, FLOAT64, backend)

@@ -192,7 +192,8 @@ def run_chunk(
         carried = moment * c.momentum_momentum
         new_momentum.append(carried.baddbmm_((d * c.momentum_steps).mT, h, alpha=-1))
     answers = net.finish(out, chunk.queries, chunk.gain, chunk.bias)
-    tape = ChunkTape(chunk, weights, momentum, total, anchor[0] is weights[0], keys, reads)
+    shared = all(a is w for a, w in zip(anchor, weights, strict=True))
+    tape = ChunkTape(chunk, weights, momentum, total, shared, keys, reads)
     return answers, tuple(new_weights), tuple(new_momentum), tape
 
 

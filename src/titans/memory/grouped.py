@@ -65,6 +65,11 @@ class State(NamedTuple):
     momentum: Weights
     anchor: Weights
 
+    @property
+    def is_anchored(self) -> bool:
+        """Every layer's anchor is its weights, the same tensor."""
+        return all(a is w for a, w in zip(self.anchor, self.weights, strict=True))
+
 
 def _where(rows: Tensor, chosen: Weights, otherwise: Weights) -> Weights:
     return tuple(torch.where(rows[:, None, None], a, b) for a, b in zip(chosen, otherwise, strict=True))
@@ -182,7 +187,7 @@ class _GroupedScan(torch.autograd.Function):
         ctx.shared = []
         reads, surprises = [], []
         for group in ctx.groups:
-            ctx.shared.append(state.anchor[0] is state.weights[0])
+            ctx.shared.append(state.is_anchored)
             starts += [*state.weights, *state.momentum, *state.anchor]
             part, marks = Tokens(*(x[group] for x in tokens)), arguments.marks.at(group)
             read, surprise, state = scan_group(

@@ -19,6 +19,9 @@ from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
+# Far above any useful chunk, and far below where a table's size would no longer fit its index.
+WIDEST_CHUNK = 4096
+
 __all__ = ["missing", "native_scan", "refuses"]
 
 
@@ -31,6 +34,10 @@ def refuses(problem: ScanProblem) -> str | None:
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "it knows no forward-mode derivatives; call it outside of dual_level()"
+    if min(problem.chunk_size, problem.keys.shape[1]) > WIDEST_CHUNK:
+        return f"it holds tables of chunk_size² numbers: give a chunk_size of at most {WIDEST_CHUNK}"
     return missing()
 
 
@@ -55,7 +62,7 @@ def _problem(net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state
     chunks, rows = tokens.keys.shape[:2]
     complete = marks.complete
     if not isinstance(complete, Tensor):
-        complete = torch.full((chunks, rows), complete)
+        complete = torch.full((chunks, rows), complete, device=tokens.keys.device)
 
     def each(tensors: Any) -> list[Tensor]:
         return [x.contiguous() for x in tensors]
@@ -68,7 +75,7 @@ def _problem(net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state
         *(None if x is None else x.contiguous() for x in (slow.gain, slow.bias)),
         *map(each, (slow.initial, slow.initial_momentum, slow.base)),
         each([*state.weights, *state.momentum, *state.anchor]),
-        state.anchor[0] is state.weights[0],
+        state.is_anchored,
     ]
 
 
@@ -105,7 +112,7 @@ class _NativeScan(torch.autograd.Function):
         net, marks = arguments.net, arguments.marks
         ctx.arguments, ctx.num_inputs = arguments, len(flat)
         tokens, slow, state = arguments.unflatten(flat)
-        ctx.shared = state.anchor[0] is state.weights[0]
+        ctx.shared = state.is_anchored
         ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
         problem = _problem(net, marks, tokens, slow, state)
         found = torch.ops.titans_native.scan(*problem, ctx.group, True, _is_ragged(marks))

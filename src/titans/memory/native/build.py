@@ -45,7 +45,7 @@ def _flags() -> list[str]:
 def _processor() -> str:
     """What decides which instructions -march=native may use."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
@@ -73,10 +73,18 @@ def missing() -> str | None:
 
 def _built(compiler: str) -> Path:
     """The compiled library, from the cache or built now."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
+    ).stdout
     sources = sorted(_SOURCES.glob("*.h")) + sorted(_SOURCES.glob("*.cpp"))
-    told = [version, torch.__version__, _processor(), *_flags(), *(path.read_text() for path in sources)]
-    name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    told = [
+        version,
+        torch.__version__,
+        _processor(),
+        *_flags(),
+        *(path.read_text("utf-8") for path in sources),
+    ]
+    name = hashlib.sha256("\0".join(told).encode("utf-8", "replace")).hexdigest()[:16]
     library = _cache() / f"native-{name}.so"
     if library.exists():
         return library
@@ -87,7 +95,7 @@ def _built(compiler: str) -> Path:
     os.close(handle)
     try:
         command = [compiler, str(_SOURCES / "scan.cpp"), "-o", temporary, *_flags()]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else done.stderr[-500:])
