@@ -29,5 +29,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turn = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype)).unsqueeze(-2)
+    # A slice may begin, or step, at an odd number, which a complex view cannot.
+    if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):
+        wide = wide.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
