@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,6 +66,8 @@ counts = st.sampled_from([None, 0, 1, 3])
 
 @settings(max_examples=60, deadline=None)
 @given(plan=plans, window=st.integers(1, 6), num=counts, begin=st.booleans(), seed=st.integers(0, 999))
+# The gradient of a slice that begins at an odd number.
+@example(plan=[([0], 0), ([5], 0)], window=6, num=None, begin=False, seed=0)
 def test_window_is_the_plain_loop(plan, window, num, begin, seed):
     layer = randomised(WindowAttention(HIDDEN, HEADS, DIM, window), seed)
     rows, persistent = random_rows(plan, HIDDEN, seed), persistent_tokens(num, seed)

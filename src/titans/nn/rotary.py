@@ -29,8 +29,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turn = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype)).unsqueeze(-2)
-    # A slice may begin, or step, at an odd number, which a complex view cannot.
-    if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):
-        wide = wide.clone(memory_format=torch.contiguous_format)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(_aligned(wide.unflatten(-1, (-1, 2))))
+    turned = torch.view_as_real(pairs * turn)
+    if turned.requires_grad:
+        turned.register_hook(_aligned)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _aligned(pairs: Tensor) -> Tensor:
+    """Pairs that can be seen as complex numbers: a slice, or its gradient, may begin or step at an odd one."""
+    odd = pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1])
+    return pairs.clone(memory_format=torch.contiguous_format) if odd else pairs
