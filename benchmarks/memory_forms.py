@@ -127,13 +127,9 @@ def all_runs() -> list[Run]:
 def build(run: Run) -> TitansForCausalLM:
     torch.manual_seed(run.seed)
     model = TitansForCausalLM(TitansConfig.from_preset("tiny", **SIZES, **FORMS[run.form]))
-    shortest, longest = HALF_LIVES[run.half_life]
     for memory in model.modules():
         if isinstance(memory, NeuralMemory):
-            half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, SIZES["num_attention_heads"])
-            with torch.no_grad():
-                rate = math.log(2) / half_lives.double()
-                memory.gate_bias[0] = torch.log(torch.expm1(rate)).unsqueeze(-1)
+            memory.set_half_lives(*HALF_LIVES[run.half_life])
     return model
 
 

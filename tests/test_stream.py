@@ -73,19 +73,19 @@ def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -
 def test_saved_forked_and_untouched_sessions_go_on_alike(variant: str, tmp_path: Path) -> None:
     model = small_model(variant).train()
     session = Session(model)
-    session.feed(some_ids(21))
+    session.feed(some_ids(21, seed=5))
     session.save(tmp_path / "memory")
     fork, loaded = session.fork(), Session.load(tmp_path / "memory", model)
     fork.feed(some_ids(30, seed=1))
 
     expected = session.generate(max_new_tokens=24, do_sample=False)
-    assert len(expected[0].unique()) > 2
+    assert len(expected[0].unique()) > 3
     assert torch.equal(loaded.generate(max_new_tokens=24, do_sample=False), expected)
     assert torch.equal(next_logits(loaded), next_logits(session))
     assert (session.num_tokens, fork.num_tokens, loaded.num_tokens) == (45, 51, 45)
 
     whole = Session(model)
-    whole.feed(np.concatenate([some_ids(21), some_ids(30, seed=1)]))
+    whole.feed(np.concatenate([some_ids(21, seed=5), some_ids(30, seed=1)]))
     torch.testing.assert_close(next_logits(fork), next_logits(whole), rtol=0, atol=1e-8)
     assert model.training, "a session leaves the model's mode as it was"
 

@@ -1,6 +1,6 @@
 """How fast is it, against what this machine can do and against others? (`make bench`)
 
-    python benchmarks/speed                       # everything; about an hour on two cores
+    python benchmarks/speed                       # everything; long
     python benchmarks/speed --quick               # three minutes
     python benchmarks/speed --parts scan layer    # some of it
     python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch, in its own environment
@@ -37,8 +37,7 @@ Row = dict[str, Any]
 class Contender:
     """A process that times one contender."""
 
-    def __init__(self, name: str, python: str) -> None:
-        self.name = name
+    def __init__(self, python: str) -> None:
         self.process = subprocess.Popen(
             [python, str(HERE / "worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -66,7 +65,7 @@ def measure(case: Case, names: list[str], threads: int, arguments: argparse.Name
     rows: list[Row] = []
     for name in names:
         python = arguments.peers if name.startswith("titans-pytorch") else sys.executable
-        contender = Contender(name, python)
+        contender = Contender(python)
         answer = contender.ask(do="build", contender=name, case=case, threads=threads)
         row: Row = {"case": case, "threads": threads, "contender": name, "seconds": [], **answer}
         rows.append(row)
@@ -164,12 +163,12 @@ def main() -> int:
         parser.error(f"--peers {arguments.peers}: no such file; give the python of an environment")
     began, rows = time.monotonic(), []
     planned = [
-        (part, case, names, threads)
+        (case, names, threads)
         for part in ["product", *arguments.parts]
         for case, names in plan(part, arguments.quick, bool(arguments.peers))
         for threads in arguments.threads or ((1,) if arguments.quick else (1, 2))
     ]
-    for number, (_, case, names, threads) in enumerate(planned, start=1):
+    for number, (case, names, threads) in enumerate(planned, start=1):
         elapsed = time.monotonic() - began
         left = elapsed / max(number - 1, 1) * (len(planned) - number + 1)
         print(

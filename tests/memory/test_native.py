@@ -1,10 +1,11 @@
-"""The compiled backend where it cannot be compiled: a sentence, and the next backend."""
+"""The compiled backend where it cannot run: a sentence, and the next backend."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from titans.memory import native
 from titans.memory.native import missing
 
 from .problems import make_problem
@@ -30,3 +31,20 @@ def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, comp
     assert not list(cache.rglob("*.so"))
     for found, expected in zip(problem.scan("auto")[::2], problem.scan("chunkwise")[::2], strict=True):
         assert torch.equal(found, expected)
+
+
+# torch's own forward-mode formulas go through what it deprecates.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_forward_mode_and_giant_chunks_are_left_to_the_next_backend(monkeypatch):
+    problem = make_problem(time=9)
+    with torch.autograd.forward_ad.dual_level():
+        values = problem.leaves["values"].nan_to_num()
+        dual = torch.autograd.forward_ad.make_dual(values, torch.ones_like(values))
+        with pytest.raises(ValueError, match="refuses this call: it knows no forward-mode derivatives"):
+            problem.change(values=dual).scan("native")
+        reads, _, _ = problem.change(values=dual).scan("auto")
+        assert torch.autograd.forward_ad.unpack_dual(reads).tangent is not None
+    monkeypatch.setattr(native, "WIDEST_CHUNK", 3)
+    with pytest.raises(ValueError, match="give a chunk_size of at most 3"):
+        problem.scan("native")
+    assert problem.scan("auto")[0].isfinite().all()

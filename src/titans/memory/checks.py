@@ -22,11 +22,21 @@ def _expect_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}: give a floating dtype, for example torch.float32")
 
 
+def inside_transform() -> bool:
+    """Whether vmap, grad or another transform of torch.func looks at this call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+
+
+def hand_written_refuses() -> str | None:
+    """Why a scan whose backward is written by hand cannot run here, or None."""
+    if inside_transform():
+        return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
+    return None
+
+
 def _expect_range(name: str, gate: Tensor, mask: Tensor | None, highest: float | None) -> None:
     # On an accelerator, or in a compiled graph, looking at values would stop the stream; vmap forbids it.
-    if gate.device.type != "cpu" or torch.compiler.is_compiling() or not gate.numel():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+    if gate.device.type != "cpu" or torch.compiler.is_compiling() or not gate.numel() or inside_transform():
         return
     gate = gate.detach()
     if mask is not None:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from titans.memory.checks import check_read, check_scan
+from titans.memory.checks import check_read, check_scan, hand_written_refuses
 from titans.memory.chunkwise import chunkwise_scan
 from titans.memory.native import native_scan
 from titans.memory.native import refuses as native_refuses
@@ -27,17 +27,10 @@ class Backend(NamedTuple):
     refuses: Callable[[ScanProblem], str | None]
 
 
-def _chunkwise_refuses(problem: ScanProblem) -> str | None:
-    # Forward-mode and vmap levels of torch.func do not pass through its custom backward.
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
-        return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
-    return None
-
-
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
     "native": Backend(native_scan, native_refuses),
-    "chunkwise": Backend(chunkwise_scan, _chunkwise_refuses),
+    "chunkwise": Backend(chunkwise_scan, lambda problem: hand_written_refuses()),
     "reference": Backend(reference_scan, lambda problem: None),
 }
 

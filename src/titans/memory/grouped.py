@@ -171,6 +171,14 @@ class Arguments:
         )
 
 
+def refuse_second_derivatives(backend: str) -> None:
+    """Raise RuntimeError in a backward that is to be differentiated: a recomputation would lose terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"backend={backend!r} is differentiable once, create_graph=True asks for more: use 'reference'"
+        )
+
+
 class _GroupedScan(torch.autograd.Function):
     """A scan that keeps the state once per group of chunks and recomputes the inside of a group going
     backward."""
@@ -205,11 +213,7 @@ class _GroupedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # Second derivatives through a recomputation would silently lose terms.
-            raise RuntimeError(
-                "backend='chunkwise' is differentiable once, create_graph=True asks for more: use 'reference'"
-            )
+        refuse_second_derivatives("chunkwise")
         with torch.autocast(grads[0].device.type, enabled=False):
             # Whoever goes backward under autocast must still get the gradient of what went forward.
             return _GroupedScan._recompute(ctx, *grads)

@@ -145,16 +145,21 @@ class NeuralMemory(nn.Module):
     def reset_parameters(self) -> None:
         """Gates with half-lives log-spaced over heads."""
         nn.init.normal_(self.gate_weight, std=0.02)
-        heads = self.num_heads
-        spread = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
-        half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** spread
         self.gate_bias.zero_()
         self.gate_bias[2] = 1.0
-        # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
-        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives.double())).unsqueeze(-1)
+        self.set_half_lives(SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE)
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.constant_(self.norm_weight, 0.5)
             nn.init.zeros_(self.norm_bias)
+
+    @torch.no_grad()
+    def set_half_lives(self, shortest: float, longest: float) -> None:
+        """Have the heads forget with half-lives log-spaced from one to the other, in tokens."""
+        heads = self.num_heads
+        spread = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
+        half_lives = shortest * (longest / shortest) ** spread
+        # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
+        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives.double())).unsqueeze(-1)
 
     @property
     def base(self) -> tuple[Tensor, ...] | None:

@@ -37,6 +37,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _aligned(pairs: Tensor) -> Tensor:
-    """Pairs that can be seen as complex numbers: a slice, or its gradient, may begin or step at an odd one."""
+    """Pairs that can be seen as complex numbers: a slice, or its gradient, may begin at an odd place."""
     odd = pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1])
     return pairs.clone(memory_format=torch.contiguous_format) if odd else pairs

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise import scan_laid_out
-from titans.memory.grouped import Arguments, Marks, Slow, State, Tokens
+from titans.memory.grouped import Arguments, Marks, Slow, State, Tokens, refuse_second_derivatives
 from titans.memory.native.build import missing
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
@@ -32,13 +33,11 @@ def refuses(problem: ScanProblem) -> str | None:
         return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
     if net.objective != "squared_error" or net.update_rule != "momentum":
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
-        return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
     if torch.autograd.forward_ad._current_level >= 0:
         return "it knows no forward-mode derivatives; call it outside of dual_level()"
     if min(problem.chunk_size, problem.keys.shape[1]) > WIDEST_CHUNK:
         return f"it holds tables of chunk_size² numbers: give a chunk_size of at most {WIDEST_CHUNK}"
-    return missing()
+    return hand_written_refuses() or missing()
 
 
 def native_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
@@ -124,11 +123,7 @@ class _NativeScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments: Arguments = ctx.arguments
-        if torch.is_grad_enabled():
-            # Second derivatives through a recomputation would silently lose terms.
-            raise RuntimeError(
-                "backend='native' is differentiable once, create_graph=True asks for more: use 'reference'"
-            )
+        refuse_second_derivatives("native")
         net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
         saved = ctx.saved_tensors
         tokens, slow, state = arguments.unflatten(saved[: ctx.num_inputs])

@@ -8,23 +8,6 @@
 
 namespace titans {
 
-// Hands out aligned pieces of one block; without a block it only counts.
-class Arena {
- public:
-  explicit Arena(void* block = nullptr) : block_(static_cast<char*>(block)) {}
-  template <class T>
-  T* take(std::ptrdiff_t count) {
-    char* at = block_ + used_;
-    used_ += (count * std::ptrdiff_t(sizeof(T)) + 63) / 64 * 64;
-    return block_ ? reinterpret_cast<T*>(at) : nullptr;
-  }
-  std::ptrdiff_t used() const { return used_; }
-
- private:
-  char* block_;
-  std::ptrdiff_t used_ = 0;
-};
-
 // Per layer a matrix of the shape of that layer's weights.
 template <class T>
 struct Matrices {
@@ -101,13 +84,7 @@ struct Tape {
     reads[0] = queries;
     for (int l = 0; l < net.depth; ++l) {
       row_scales.layer.push_back(arena.take<T>(net.out(l)));
-      Coefficients<T> c{};
-      c.kept = arena.take<T>(slots);
-      c.moved = arena.take<T>(slots);
-      c.steps = arena.take<T>(slots * slots);
-      c.end_steps = arena.take<T>(slots);
-      c.momentum_steps = arena.take<T>(slots);
-      coefficients.push_back(c);
+      coefficients.push_back(make_coefficients<T>(slots, arena));
     }
     weight_squares.resize(net.depth);
   }

@@ -46,12 +46,7 @@ struct TokenGradients {
     values = arena.take<T>(net.head_dim * slots);
     slope = arena.take<T>(slots), bound = arena.take<T>(slots);
     weight_squares.resize(net.depth);
-    for (int l = 0; l < net.depth; ++l) {
-      Coefficients<T> c{};
-      c.kept = arena.take<T>(slots), c.moved = arena.take<T>(slots), c.steps = arena.take<T>(slots * slots);
-      c.end_steps = arena.take<T>(slots), c.momentum_steps = arena.take<T>(slots);
-      coefficients.push_back(c);
-    }
+    for (int l = 0; l < net.depth; ++l) coefficients.push_back(make_coefficients<T>(slots, arena));
   }
 };
 
@@ -222,17 +217,15 @@ void key_backward(
     const T square_grad = l && net.normalize ? 2 * found.weight_squares[l] : T(0);
     const auto keep = [&](int i, int j, Vector<T> sum) {
       const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
-      if (l) sum += square_grad * load(now.total[l] + at);
-      store(at_anchor[l] + at, load(at_anchor[l] + at) + sum);
-      if (has_base) store(grads.base[l] + at, load(grads.base[l] + at) + sum);
-    };
-    const auto more = [&](int i, int j, Vector<T> sum) {
-      const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
       store(at_anchor[l] + at, load(at_anchor[l] + at) + sum);
       if (has_base) store(grads.base[l] + at, load(grads.base[l] + at) + sum);
     };
     product<false>(out, stride, slots, out_grad, slots, tape.inputs_right[l], stride, keep);
-    if (l) product<false>(out, stride, slots, tape.deltas[l], slots, found.above_right[l], stride, more);
+    if (!l) continue;
+    const auto with_squares = [&](int i, int j, Vector<T> sum) {
+      keep(i, j, sum + square_grad * load(now.total[l] + std::ptrdiff_t(i) * stride + j));
+    };
+    product<false>(out, stride, slots, tape.deltas[l], slots, found.above_right[l], stride, with_squares);
   }
   add_all(net.head_dim * slots, found.inputs[0], found.keys);
 }

@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "arena.h"
+
 namespace titans {
 
 // Gates of one head and layer over a chunk, (width,) each.
@@ -23,6 +25,14 @@ struct Coefficients {
   T *end_steps, *momentum_steps;  // (slots,)
   T end_weights, end_momentum, momentum_momentum;
 };
+
+template <class T>
+Coefficients<T> make_coefficients(int slots, Arena& arena) {
+  Coefficients<T> c{};
+  c.kept = arena.take<T>(slots), c.moved = arena.take<T>(slots), c.steps = arena.take<T>(slots * slots);
+  c.end_steps = arena.take<T>(slots), c.momentum_steps = arena.take<T>(slots);
+  return c;
+}
 
 // Row t + 1 of `deposits`: what is left in W_t of S at the start (column 0) and of u_j theta_j (column j + 1);
 // row t + 1 of `carried` the same for S_t. (width + 1)² each.

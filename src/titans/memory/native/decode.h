@@ -20,7 +20,7 @@ struct TokenBuffers {
   T *read, *answer, *scratch;
   std::vector<T> slope, surprise, input_squares, weight_squares, bounds, normalizers;
 
-  TokenBuffers(const Network& net, Arena& arena) {
+  TokenBuffers(Arena& arena, const Network& net) {
     const int most = std::max(net.head_dim, net.hidden);
     const auto width = [&](int) { return most; };
     const auto make = [&] { return TokenMatrices<T>(net, 1, arena, width); };

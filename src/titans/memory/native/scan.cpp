@@ -179,6 +179,20 @@ struct Block {
 };
 
 
+// body(buffers, row) for every row, each thread with buffers of its own in one block.
+template <class Buffers, class Body, class... Arguments>
+void for_rows(int rows, const Body& body, const Arguments&... arguments) {
+  Arena counting;
+  Buffers(counting, arguments...);
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals guard;
+    Block block(counting.used());
+    Arena arena(block.at);
+    Buffers buffers(arena, arguments...);
+    for (int row = begin; row < end; ++row) body(buffers, row);
+  });
+}
+
 template <class T>
 struct ForwardBuffers {
   Fast<T> now;
@@ -230,35 +244,28 @@ template <class T>
 void forward_token(const Problem<T>& problem, Tensors& results) {
   const Network& net = problem.net;
   const int d = net.head_dim;
-  Arena counting;
-  TokenBuffers<T>(net, counting);
-  at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
-    const FlushDenormals guard;
-    Block block(counting.used());
-    Arena arena(block.at);
-    TokenBuffers<T> at(net, arena);
-    for (int row = begin; row < end; ++row) {
-      Plain<T> state;
-      std::vector<Gates<T>> gates;
-      for (int l = 0; l < net.depth; ++l) {
-        const std::ptrdiff_t here = std::ptrdiff_t(row) * net.out(l) * net.in(l);
-        const auto part = [&](int which) {
-          return problem.state[which * net.depth + l].template const_data_ptr<T>() + here;
-        };
-        state.weights.push_back(part(0)), state.momentum.push_back(part(1));
-        state.anchor.push_back(part(problem.shared ? 0 : 2));
-        if (!problem.base.empty()) state.base.push_back(problem.base[l].template const_data_ptr<T>() + here);
-        state.next_weights.push_back(results[2 + l].template data_ptr<T>() + here);
-        state.next_momentum.push_back(results[2 + net.depth + l].template data_ptr<T>() + here);
-        gates.push_back(problem.gates(0, l, row));
-      }
-      const auto token = [&](int which) { return problem.tokens[which].template const_data_ptr<T>() + row * d; };
-      run_token(
-          net, state, problem.affine(row), token(0), token(1), token(2), gates, problem.completes(0, row), at,
-          results[0].template data_ptr<T>() + row * d);
-      results[1].template data_ptr<T>()[row] = at.surprise[0];
+  const auto run_row = [&](TokenBuffers<T>& at, int row) {
+    Plain<T> state;
+    std::vector<Gates<T>> gates;
+    for (int l = 0; l < net.depth; ++l) {
+      const std::ptrdiff_t here = std::ptrdiff_t(row) * net.out(l) * net.in(l);
+      const auto part = [&](int which) {
+        return problem.state[which * net.depth + l].template const_data_ptr<T>() + here;
+      };
+      state.weights.push_back(part(0)), state.momentum.push_back(part(1));
+      state.anchor.push_back(part(problem.shared ? 0 : 2));
+      if (!problem.base.empty()) state.base.push_back(problem.base[l].template const_data_ptr<T>() + here);
+      state.next_weights.push_back(results[2 + l].template data_ptr<T>() + here);
+      state.next_momentum.push_back(results[2 + net.depth + l].template data_ptr<T>() + here);
+      gates.push_back(problem.gates(0, l, row));
     }
-  });
+    const auto token = [&](int which) { return problem.tokens[which].template const_data_ptr<T>() + row * d; };
+    run_token(
+        net, state, problem.affine(row), token(0), token(1), token(2), gates, problem.completes(0, row), at,
+        results[0].template data_ptr<T>() + row * d);
+    results[1].template data_ptr<T>()[row] = at.surprise[0];
+  };
+  for_rows<TokenBuffers<T>>(problem.rows, run_row, net);
 }
 
 // `keep`: also the state before every group of chunks but the first, which starts from what the caller has.
@@ -285,53 +292,46 @@ Tensors forward(const Problem<T>& problem, int group, bool keep, bool ragged) {
     for (int l = 0; l < net.depth; ++l)
       starts.push_back(at::empty({groups - 1, problem.rows, net.out(l), net.in(l)}, options));
 
-  Arena counting;
-  ForwardBuffers<T>(counting, problem);
-  at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
-    const FlushDenormals guard;
-    Block block(counting.used());
-    Arena arena(block.at);
-    ForwardBuffers<T> at(arena, problem);
-    for (int row = begin; row < end; ++row) {
-      const Matrices<T>* base = load_base(problem, row, at.base);
-      bool shared = problem.shared;
-      load_state(problem, problem.state, row, shared, base, at.anchor, at.now);
-      for (int n = 0; n < problem.chunks; ++n) {
-        if (keep && n && n % group == 0) {
-          const std::ptrdiff_t index = std::ptrdiff_t(n / group - 1) * problem.rows + row;
-          for (int l = 0; l < net.depth; ++l) {
-            store_matrix(net, l, at.now.weights[l], starts[l], index);
-            store_matrix(net, l, at.now.momentum[l], starts[net.depth + l], index);
-            if (ragged)
-              store_matrix(
-                  net, l, shared ? at.now.weights[l] : at.anchor[l], starts[2 * net.depth + l], index);
-          }
+  const auto run_row = [&](ForwardBuffers<T>& at, int row) {
+    const Matrices<T>* base = load_base(problem, row, at.base);
+    bool shared = problem.shared;
+    load_state(problem, problem.state, row, shared, base, at.anchor, at.now);
+    for (int n = 0; n < problem.chunks; ++n) {
+      if (keep && n && n % group == 0) {
+        const std::ptrdiff_t index = std::ptrdiff_t(n / group - 1) * problem.rows + row;
+        for (int l = 0; l < net.depth; ++l) {
+          store_matrix(net, l, at.now.weights[l], starts[l], index);
+          store_matrix(net, l, at.now.momentum[l], starts[net.depth + l], index);
+          if (ragged)
+            store_matrix(
+                net, l, shared ? at.now.weights[l] : at.anchor[l], starts[2 * net.depth + l], index);
         }
-        if (problem.starts_fresh(n, row)) {
-          load_fresh(problem, row, base, at.now);
-          shared = true;
-        }
-        const bool complete = problem.completes(n, row);
-        if (shared && !complete)
-          for (int l = 0; l < net.depth; ++l)
-            std::copy_n(at.now.weights[l], Matrices<T>::size(net, l), at.anchor[l]);
-        load_chunk(problem, n, row, at.tape, at.scratch);
-        run_chunk(net, at.now, at.now, base, problem.affine(row), complete, at.tape, at.scratch, at.answers);
-        store_tokens(problem, n, row, at.answers, results[0]);
-        std::copy_n(
-            at.tape.surprise, problem.width,
-            results[1].data_ptr<T>() + (std::ptrdiff_t(n) * problem.rows + row) * problem.width);
-        shared = complete;
       }
-      for (int l = 0; l < net.depth; ++l) {
-        store_matrix(net, l, at.now.weights[l], results[2 + l], row);
-        store_matrix(net, l, at.now.momentum[l], results[2 + net.depth + l], row);
-        if (give_anchor)
-          store_matrix(
-              net, l, shared ? at.now.weights[l] : at.anchor[l], results[2 + 2 * net.depth + l], row);
+      if (problem.starts_fresh(n, row)) {
+        load_fresh(problem, row, base, at.now);
+        shared = true;
       }
+      const bool complete = problem.completes(n, row);
+      if (shared && !complete)
+        for (int l = 0; l < net.depth; ++l)
+          std::copy_n(at.now.weights[l], Matrices<T>::size(net, l), at.anchor[l]);
+      load_chunk(problem, n, row, at.tape, at.scratch);
+      run_chunk(net, at.now, at.now, base, problem.affine(row), complete, at.tape, at.scratch, at.answers);
+      store_tokens(problem, n, row, at.answers, results[0]);
+      std::copy_n(
+          at.tape.surprise, problem.width,
+          results[1].data_ptr<T>() + (std::ptrdiff_t(n) * problem.rows + row) * problem.width);
+      shared = complete;
     }
-  });
+    for (int l = 0; l < net.depth; ++l) {
+      store_matrix(net, l, at.now.weights[l], results[2 + l], row);
+      store_matrix(net, l, at.now.momentum[l], results[2 + net.depth + l], row);
+      if (give_anchor)
+        store_matrix(
+            net, l, shared ? at.now.weights[l] : at.anchor[l], results[2 + 2 * net.depth + l], row);
+    }
+  };
+  for_rows<ForwardBuffers<T>>(problem.rows, run_row, problem);
   results.insert(results.end(), starts.begin(), starts.end());
   return results;
 }
@@ -353,85 +353,78 @@ Tensors backward(const Problem<T>& problem, int group, const Tensors& starts, co
   for (int part = 0; part < 3; ++part)
     for (int l = 0; l < depth; ++l) state_grads.push_back(like(problem.state[l]));
 
-  Arena counting;
-  BackwardBuffers<T>(counting, problem, group);
-  at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
-    const FlushDenormals guard;
-    Block block(counting.used());
-    Arena arena(block.at);
-    BackwardBuffers<T> at(arena, problem, group);
+  const auto run_row = [&](BackwardBuffers<T>& at, int row) {
     std::vector<const Fast<T>*> before(group);
     std::vector<char> shared(problem.chunks + 1);
-    for (int row = begin; row < end; ++row) {
-      const Affine<T> affine = problem.affine(row);
-      const Matrices<T>* base = load_base(problem, row, at.base);
-      const auto zero = [&](const Matrices<T>& x) {
-        for (size_t l = 0; l < x.layer.size(); ++l) std::fill_n(x[l], Matrices<T>::size(net, l), T(0));
-      };
-      zero(at.grads.base), zero(at.grads.initial), zero(at.grads.initial_momentum);
-      std::fill_n(at.grads.gain, net.head_dim, T(0));
-      std::fill_n(at.grads.bias, net.head_dim, T(0));
-      for (int l = 0; l < depth; ++l) {
-        load_matrix(net, l, grads[1 + l], row, at.grads.weights[l]);
-        load_matrix(net, l, grads[1 + depth + l], row, at.grads.momentum[l]);
-        load_matrix(net, l, grads[1 + 2 * depth + l], row, at.grads.anchor[l]);
-      }
-      at.grads.anchored = true;
-      if (problem.fresh) load_fresh(problem, row, base, at.fresh);
-      // shared[n]: when chunk n − 1 was over, the anchor was the weights.
-      shared[0] = problem.shared;
-      for (int n = 0; n < problem.chunks; ++n) shared[n + 1] = problem.completes(n, row);
-
-      for (int g = groups - 1; g >= 0; --g) {
-        const int first = g * group, count = std::min(group, problem.chunks - first);
-        const std::ptrdiff_t index = g ? std::ptrdiff_t(g - 1) * problem.rows + row : row;
-        load_state(problem, g ? starts : problem.state, index, shared[first], base, at.anchor, at.fast[0]);
-        for (int i = 0; i < count; ++i) {
-          before[i] = problem.starts_fresh(first + i, row) ? &at.fresh : &at.fast[i];
-          load_chunk(problem, first + i, row, at.tapes[i], at.scratch);
-          run_chunk(
-              net, *before[i], at.fast[i + 1], base, affine, problem.completes(first + i, row), at.tapes[i],
-              at.scratch, at.answers);
-        }
-        for (int i = count - 1; i >= 0; --i) {
-          const int n = first + i;
-          const bool fresh = problem.starts_fresh(n, row);
-          load_tokens(problem, n, row, grads[0], at.answers);
-          chunk_backward(
-              net, *before[i], at.fast[i + 1], base, affine, problem.completes(n, row), fresh || shared[n],
-              at.tapes[i], at.scratch, at.answers, at.grads, at.found);
-          store_tokens(problem, n, row, at.found.queries, token_grads[0]);
-          store_tokens(problem, n, row, at.found.keys, token_grads[1]);
-          store_tokens(problem, n, row, at.found.values, token_grads[2]);
-          for (int l = 0; l < depth; ++l) {
-            const auto gates = problem.gates(n, l, row);
-            const auto offset = problem.gate_offset(n, l, row);
-            at.scratch.products.compute(problem.width, gates);
-            coefficients_backward(
-                problem.width, problem.slots, gates, at.scratch.products, at.found.coefficients[l],
-                token_grads[3].data_ptr<T>() + offset, token_grads[4].data_ptr<T>() + offset,
-                token_grads[5].data_ptr<T>() + offset, at.scratch.gates);
-          }
-          for (int l = 0; fresh && l < depth; ++l) {
-            add_all(Matrices<T>::size(net, l), at.grads.weights[l], at.grads.initial[l]);
-            add_all(Matrices<T>::size(net, l), at.grads.momentum[l], at.grads.initial_momentum[l]);
-          }
-          if (fresh) zero(at.grads.weights), zero(at.grads.momentum);
-        }
-      }
-      for (int l = 0; l < depth; ++l) {
-        store_matrix(net, l, at.grads.weights[l], state_grads[l], row);
-        store_matrix(net, l, at.grads.momentum[l], state_grads[depth + l], row);
-        store_matrix(net, l, at.grads.anchor[l], state_grads[2 * depth + l], row);
-        if (base) store_matrix(net, l, at.grads.base[l], base_grads[l], row);
-        if (!problem.fresh) continue;
-        store_matrix(net, l, at.grads.initial[l], initial_grads[l], row);
-        store_matrix(net, l, at.grads.initial_momentum[l], initial_grads[depth + l], row);
-      }
-      std::copy_n(at.grads.gain, net.head_dim, gain_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
-      std::copy_n(at.grads.bias, net.head_dim, bias_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
+    const Affine<T> affine = problem.affine(row);
+    const Matrices<T>* base = load_base(problem, row, at.base);
+    const auto zero = [&](const Matrices<T>& x) {
+      for (size_t l = 0; l < x.layer.size(); ++l) std::fill_n(x[l], Matrices<T>::size(net, l), T(0));
+    };
+    zero(at.grads.base), zero(at.grads.initial), zero(at.grads.initial_momentum);
+    std::fill_n(at.grads.gain, net.head_dim, T(0));
+    std::fill_n(at.grads.bias, net.head_dim, T(0));
+    for (int l = 0; l < depth; ++l) {
+      load_matrix(net, l, grads[1 + l], row, at.grads.weights[l]);
+      load_matrix(net, l, grads[1 + depth + l], row, at.grads.momentum[l]);
+      load_matrix(net, l, grads[1 + 2 * depth + l], row, at.grads.anchor[l]);
     }
-  });
+    at.grads.anchored = true;
+    if (problem.fresh) load_fresh(problem, row, base, at.fresh);
+    // shared[n]: when chunk n − 1 was over, the anchor was the weights.
+    shared[0] = problem.shared;
+    for (int n = 0; n < problem.chunks; ++n) shared[n + 1] = problem.completes(n, row);
+
+    for (int g = groups - 1; g >= 0; --g) {
+      const int first = g * group, count = std::min(group, problem.chunks - first);
+      const std::ptrdiff_t index = g ? std::ptrdiff_t(g - 1) * problem.rows + row : row;
+      load_state(problem, g ? starts : problem.state, index, shared[first], base, at.anchor, at.fast[0]);
+      for (int i = 0; i < count; ++i) {
+        before[i] = problem.starts_fresh(first + i, row) ? &at.fresh : &at.fast[i];
+        load_chunk(problem, first + i, row, at.tapes[i], at.scratch);
+        run_chunk(
+            net, *before[i], at.fast[i + 1], base, affine, problem.completes(first + i, row), at.tapes[i],
+            at.scratch, at.answers);
+      }
+      for (int i = count - 1; i >= 0; --i) {
+        const int n = first + i;
+        const bool fresh = problem.starts_fresh(n, row);
+        load_tokens(problem, n, row, grads[0], at.answers);
+        chunk_backward(
+            net, *before[i], at.fast[i + 1], base, affine, problem.completes(n, row), fresh || shared[n],
+            at.tapes[i], at.scratch, at.answers, at.grads, at.found);
+        store_tokens(problem, n, row, at.found.queries, token_grads[0]);
+        store_tokens(problem, n, row, at.found.keys, token_grads[1]);
+        store_tokens(problem, n, row, at.found.values, token_grads[2]);
+        for (int l = 0; l < depth; ++l) {
+          const auto gates = problem.gates(n, l, row);
+          const auto offset = problem.gate_offset(n, l, row);
+          at.scratch.products.compute(problem.width, gates);
+          coefficients_backward(
+              problem.width, problem.slots, gates, at.scratch.products, at.found.coefficients[l],
+              token_grads[3].data_ptr<T>() + offset, token_grads[4].data_ptr<T>() + offset,
+              token_grads[5].data_ptr<T>() + offset, at.scratch.gates);
+        }
+        for (int l = 0; fresh && l < depth; ++l) {
+          add_all(Matrices<T>::size(net, l), at.grads.weights[l], at.grads.initial[l]);
+          add_all(Matrices<T>::size(net, l), at.grads.momentum[l], at.grads.initial_momentum[l]);
+        }
+        if (fresh) zero(at.grads.weights), zero(at.grads.momentum);
+      }
+    }
+    for (int l = 0; l < depth; ++l) {
+      store_matrix(net, l, at.grads.weights[l], state_grads[l], row);
+      store_matrix(net, l, at.grads.momentum[l], state_grads[depth + l], row);
+      store_matrix(net, l, at.grads.anchor[l], state_grads[2 * depth + l], row);
+      if (base) store_matrix(net, l, at.grads.base[l], base_grads[l], row);
+      if (!problem.fresh) continue;
+      store_matrix(net, l, at.grads.initial[l], initial_grads[l], row);
+      store_matrix(net, l, at.grads.initial_momentum[l], initial_grads[depth + l], row);
+    }
+    std::copy_n(at.grads.gain, net.head_dim, gain_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
+    std::copy_n(at.grads.bias, net.head_dim, bias_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
+  };
+  for_rows<BackwardBuffers<T>>(problem.rows, run_row, problem, group);
   Tensors results = token_grads;
   results.insert(results.end(), {gain_grad, bias_grad});
   for (const auto* part : {&initial_grads, &base_grads, &state_grads})
