@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -21,9 +23,17 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("compiler", "sentence"),
-    [("no-such-compiler", "there is no no-such-compiler"), ("false", "compiling it with .*false failed")],
+    [
+        ("no-such-compiler", "there is no no-such-compiler"),
+        ("false", "compiling it with .*false failed"),
+        ("refusing-compiler", "compiling it with .* failed: error: not today"),
+    ],
 )
 def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, compiler, sentence):
+    script = cache / "refusing-compiler"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: not today" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(cache), prepend=os.pathsep)
     monkeypatch.setenv("CXX", compiler)
     problem = make_problem(time=9)
     with pytest.raises(ValueError, match=f"backend='native' refuses this call: .*{sentence}"):

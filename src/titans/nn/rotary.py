@@ -29,7 +29,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turn = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype)).unsqueeze(-2)
-    pairs = torch.view_as_complex(_aligned(wide.unflatten(-1, (-1, 2))))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * turn)
     if turned.requires_grad:
         turned.register_hook(_aligned)
@@ -37,6 +37,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _aligned(pairs: Tensor) -> Tensor:
-    """Pairs that can be seen as complex numbers: a slice, or its gradient, may begin at an odd place."""
+    """Pairs that can be seen as complex numbers: the gradient of a slice may begin at an odd place."""
     odd = pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1])
     return pairs.clone(memory_format=torch.contiguous_format) if odd else pairs
