@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.nn.packing import real_tokens, take, zero_padding, zero_padding_
+from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
 
 
 class CausalConv(nn.Module):
@@ -52,23 +52,36 @@ class CausalConv(nn.Module):
         x = zero_padding(x, real)
         if tail is None:
             tail = self.initial_tail(x.shape[0], x.device, x.dtype)
+        new_tail = self.next_tail(x, tail, lengths, reset)
         if time == 0:
-            return x, tail
+            return x, new_tail
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
-        if lengths is None:
-            last = torch.arange(time, time + width - 1, device=x.device).expand(x.shape[0], -1)
-        else:
-            last = lengths[:, None] + torch.arange(width - 1, device=x.device)
-        new_tail = take(extended, last)
         if reset is None:
             return zero_padding_(self._filter(extended), real), new_tail
-
-        stretch = F.pad((reset if real is None else reset & real).cumsum(1), (width - 1, 0))
+        stretch = self._stretches(reset, real)
         y = x * self.weight[:, -1].to(x.dtype)
         for back, column in enumerate(self.weight.to(x.dtype).unbind(1)[-2::-1], start=1):
             same = stretch[:, width - 1 :] == stretch[:, width - 1 - back : -back]
             y = y + zero_padding(extended[:, width - 1 - back : -back], same) * column
-        return zero_padding_(y, real), zero_padding_(new_tail, stretch.gather(1, last) == stretch[:, -1:])
+        return zero_padding_(y, real), new_tail
+
+    def next_tail(
+        self, x: Tensor, tail: Tensor, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
+        """The tail after x, all arguments as in `forward`."""
+        new_tail = newest(tail, x, lengths, self.kernel_size - 1)
+        if reset is None or not x.shape[1]:
+            return new_tail
+        time = x.shape[1]
+        stretch = self._stretches(reset, real_tokens(lengths, time))
+        index = torch.arange(time, time + self.kernel_size - 1, device=x.device).expand(x.shape[0], -1)
+        if lengths is not None:
+            index = index - time + lengths[:, None]
+        return zero_padding_(new_tail, stretch.gather(1, index) == stretch[:, -1:])
+
+    def _stretches(self, reset: Tensor, real: Tensor | None) -> Tensor:
+        """How many resets there have been by each token of tail and x, (batch, kernel_size − 1 + time)."""
+        return F.pad((reset if real is None else reset & real).cumsum(1), (self.kernel_size - 1, 0))
 
     def _filter(self, extended: Tensor) -> Tensor:
         width, time = self.kernel_size, extended.shape[1] - self.kernel_size + 1

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
-from titans.nn.norm import ReadNorm, shorten, unit_queries
+from titans.nn.heads import UNIT, gated_answers, head_vectors
+from titans.nn.norm import ReadNorm
 from titans.nn.packing import real_tokens, take
 
 # Of what is kept at first, in tokens; log-spaced over the heads. Measured: docs/decisions/memory.md.
@@ -291,16 +292,16 @@ class NeuralMemory(nn.Module):
         heads, head_dim = self.num_heads, self.network.head_dim
 
         qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
-        qkv, tail = self.conv(qkv, state.tail, lengths, reset)
-        queries, keys, values = F.silu(qkv).view(batch, time, 3, heads, head_dim).unbind(2)
-        queries = unit_queries(queries)
+        (queries, keys, values), tail = head_vectors(
+            self.conv, qkv, state.tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset
+        )
         forget, momentum, step_size = self._gates(x)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
         reads, memory, surprise = memory_scan(
             self.network,
             queries,
-            F.normalize(keys, dim=-1),
-            shorten(values, head_dim**0.5),
+            keys,
+            values,
             forget,
             momentum,
             step_size,
@@ -320,7 +321,7 @@ class NeuralMemory(nn.Module):
         if reset is not None and lengths is not None:
             ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
             tail = torch.where(ended[:, None, None], 0, tail)
-        y = self.read_norm(reads, self.prior(queries)).flatten(-2).to(gate.dtype) * F.silu(gate)
+        y = gated_answers(self.read_norm, reads, self.prior(queries), gate)
         return self.output(y), NeuralMemoryState(tail, memory)
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ def _built(compiler: str) -> Path:
     handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, str(_SOURCES / "scan.cpp"), "-o", temporary, *_flags()]
+        command = [compiler, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", temporary, *_flags()]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]

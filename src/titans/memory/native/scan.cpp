@@ -468,7 +468,7 @@ Tensors scan_backward(
 }  // namespace
 }  // namespace titans
 
-TORCH_LIBRARY(titans_native, library) {
+TORCH_LIBRARY_FRAGMENT(titans_native, library) {
   library.def(
       "scan(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, Tensor complete, "
       "Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, Tensor[] state, "

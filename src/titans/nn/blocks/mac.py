@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import MemoryState, memory_read
@@ -21,8 +20,9 @@ from titans.memory.state import register_state, where_rows
 from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
 from titans.nn.gate import MemoryGate
+from titans.nn.heads import UNIT, head_vectors
 from titans.nn.memory import NeuralMemoryState
-from titans.nn.norm import ReadNorm, RMSNorm, unit_queries
+from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import real_tokens, take
 from titans.nn.segment_attention import SegmentAttention, SegmentState
 
@@ -165,17 +165,19 @@ class MACBlock(nn.Module):
         return self.gate(z, answers), MACState(memory, state.snapshot, segment, tail)
 
     def _recall(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        queries, tail = self.recall_conv(self.recall_query(x), state.recall_tail, lengths)
-        heads = (self.memory.num_heads, self.memory.network.head_dim)
-        wide = unit_queries(F.silu(queries).unflatten(-1, heads))
+        projected = self.recall_query(x)
+        head_dim = self.memory.network.head_dim
+        (queries,), tail = head_vectors(
+            self.recall_conv, projected, state.recall_tail, head_dim, (UNIT,), lengths
+        )
         then = MemoryState(state.snapshot, state.snapshot, state.snapshot, state.memory.memory.position)
         reads = memory_read(
             self.memory.network,
-            wide,
+            queries,
             then,
             norm_weight=self.memory.norm_weight,
             norm_bias=self.memory.norm_bias,
             base=self.memory.base,
         )
-        recalled = self.recall_norm(reads, self.memory.prior(wide)).flatten(-2)
-        return self.recall_output(recalled.to(queries.dtype)), tail
+        recalled = self.recall_norm(reads, self.memory.prior(queries)).flatten(-2)
+        return self.recall_output(recalled.to(projected.dtype)), tail
