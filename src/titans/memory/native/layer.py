@@ -89,7 +89,9 @@ class _GatedAnswers(torch.autograd.Function):
         return torch.ops.titans_native.answer(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("native")
-        *found, weights = torch.ops.titans_native.answer_backward(*ctx.saved_tensors, ctx.eps, _rows(grad))
+        *found, weights = torch.ops.titans_native.answer_backward(
+            *ctx.saved_tensors, ctx.eps, _rows(grads[0])
+        )
         return (*found, *weights.sum(1), None)
