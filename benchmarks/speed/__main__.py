@@ -1,13 +1,14 @@
 """How fast is it, against what this machine can do and against others? (`make bench`)
 
-    python benchmarks/speed                       # everything; long
+    python benchmarks/speed                       # everything: about an hour
+    python benchmarks/speed --resume              # the same, going on where it was interrupted
     python benchmarks/speed --quick               # three minutes
     python benchmarks/speed --parts scan layer    # some of it
     python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch, in its own environment
 
 Every contender runs in a process of its own. For each case they take turns, A B C A B C …, so that a machine
 that slows down slows them all; the table has medians and the spread. Writes benchmarks/results/speed.md,
-.json and .png (--quick: prints only).
+.json and .png after every case (--quick: prints only).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -59,85 +61,125 @@ class Contender:
         self.process.wait()
 
 
-def measure(case: Case, names: list[str], threads: int, arguments: argparse.Namespace) -> list[Row]:
+class Contenders:
+    """The processes, started when they are first needed."""
+
+    def __init__(self, peers: str | None) -> None:
+        self.peers, self.running = peers, {}
+
+    def ask(self, name: str, **request: Any) -> dict[str, Any]:
+        """Ask the contender of that name; one that died is started again next time."""
+        if name not in self.running:
+            python = self.peers if self.peers and name.startswith("titans-pytorch") else sys.executable
+            self.running[name] = Contender(python)
+        answer = self.running[name].ask(**request)
+        if "the process died" in answer.get("error", ""):
+            self.running.pop(name).close()
+        return answer
+
+    def close(self) -> None:
+        """End all processes."""
+        for contender in self.running.values():
+            contender.close()
+
+
+def measure(
+    contenders: Contenders, case: Case, names: list[str], threads: int, turns: int, patience: float
+) -> list[Row]:
     """Time a case for every contender, taking turns."""
-    contenders = []
     rows: list[Row] = []
     for name in names:
-        python = arguments.peers if name.startswith("titans-pytorch") else sys.executable
-        contender = Contender(python)
-        answer = contender.ask(do="build", contender=name, case=case, threads=threads)
+        answer = contenders.ask(name, do="build", contender=name, case=case, threads=threads)
         row: Row = {"case": case, "threads": threads, "contender": name, "seconds": [], **answer}
         rows.append(row)
-        if "error" in answer:
-            contender.close()
-            continue
-        row["repeat"] = max(1, int(0.05 / max(answer["first"], 1e-9)))
-        contenders.append((contender, row))
-    for turn in range(arguments.turns):
-        for contender, row in contenders:
-            if turn and sum(row["seconds"]) * row["repeat"] > arguments.patience:
+        if "error" not in row:
+            row["repeat"] = max(1, int(0.05 / max(row["first"], 1e-9)))
+    for turn in range(turns):
+        for row in rows:
+            spent = sum(row["seconds"]) * row.get("repeat", 1)
+            if "error" in row or (turn and spent + spent / turn > patience):
                 continue
-            answer = contender.ask(do="time", repeat=row["repeat"])
+            answer = contenders.ask(row["contender"], do="time", repeat=row["repeat"])
             if "error" in answer:
                 row["error"] = answer["error"]
             else:
                 row["seconds"].append(answer["seconds"])
-    for contender, row in contenders:
-        row["bytes"] = contender.ask(do="peak").get("bytes")
-        contender.close()
+    for row in rows:
+        if "error" not in row and row["first"] < patience:
+            row["bytes"] = contenders.ask(row["contender"], do="peak").get("bytes")
+        # What a contender holds must not crowd the caches, and the memory, of the next case.
+        contenders.ask(row["contender"], do="forget")
+        if row["seconds"]:
+            row["median"] = statistics.median(row["seconds"])
+            if case["kind"] in ("product", "scan"):
+                row["rate"] = floating_operations(case) / row["median"]
     return rows
 
 
-def layer_cases(quick: bool) -> list[Case]:
-    """Around one layer: width 256, expansion 4, chunk 16 and 64, 4096 tokens; one thing changed at a time."""
-    base = dict(width=256, expansion=4, chunk=16, time=4096)
-    lengths = () if quick else (1024, 16384, 65536)
-    found = [base | dict(chunk=chunk) for chunk in (16, 64)]
-    found += [base | dict(chunk=chunk, time=length) for length in lengths for chunk in (16, 64)]
+Plan = list[tuple[Case, list[str], tuple[int, ...]]]
+BASE = dict(width=256, expansion=4, chunk=64, time=4096)
+
+
+def around_base(quick: bool) -> list[tuple[Case, tuple[int, ...]]]:
+    """One layer and the threads to time it with: width 256, expansion 4, 4096 tokens, one thing changed at a
+    time."""
+    both, one = ((1,) if quick else (1, 2)), (1,)
+    found = [(BASE | dict(chunk=chunk), both) for chunk in (16, 64)]
     if not quick:
-        found += [
-            base | dict(width=width, expansion=expansion, chunk=chunk)
-            for width in (256, 768)
-            for expansion in (1, 2, 4)
-            for chunk in (16, 64, 256)
-            if (width, expansion, chunk) not in ((256, 4, 16), (256, 4, 64))
-        ]
-    return [case | dict(backward=backward) for case in found for backward in (False, True)]
+        found += [(BASE | dict(time=time), one) for time in (1024, 16384, 65536)]
+        shapes = [(256, 1, 16), (256, 2, 16), (256, 1, 64), (256, 2, 64), (256, 4, 256)]
+        shapes += [(768, 4, 16), (768, 4, 64), (768, 1, 64), (768, 2, 64)]
+        found += [(BASE | dict(width=w, expansion=e, chunk=c), one) for w, e, c in shapes]
+    return [(c | dict(backward=backward), threads) for c, threads in found for backward in (False, True)]
 
 
-def plan(part: str, quick: bool, peers: bool) -> list[tuple[Case, list[str]]]:
-    """The cases of a part and who takes part in each."""
+def plan(part: str, quick: bool, peers: bool) -> Plan:
+    """The cases of a part, who takes part in each, and with how many threads."""
+    both, one = ((1,) if quick else (1, 2)), (1,)
     if part == "product":
         shapes = [(1, 512, 512, 512), (1, 1024, 1024, 1024)]
         shapes += [(4, chunk, 64, 256) for chunk in (16, 64)] + [(4, chunk, 256, 64) for chunk in (16, 64)]
-        return [(dict(kind="product", shape=shape), ["product"]) for shape in shapes]
+        return [(dict(kind="product", shape=shape), ["product"], both) for shape in shapes]
     if part == "scan":
-        return [(dict(kind="scan", **case), list(OURS)) for case in layer_cases(quick)]
+        return [
+            (dict(kind="scan", **case), list(OURS), threads)
+            for case, threads in around_base(quick)
+            if case["time"] == BASE["time"]
+        ]
     if part == "layer":
-        planned = []
-        for case in layer_cases(quick):
+        planned: Plan = []
+        for case, threads in around_base(quick):
             names = [*OURS, "attention"]
-            if peers and case["chunk"] == 64 and case["width"] == 256:
+            if case["time"] > 16384:
+                names = ["titans, native"] if case["backward"] else ["titans, native", "attention"]
+            elif peers and case["chunk"] == 64 and (case["width"], case["expansion"]) == (256, 4):
                 names += PEERS
-            planned.append((dict(kind="layer", **case), names))
+            planned.append((dict(kind="layer", **case), names, threads))
+        token = dict(kind="layer", **BASE | dict(time=1024))
         if peers and not quick:
-            token = dict(kind="layer", width=256, expansion=4, chunk=64, time=1024)
             planned += [
-                (token | dict(backward=backward), ["titans, native", "titans-pytorch, per token"])
+                (token | dict(backward=backward), ["titans, native", "titans-pytorch, per token"], one)
                 for backward in (False, True)
+            ]
+        if not quick:
+            lengths = (4096, 65536, 1048576)
+            planned += [
+                (dict(kind="stream", **BASE | dict(time=time)), ["titans, native"], one) for time in lengths
             ]
         return planned
     planned = []
-    for preset in ("tiny",) if quick else ("tiny", "small"):
-        for variant in ("lmm",) if quick else ("mac", "mag", "mal", "lmm"):
-            model = dict(preset=preset, variant=variant)
-            lengths = (1024,) if quick else (1024, 4096, 16384)
+    for variant in ("lmm",) if quick else ("lmm", "mac", "mag", "mal"):
+        model = dict(preset="tiny" if quick else "small", variant=variant)
+        # The transformer is the same beside every variant.
+        names = [*OURS, "attention"] if variant == "lmm" else list(OURS)
+        for kind, lengths in (("train", (4096, 16384)), ("prefill", (4096,)), ("decode", (1024, 16384))):
             planned += [
-                (model | dict(kind=kind, time=length), [*OURS, "attention"])
-                for kind in ("train", "prefill", "decode")
-                for length in lengths
+                (model | dict(kind=kind, time=time), names[:1] + names[2:] if time > 4096 else names, one)
+                for time in ((1024,) if quick else lengths)
             ]
+    if peers and not quick:
+        whole = dict(preset="small", variant="mac", kind="train", time=2048)
+        planned.append((whole, ["titans, native", "titans-pytorch"], both))
     return planned
 
 
@@ -151,51 +193,63 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="three minutes, one thread, prints only")
+    parser.add_argument("--resume", action="store_true", help="keep what benchmarks/results/speed.json has")
     parser.add_argument(
         "--parts", nargs="+", default=["scan", "layer", "model"], choices=["scan", "layer", "model"]
     )
-    parser.add_argument("--threads", nargs="+", type=int, help="default: 1 and 2, with --quick 1")
     parser.add_argument("--peers", help="python of an environment with titans-pytorch")
     parser.add_argument("--turns", type=int, default=5, help="times that each contender is timed")
-    parser.add_argument("--patience", type=float, default=30, help="seconds of a contender in one case")
+    parser.add_argument("--patience", type=float, default=12, help="seconds of a contender in one case")
     arguments = parser.parse_args()
     if arguments.peers and not Path(arguments.peers).exists():
         parser.error(f"--peers {arguments.peers}: no such file; give the python of an environment")
-    began, rows = time.monotonic(), []
-    planned = [
-        (case, names, threads)
-        for part in ["product", *arguments.parts]
-        for case, names in plan(part, arguments.quick, bool(arguments.peers))
-        for threads in arguments.threads or ((1,) if arguments.quick else (1, 2))
-    ]
-    for number, (case, names, threads) in enumerate(planned, start=1):
-        elapsed = time.monotonic() - began
-        left = elapsed / max(number - 1, 1) * (len(planned) - number + 1)
-        print(
-            f"{number}/{len(planned)} {describe(case)}, {threads} thread{'s' * (threads > 1)}; "
-            f"about {left / 60:.0f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
-        for row in measure(case, names, threads, arguments):
-            rows.append(row)
-            if row["seconds"]:
-                row["median"] = statistics.median(row["seconds"])
-                if case["kind"] in ("product", "scan"):
-                    row["rate"] = floating_operations(case) / row["median"]
     about = (
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {processor()}, "
-        f"torch {torch.__version__}; `python benchmarks/speed {' '.join(sys.argv[1:])}`; "
+        f"{os.cpu_count()} cores, torch {torch.__version__}; `make bench`; "
         f"medians of up to {arguments.turns} turns."
     )
-    text = tables(about, rows)
-    print(text)
-    if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "speed.md").write_text(text)
-        (RESULTS / "speed.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        picture(rows, RESULTS / "speed.png")
+    rows: list[Row] = []
+    if arguments.resume and (RESULTS / "speed.json").exists():
+        rows = json.loads((RESULTS / "speed.json").read_text())["rows"]
+    known = [(row["case"], row["threads"]) for row in rows]
+    planned = [
+        (json.loads(json.dumps(case)), names, threads)  # as it reads back: tuples become lists
+        for part in ["product", *arguments.parts]
+        for case, names, counts in plan(part, arguments.quick, bool(arguments.peers))
+        for threads in counts
+    ]
+    planned = [(case, names, threads) for case, names, threads in planned if (case, threads) not in known]
+    contenders, began = Contenders(arguments.peers), time.monotonic()
+    try:
+        for number, (case, names, threads) in enumerate(planned, start=1):
+            elapsed = time.monotonic() - began
+            left = elapsed / max(number - 1, 1) * (len(planned) - number + 1)
+            print(
+                f"{number}/{len(planned)} {describe(case)}, {threads} thread{'s' * (threads > 1)}; "
+                f"about {left / 60:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+            rows += measure(contenders, case, names, threads, arguments.turns, arguments.patience)
+            if not arguments.quick:
+                save(about, rows)
+    finally:
+        contenders.close()
+    print(tables(about, rows))
     return 0
+
+
+def save(about: str, rows: list[Row]) -> None:
+    """The tables, the numbers and the picture, each in place of the last."""
+    RESULTS.mkdir(exist_ok=True)
+    for name, text in (
+        ("speed.md", tables(about, rows)),
+        ("speed.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n"),
+    ):
+        temporary = RESULTS / (name + ".part")
+        temporary.write_text(text)
+        temporary.replace(RESULTS / name)
+    picture(rows, RESULTS / "speed.png")
 
 
 def processor() -> str:

@@ -4,6 +4,7 @@ A case is a dictionary that travels to the process that times it. `kind`:
   product  float32 matrix products: `shape` (batch, rows, depth, columns); the machine's rate
   scan     memory_scan alone, heads × 64, the paper's equations
   layer    a whole memory (or attention) layer with its projections, batch 1
+  stream   that layer reads `time` tokens in calls of 4096 or fewer, carrying its state
   train    a whole model's training step, batch 1
   prefill  a whole model reads `time` tokens into a cache
   decode   a whole model's next token after `time` of them
@@ -95,7 +96,7 @@ def _titans(case: Case, backend: str) -> Step:
     # A process times one backend, whatever "auto" would prefer.
     for name in [name for name in BACKENDS if name not in (backend, "reference")]:
         del BACKENDS[name]
-    if case["kind"] == "layer":
+    if case["kind"] in ("layer", "stream"):
         from titans.nn import NeuralMemory
 
         layer = NeuralMemory(
@@ -105,8 +106,22 @@ def _titans(case: Case, backend: str) -> Step:
             expansion=case["expansion"],
             chunk_size=case["chunk"],
         )
+        if case["kind"] == "stream":
+            return _stream(layer, case)
         return _layer_step(layer, case, lambda x: layer(x)[0])
     return _model_step(case, case["variant"])
+
+
+def _stream(layer: torch.nn.Module, case: Case) -> Step:
+    pieces = torch.randn(1, 4096, case["width"]), max(1, case["time"] // 4096)
+
+    def read() -> None:
+        state = None
+        with torch.no_grad():
+            for _ in range(pieces[1]):
+                _, state = layer(pieces[0], state)
+
+    return read
 
 
 def _transformer(case: Case, _: str) -> Step:
@@ -154,8 +169,29 @@ def _model_step(case: Case, variant: str) -> Step:
 
 def _peer(case: Case, mode: str) -> Step:
     """titans-pytorch, in its own environment; modes as in its README, or as close to the paper's rule."""
-    from titans_pytorch import MemoryMLP, NeuralMemory
+    from titans_pytorch import MemoryAsContextTransformer, MemoryMLP, NeuralMemory
 
+    if case["kind"] == "train":
+        # Width, depth and memory of the preset `small`; its feed-forward is a little wider.
+        model = MemoryAsContextTransformer(
+            num_tokens=256,
+            dim=256,
+            depth=7,
+            segment_len=64,
+            num_persist_mem_tokens=4,
+            num_longterm_mem_tokens=4,
+            heads=4,
+            dim_head=HEAD_DIM,
+            neural_memory_model=MemoryMLP(dim=HEAD_DIM, depth=2, expansion_factor=4.0),
+            neural_memory_kwargs=dict(dim_head=HEAD_DIM, heads=4),
+        )
+        ids = torch.randint(256, (1, case["time"]))
+
+        def train() -> None:
+            model.zero_grad()
+            model(ids, return_loss=True).backward()
+
+        return train
     sizes = {
         "default": dict(chunk_size=64),
         "sequential": dict(chunk_size=64, batch_size=64),

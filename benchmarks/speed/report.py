@@ -124,6 +124,7 @@ def tables(about: str, rows: list[Row]) -> str:
     parts = [about, "### The machine\n\n" + _products(rows)]
     for title, kinds in (
         ("A layer with its projections, tokens/s", ("layer",)),
+        ("A layer that reads on and on, tokens/s", ("stream",)),
         ("Whole models, tokens/s", ("train", "prefill", "decode")),
     ):
         if any(r["case"]["kind"] in kinds for r in rows):

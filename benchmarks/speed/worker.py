@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -39,6 +40,9 @@ def main() -> None:
                 for _ in range(request["repeat"]):
                     step()
                 answer = {"seconds": (time.perf_counter() - began) / request["repeat"]}
+            elif request["do"] == "forget":
+                step, answer = None, {}
+                gc.collect()
             else:
                 ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
                 before = _resident("VmRSS")

@@ -81,7 +81,8 @@ template <bool kTransposed, int kVectors, class T, class Finish>
 inline void panel(
     int rows, int j, int depth, const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
     const Finish& finish) {
-  constexpr int kTall = kAccumulators / kVectors;
+  // Four vectors a row: sums in three quarters of the registers, so that each of B is loaded for six rows.
+  constexpr int kTall = (kAccumulators >= 16 && kVectors == 4 ? 24 : kAccumulators) / kVectors;
   constexpr int kShort = kTall > 4 ? 4 : 1;
   int i = 0;
   for (; i + kTall <= rows; i += kTall) tile<kTransposed, kTall, kVectors>(i, j, depth, a, lda, b, ldb, finish);
