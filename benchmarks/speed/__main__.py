@@ -31,7 +31,7 @@ from report import picture, tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-OURS = ("titans, native", "titans, torch")
+OURS = ("titans, native", "titans, bfloat16", "titans, torch")
 PEERS = ("titans-pytorch", "titans-pytorch, sequential")
 Row = dict[str, Any]
 
@@ -151,7 +151,7 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
         for case, threads in around_base(quick):
             names = [*OURS, "attention"]
             if case["time"] > 16384:
-                names = ["titans, native"] if case["backward"] else ["titans, native", "attention"]
+                names = [*OURS[:2]] if case["backward"] else [*OURS[:2], "attention"]
             elif peers and case["chunk"] == 64 and (case["width"], case["expansion"]) == (256, 4):
                 names += PEERS
             planned.append((dict(kind="layer", **case), names, threads))
@@ -174,7 +174,11 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
         names = [*OURS, "attention"] if variant == "lmm" else list(OURS)
         for kind, lengths in (("train", (4096, 16384)), ("prefill", (4096,)), ("decode", (1024, 16384))):
             planned += [
-                (model | dict(kind=kind, time=time), names[:1] + names[2:] if time > 4096 else names, one)
+                (
+                    model | dict(kind=kind, time=time),
+                    [n for n in names if n != "titans, torch" or time == 4096],
+                    one,
+                )
                 for time in ((1024,) if quick else lengths)
             ]
     if peers and not quick:

@@ -93,8 +93,9 @@ def _titans(case: Case, backend: str) -> Step:
         return _scan(case, backend)
     from titans.memory import BACKENDS
 
-    # A process times one backend, whatever "auto" would prefer.
-    for name in [name for name in BACKENDS if name not in (backend, "reference")]:
+    # A process times one backend, whatever "auto" would prefer; bfloat16 has to be asked for.
+    narrow = backend == "native_bfloat16"
+    for name in [name for name in BACKENDS if not narrow and name not in (backend, "reference")]:
         del BACKENDS[name]
     if case["kind"] in ("layer", "stream"):
         from titans.nn import NeuralMemory
@@ -105,11 +106,12 @@ def _titans(case: Case, backend: str) -> Step:
             HEAD_DIM,
             expansion=case["expansion"],
             chunk_size=case["chunk"],
+            backend=backend if narrow else "auto",
         )
         if case["kind"] == "stream":
             return _stream(layer, case)
         return _layer_step(layer, case, lambda x: layer(x)[0])
-    return _model_step(case, case["variant"])
+    return _model_step(case, case["variant"], backend if narrow else "auto")
 
 
 def _stream(layer: torch.nn.Module, case: Case) -> Step:
@@ -133,11 +135,15 @@ def _transformer(case: Case, _: str) -> Step:
     return _model_step(case, "transformer")
 
 
-def _model_step(case: Case, variant: str) -> Step:
+def _model_step(case: Case, variant: str, backend: str = "auto") -> Step:
     from titans.hf import TitansConfig, TitansForCausalLM
+    from titans.nn import NeuralMemory
 
     config = TitansConfig.from_preset(case["preset"], variant=variant)
     model = TitansForCausalLM(config)
+    for module in model.modules():
+        if isinstance(module, NeuralMemory):
+            module.backend = backend
     ids = torch.randint(config.vocab_size, (1, case["time"]))
     if case["kind"] == "train":
 
@@ -209,6 +215,7 @@ def _peer(case: Case, mode: str) -> Step:
 
 CONTENDERS: dict[str, tuple[Callable[[Case, str], Step], str]] = {
     "titans, native": (_titans, "native"),
+    "titans, bfloat16": (_titans, "native_bfloat16"),
     "titans, torch": (_titans, "chunkwise"),
     "attention": (_transformer, ""),
     "titans-pytorch": (_peer, "default"),

@@ -8,6 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 COLOURS = {
     "titans, native": "tab:red",
+    "titans, bfloat16": "tab:pink",
     "titans, torch": "tab:orange",
     "attention": "tab:blue",
     "titans-pytorch": "tab:green",

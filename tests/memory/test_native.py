@@ -10,7 +10,7 @@ import torch
 from titans.memory import native
 from titans.memory.native import missing
 
-from .problems import make_problem
+from .problems import everything, make_problem
 
 
 @pytest.fixture
@@ -58,3 +58,18 @@ def test_forward_mode_and_giant_chunks_are_left_to_the_next_backend(monkeypatch)
     with pytest.raises(ValueError, match="give a chunk_size of at most 3"):
         problem.scan("native")
     assert problem.scan("auto")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["native_bfloat16"])
+@pytest.mark.parametrize(("head_dim", "chunk_size"), [(40, 24), (16, 5), (64, 16)])
+def test_bfloat16_operands_cost_what_their_rounding_does(backend, head_dim, chunk_size):
+    # Wider than a tile, and no multiple of one, in every direction.
+    problem = make_problem(
+        time=60, head_dim=head_dim, chunk_size=chunk_size, expansion=3, base=True, closed_gates=False
+    ).to(torch.float32)
+    exact, rounded = everything(problem, "native")[0], everything(problem, backend)[0]
+    errors = {
+        name: ((rounded[name] - x).norm() / x.norm()).item() for name, x in exact.items() if x.norm() > 0
+    }
+    assert max(errors.values()) < 0.03, errors
+    assert errors["reads"] > 1e-4, "nothing was rounded"

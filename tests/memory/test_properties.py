@@ -11,6 +11,14 @@ from ..tolerances import FLOAT32, FLOAT64, assert_close
 from .problems import GATES, TOKENS, answers, everything, make_problem
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def full_precision(backend):
+    if backend == "native_bfloat16":
+        pytest.skip("it rounds the operands of float32 products; test_native.py bounds the error")
+
+
 RAGGED = dict(mask="random", reset="random", position="apart")
 
 
@@ -57,6 +65,7 @@ def test_rows_and_heads_are_strangers(backend, options):
     assert (apart[1:, :, 0] != together["reads"][1:, :, 0])[both].any()
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, RAGGED])
 def test_low_precision_inputs_full_precision_inside(backend, dtype, options):
@@ -92,6 +101,7 @@ def test_autocast_changes_no_bit(backend, options):
     )
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_long_constant_stream_in_float32(backend, depth):
     """One token repeated 600 times at slow gates: finite, and near the float64 run."""

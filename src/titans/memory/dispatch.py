@@ -10,8 +10,9 @@ from torch import Tensor
 
 from titans.memory.checks import check_read, check_scan, hand_written_refuses
 from titans.memory.chunkwise import chunkwise_scan
-from titans.memory.native import native_scan
+from titans.memory.native import native_bfloat16_scan, native_scan
 from titans.memory.native import refuses as native_refuses
+from titans.memory.native import refuses_bfloat16 as native_refuses_bfloat16
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.reference import reference_scan
@@ -32,6 +33,8 @@ BACKENDS: dict[str, Backend] = {
     "native": Backend(native_scan, native_refuses),
     "chunkwise": Backend(chunkwise_scan, lambda problem: hand_written_refuses()),
     "reference": Backend(reference_scan, lambda problem: None),
+    # After one that never refuses: less exact than asked for only where it is asked for.
+    "native_bfloat16": Backend(native_bfloat16_scan, native_refuses_bfloat16),
 }
 
 
@@ -110,7 +113,8 @@ def memory_scan(
         initial_momentum: (heads, out, in) for each layer; zero by default.
         base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
             run with their sum, so that what is forgotten decays towards `base` and not towards 0.
-        backend: "auto", or a name in `BACKENDS`: "native", "chunkwise", "reference".
+        backend: "auto", or a name in `BACKENDS`: "native", "chunkwise", "reference",
+            "native_bfloat16" (products on bfloat16 operands).
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
 
     Returns:

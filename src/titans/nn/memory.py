@@ -77,6 +77,7 @@ class NeuralMemory(nn.Module):
         max_step_size: upper bound of the step-size gate; by default
             min(depth, 2) (1 − max_momentum) / chunk_size, with which a chunk that repeats one token corrects
             its error at most once in each layer (docs/decisions/memory.md).
+        backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class NeuralMemory(nn.Module):
         decay_to_initial: bool = True,
         max_momentum: float = 0.5,
         max_step_size: float | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         for name, size in (
@@ -125,7 +127,7 @@ class NeuralMemory(nn.Module):
             row_limit,
             length_floor,
         )
-        self.decay_to_initial = decay_to_initial
+        self.decay_to_initial, self.backend = decay_to_initial, backend
         self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
         if max_step_size is None:
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
@@ -314,6 +316,7 @@ class NeuralMemory(nn.Module):
             reset=reset,
             initial=None if fresh is None else [w[0] for w in fresh.weights],
             initial_momentum=None if fresh is None else [m[0] for m in fresh.momentum],
+            backend=self.backend,
             return_surprise=True,
         )
         if surprises is not None:

@@ -6,6 +6,7 @@ compiled on first use (`build.py`); `missing` says in a sentence why it cannot b
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -23,7 +24,7 @@ from titans.memory.state import MemoryState
 # Far above any useful chunk, and far below where a table's size would no longer fit its index.
 WIDEST_CHUNK = 4096
 
-__all__ = ["missing", "native_scan", "refuses"]
+__all__ = ["missing", "native_bfloat16_scan", "native_scan", "refuses", "refuses_bfloat16"]
 
 
 def refuses(problem: ScanProblem) -> str | None:
@@ -40,12 +41,31 @@ def refuses(problem: ScanProblem) -> str | None:
     return hand_written_refuses() or missing()
 
 
+def refuses_bfloat16(problem: ScanProblem) -> str | None:
+    """Why the compiled loop cannot run this problem with operands in bfloat16, or None."""
+    reason = refuses(problem)
+    if reason is None and not torch.ops.titans_native.has_tiles():
+        return (
+            "it needs a processor with matrix tiles for bfloat16 (Intel AMX) and a system that permits them"
+        )
+    return reason
+
+
 def native_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
-    return scan_laid_out(problem, _scan_chunks)
+    return scan_laid_out(problem, functools.partial(_scan_chunks, False))
 
 
-def _sizes(net: MemoryNetwork) -> tuple[list[int], list[float]]:
+def native_bfloat16_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
+    """`native_scan`, the operands of float32 matrix products being rounded to bfloat16.
+
+    Sums, state, gates and everything that is not a matrix product stay in float32, and so does a single token
+    without autograd. In float64 nothing is rounded. The error: docs/speed.md.
+    """
+    return scan_laid_out(problem, functools.partial(_scan_chunks, True))
+
+
+def _sizes(net: MemoryNetwork, narrow: bool) -> tuple[list[int], list[float]]:
     """The network as `Network` of network.h has it."""
     rescale = 0
     if net.unit_rows or net.row_limit is not None:
@@ -53,10 +73,12 @@ def _sizes(net: MemoryNetwork) -> tuple[list[int], list[float]]:
     hidden = net.head_dim * net.expansion
     flags = (net.activation == "gelu", net.residual, net.norm, net.normalize_step)
     numbers = [net.length_floor, 1.0 if net.row_limit is None else net.row_limit]
-    return [net.depth, net.head_dim, hidden, *map(int, flags), rescale], numbers
+    return [net.depth, net.head_dim, hidden, *map(int, flags), rescale, int(narrow)], numbers
 
 
-def _problem(net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> list[Any]:
+def _problem(
+    narrow: bool, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State
+) -> list[Any]:
     """The arguments that both operators begin with."""
     chunks, rows = tokens.keys.shape[:2]
     complete = marks.complete
@@ -67,7 +89,7 @@ def _problem(net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state
         return [x.contiguous() for x in tensors]
 
     return [
-        *_sizes(net),
+        *_sizes(net, narrow),
         each(tokens),
         *(None if x is None else x.contiguous() for x in (marks.filled, marks.fresh)),
         complete.contiguous(),
@@ -88,13 +110,13 @@ def _split(results: list[Tensor], depth: int) -> State:
 
 
 def _scan_chunks(
-    net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+    narrow: bool, net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
 ) -> tuple[Tensor, Tensor, State]:
     arguments = Arguments(net, marks, tokens, slow, state)
     if arguments.needs_grad:
-        reads, surprise, *leaves = _NativeScan.apply(arguments, *arguments.flat)
+        reads, surprise, *leaves = _NativeScan.apply(narrow, arguments, *arguments.flat)
         return reads, surprise, _split(leaves, net.depth)
-    problem = _problem(net, marks, tokens, slow, state)
+    problem = _problem(narrow, net, marks, tokens, slow, state)
     ragged = _is_ragged(marks)
     reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, ragged)
     if not ragged:
@@ -107,13 +129,13 @@ class _NativeScan(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, narrow: bool, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
         net, marks = arguments.net, arguments.marks
-        ctx.arguments, ctx.num_inputs = arguments, len(flat)
+        ctx.narrow, ctx.arguments, ctx.num_inputs = narrow, arguments, len(flat)
         tokens, slow, state = arguments.unflatten(flat)
         ctx.shared = state.is_anchored
         ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
-        problem = _problem(net, marks, tokens, slow, state)
+        problem = _problem(narrow, net, marks, tokens, slow, state)
         found = torch.ops.titans_native.scan(*problem, ctx.group, True, _is_ragged(marks))
         outputs, starts = found[: 2 + 3 * net.depth], found[2 + 3 * net.depth :]
         ctx.save_for_backward(*flat, *starts)
@@ -130,7 +152,7 @@ class _NativeScan(torch.autograd.Function):
         if ctx.shared:
             # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
             state = state._replace(anchor=state.weights)
-        problem = _problem(net, marks, tokens, slow, state)
+        problem = _problem(ctx.narrow, net, marks, tokens, slow, state)
         wanted = [x.contiguous() for x in (grads[0], *grads[2:])]
         found = torch.ops.titans_native.scan_backward(*problem, ctx.group, saved[ctx.num_inputs :], wanted)
         token_grads, (gain, bias), rest = found[:6], found[6:8], found[8:]
@@ -142,4 +164,4 @@ class _NativeScan(torch.autograd.Function):
         state_grads = list(rest[-3 * depth :])
         if ctx.shared:
             state_grads[-depth:] = [None] * depth
-        return (None, *token_grads, *slow_grads, *state_grads)
+        return (None, None, *token_grads, *slow_grads, *state_grads)

@@ -5,44 +5,11 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
-#include <cstddef>
+#include <type_traits>
+
+#include "tiles.h"
 
 namespace titans {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kAccumulators = 16;  // of 32 registers: enough to hide the latency of a multiply-add
-#else
-constexpr int kVectorBytes = 32;
-constexpr int kAccumulators = 8;
-#endif
-
-template <class T>
-constexpr int kLanes = kVectorBytes / int(sizeof(T));
-
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T anywhere __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-
-// A caller's tensor may begin anywhere.
-template <class T>
-inline Vector<T> load(const T* p) {
-  return *reinterpret_cast<const typename VectorOf<T>::anywhere*>(p);
-}
-template <class T>
-inline void store(T* p, Vector<T> x) {
-  *reinterpret_cast<typename VectorOf<T>::anywhere*>(p) = x;
-}
-template <class T>
-inline Vector<T> splat(T x) {
-  return Vector<T>{} + x;
-}
-
-inline int padded(int n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
 
 template <bool kTransposed, int kRows, int kVectors, class T, class Finish>
 [[gnu::always_inline]] inline void tile(
@@ -97,6 +64,8 @@ template <bool kTransposed, class T, class Finish>
 inline void product(
     int rows, int columns, int depth, const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
     const Finish& finish) {
+  if constexpr (kTiles && std::is_same_v<T, float>)
+    if (Tiles::mine) return Tiles::mine->product<kTransposed>(rows, columns, depth, a, lda, b, ldb, finish);
   constexpr int kWide = kAccumulators >= 16 ? 4 : 2;
   int j = 0;
   for (; j + kWide * kLanes<T> <= columns; j += kWide * kLanes<T>)

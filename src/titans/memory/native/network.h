@@ -16,6 +16,7 @@ struct Network {
   int depth, head_dim, hidden;
   bool gelu, residual, norm, normalize;
   enum Rescale { kNever, kLonger, kAlways } rescale;
+  bool narrow;
   double length_floor, radius;
 
   int in(int layer) const { return layer ? hidden : head_dim; }

@@ -28,7 +28,7 @@ const T* data(const OptionalTensor& x) {
 
 Network network(at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
   return {int(sizes[0]),  int(sizes[1]), int(sizes[2]), bool(sizes[3]), bool(sizes[4]),
-          bool(sizes[5]), bool(sizes[6]), Network::Rescale(sizes[7]), numbers[0], numbers[1]};
+          bool(sizes[5]), bool(sizes[6]), Network::Rescale(sizes[7]), bool(sizes[8]), numbers[0], numbers[1]};
 }
 
 // The arguments of a scan: tokens (chunks, rows, width, …), gates (chunks, depth, rows, width), flags (chunks, rows).
@@ -62,6 +62,8 @@ struct Problem {
         bias(data<T>(bias)),
         shared(shared) {}
 
+  // Whether products round their operands to bfloat16: only those of float32 ever do.
+  bool narrow() const { return net.narrow && std::is_same_v<T, float> && Tiles::allowed(); }
   Affine<T> affine(int row) const {
     return {gain ? gain + row * net.head_dim : nullptr, bias ? bias + row * net.head_dim : nullptr};
   }
@@ -179,13 +181,14 @@ struct Block {
 };
 
 
-// body(buffers, row) for every row, each thread with buffers of its own in one block.
+// body(buffers, row) for every row, each thread with buffers of its own in one block. `narrow`: see Tiles.
 template <class Buffers, class Body, class... Arguments>
-void for_rows(int rows, const Body& body, const Arguments&... arguments) {
+void for_rows(int rows, bool narrow, const Body& body, const Arguments&... arguments) {
   Arena counting;
   Buffers(counting, arguments...);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals guard;
+    const Tiles tiles(narrow);
     Block block(counting.used());
     Arena arena(block.at);
     Buffers buffers(arena, arguments...);
@@ -265,7 +268,7 @@ void forward_token(const Problem<T>& problem, Tensors& results) {
         results[0].template data_ptr<T>() + row * d);
     results[1].template data_ptr<T>()[row] = at.surprise[0];
   };
-  for_rows<TokenBuffers<T>>(problem.rows, run_row, net);
+  for_rows<TokenBuffers<T>>(problem.rows, false, run_row, net);
 }
 
 // `keep`: also the state before every group of chunks but the first, which starts from what the caller has.
@@ -331,7 +334,7 @@ Tensors forward(const Problem<T>& problem, int group, bool keep, bool ragged) {
             net, l, shared ? at.now.weights[l] : at.anchor[l], results[2 + 2 * net.depth + l], row);
     }
   };
-  for_rows<ForwardBuffers<T>>(problem.rows, run_row, problem);
+  for_rows<ForwardBuffers<T>>(problem.rows, problem.narrow(), run_row, problem);
   results.insert(results.end(), starts.begin(), starts.end());
   return results;
 }
@@ -424,7 +427,7 @@ Tensors backward(const Problem<T>& problem, int group, const Tensors& starts, co
     std::copy_n(at.grads.gain, net.head_dim, gain_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
     std::copy_n(at.grads.bias, net.head_dim, bias_grad.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
   };
-  for_rows<BackwardBuffers<T>>(problem.rows, run_row, problem, group);
+  for_rows<BackwardBuffers<T>>(problem.rows, problem.narrow(), run_row, problem, group);
   Tensors results = token_grads;
   results.insert(results.end(), {gain_grad, bias_grad});
   for (const auto* part : {&initial_grads, &base_grads, &state_grads})
@@ -469,6 +472,7 @@ Tensors scan_backward(
 }  // namespace titans
 
 TORCH_LIBRARY_FRAGMENT(titans_native, library) {
+  library.def("has_tiles() -> bool", [] { return titans::Tiles::allowed(); });
   library.def(
       "scan(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, Tensor complete, "
       "Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, Tensor[] state, "
