@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from contenders import Case, floating_operations
+from goals import goals
 from report import picture, tables
 
 HERE = Path(__file__).parent
@@ -239,7 +240,9 @@ def main() -> int:
                 save(about, rows)
     finally:
         contenders.close()
-    print(tables(about, rows))
+    if not arguments.quick:
+        save(about, rows)
+    print(f"{goals(rows)}\n\n{tables(about, rows)}")
     return 0
 
 
@@ -247,7 +250,7 @@ def save(about: str, rows: list[Row]) -> None:
     """The tables, the numbers and the picture, each in place of the last."""
     RESULTS.mkdir(exist_ok=True)
     for name, text in (
-        ("speed.md", tables(about, rows)),
+        ("speed.md", f"{tables(about, rows)}\n### Goals\n\n{goals(rows)}\n"),
         ("speed.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n"),
     ):
         temporary = RESULTS / (name + ".part")

@@ -47,7 +47,8 @@ def same_shape_rate(rows: list[Row], threads: int, chunk: int) -> float | None:
     return max(rates, default=None)
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -62,7 +63,7 @@ def _products(rows: list[Row]) -> str:
         for r in rows
         if r["case"]["kind"] == "product" and "rate" in r
     ]
-    return _table(["product", "threads", "GFLOP/s", "spread"], lines)
+    return table(["product", "threads", "GFLOP/s", "spread"], lines)
 
 
 def _scans(rows: list[Row]) -> str:
@@ -90,7 +91,7 @@ def _scans(rows: list[Row]) -> str:
             ]
         )
     head = ["width", "expansion", "chunk", "tokens", "pass", "threads", "backend", "tokens/s", "GFLOP/s"]
-    return _table([*head, "of the best rate", "of same-shape bmm", "MB", "spread"], lines)
+    return table([*head, "of the best rate", "of same-shape bmm", "MB", "spread"], lines)
 
 
 def _others(rows: list[Row], kinds: tuple[str, ...]) -> str:
@@ -117,7 +118,7 @@ def _others(rows: list[Row], kinds: tuple[str, ...]) -> str:
             for r in together
         }
         lines.append([what, str(together[0]["threads"]), *(cells.get(c, "") for c in contenders)])
-    return _table(["case", "threads", *contenders], lines)
+    return table(["case", "threads", *contenders], lines)
 
 
 def tables(about: str, rows: list[Row]) -> str:
