@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import subprocess
 
 import pytest
 import torch
 
 from titans.memory import native
-from titans.memory.native import missing
+from titans.memory.native import build, missing
 
 from .problems import everything, make_problem
 
@@ -41,6 +44,19 @@ def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, comp
     assert not list(cache.rglob("*.so"))
     for found, expected in zip(problem.scan("auto")[::2], problem.scan("chunkwise")[::2], strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")
+@pytest.mark.parametrize(
+    ("processor", "capability"),
+    [("x86-64-v2", "DEFAULT"), ("x86-64-v3", "AVX2"), ("sapphirerapids", "AVX512")],
+)
+def test_every_processor_has_its_sources(processor, capability):
+    # This machine's compiler reads them as it would on another: older ones, and one with matrix tiles.
+    sources = sorted(map(str, build.SOURCES.glob("*.cpp")))
+    command = ["g++", "-fsyntax-only", *build.flags(processor, capability), *sources]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # torch's own forward-mode formulas go through what it deprecates.

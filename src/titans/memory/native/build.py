@@ -14,17 +14,19 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent
 
 
-def _flags() -> list[str]:
+def flags(processor: str = "native", capability: str | None = None) -> list[str]:
+    """What the compiler is told: for this processor, or for a named one and what torch says it can do."""
     torch_folder = Path(torch.__file__).parent
-    capability = torch.backends.cpu.get_cpu_capability()
+    if capability is None:
+        capability = torch.backends.cpu.get_cpu_capability()
     include = torch_folder / "include"
     return [
         "-std=c++20",
         "-O3",
-        "-march=native",
+        f"-march={processor}",
         *(["-mprefer-vector-width=512"] if capability == "AVX512" else []),
         *(
             [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
@@ -67,7 +69,9 @@ def missing() -> str | None:
         library = _built(found)
         torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return f"compiling it with {found} failed: {error}"
+        why = f"compiling it with {found} failed: {error}"
+        print(f"titans: no native memory backend, another one takes its place; {why}", file=sys.stderr)
+        return why
     return None
 
 
@@ -76,12 +80,12 @@ def _built(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
     ).stdout
-    sources = sorted(_SOURCES.glob("*.h")) + sorted(_SOURCES.glob("*.cpp"))
+    sources = sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))
     told = [
         version,
         torch.__version__,
         _processor(),
-        *_flags(),
+        *flags(),
         *(path.read_text("utf-8") for path in sources),
     ]
     name = hashlib.sha256("\0".join(told).encode("utf-8", "replace")).hexdigest()[:16]
@@ -94,7 +98,7 @@ def _built(compiler: str) -> Path:
     handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", temporary, *_flags()]
+        command = [compiler, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", temporary, *flags()]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]

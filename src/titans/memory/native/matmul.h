@@ -64,8 +64,10 @@ template <bool kTransposed, class T, class Finish>
 inline void product(
     int rows, int columns, int depth, const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
     const Finish& finish) {
-  if constexpr (kTiles && std::is_same_v<T, float>)
+#ifdef TITANS_TILES
+  if constexpr (std::is_same_v<T, float>)
     if (Tiles::mine) return Tiles::mine->product<kTransposed>(rows, columns, depth, a, lda, b, ldb, finish);
+#endif
   constexpr int kWide = kAccumulators >= 16 ? 4 : 2;
   int j = 0;
   for (; j + kWide * kLanes<T> <= columns; j += kWide * kLanes<T>)

@@ -21,15 +21,12 @@ namespace titans {
 
 #ifndef TITANS_TILES
 
-constexpr bool kTiles = false;
 struct Tiles {
   explicit Tiles(bool) {}
   static bool allowed() { return false; }
 };
 
 #else
-
-constexpr bool kTiles = true;
 
 // While one lives with `wanted`, `product` of this thread rounds its operands and uses the tiles.
 class Tiles {
