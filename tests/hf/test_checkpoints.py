@@ -20,7 +20,7 @@ IDS = random_ids(2, 20)
 @pytest.mark.parametrize("variant", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_checkpoint_gives_the_same_logits_to_the_bit(variant, dtype, tied, tmp_path):
+def test_a_checkpoint_gives_the_same_weights_to_the_bit(variant, dtype, tied, tmp_path):
     model = small_model(variant, tie_word_embeddings=tied).to(dtype)
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
@@ -29,11 +29,15 @@ def test_a_checkpoint_gives_the_same_logits_to_the_bit(variant, dtype, tied, tmp
     assert type(again) is TitansForCausalLM and again.dtype == dtype and not again.training
     assert again.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
     assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
-    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+    kept = again.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+    # Not to the bit: on some processors a product rounds by where its operands lie in memory.
+    torch.testing.assert_close(logits_of(again, IDS), logits_of(model, IDS))
     base = AutoModel.from_pretrained(tmp_path, dtype=dtype)
     assert type(base) is TitansModel
     with torch.no_grad():
-        assert torch.equal(again.lm_head(base(IDS).last_hidden_state), logits_of(model, IDS))
+        logits = again.lm_head(base(IDS).last_hidden_state)
+    torch.testing.assert_close(logits, logits_of(model, IDS))
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
@@ -71,7 +75,7 @@ def test_the_vocabulary_can_grow():
     model.resize_token_embeddings(before.shape[-1] + 5, mean_resizing=False)
     after = logits_of(model, IDS)
     assert after.shape[-1] == before.shape[-1] + 5 == model.config.vocab_size
-    assert torch.equal(after[..., :-5], before)
+    torch.testing.assert_close(after[..., :-5], before)
 
 
 WRONG = [

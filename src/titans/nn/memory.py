@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,17 @@ class NeuralMemoryState:
 
     tail: Tensor
     memory: MemoryState
+
+
+class Found(NamedTuple):
+    """What a stretch has read, before it is an answer.
+
+    reads, queries: (batch, time, heads, head_dim). gate: (batch, time, heads · head_dim).
+    """
+
+    reads: Tensor
+    queries: Tensor
+    gate: Tensor
 
 
 class InitialWeights(nn.ParameterList):
@@ -285,6 +297,20 @@ class NeuralMemory(nn.Module):
         A list given as `surprises` collects them, (batch, time, heads). A reset at slot lengths[b] makes the
         row's state after the stretch a fresh one.
         """
+        found, state = self.learn(x, state, lengths, reset, persistent=persistent, surprises=surprises)
+        return self.answer(found), state
+
+    def learn(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        persistent: Tensor | None = None,
+        surprises: list[Tensor] | None = None,
+    ) -> tuple[Found, NeuralMemoryState]:
+        """The half of `packed` that goes from state to state: what was found, and the new state."""
         if state is None:
             state = self.initial_state(x.shape[0], persistent)
         batch, time, _ = x.shape
@@ -324,8 +350,12 @@ class NeuralMemory(nn.Module):
         if reset is not None and lengths is not None:
             ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
             tail = torch.where(ended[:, None, None], 0, tail)
-        y = gated_answers(self.read_norm, reads, self.prior(queries), gate)
-        return self.output(y), NeuralMemoryState(tail, memory)
+        return Found(reads, queries, gate), NeuralMemoryState(tail, memory)
+
+    def answer(self, found: Found) -> Tensor:
+        """The other half, which knows no order: (batch, time, hidden_size)."""
+        y = gated_answers(self.read_norm, found.reads, self.prior(found.queries), found.gate)
+        return self.output(y)
 
     @torch.no_grad()
     def applied_gates(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, Tensor, Tensor]:

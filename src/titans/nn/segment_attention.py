@@ -28,7 +28,24 @@ class SegmentState:
     token_values: Tensor
 
 
+@dataclass(frozen=True)
+class SegmentTokens:
+    """What attention takes of the tokens themselves: their index in the segment, (batch or 1, time), with its
+    cosines and sines; (batch, time, heads, head_dim) each, queries with and without rotation, rotated keys,
+    values.
+    """
+
+    index: Tensor
+    cos: Tensor
+    sin: Tensor
+    plain: Tensor
+    rotated: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 pytree.register_dataclass(SegmentState)
+pytree.register_dataclass(SegmentTokens)
 
 
 class SegmentAttention(nn.Module):
@@ -78,46 +95,71 @@ class SegmentAttention(nn.Module):
         """Attend over a stretch inside one segment per row; returns z like x (zeros at padding) and the new
         state.
 
-        x, context: (batch, time, hidden_size), packed rows, the context token h_j beside its token s_j; time
-        ≤ segment_length. persistent: (num_persistent, hidden_size), already normalised, or None. start:
-        (batch,) int64, index in its segment of each row's first token here; start + lengths ≤ segment_length.
-        lengths: (batch,) int64 or None. fresh: every row begins its segment here, so `state` and `start` are
-        not read and only the new keys are scored; a state of None means the same.
+        x: (batch, time, hidden_size), packed rows, time ≤ segment_length. persistent: (num_persistent,
+        hidden_size), already normalised, or None. The others: see `attend`.
         """
-        time = x.shape[1]
-        if time == 0 and state is not None:
+        if x.shape[1] == 0 and state is not None:
             return x, state
+        if state is None or fresh:
+            state, start = None, None
+        elif start is None:
+            raise ValueError("start=None with a state: pass each row's index in its segment, or fresh=True")
+        x = zero_padding(x, real_tokens(lengths, x.shape[1]))
+        tokens = self.tokens(x, x.new_zeros(1, dtype=torch.int64) if start is None else start)
+        return self.attend(tokens, context, self.fixed(persistent), state, lengths)
+
+    def tokens(self, x: Tensor, start: Tensor) -> SegmentTokens:
+        """What does not depend on the context, of a stretch that may cross segments.
+
+        x: (batch, time, hidden_size). start: (batch,) or (1,) int64, index in its segment of each row's first
+        token.
+        """
+        index = (start[:, None] + torch.arange(x.shape[1], device=x.device)) % self.segment_length
+        plain = (self.query(x) * self.head_dim**-0.5).unflatten(-1, (self.num_heads, self.head_dim))
+        cos, sin = rotary_tables(index, self.head_dim, self.rope_theta, plain.dtype)
+        keys, values = self._keys_values(x)
+        return SegmentTokens(
+            index, cos, sin, plain, apply_rotary(plain, cos, sin), apply_rotary(keys, cos, sin), values
+        )
+
+    def fixed(self, persistent: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the persistent tokens (num_persistent, hidden_size)."""
+        return None if persistent is None else self._keys_values(persistent)
+
+    def attend(
+        self,
+        tokens: SegmentTokens,
+        context: Tensor,
+        fixed: tuple[Tensor, Tensor] | None,
+        state: SegmentState | None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, SegmentState]:
+        """`forward` given `tokens` and `fixed` of its stretch.
+
+        context: (batch, time, hidden_size), the context token h_j beside its token s_j. state: what the
+        segment holds before the stretch; None where every row begins its segment with it. lengths: (batch,)
+        int64 or None; start + lengths ≤ segment_length.
+        """
+        time = context.shape[1]
         if time > self.segment_length:
             raise ValueError(
                 f"time={time} exceeds segment_length={self.segment_length}: call once per segment"
             )
         real = real_tokens(lengths, time)
-        x, context = zero_padding(x, real), zero_padding(context, real)
-        index = torch.arange(time, device=x.device)
-        past = None if fresh else state
-        if past is not None:
-            if start is None:
-                raise ValueError(
-                    "start=None with a state: pass each row's index in its segment, or fresh=True"
-                )
-            index = start[:, None] + index
-        plain = (self.query(x) * self.head_dim**-0.5).unflatten(-1, (self.num_heads, self.head_dim))
-        cos, sin = rotary_tables(index, self.head_dim, self.rope_theta, plain.dtype)
-        context_keys, context_values = self._keys_values(context)
-        token_keys, token_values = self._keys_values(x)
+        context_keys, context_values = self._keys_values(zero_padding(context, real))
         new = (
-            apply_rotary(context_keys, cos, sin),
+            apply_rotary(context_keys, tokens.cos, tokens.sin),
             context_values,
-            apply_rotary(token_keys, cos, sin),
-            token_values,
+            tokens.keys,
+            tokens.values,
         )
-
-        if past is None or start is None:
+        if state is None:
             seen = new
             after = (0, 0, 0, 0, 0, self.segment_length - time)
             state = SegmentState(*(F.pad(part, after) for part in new))
         else:
-            old = (past.context_keys, past.context_values, past.token_keys, past.token_values)
+            old = (state.context_keys, state.context_values, state.token_keys, state.token_values)
+            start = tokens.index[:, 0].expand(len(context))
             seen = tuple(
                 place(o, n, start, lengths, self.segment_length) for o, n in zip(old, new, strict=True)
             )
@@ -125,14 +167,14 @@ class SegmentAttention(nn.Module):
             idle = None if lengths is None else (lengths == 0)[:, None, None, None]
             kept = seen if idle is None else (torch.where(idle, o, s) for o, s in zip(old, seen, strict=True))
             state = SegmentState(*kept)
-        visible = torch.arange(seen[0].shape[1], device=x.device) <= index[..., None]
+        visible = torch.arange(seen[0].shape[1], device=context.device) <= tokens.index[..., None]
         z = attend(
-            apply_rotary(plain, cos, sin),
-            plain,
+            tokens.rotated,
+            tokens.plain,
             torch.cat([seen[0], seen[2]], dim=1),
             torch.cat([seen[1], seen[3]], dim=1),
             torch.cat([visible, visible], dim=-1),
-            None if persistent is None else self._keys_values(persistent),
+            fixed,
         )
         return zero_padding_(self.output(z.flatten(-2)), real), state
 

@@ -9,10 +9,13 @@ so nothing leaks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
 from titans.memory.layout import cut_columns
@@ -21,10 +24,10 @@ from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
 from titans.nn.gate import MemoryGate
 from titans.nn.heads import UNIT, head_vectors
-from titans.nn.memory import NeuralMemoryState
+from titans.nn.memory import Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
-from titans.nn.packing import real_tokens, take
-from titans.nn.segment_attention import SegmentAttention, SegmentState
+from titans.nn.packing import real_tokens, take, zero_padding
+from titans.nn.segment_attention import SegmentAttention, SegmentState, SegmentTokens
 
 
 @register_state
@@ -83,101 +86,106 @@ class MACBlock(nn.Module):
 
     def forward(self, x: Tensor, state: MACState, context: BlockContext) -> tuple[Tensor, MACState]:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
-        normed, time = self.norm(x), x.shape[1]
-        if time == 0:
+        position, lengths = state.memory.memory.position, context.lengths
+        cut = _cut(position, x.shape[1], lengths, self.segment_length)
+        if not cut.pieces:
             return x, state
-        position = state.memory.memory.position
-        phases = set((position % self.segment_length).tolist())
-        if context.lengths is None and len(phases) == 1:
-            y, state = self._aligned(normed, state, phases.pop(), context)
-        else:
-            y, state = self._ragged(normed, state, position, context)
-        return x + y, state
+        normed = zero_padding(self.norm(x), real_tokens(lengths, x.shape[1]))
+        own, tail = self._own(normed, state.recall_tail, position, lengths)
+        fixed = self.attention.fixed(self.persistent)
+        memory, snapshot, segment = state.memory, state.snapshot, state.segment
+        attended: list[Tensor] = []
+        found: list[Found] = []
+        surprises: list[Tensor] | None = None if context.surprises is None else []
+        leaves, structure = pytree.tree_flatten(own)
+        for piece, *part in zip(cut.pieces, *map(cut.apart, leaves), strict=True):
+            mine = pytree.tree_unflatten(part, structure)
+            now = memory.memory.weights
+            if piece.begins is not None:
+                snapshot = now if piece.begins is True else where_rows(piece.begins, now, snapshot)
+            recalled = self._recall(mine, snapshot, memory.memory.position)
+            before = None if piece.begins is True else segment
+            z, segment = self.attention.attend(mine.tokens, recalled, fixed, before, piece.lengths)
+            read, memory = self.memory.learn(self.memory_norm(z), memory, piece.lengths, surprises=surprises)
+            attended.append(z)
+            found.append(read)
+        # What a piece leaves to the next is known: the rest needs no order.
+        answers = self.memory.answer(Found(*(torch.cat(parts, 1) for parts in zip(*found, strict=True))))
+        y = cut.together(self.gate(torch.cat(attended, 1), answers))
+        if context.surprises is not None and surprises is not None:
+            context.surprises.append(cut.together(torch.cat(surprises, 1)))
+        return x + y, MACState(memory, snapshot, segment, tail)
 
-    def _aligned(
-        self, x: Tensor, state: MACState, phase: int, context: BlockContext
-    ) -> tuple[Tensor, MACState]:
-        outputs, begin = [], 0
-        while begin < x.shape[1]:
-            end = begin + self.segment_length - phase
-            start = torch.full((x.shape[0],), phase, dtype=torch.int64, device=x.device)
-            if phase == 0:
-                state = self._remember_start(state, None)
-            y, state = self._segment(x[:, begin:end], state, start, None, phase == 0, context.surprises)
-            outputs.append(y)
-            begin, phase = end, 0
-        return torch.cat(outputs, 1), self._join(context.surprises, len(outputs), state)
-
-    def _ragged(
-        self, x: Tensor, state: MACState, position: Tensor, context: BlockContext
-    ) -> tuple[Tensor, MACState]:
-        """Rows at different phases, or padded: at most one segment of every row at a time, packed to the
-        left."""
-        batch, time, hidden = x.shape
-        real = real_tokens(context.lengths, time)
-        if real is None:
-            real = torch.ones(batch, time, dtype=torch.bool, device=x.device)
-        columns = cut_columns(position, real, self.segment_length)
-        counts = columns.filled.sum(-1)
-        collected: list[Tensor] = []
-        surprises: list[Tensor] | None = None if context.surprises is None else collected
-        outputs = []
-        for n in range(columns.filled.shape[1]):
-            start, lengths = columns.start[:, n], counts[:, n]
-            state = self._remember_start(state, (start == 0) & (lengths > 0))
-            y, state = self._segment(take(x, columns.source[:, n]), state, start, lengths, False, surprises)
-            outputs.append(y)
-        if not outputs:
-            return torch.zeros_like(x), state
-
-        def back(parts: list[Tensor]) -> Tensor:
-            return torch.where(real.unsqueeze(-1), take(torch.cat(parts, 1), columns.place), 0)
-
-        if context.surprises is not None:
-            context.surprises.append(back(collected))
-        return back(outputs), state
-
-    @staticmethod
-    def _join(surprises: list[Tensor] | None, parts: int, state: MACState) -> MACState:
-        if surprises is not None:
-            surprises[-parts:] = [torch.cat(surprises[-parts:], 1)]
-        return state
-
-    def _remember_start(self, state: MACState, rows: Tensor | None) -> MACState:
-        """Take the snapshot in rows (None: all) that begin a segment."""
-        now = state.memory.memory.weights
-        snapshot = now if rows is None else where_rows(rows, now, state.snapshot)
-        return MACState(state.memory, snapshot, state.segment, state.recall_tail)
-
-    def _segment(
-        self,
-        x: Tensor,
-        state: MACState,
-        start: Tensor,
-        lengths: Tensor | None,
-        fresh: bool,
-        surprises: list[Tensor] | None,
-    ) -> tuple[Tensor, MACState]:
-        """Tokens of one segment per row, the first at in-segment index `start` (batch,)."""
-        recalled, tail = self._recall(x, state, lengths)
-        z, segment = self.attention(x, recalled, self.persistent, state.segment, start, lengths, fresh=fresh)
-        answers, memory = self.memory.packed(self.memory_norm(z), state.memory, lengths, surprises=surprises)
-        return self.gate(z, answers), MACState(memory, state.snapshot, segment, tail)
-
-    def _recall(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _own(
+        self, x: Tensor, recall_tail: Tensor, position: Tensor, lengths: Tensor | None
+    ) -> tuple[_Own, Tensor]:
+        """What the tokens bring along, whatever the memory says; and the convolution's new tail."""
         projected = self.recall_query(x)
-        head_dim = self.memory.network.head_dim
         (queries,), tail = head_vectors(
-            self.recall_conv, projected, state.recall_tail, head_dim, (UNIT,), lengths
+            self.recall_conv, projected, recall_tail, self.memory.network.head_dim, (UNIT,), lengths
         )
-        then = MemoryState(state.snapshot, state.snapshot, state.snapshot, state.memory.memory.position)
+        return _Own(queries, self.memory.prior(queries), self.attention.tokens(x, position)), tail
+
+    def _recall(self, own: _Own, snapshot: tuple[Tensor, ...], position: Tensor) -> Tensor:
+        """The context tokens of a piece, (batch, time, hidden_size)."""
         reads = memory_read(
             self.memory.network,
-            queries,
-            then,
+            own.queries,
+            MemoryState(snapshot, snapshot, snapshot, position),
             norm_weight=self.memory.norm_weight,
             norm_bias=self.memory.norm_bias,
             base=self.memory.base,
         )
-        recalled = self.recall_norm(reads, self.memory.prior(queries)).flatten(-2)
-        return self.recall_output(recalled.to(projected.dtype)), tail
+        recalled = self.recall_norm(reads, own.prior).flatten(-2)
+        return self.recall_output(recalled.to(own.tokens.plain.dtype))
+
+
+@register_state
+@dataclass(frozen=True)
+class _Own:
+    """Of each token: the recall's query, what an empty memory answers it, and what attention takes."""
+
+    queries: Tensor
+    prior: Tensor | None
+    tokens: SegmentTokens
+
+
+class _Piece(NamedTuple):
+    """At most one segment of every row: lengths (batch,) or None, and the rows (batch,) whose segment begins
+    with it; True for all of them, None for none.
+    """
+
+    lengths: Tensor | None
+    begins: Tensor | Literal[True] | None
+
+
+class _Cut(NamedTuple):
+    """A stretch in pieces.
+
+    apart: takes (batch, time, ...) to one tensor for each piece. together: takes these, side by side, back.
+    """
+
+    pieces: list[_Piece]
+    apart: Callable[[Tensor], Sequence[Tensor]]
+    together: Callable[[Tensor], Tensor]
+
+
+def _cut(position: Tensor, time: int, lengths: Tensor | None, segment_length: int) -> _Cut:
+    phases = set((position % segment_length).tolist())
+    if time and lengths is None and len(phases) == 1:
+        phase = phases.pop()
+        begins = [*range(-phase, time, segment_length)]
+        sizes = [min(b + segment_length, time) - max(b, 0) for b in begins]
+        pieces = [_Piece(None, True if b >= 0 else None) for b in begins]
+        return _Cut(pieces, lambda x: x.split(sizes, 1), lambda y: y)
+    real = real_tokens(lengths, time)
+    if real is None:
+        real = torch.ones(len(position), time, dtype=torch.bool, device=position.device)
+    columns = cut_columns(position, real, segment_length)
+    counts, source = columns.filled.sum(-1), columns.source.flatten(1)
+    starts = (columns.start == 0) & (counts > 0)
+    return _Cut(
+        [*map(_Piece, counts.unbind(1), starts.unbind(1))],
+        lambda x: take(x, source).split(columns.source.shape[-1], 1),
+        lambda y: zero_padding(take(y, columns.place), real),
+    )
