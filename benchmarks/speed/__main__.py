@@ -1,14 +1,14 @@
 """How fast is it, against what this machine can do and against others? (`make bench`)
 
-    python benchmarks/speed                       # everything: about an hour
+    python benchmarks/speed                       # everything: a quarter of an hour
     python benchmarks/speed --resume              # the same, going on where it was interrupted
     python benchmarks/speed --quick               # three minutes
     python benchmarks/speed --parts scan layer    # some of it
     python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch, in its own environment
 
 Every contender runs in a process of its own. For each case they take turns, A B C A B C …, so that a machine
-that slows down slows them all; the table has medians and the spread. Writes benchmarks/results/speed.md,
-.json and .png after every case (--quick: prints only).
+that slows down slows them all; the table has medians and the spread. Writes benchmarks/results/speed-PROCESSOR
+.md, .json and .png after every case (--quick: prints only).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="three minutes, one thread, prints only")
-    parser.add_argument("--resume", action="store_true", help="keep what benchmarks/results/speed.json has")
+    parser.add_argument("--resume", action="store_true", help="keep what there is of this processor")
     parser.add_argument(
         "--parts", nargs="+", default=["scan", "layer", "model"], choices=["scan", "layer", "model"]
     )
@@ -214,8 +215,9 @@ def main() -> int:
         f"medians of up to {arguments.turns} turns."
     )
     rows: list[Row] = []
-    if arguments.resume and (RESULTS / "speed.json").exists():
-        rows = json.loads((RESULTS / "speed.json").read_text())["rows"]
+    kept = RESULTS / f"{results_name()}.json"
+    if arguments.resume and kept.exists():
+        rows = json.loads(kept.read_text())["rows"]
     known = [(row["case"], row["threads"]) for row in rows]
     planned = [
         (json.loads(json.dumps(case)), names, threads)  # as it reads back: tuples become lists
@@ -249,14 +251,21 @@ def main() -> int:
 def save(about: str, rows: list[Row]) -> None:
     """The tables, the numbers and the picture, each in place of the last."""
     RESULTS.mkdir(exist_ok=True)
-    for name, text in (
-        ("speed.md", f"{tables(about, rows)}\n### Goals\n\n{goals(rows)}\n"),
-        ("speed.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n"),
+    for ending, text in (
+        ("md", f"{tables(about, rows)}\n### Goals\n\n{goals(rows)}\n"),
+        ("json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n"),
     ):
+        name = f"{results_name()}.{ending}"
         temporary = RESULTS / (name + ".part")
         temporary.write_text(text)
         temporary.replace(RESULTS / name)
-    picture(rows, RESULTS / "speed.png")
+    picture(rows, RESULTS / f"{results_name()}.png")
+
+
+def results_name() -> str:
+    """Where this processor's results go: those of another are never mixed with them."""
+    words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", " ", processor())
+    return "-".join(["speed", *re.findall(r"[a-z0-9]+", words.lower())])
 
 
 def processor() -> str:
