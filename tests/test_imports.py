@@ -18,6 +18,7 @@ LAYER = {
     "stream": 3,
     "data": 4,
     "train": 5,
+    "zoo": 5,
     "evaluate": 5,
     "baselines": 5,
     "experiments": 6,

@@ -7,8 +7,8 @@
     python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch, in its own environment
 
 Every contender runs in a process of its own. For each case they take turns, A B C A B C …, so that a machine
-that slows down slows them all; the table has medians and the spread. Writes benchmarks/results/speed-PROCESSOR
-.md, .json and .png after every case (--quick: prints only).
+that slows down slows them all; the table has medians and the spread. Writes .md, .json and .png of
+benchmarks/results/speed-PROCESSOR after every case (--quick: prints only).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def measure(
             else:
                 row["seconds"].append(answer["seconds"])
     for row in rows:
-        if "error" not in row and row["first"] < patience:
+        if "error" not in row and row["first"] < 5 * patience:
             row["bytes"] = contenders.ask(row["contender"], do="peak").get("bytes")
         # What a contender holds must not crowd the caches, and the memory, of the next case.
         contenders.ask(row["contender"], do="forget")

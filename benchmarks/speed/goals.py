@@ -23,6 +23,10 @@ def _find(rows: list[Row], contender: str, threads: int = 1, **case: Any) -> Row
     )
 
 
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def _times(rows: list[Row], slow: str, fast: str, threads: int = 1, **case: Any) -> float | None:
     """How many times as long the first takes."""
     a, b = _find(rows, slow, threads, **case), _find(rows, fast, threads, **case)
@@ -63,7 +67,7 @@ def goals(rows: list[Row]) -> str:
     for threads in (1, 2):
         for peer, goal in (("titans-pytorch", 2.5), ("titans-pytorch, sequential", 5)):
             found = _times(rows, peer, NATIVE, threads, **trained)
-            add(f"layer, 4,096 tokens, forward + backward, {threads} threads: {peer}", goal, found, "×")
+            add(f"layer, 4,096 tokens, forward + backward, {_threads(threads)}: {peer}", goal, found, "×")
     found = _times(rows, "titans-pytorch, per token", NATIVE, **LAYER, time=1024, backward=True)
     add("the same at 1,024 tokens: titans-pytorch, per token", 100, found, "×")
     found = _times(rows, NATIVE, BFLOAT16, **trained)
@@ -79,7 +83,7 @@ def goals(rows: list[Row]) -> str:
         )
     for threads in (1, 2):
         found = _times(rows, "titans-pytorch", NATIVE, threads, kind="train", variant="mac", time=2048)
-        add(f"training the 10M MAC, 2,048 tokens, {threads} threads: titans-pytorch", 4, found, "×")
+        add(f"training the 10M MAC, 2,048 tokens, {_threads(threads)}: titans-pytorch", 4, found, "×")
     for variant, goals_at in (("lmm", ((4096, 2), (16384, 1))), ("mag", ((4096, 2.5), (16384, 1)))):
         for time, goal in goals_at:
             model = _find(rows, NATIVE, kind="train", variant=variant, time=time)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from contenders import floating_operations
+
 Row = dict[str, Any]
 COLOURS = {
     "titans, native": "tab:red",
@@ -32,8 +34,13 @@ def _megabytes(row: Row) -> str:
 
 
 def best_rate(rows: list[Row], threads: int) -> float:
-    """The roofline: the best rate of any product, or of any scan, in operations per second."""
-    return max((r["rate"] for r in rows if r["threads"] == threads and "rate" in r), default=float("nan"))
+    """The roofline: the best rate in float32 of any product or scan, in operations per second."""
+    rates = [
+        r["rate"]
+        for r in rows
+        if r["threads"] == threads and "rate" in r and r["contender"] != "titans, bfloat16"
+    ]
+    return max(rates, default=float("nan"))
 
 
 def same_shape_rate(rows: list[Row], threads: int, chunk: int) -> float | None:
@@ -122,8 +129,14 @@ def _others(rows: list[Row], kinds: tuple[str, ...]) -> str:
 
 
 def tables(about: str, rows: list[Row]) -> str:
-    """Everything as Markdown."""
-    parts = [about, "### The machine\n\n" + _products(rows)]
+    """Everything as Markdown; who could not run anywhere is said once, with the reason."""
+    ran = {r["contender"] for r in rows if "median" in r}
+    refused = {r["contender"]: r["error"] for r in rows if r["contender"] not in ran and "error" in r}
+    rows = [r for r in rows if r["contender"] in ran]
+    parts = [about, *(f"Not here: {name} ({reason})." for name, reason in refused.items())]
+    parts.append("### The machine\n\n" + _products(rows))
+    if any(r["case"]["kind"] == "scan" for r in rows):
+        parts.append("### The memory alone (`memory_scan`)\n\n" + _scans(rows))
     for title, kinds in (
         ("A layer with its projections, tokens/s", ("layer",)),
         ("A layer that reads on and on, tokens/s", ("stream",)),
@@ -131,44 +144,36 @@ def tables(about: str, rows: list[Row]) -> str:
     ):
         if any(r["case"]["kind"] in kinds for r in rows):
             parts.append(f"### {title}\n\n{_others(rows, kinds)}")
-    if any(r["case"]["kind"] == "scan" for r in rows):
-        parts.insert(2, "### The memory alone (`memory_scan`)\n\n" + _scans(rows))
     return "\n\n".join(parts) + "\n"
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Tokens per second and memory of a layer against the length, forward + backward, logarithmic."""
+    """Tokens per second and memory of a layer against the length, forward + backward, one thread."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    threads = max((r["threads"] for r in rows), default=1)
-    chosen = [
-        r
-        for r in rows
-        if r["case"]["kind"] == "layer" and r["case"]["backward"] and r["threads"] == threads
-        if (r["case"]["width"], r["case"]["expansion"]) == (256, 4) and "median" in r
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    base = dict(kind="layer", width=256, expansion=4, chunk=64, backward=True)
+    chosen = [r for r in rows if base.items() <= r["case"].items() and r["threads"] == 1 and "median" in r]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for contender, colour in COLOURS.items():
-        for chunk, style in ((16, "--"), (64, "-")):
-            mine = sorted(
-                (r["case"]["time"], r)
-                for r in chosen
-                if r["contender"] == contender and r["case"]["chunk"] == chunk
-            )
-            if not mine:
-                continue
-            times = [t for t, _ in mine]
-            label = contender if not contender.startswith("titans,") else f"{contender}, chunk {chunk}"
-            axes[0].plot(times, [_tokens(r) for _, r in mine], style, color=colour, marker="o", label=label)
-            axes[1].plot(times, [r["bytes"] / 2**20 for _, r in mine], style, color=colour, marker="o")
+        mine = sorted((r for r in chosen if r["contender"] == contender), key=lambda r: r["case"]["time"])
+        if mine:
+            times, speeds = [r["case"]["time"] for r in mine], [_tokens(r) for r in mine]
+            axes[0].plot(times, speeds, color=colour, marker="o", label=contender)
+            sized = [(r["case"]["time"], r["bytes"] / 2**20) for r in mine if r.get("bytes")]
+            axes[1].plot([t for t, _ in sized], [b for _, b in sized], color=colour, marker="o")
+    if chosen:
+        operations = floating_operations(base | dict(time=1))
+        roof = best_rate(rows, 1) / operations
+        label = "the machine's best rate on the memory's operations"
+        axes[0].axhline(roof, color="black", linestyle=":", label=label)
     for axis, name in zip(axes, ("tokens / s", "peak memory, MB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=name)
-        axis.grid(alpha=0.3)
-    axes[0].set_title(f"One layer, width 256, forward + backward, {threads} threads", fontsize=10)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle("One layer: width 256, expansion 4, chunk 64; forward + backward, 1 thread", fontsize=10)
+    figure.legend(loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)

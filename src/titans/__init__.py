@@ -23,6 +23,7 @@ _HOME = {
     "TitansForCausalLM": "titans.hf",
     "TitansModel": "titans.hf",
     "Session": "titans.stream",
+    "load": "titans.zoo",
 }
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "TitansForCausalLM",
     "TitansModel",
     "__version__",
+    "load",
     "memory_read",
     "memory_scan",
 ]
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from titans.memory import MemoryNetwork, MemoryState, memory_read, memory_scan
     from titans.nn import NeuralMemory
     from titans.stream import Session
+    from titans.zoo import load
 
 
 def __getattr__(name: str) -> object:

@@ -399,6 +399,10 @@ def test_a_wrong_memory_is_one_line(
         ("eval perplexity MODEL --data BOOK --hold-out 1", 2, "hold_out=1.0"),
         ("eval perplexity MODEL --data BOOK --batch-size 0", 2, "batch_size=0"),
         ("eval needles MODEL --data BOOK", 2, "needles"),
+        ("eval needle MODEL --lengths 1q", 2, "1q"),
+        ("eval needle MODEL --samples 0", 2, "samples=0: give a whole number"),
+        ("eval needle MODEL --task word --haystack none", 1, "neither a file nor a folder"),
+        ("eval needle titans-mac-huge", 1, "is not a folder"),
         ("info MODEL --data", 2, "data: none given"),
         ("info MODEL --data none", 1, "neither a file nor a folder"),
         ("info none", 1, "path='none' does not exist"),
@@ -422,9 +426,9 @@ def test_a_wrong_call_is_explained(
     assert not (tmp_path / "memory").exists()
 
 
-@pytest.mark.parametrize("command", ["generate", "memorize", "eval", "info"])
+@pytest.mark.parametrize("command", ["generate", "memorize", "eval perplexity", "eval needle", "info"])
 def test_every_command_explains_itself(run: Callable[..., Any], command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     assert code == 0 and f"Example: titans {command} " in out
 
 
@@ -434,3 +438,18 @@ def test_a_terminal_gets_a_bar() -> None:
         time.sleep(0.01)
         progress.update(500, 50, "book.txt")
     assert "book.txt" in screen.getvalue() and "50%" in screen.getvalue() and "tokens/s" in screen.getvalue()
+
+
+def test_a_needle_is_asked_for(
+    run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
+) -> None:
+    sizes = ["--lengths", "250", "0.5k", "--depths", "0.2", "0.9", "--samples", "3"]
+    text = ["--task", "number", "--haystack", book, "--plot", tmp_path / "map.png"]
+    code, out, err = run("eval", "needle", "--checkpoint", model_folder, *text, *sizes, "--json")
+    cells = json.loads(out)["cells"]
+    assert code == 0 and [(c["length"], c["depth"]) for c in cells] == [
+        (250, 0.2), (250, 0.9), (512, 0.2), (512, 0.9)
+    ]  # fmt: skip
+    assert all(c["samples"] == 3 and c["num_bytes"] == c["length"] for c in cells)
+    assert [c["beyond_attention"] for c in cells] == [True, False, True, False]
+    assert "tokens/s" in err and "512" in err and (tmp_path / "map.png").exists()

@@ -66,9 +66,11 @@ def test_a_run_leaves_a_model_its_metrics_and_no_pickles(settings: Make) -> None
     assert AutoTokenizer.from_pretrained(output)("é")["input_ids"] == [0xC3, 0xA9]
 
 
-@pytest.mark.parametrize("carry_memory", [False, True])
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, carry_memory: bool) -> None:
-    whole = settings(steps=13, carry_memory=carry_memory, output=settings().output / "whole")
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(carry_memory=True), dict(state_passing=0.5, fact_spacing=100.0)], ids=str
+)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, changes: dict[str, Any]) -> None:
+    whole = settings(steps=13, output=settings().output / "whole", **changes)
     train(whole)
 
     stopped = dataclasses.replace(whole, output=settings().output / "stopped")

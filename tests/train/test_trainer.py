@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from titans.data import CarryDataset
 from titans.hf import TitansForCausalLM
+from titans.memory.state import map_state
 from titans.train import TitansTrainer, TrainingRun, TrainSettings
 from titans.train.optimizer import decayed_parameters, make_optimizer, make_schedule
 from titans.train.recipe import model_config
@@ -171,6 +172,58 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
     assert rates[-1] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("variant", ["mac", "lmm"])
+def test_a_passed_state_is_the_memory_that_another_row_has_left(settings: Make, variant: str) -> None:
+    trainer, model = trainer_of(settings(variant=variant, state_passing=0.5))
+    first, *others = [b for b in batches(trainer) if b["attention_mask"].all()] * 2
+    trainer.compute_loss(model, first)
+    fresh = passed = 0
+    for step, batch in enumerate(others, start=1):
+        trainer.state.global_step = step
+        left = trainer.carried
+        assert left is not None
+        found = []
+        for row in range(4):
+            mine = [map_state(lambda x, row=row: x[[row - 1]], state) for state in left]
+            states = [
+                layer.mixer.fresh_context(state)
+                for layer, state in zip(model.model.layers, mine, strict=True)
+            ]
+            ids, labels = batch["input_ids"][[row]], batch["labels"][row]
+            found.append(
+                [
+                    F.cross_entropy(model(ids, use_cache=False, memory_states=s).logits[0], labels).item()
+                    for s in (None, tuple(states))
+                ]
+            )
+        begins = trainer._before(batch)[1]
+        assert begins is not None
+        fresh, passed = fresh + int(begins.sum()), passed + int((~begins).sum())
+        expected = sum(one[0] if new else one[1] for one, new in zip(found, begins.tolist(), strict=True)) / 4
+        assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+        assert any(abs(one - other) > 1e-4 for one, other in found), "a memory that changes nothing"
+    assert fresh and passed
+
+
+def test_training_goes_on_from_the_weights_of_another_run(settings: Make) -> None:
+    run = TrainingRun(settings(output=settings().output / "first"))
+    run.run()
+    other = TrainingRun(settings(seed=5, start_from=run.settings.output))
+    assert all(
+        torch.equal(p, q) for p, q in zip(run.model.parameters(), other.model.parameters(), strict=True)
+    )
+    with pytest.raises(ValueError, match=r"model.safetensors is missing, damaged or of another model"):
+        TrainingRun(settings(variant="lmm", start_from=run.settings.output))
+
+
+def test_facts_are_said_in_the_text_that_is_trained_on_and_not_in_what_is_held_out(settings: Make) -> None:
+    plain, told = TrainingRun(settings()), TrainingRun(settings(fact_spacing=60.0, fact_distance=64))
+    assert told.examples.num_train_tokens > 1.3 * plain.examples.num_train_tokens
+    assert told.examples.held_out is not None and plain.examples.held_out is not None
+    for one, other in zip(told.examples.held_out.windows, plain.examples.held_out.windows, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -190,6 +243,10 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
         ({"learning_rate": float("nan")}, r"learning_rate=nan: give a number"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): give two numbers"),
         ({"dtype": "float16"}, r"dtype='float16': choose 'float32' or 'bfloat16'"),
+        ({"fact_distance": 8}, r"fact_distance=8: give a whole number of at least 32"),
+        ({"state_passing": 2.0}, r"state_passing=2.0: give a number from 0 to 1"),
+        ({"state_passing": 0.5, "carry_memory": True}, r"carry_memory and state_passing both say"),
+        ({"state_passing": 0.5, "variant": "transformer"}, r"state_passing with variant='transformer'"),
         ({"resume": True}, r"resume: there is no checkpoint in output="),
         ({"data": "nowhere"}, r"corpus='nowhere' is neither a file nor a folder nor a built-in name"),
         ({"tokenizer": "./none"}, r"tokenizer='./none' could not be loaded"),

@@ -14,9 +14,11 @@ _COMMANDS = {
     "train": ("titans.cli.train", "Train"),
     "generate": ("titans.cli.generate", "Generate"),
     "memorize": ("titans.cli.memorize", "Memorize"),
-    "eval": ("titans.cli.evaluate", "Eval"),
+    "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity"),
+    "eval needle": ("titans.cli.needle", "EvalNeedle"),
     "info": ("titans.cli.info", "Info"),
 }
+_SUITES = [name.removeprefix("eval ") for name in _COMMANDS if name.startswith("eval ")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,16 @@ def _complain(error: BaseException, otherwise: str, code: int) -> int:
 def _parse(arguments: list[str]) -> Any:
     import tyro
 
-    name, *options = arguments or [""]
+    arguments = _with_checkpoint_first(arguments)
+    if arguments[:1] == ["eval"] and (len(arguments) == 1 or arguments[1].startswith("-")):
+        return tyro.extras.subcommand_cli_from_dict(
+            {suite: _command(f"eval {suite}") for suite in _SUITES},
+            args=arguments[1:],
+            prog="titans eval",
+            description=_measure.__doc__,
+        )
+    words = 2 if arguments[:1] == ["eval"] else 1
+    name, options = " ".join(arguments[:words]), arguments[words:]
     if name in _COMMANDS:
         from titans.cli.train import defaults_from_config_file
 
@@ -60,12 +71,29 @@ def _parse(arguments: list[str]) -> Any:
             prog=f"titans {name}",
             default=defaults_from_config_file(options) if name == "train" else None,
         )
+    if words == 2:
+        raise UsageError(f"eval {arguments[1]}: choose one of {', '.join(_SUITES)}")
+    commands = {name: _command(name) for name in _COMMANDS if " " not in name}
     return tyro.extras.subcommand_cli_from_dict(
-        {name: _command(name) for name in _COMMANDS},
+        {**commands, "eval": _measure},
         args=arguments,
         prog="titans",
         description="Sequence models whose long-term memory learns while it reads.",
     )
+
+
+def _measure() -> None:
+    """Measure a model: how well it predicts, and what it remembers."""
+
+
+def _with_checkpoint_first(arguments: list[str]) -> list[str]:
+    """`--checkpoint NAME`, wherever it stands, as the first thing that follows the command."""
+    if "--checkpoint" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--checkpoint")
+    rest = arguments[:at] + arguments[at + 2 :]
+    words = 2 if rest[:1] == ["eval"] else 1
+    return [*rest[:words], arguments[at + 1], *rest[words:]]
 
 
 def _command(name: str) -> Any:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import tyro
 
-from titans.cli.checkpoint import check_output, load_checkpoint
 from titans.cli.errors import UsageError
+from titans.cli.outputs import check_output
+from titans.zoo.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from titans.cli.checkpoint import load_checkpoint, load_config
 from titans.cli.errors import UsageError
+from titans.zoo.checkpoint import load_checkpoint, load_config
 
 if TYPE_CHECKING:
     from titans.hf import TitansConfig

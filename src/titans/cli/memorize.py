@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from titans.cli.checkpoint import check_output, load_checkpoint
 from titans.cli.errors import UsageError
+from titans.cli.outputs import check_output
+from titans.zoo.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

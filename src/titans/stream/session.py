@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansForCausalLM
@@ -270,7 +270,7 @@ class Session:
 
 
 @contextmanager
-def reading(model: TitansForCausalLM) -> Iterator[None]:
+def reading(model: nn.Module) -> Iterator[None]:
     """No gradients, and evaluation mode for as long as it lasts."""
     was_training = model.training
     model.eval()

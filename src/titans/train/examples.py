@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
 from titans.data.batches import Item
+from titans.data.needles import state_facts
 from titans.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
+    if settings.fact_spacing is not None:
+        documents = _with_facts(documents, settings)
     tokens = _encode(tokenizer, documents)
     dataset: WindowDataset | CarryDataset
     if settings.carry_memory or settings.in_order:
@@ -101,6 +104,17 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
         num_train_tokens=sum(map(len, tokens)),
         held_out_names=tuple(document.name for document in evaluation),
     )
+
+
+def _with_facts(documents: list[Document], settings: TrainSettings) -> list[Document]:
+    assert settings.fact_spacing is not None
+    generator = np.random.default_rng(settings.seed)
+    return [
+        Document(
+            d.name, state_facts(d.data, generator, settings.fact_spacing, farthest=settings.fact_distance)
+        )
+        for d in documents
+    ]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from titans.train.examples import make_examples
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
 from titans.train.optimizer import make_optimizer, make_schedule
 from titans.train.settings import SETTINGS_FILE, TrainSettings
-from titans.train.trainer import TitansTrainer
+from titans.train.trainer import TitansTrainer, load_weights
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 
@@ -113,6 +113,8 @@ class TrainingRun:
         config = model_config(settings, len(self.tokenizer))
         set_seed(settings.seed)
         self.model = TitansForCausalLM(config)
+        if settings.start_from is not None:
+            load_weights(self.model, settings.start_from)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.num_parameters = self.model.num_parameters()
@@ -197,6 +199,7 @@ class TrainingRun:
             (optimizer, make_schedule(optimizer, settings.steps, warmup, settings.min_learning_rate)),
             MetricsLog(settings.output / METRICS_FILE, on_log),
             carry_memory=settings.carry_memory,
+            state_passing=settings.state_passing,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
             log_every=settings.log_every,

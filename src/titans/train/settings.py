@@ -14,7 +14,7 @@ SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
-    "carry_memory", "in_order", "seed",
+    "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "start_from", "state_passing",
 )  # fmt: skip
 
 
@@ -44,6 +44,14 @@ class TrainSettings:
     """Consecutive steps read consecutive segments of a document, and the memory is carried over."""
     in_order: bool = False
     """Rows read their documents in order, as with carry_memory, but every segment with a fresh state."""
+    state_passing: float = 0.0
+    """Fraction of the rows that begin with the memory another row has left in the step before."""
+    fact_spacing: float | None = None
+    """Say facts in the training text, one in so many bytes, and ask for them again; by default none."""
+    fact_distance: int = 256
+    """Most bytes of text from a fact to where it is asked for."""
+    start_from: Path | None = None
+    """Folder of a model to go on from, of the same configuration."""
     learning_rate: float | None = None
     """Peak learning rate; by default the preset's."""
     warmup_steps: int | None = None
@@ -88,13 +96,14 @@ class TrainSettings:
         for name in field_types():
             check_type(name, getattr(self, name))
         least = {"steps": 1, "batch_size": 1, "sequence_length": 1, "eval_every": 1, "eval_tokens": 1,
-                 "save_every": 1, "log_every": 1, "seed": 0, "warmup_steps": 0, "threads": 1}  # fmt: skip
+                 "save_every": 1, "log_every": 1, "seed": 0, "warmup_steps": 0, "threads": 1,
+                 "fact_distance": 32, "fact_spacing": 1}  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
-                "max_grad_norm": math.inf, "hold_out": 1}  # fmt: skip
+                "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1}  # fmt: skip
         for name, bound in most.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value <= bound:
@@ -105,15 +114,19 @@ class TrainSettings:
             raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
-        if self.carry_memory and self.variant == "transformer":
-            raise ValueError(
-                "carry_memory with variant='transformer': it has no memory, and what its attention keeps "
-                "grows with every step; choose mac, mag, mal or lmm"
-            )
+        for name in ("carry_memory", "state_passing"):
+            if getattr(self, name) and self.variant == "transformer":
+                raise ValueError(
+                    f"{name} with variant='transformer': it has no memory, and what its attention keeps "
+                    "grows with every step; choose mac, mag, mal or lmm"
+                )
+        if self.carry_memory and self.state_passing:
+            raise ValueError("carry_memory and state_passing both say where a row begins: choose one")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        return {**dataclasses.asdict(self), "output": str(self.output)}
+        start = None if self.start_from is None else str(self.start_from)
+        return {**dataclasses.asdict(self), "output": str(self.output), "start_from": start}
 
     def check_resumes(self, folder: Path) -> None:
         """Whether the checkpoint in `folder` belongs to the same data and the same model.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,8 @@ class TitansTrainer(Trainer):
         optimizers: the optimizer and its schedule.
         metrics: where results are written.
         carry_memory: whether states pass from step to step.
+        state_passing: fraction of the rows that begin with the memory another row has left in the step
+            before, in place of an empty one; the text, and with it all else, is new.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
     """
@@ -66,13 +69,14 @@ class TitansTrainer(Trainer):
         metrics: MetricsLog,
         *,
         carry_memory: bool = False,
+        state_passing: float = 0.0,
         eval_every: int = 100,
         save_every: int = 100,
         log_every: int = 10,
         save_extras: Callable[[Path], None] | None = None,
     ) -> None:
-        if carry_memory and model.config.variant == "transformer":
-            raise ValueError("carry_memory=True: variant 'transformer' has no memory to carry")
+        if (carry_memory or state_passing) and model.config.variant == "transformer":
+            raise ValueError("carry_memory, state_passing: variant 'transformer' has no memory to carry")
         super().__init__(
             model,
             args,
@@ -89,7 +93,7 @@ class TitansTrainer(Trainer):
         self._adamw, self._schedule = optimizers
         self.held_out = held_out
         self.metrics = metrics
-        self.carry_memory = carry_memory
+        self.carry_memory, self.state_passing = carry_memory, state_passing
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
@@ -106,14 +110,16 @@ class TitansTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross-entropy in nats of labels that are already shifted."""
+        passes_on = self.carry_memory or self.state_passing > 0
+        states, restart = self._before(inputs)
         try:
             output = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 use_cache=False,
-                memory_states=self.carried,
-                restart=inputs["restart"] if self.carried is not None else None,
-                return_memory_states=self.carry_memory,
+                memory_states=states,
+                restart=restart,
+                return_memory_states=passes_on,
             )
         except ValueError as error:
             # A memory refuses gates that are NaN before there is a loss.
@@ -121,11 +127,24 @@ class TitansTrainer(Trainer):
         loss = F.cross_entropy(output.logits.float().flatten(0, 1), inputs["labels"].flatten())
         value = loss.item()
         self._refuse_non_finite(value, "loss")
-        if self.carry_memory:
+        if passes_on:
             self.carried = map_state(Tensor.detach, output.memory_states)
             self._columns_carried += inputs["input_ids"].shape[1]
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
         return (loss, output) if return_outputs else loss
+
+    def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
+        """What the rows have read before this step, and which of them begin afresh all the same."""
+        if self.carried is None or self.carry_memory:
+            return self.carried, None if self.carried is None else inputs["restart"]
+        layers = self._network.model.layers
+        of_others = map_state(lambda x: x.roll(1, 0), self.carried)
+        states = tuple(
+            layer.mixer.fresh_context(state) for layer, state in zip(layers, of_others, strict=True)
+        )
+        generator = np.random.default_rng([self.args.seed, self.state.global_step])
+        fresh = generator.random(len(inputs["input_ids"])) >= self.state_passing
+        return states, torch.from_numpy(fresh).to(inputs["input_ids"].device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last call before the optimizer step: a bad gradient must not reach the weights.
@@ -219,16 +238,8 @@ class TitansTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        file = folder / "model.safetensors"
-        try:
-            load_model(self._network, str(file), device=str(self.args.device))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{file} is missing, damaged or of another model ({reason}): delete {folder.name} to resume "
-                "from an older checkpoint"
-            ) from None
-        if self.carry_memory:
+        load_weights(self._network, folder)
+        if self.carry_memory or (self.state_passing and (folder / _MEMORY_FILE).exists()):
             cache = TitansCache.load(folder / _MEMORY_FILE, self._network.config, self.args.device)
             self.carried, self._columns_carried = cache.states, cache.num_columns
         self.metrics.load(folder)
@@ -254,6 +265,23 @@ class TitansTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             files.load_random_state(Path(checkpoint))
+
+
+def load_weights(model: TitansForCausalLM, folder: Path) -> None:
+    """Read the weights of a model of the same configuration.
+
+    Raises:
+        ValueError: naming the file, if it is missing, damaged or of another model.
+    """
+    file = folder / "model.safetensors"
+    try:
+        load_model(model, str(file), device=str(model.device))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{file} is missing, damaged or of another model ({reason}): delete {folder.name} to resume from "
+            "an older checkpoint, or name another folder"
+        ) from None
 
 
 class _Flow(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Opening what a command is given: a checkpoint folder, and the places it will write to."""
+"""Opening a checkpoint folder: everything checked, nothing unpickled."""
 
 from __future__ import annotations
 
@@ -6,24 +6,37 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.cli.errors import UsageError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from titans.hf import TitansConfig, TitansForCausalLM
 
+_MODELS = Path(__file__).parent
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+def names() -> list[str]:
+    """The models that come with the library."""
+    return sorted(path.parent.name for path in _MODELS.glob("*/config.json"))
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The folder of a model that is named, or else what was given."""
+    return _MODELS / checkpoint if not checkpoint.exists() and str(checkpoint) in names() else checkpoint
+
+
 def load_config(folder: Path) -> TitansConfig:
-    """The configuration of a checkpoint folder.
+    """The configuration of a checkpoint folder, or of a model by name.
 
     Raises:
         ValueError: if there is no such folder, or no valid configuration of a Titans model in it.
     """
+    folder = folder_of(folder)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train`")
+        known = f", or one of {', '.join(names())}" if names() else ""
+        raise ValueError(
+            f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train`{known}"
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -47,12 +60,13 @@ def load_config(folder: Path) -> TitansConfig:
 
 
 def load_checkpoint(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a checkpoint folder, on the GPU if there is one; without tokenizer files, bytes.
+    """Model and tokenizer of a checkpoint folder, or by name, on the GPU if there is one; without tokenizer
+    files, bytes.
 
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
     """
-    config = load_config(folder)
+    config, folder = load_config(folder), folder_of(folder)
     if not any(folder.glob("model*.safetensors*")):
         raise ValueError(
             f"checkpoint={str(folder)!r} has no model.safetensors: give a folder written by `titans train`"
@@ -108,17 +122,3 @@ def _load_tokenizer(folder: Path, config: TitansConfig) -> PreTrainedTokenizerBa
             "use the tokenizer the model was trained with"
         )
     return tokenizer
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Find out before the work whether its result can be written.
-
-    Raises:
-        UsageError: if `path` is a folder or lies in none.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"{option}={str(path)!r} is a folder: give the name of a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"{option}={str(path)!r}: there is no folder {str(path.parent)!r}; create it first")

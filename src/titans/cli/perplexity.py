@@ -1,33 +1,28 @@
-"""`titans eval`."""
+"""`titans eval perplexity`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
-from titans.cli.checkpoint import load_checkpoint
 from titans.cli.errors import UsageError
+from titans.zoo.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from titans.evaluate import Perplexity, PositionLoss
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Measure a model.
+class EvalPerplexity:
+    """Bits per byte of documents read from beginning to end, overall and by position in the document.
 
     Example: titans eval perplexity runs/tempest --data shakespeare --hold-out 0.1 --freeze-memory
-
-    perplexity: bits per byte of documents that are read from beginning to end, overall and by position in the
-    document.
     """
 
-    suite: tyro.conf.Positional[Literal["perplexity"]]
-    """What to measure."""
     checkpoint: tyro.conf.Positional[Path]
     """Folder of a model, as `titans train` leaves it."""
     data: tuple[str, ...]

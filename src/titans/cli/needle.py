@@ -1,0 +1,147 @@
+"""`titans eval needle`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from titans.cli.errors import UsageError
+from titans.cli.outputs import check_output
+from titans.zoo.checkpoint import load_checkpoint
+
+if TYPE_CHECKING:
+    from titans.evaluate.needle import NeedleCell
+
+_UNITS = {"k": 1024, "K": 1024, "M": 1024**2, "m": 1024**2}
+
+
+def _parse_length(text: str) -> int:
+    unit = _UNITS.get(text[-1:], 0)
+    number = float(text[:-1] if unit else text) * (unit or 1)
+    if number < 1 or number != int(number):
+        raise ValueError(f"{text!r} is no number of tokens: write 4096, 4k or 1M")
+    return int(number)
+
+
+Length = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="LENGTH",
+        instance_from_str=lambda texts: _parse_length(texts[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class EvalNeedle:
+    """Hide a fact in a long text, ask for it at the end, and compare the answer that is generated.
+
+    Example: titans eval needle titans-mac-tiny --task number --lengths 1k 4k 16k --plot needle.png
+
+    The text is read once, at constant memory. Cells in brackets lie within attention's reach, where no memory
+    is needed.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
+    task: Literal["passkey", "number", "word", "uuid", "qa1", "qa2", "qa3"] = "passkey"
+    """passkey: five digits in repeated filler. number, word, uuid: these in natural text. qa1, qa2,
+    qa3: where is a person, a thing, and where was it before? Like bAbI's, in natural text."""
+    lengths: tuple[Length, ...] = (1024, 4096, 16384)
+    """Tokens from the beginning to the end of the question; 4k is 4096, 1M is 1048576."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the needle stands: 0 the beginning, 1 the end. Not used with several needles."""
+    haystack: str = "bible"
+    """Corpus to hide it in: a text file, a folder of them, or excerpt, shakespeare, bible."""
+    hold_out: float = 0.0
+    """Take only the documents that `titans train --hold-out` with the same number keeps away."""
+    samples: int = 8
+    """Texts for each length and depth."""
+    keys: int = 1
+    """Names something is said about; all but the one asked for are there to confuse."""
+    values: int = 1
+    """Values of each name; all have to be told."""
+    questions: int = 1
+    """Names asked for; all have to be right."""
+    batch_size: int = 8
+    """Texts read side by side."""
+    seed: int = 0
+    """Of names, values and places."""
+    plot: Path | None = None
+    """Draw the table as a picture into this file."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run(self) -> int:
+        """Evaluate, reporting to stderr."""
+        for name in ("samples", "keys", "values", "questions", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: give a whole number of at least 1")
+        if not self.lengths:
+            raise UsageError("lengths: none given; name at least one")
+        check_output("plot", self.plot)
+        model, tokenizer = load_checkpoint(self.checkpoint)
+        from titans.cli.progress import ReadingProgress
+        from titans.data import hold_out, load_corpus
+        from titans.data.needles import TASKS
+        from titans.evaluate.needle import needle_table
+
+        haystack = None
+        if TASKS[self.task].haystack == "text":
+            documents = load_corpus(self.haystack)
+            if self.hold_out:
+                documents = hold_out(documents, self.hold_out)[1]
+            haystack = "\n".join(document.data.decode("utf-8", "replace") for document in documents)
+        several = self.keys * self.values > 1 or TASKS[self.task].tells_story
+        total = self.samples * sum(self.lengths) * (1 if several else len(self.depths))
+        with ReadingProgress(total) as progress:
+            cells = needle_table(
+                model,
+                tokenizer,
+                self.task,
+                self.lengths,
+                self.depths,
+                haystack=haystack,
+                samples=self.samples,
+                batch_size=self.batch_size,
+                num_keys=self.keys,
+                num_values=self.values,
+                num_questions=self.questions,
+                seed=self.seed,
+                progress=lambda done, total: progress.update(done, done, "reading"),
+            )
+        _show(self.task, cells)
+        if self.plot is not None:
+            from titans.evaluate.heat_map import draw_heat_map
+
+            draw_heat_map(self.plot, cells, f"{self.task}, {self.checkpoint}")
+        if self.json:
+            result = {"checkpoint": str(self.checkpoint), "task": self.task, "cells": [*map(asdict, cells)]}
+            print(json.dumps(result))
+        return 0
+
+
+def _show(task: str, cells: list[NeedleCell]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    depths = list(dict.fromkeys(cell.depth for cell in cells))
+    table = Table(title=f"{task}: answers exact, % with 95 % interval; {cells[0].samples} texts a cell")
+    table.add_column("tokens", justify="right")
+    table.add_column("bytes", justify="right")
+    for depth in depths:
+        table.add_column("anywhere" if depth is None else f"depth {depth:g}", justify="right", no_wrap=True)
+    for length in dict.fromkeys(cell.length for cell in cells):
+        row = [cell for cell in cells if cell.length == length]
+        told = [f"{100 * c.accuracy:.0f} ({100 * c.low:.0f}–{100 * c.high:.0f})" for c in row]
+        marked = [text if c.beyond_attention else f"[{text}]" for text, c in zip(told, row, strict=True)]
+        table.add_row(f"{length:,}", f"{row[0].num_bytes:,}", *(text.replace("[", r"\[") for text in marked))
+    table.caption = "in brackets: within attention's reach"
+    Console(stderr=True).print(table)

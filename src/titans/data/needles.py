@@ -1,0 +1,241 @@
+"""Facts said once in a long text and asked for later, after RULER's needles in a haystack. Seeded.
+
+Nothing that a test uses is met in training: the wordings of `TASKS` are not those of `WORDINGS`, names and
+values are drawn from two halves that share nothing, and so, if the caller sees to it, are the haystacks.
+"""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from titans.data.babi import KINDS, TEST_WORLD, TRAINING_WORLD, Kind, tell_story
+
+Draw = Callable[[np.random.Generator, bool], str]
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_CONSONANTS, _VOWELS = "bdfghklmnprstvz", "aeiou"
+_STORIES = 0.2
+# One draw in so many is kept for tests.
+_HELD_OUT_IN = 4
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A statement with {name} and {value}, and a question with {name} that ends where the value follows."""
+
+    statement: str
+    question: str
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """What is hidden and how it is asked for: values of names, or the facts of a story.
+
+    haystack: "filler" (one sentence after another, again and again) or "text". source: a wording and what
+    draws values for it, or the kind of a story.
+    """
+
+    description: str
+    haystack: str
+    source: tuple[Wording, Draw] | Kind
+
+    @property
+    def tells_story(self) -> bool:
+        """Whether there are many statements, in an order that matters."""
+        return isinstance(self.source, str)
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Statements in the order of the text, what is asked at its end, and what has to come out."""
+
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def pseudo_word(generator: np.random.Generator, held_out: bool, syllables: int = 3) -> str:
+    """A word that is none, such as "tomirena": names and values nobody knows by heart."""
+
+    def draw() -> str:
+        letters = [
+            (_CONSONANTS[generator.integers(15)], _VOWELS[generator.integers(5)]) for _ in range(syllables)
+        ]
+        return "".join(map("".join, letters))
+
+    return _from_half(draw, held_out)
+
+
+def digits(count: int) -> Draw:
+    """Numbers of so many digits."""
+    return lambda generator, held_out: _from_half(
+        lambda: "".join(map(str, generator.integers(10, size=count))), held_out
+    )
+
+
+def random_uuid(generator: np.random.Generator, held_out: bool) -> str:
+    """Thirty-two hexadecimal digits in five groups."""
+    return _from_half(lambda: str(uuid.UUID(bytes=generator.bytes(16), version=4)), held_out)
+
+
+def _from_half(draw: Callable[[], str], held_out: bool) -> str:
+    while True:
+        found = draw()
+        if (zlib.crc32(found.encode()) % _HELD_OUT_IN == 0) == held_out:
+            return found
+
+
+def _magic(kind: str) -> Wording:
+    return Wording(
+        f"One of the special magic {kind}s for {{name}} is: {{value}}. ",
+        f"What is the special magic {kind} for {{name}}? The special magic {kind} for {{name}} is: ",
+    )
+
+
+TASKS: dict[str, NeedleTask] = {
+    "passkey": NeedleTask(
+        "five digits in repeated filler",
+        "filler",
+        (
+            Wording("The pass key is {value}. Remember it. ", "What is the pass key? The pass key is "),
+            digits(5),
+        ),
+    ),
+    "number": NeedleTask("seven digits in natural text", "text", (_magic("number"), digits(7))),
+    "word": NeedleTask("an invented word in natural text", "text", (_magic("word"), pseudo_word)),
+    "uuid": NeedleTask("a uuid in natural text", "text", (_magic("uuid"), random_uuid)),
+    "qa1": NeedleTask("where is a person? A story in natural text, like bAbI's task 1", "text", "qa1"),
+    "qa2": NeedleTask("where is a thing? like bAbI's task 2", "text", "qa2"),
+    "qa3": NeedleTask("where was a thing before? like bAbI's task 3", "text", "qa3"),
+}
+
+# How training states facts, and asks for them again. {thing}: of THINGS.
+WORDINGS = (
+    Wording("The {thing} of {name} was {value}. ", "The {thing} of {name} was "),
+    Wording("{name} has {thing} {value}; ", "Again, {name} has {thing} "),
+    Wording("[{name}'s {thing}: {value}] ", "[{name}'s {thing}: "),
+    Wording("Note {name}: {thing} = {value}. ", "Tell me of {name}: {thing} = "),
+    Wording("We gave {name} the {thing} {value}, ", "Once we gave {name} the {thing} "),
+    Wording("({thing}, {name}, {value}) ", "({thing}, {name}, "),
+    Wording("In {name} stands a {thing}, {value}. ", "Which? In {name} stands a {thing}, "),
+    Wording("{name} -> {thing} -> {value}\n", "{name} -> {thing} -> "),
+    Wording("For {name}, remember {value} as the {thing}. ", "For {name}, remember "),
+    Wording("{thing}/{name}/{value}. ", "{thing}/{name}/"),
+    Wording("Whoever seeks {name} finds {thing} {value}. ", "Whoever seeks {name} finds {thing} "),
+    Wording("Let {name} be {value}, said the {thing}. ", "Let {name} be "),
+)
+THINGS = (
+    "code", "price", "age", "token", "ticket", "room", "score", "phone", "sum", "seal", "mark", "page",
+    "date", "weight", "house", "ship", "crown", "letter", "secret", "sign",
+)  # fmt: skip
+
+
+def make_needles(
+    task: NeedleTask,
+    generator: np.random.Generator,
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_questions: int = 1,
+) -> Needles:
+    """A test's needles.
+
+    Args:
+        num_keys: names that something is said about; those not asked for are there to confuse.
+        num_values: statements about each name; all have to be told, in the order of the text.
+        num_questions: names asked for.
+
+    Raises:
+        ValueError: for more questions than names, or several names where the task has none.
+    """
+    if isinstance(task.source, str):
+        if num_keys * num_values * num_questions > 1:
+            raise ValueError("num_keys, num_values, num_questions: a story has one question; leave them at 1")
+        story = tell_story(generator, task.source, TEST_WORLD)
+        return Needles(story.facts, (story.question,), (story.answer,))
+    wording, draw = task.source
+    if num_questions > num_keys:
+        raise ValueError(f"num_questions={num_questions}: give at most num_keys={num_keys}")
+    if num_keys > 1 and "{name}" not in wording.statement:
+        raise ValueError(f"num_keys={num_keys}: this task has no names to tell needles apart; choose another")
+    names: list[str] = []
+    while len(names) < num_keys:
+        name = pseudo_word(generator, True)
+        if name not in names:
+            names.append(name)
+    facts = [(name, draw(generator, True)) for name in names for _ in range(num_values)]
+    facts = [facts[i] for i in generator.permutation(len(facts))]
+    asked = [names[i] for i in generator.permutation(num_keys)[:num_questions]]
+    return Needles(
+        tuple(wording.statement.format(name=name, value=value) for name, value in facts),
+        tuple(wording.question.format(name=name) for name in asked),
+        tuple(", ".join(value for of, value in facts if of == name) for name in asked),
+    )
+
+
+def state_facts(
+    text: bytes,
+    generator: np.random.Generator,
+    spacing: float,
+    nearest: int = 32,
+    farthest: int = 256,
+    questions: int = 3,
+) -> bytes:
+    """The text with facts said in it and asked for, and answered, again and again.
+
+    Args:
+        text: any text; it is cut at spaces only.
+        spacing: bytes of text from one fact to the next, on average.
+        nearest, farthest: bytes of text from a fact to where it is asked for, log-uniform.
+        questions: how often each fact is asked for.
+
+    One fact in five is a story of `titans.data.babi`, told over the distance and asked about once.
+    """
+    inserted: list[tuple[int, str]] = []
+    story_ends = 0
+    for at in _moments(generator, len(text), spacing):
+        gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), questions)).astype(int)
+        # Stories share their people: one after another.
+        if at >= story_ends and generator.random() < _STORIES:
+            story_ends = at + int(gaps[0])
+            kind = KINDS[generator.integers(len(KINDS))]
+            story = tell_story(generator, kind, TRAINING_WORLD, int(generator.integers(4, 9)))
+            places = np.sort(generator.integers(at, story_ends, len(story.facts))).tolist()
+            inserted += zip(
+                [*places, story_ends], [*story.facts, f"{story.question}{story.answer}. "], strict=True
+            )
+        else:
+            said, asked = _fact(generator)
+            inserted += [(at, said), *((at + int(gap), asked) for gap in gaps)]
+    inserted = [one for one in inserted if one[0] < len(text)]
+    parts, last = [], 0
+    for at, sentence in sorted(inserted, key=lambda one: one[0]):
+        place = max(text.find(b" ", at) + 1, last)
+        parts += [text[last:place], sentence.encode()]
+        last = place
+    return b"".join([*parts, text[last:]])
+
+
+def _moments(generator: np.random.Generator, length: int, spacing: float) -> Iterator[int]:
+    at = 0.0
+    while (at := at + generator.exponential(spacing)) < length:
+        yield int(at)
+
+
+def _fact(generator: np.random.Generator) -> tuple[str, str]:
+    """A statement, and its question with the answer."""
+    wording = WORDINGS[generator.integers(len(WORDINGS))]
+    thing = THINGS[generator.integers(len(THINGS))]
+    name = pseudo_word(generator, False, int(generator.integers(2, 5)))
+    kind = generator.random()
+    if kind < 0.6:
+        value = digits(int(generator.integers(3, 9)))(generator, False)
+    elif kind < 0.9:
+        value = pseudo_word(generator, False, int(generator.integers(2, 6)))
+    else:
+        value = random_uuid(generator, False)
+    said = wording.statement.format(name=name, thing=thing, value=value)
+    return said, wording.question.format(name=name, thing=thing) + value + ". "

@@ -1,0 +1,275 @@
+"""Can a model tell what it has read, any distance ago? Needles in a haystack, answers generated."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titans.data.needles import FILLER, TASKS, Needles, NeedleTask, make_needles
+from titans.stream.session import reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPARE_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class NeedleCell:
+    """Accuracy at one length and depth.
+
+    length: tokens from the start of the text to the end of the question; num_bytes: the same in bytes. depth:
+    where the needle stands, 0 for the start; None for several needles, which stand anywhere.
+    beyond_attention: whether all of them are out of attention's reach, so that only a memory can tell.
+    accuracy with a Wilson interval of 95 %, low to high.
+    """
+
+    length: int
+    num_bytes: int
+    depth: float | None
+    beyond_attention: bool
+    correct: int
+    samples: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class Haystack:
+    """A text to hide needles in, from anywhere in it and around its end as often as a length takes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        self.ids = np.asarray(tokenizer.encode(text, add_special_tokens=False))
+        if not len(self.ids):
+            raise ValueError("the haystack is empty: give a text")
+        self.bytes_per_token = len(text.encode()) / len(self.ids)
+        words = {int(i): str(tokenizer.decode([int(i)])) for i in np.unique(self.ids)}
+        opens = np.isin(self.ids, [i for i, word in words.items() if word[:1].isspace() and len(word) > 1])
+        closes = np.isin(self.ids, [i for i, word in words.items() if word[-1:].isspace()])
+        self._begins_word = np.flatnonzero(opens | np.roll(closes, 1))
+
+    def hide(
+        self, needles: Sequence[np.ndarray], depths: Sequence[float], length: int, offset: int
+    ) -> tuple[np.ndarray, list[int]]:
+        """(length,) ids with the needles at their depths, at the next word's beginning, and where each ends.
+
+        Raises:
+            ValueError: if the needles leave no room.
+        """
+        room = length - sum(map(len, needles))
+        if room < 0:
+            raise ValueError(
+                f"length={length}: the needles alone take {length - room} tokens with a question"
+            )
+        parts, ends, taken, total = [], [], 0, 0
+        for needle, depth in zip(needles, depths, strict=True):
+            place = max(self._next_word(offset, int(depth * room), room), taken)
+            parts += [self._slice(offset + taken, offset + place), needle]
+            total += place - taken + len(needle)
+            ends.append(total)
+            taken = place
+        return np.concatenate([*parts, self._slice(offset + taken, offset + room)]), ends
+
+    def _slice(self, begin: int, end: int) -> np.ndarray:
+        return self.ids[np.arange(begin, end) % len(self.ids)]
+
+    def _next_word(self, offset: int, place: int, room: int) -> int:
+        at = (offset + place) % len(self.ids)
+        index = np.searchsorted(self._begins_word, at)
+        if place == 0 or index == len(self._begins_word):
+            return place
+        return min(place + int(self._begins_word[index]) - at, room)
+
+
+def attention_reach(config: Any) -> float:
+    """How many tokens back attention sees through all layers: what is further away only a memory knows."""
+    variant = getattr(config, "variant", None)
+    if variant == "lmm":
+        return 0
+    if variant == "mac":
+        return config.segment_length
+    if variant in ("mag", "mal"):
+        return config.sliding_window * config.num_hidden_layers
+    return math.inf
+
+
+def needle_table(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    lengths: Sequence[int],
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    haystack: str | None = None,
+    samples: int = 8,
+    batch_size: int = 8,
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_questions: int = 1,
+    piece_length: int = 2048,
+    seed: int = 0,
+    on_cell: Callable[[NeedleCell], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[NeedleCell]:
+    """Accuracy by length and depth; a sample counts if every answer is exact.
+
+    Args:
+        model: any causal language model of transformers. One without a memory keeps all it reads.
+        task: a name in `titans.data.needles.TASKS`.
+        lengths: tokens, the question included.
+        depths: where the needle stands; not used where there are several, which stand anywhere.
+        haystack: the text around it, for tasks that want one.
+        samples: for each cell. batch_size: of them side by side. seed: of all of them.
+        num_keys, num_values, num_questions: see `make_needles`.
+        piece_length: tokens of a row in one call; changes the speed alone.
+        on_cell: called with every cell when it is known. progress: tokens read so far, and in all.
+
+    Raises:
+        ValueError: for an unknown task, no haystack where one is needed, a length too short or a number
+            out of its range.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}: choose one of {', '.join(TASKS)}")
+    for name, value in dict(samples=samples, batch_size=batch_size, piece_length=piece_length).items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: give a whole number of at least 1")
+    if any(not 0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"depths={list(depths)}: give numbers from 0 to 1")
+    chosen = TASKS[task]
+    if chosen.haystack == "filler":
+        haystack = FILLER
+    elif haystack is None:
+        raise ValueError(f"task={task!r} hides its needle in a text: give a haystack")
+    several = num_keys * num_values > 1 or chosen.tells_story
+    counts = (num_keys, num_values, num_questions)
+    asker = _Asker(model, tokenizer, chosen, Haystack(tokenizer, haystack), counts, piece_length)
+    cells = [(length, depth) for length in lengths for depth in ([None] if several else depths)]
+    total, done = samples * sum(length for length, _ in cells), 0
+
+    def tell(tokens: int) -> None:
+        if progress is not None:
+            progress(done + tokens, total)
+
+    found = []
+    for length, depth in cells:
+        correct, beyond = 0, True
+        for begin in range(0, samples, batch_size):
+            rows = range(begin, min(begin + batch_size, samples))
+            generators = [np.random.default_rng([seed, row]) for row in rows]
+            right, distance = asker.ask(generators, length, depth, tell)
+            correct += right
+            done += len(rows) * length
+            tell(0)
+            beyond = beyond and distance > attention_reach(model.config)
+        low, high = wilson(correct, samples)
+        num_bytes = round(length * asker.haystack.bytes_per_token)
+        cell = NeedleCell(length, num_bytes, depth, beyond, correct, samples, correct / samples, low, high)
+        found.append(cell)
+        if on_cell is not None:
+            on_cell(cell)
+    return found
+
+
+class _Asker:
+    """Reads rows of one length side by side and asks each its questions."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: NeedleTask,
+        haystack: Haystack,
+        counts: tuple[int, int, int],
+        piece_length: int,
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.haystack = model, tokenizer, task, haystack
+        self.counts, self.piece_length = counts, piece_length
+
+    def ask(
+        self,
+        generators: Sequence[np.random.Generator],
+        length: int,
+        depth: float | None,
+        tell: Callable[[int], None],
+    ) -> tuple[int, int]:
+        """How many rows are right in all they were asked, and the fewest tokens from needle to question."""
+        rows = [make_needles(self.task, generator, *self.counts) for generator in generators]
+        asked = [[self._encode(question) for question in row.questions] for row in rows]
+        context = length - max(len(question) for questions in asked for question in questions)
+        texts, distance = [], length
+        for row, generator in zip(rows, generators, strict=True):
+            text, last = self._text(row, generator, context, depth)
+            texts.append(text)
+            distance = min(distance, context - last)
+        with reading(self.model):
+            cache = self._read(np.stack(texts), None, tell)[1]
+            right = np.ones(len(rows), bool)
+            for n in range(len(asked[0])):
+                right &= self._answers(rows, [questions[n] for questions in asked], n, cache)
+        return int(right.sum()), distance
+
+    def _text(
+        self, row: Needles, generator: np.random.Generator, context: int, depth: float | None
+    ) -> tuple[np.ndarray, int]:
+        needles = [self._encode(statement) for statement in row.statements]
+        depths = [depth] if depth is not None else np.sort(generator.random(len(needles))).tolist()
+        offset = int(generator.integers(len(self.haystack.ids)))
+        text, ends = self.haystack.hide(needles, depths, context, offset)
+        return text, ends[-1]
+
+    def _answers(
+        self, rows: Sequence[Needles], questions: list[np.ndarray], n: int, cache: Any
+    ) -> np.ndarray:
+        """Which rows answer their nth question; those whose questions are of one length together."""
+        right = np.zeros(len(rows), bool)
+        for size in {len(question) for question in questions}:
+            chosen = [i for i, question in enumerate(questions) if len(question) == size]
+            mine = copy.deepcopy(cache)
+            if len(chosen) < len(rows):
+                mine.batch_select_indices(torch.tensor(chosen))
+            answers = [rows[i].answers[n] for i in chosen]
+            steps = max(len(self._encode(answer)) for answer in answers) + _SPARE_TOKENS
+            logits, mine = self._read(np.stack([questions[i] for i in chosen]), mine, lambda tokens: None)
+            ids = [logits.argmax(-1)]
+            for _ in range(steps - 1):
+                logits, mine = self._call(ids[-1].unsqueeze(1), mine)
+                ids.append(logits.argmax(-1))
+            told = self.tokenizer.batch_decode(torch.stack(ids, 1))
+            right[chosen] = [
+                text.strip().startswith(answer) for text, answer in zip(told, answers, strict=True)
+            ]
+        return right
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _read(self, ids: np.ndarray, cache: Any, tell: Callable[[int], None]) -> tuple[Tensor, Any]:
+        """The logits (rows, vocab) after the last of ids (rows, n), and the cache."""
+        logits = None
+        for begin in range(0, ids.shape[1], self.piece_length):
+            piece = torch.from_numpy(ids[:, begin : begin + self.piece_length].astype(np.int64))
+            logits, cache = self._call(piece, cache)
+            tell(len(ids) * (begin + piece.shape[1]))
+        assert logits is not None
+        return logits, cache
+
+    def _call(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = self.model(
+            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1].cpu(), output.past_key_values
+
+
+def wilson(correct: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson's score interval)."""
+    share = correct / samples
+    middle = (share + z * z / (2 * samples)) / (1 + z * z / samples)
+    half = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples**2)) / (1 + z * z / samples)
+    return max(0.0, middle - half), min(1.0, middle + half)

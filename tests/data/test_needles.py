@@ -1,0 +1,82 @@
+"""Needles: what training says and what a test hides share nothing, and every question can be answered."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from titans.data.needles import (
+    FILLER,
+    TASKS,
+    THINGS,
+    WORDINGS,
+    digits,
+    make_needles,
+    pseudo_word,
+    random_uuid,
+    state_facts,
+)
+
+TEXT = (FILLER * 200).encode()
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("draw", [pseudo_word, random_uuid, digits(5)])
+def test_training_and_test_draw_from_halves_that_share_nothing(draw):
+    generator = rng()
+    trained = {draw(generator, False) for _ in range(3000)}
+    tested = {draw(generator, True) for _ in range(1000)}
+    assert not trained & tested
+    assert len(tested) > 500
+
+
+def test_training_uses_no_wording_of_a_test():
+    wordings = [task.source[0] for task in TASKS.values() if not task.tells_story]
+    tested = " ".join(part for wording in wordings for part in vars(wording).values()).lower()
+    assert not any(thing in tested.split() for thing in THINGS)
+    openings = {re.sub(r"[^a-z ]", "", wording.statement)[:12] for wording in WORDINGS}
+    assert not any(opening in tested for opening in openings)
+    assert "grass" not in " ".join(wording.statement for wording in WORDINGS)
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.tells_story])
+def test_a_question_ends_as_its_statement_goes_on(task):
+    needles = make_needles(TASKS[task], rng(3))
+    (statement,), (question,), (answer,) = needles.statements, needles.questions, needles.answers
+    cue = question[-8:]
+    assert statement[statement.index(cue) + len(cue) :].startswith(answer)
+    assert needles == make_needles(TASKS[task], rng(3)) != make_needles(TASKS[task], rng(4))
+
+
+def test_several_names_values_and_questions():
+    needles = make_needles(TASKS["number"], rng(), num_keys=3, num_values=2, num_questions=2)
+    assert len(needles.statements) == 6 and len(needles.questions) == len(needles.answers) == 2
+    for question, answer in zip(needles.questions, needles.answers, strict=True):
+        name = question.split(" is: ")[0].split()[-1]
+        said = [s.split(" is: ")[1].rstrip(". ") for s in needles.statements if f" {name} is" in s]
+        assert answer == ", ".join(said) and len(said) == 2
+    with pytest.raises(ValueError, match="num_questions=4: give at most num_keys=3"):
+        make_needles(TASKS["number"], rng(), num_keys=3, num_questions=4)
+    with pytest.raises(ValueError, match="this task has no names"):
+        make_needles(TASKS["passkey"], rng(), num_keys=2)
+
+
+def test_facts_are_said_before_they_are_asked_for_and_the_text_stays():
+    told = state_facts(TEXT, rng(1), 200, farthest=200).decode()
+    assert told == state_facts(TEXT, rng(1), 200, farthest=200).decode()
+    words = iter(told.split())
+    assert all(word in words for word in TEXT.decode().split()), "the text is not all there, in order"
+    asked = 0
+    for wording in WORDINGS:
+        pattern = re.escape(wording.question).replace(r"\{thing\}", r"(\w+)").replace(r"\{name\}", "([a-z]+)")
+        for found in re.finditer(pattern + r"([\w-]+)\. ", told):
+            value, before = found.groups()[-1], told[: found.start()]
+            asked += value in before
+    assert asked > 150
+    lengths = len(told) - len(TEXT)
+    assert 0.5 * len(TEXT) < lengths < 1.5 * len(TEXT)
