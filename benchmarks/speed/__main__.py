@@ -1,6 +1,6 @@
 """How fast is it, against what this machine can do and against others? (`make bench`)
 
-    python benchmarks/speed                       # everything: a quarter of an hour
+    python benchmarks/speed                       # everything: half an hour or more
     python benchmarks/speed --resume              # the same, going on where it was interrupted
     python benchmarks/speed --quick               # three minutes
     python benchmarks/speed --parts scan layer    # some of it
