@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -257,3 +258,20 @@ def test_a_wrong_argument_is_named(arguments, message):
 def test_a_wrong_size_is_named(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         NeuralMemory(HIDDEN, **{"num_heads": 2, **wrong})
+
+
+def test_an_induction_memory_begins_with_what_followed_what():
+    # Twelve symbols in an order of no pattern, twice: at its second time each symbol asks for its successor.
+    found = {True: [], False: []}
+    for induction, seed in itertools.product(found, range(5)):
+        torch.manual_seed(seed)
+        symbols = nn.functional.normalize(torch.randn(12, 64), dim=-1) * 8
+        layer = NeuralMemory(64, 1, 64, conv_kernel=3, chunk_size=4, induction_init=induction)
+        read, _ = layer.learn(torch.cat([symbols, symbols]).unsqueeze(0), None)
+        values = nn.functional.silu(layer.input(symbols).chunk(4, -1)[2])
+        told = (read.reads - layer.prior(read.queries))[0, 13:23, 0]
+        scores = nn.functional.normalize(told, dim=-1) @ nn.functional.normalize(values, dim=-1).T
+        found[induction].append((scores.argmax(-1) == torch.arange(2, 12)).float().mean().item())
+    assert sum(found[True]) / 5 > 0.8 and sum(found[False]) / 5 < 0.25, found
+    with pytest.raises(ValueError, match="give a conv_kernel of at least 2"):
+        NeuralMemory(64, 1, 64, conv_kernel=1, induction_init=True)

@@ -32,6 +32,7 @@ class TitansConfig(PreTrainedConfig):
         memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
         memory_normalize_step, memory_unit_rows, memory_row_limit, memory_length_floor,
             memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
+        memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
@@ -65,6 +66,7 @@ class TitansConfig(PreTrainedConfig):
     memory_decay_to_initial: bool = True
     memory_max_momentum: float = 0.5
     memory_max_step_size: float | None = None
+    memory_induction_init: bool = False
     chunk_size: int = 16
     segment_length: int = 512
     sliding_window: int = 2048
@@ -152,6 +154,7 @@ class TitansConfig(PreTrainedConfig):
                 "decay_to_initial": self.memory_decay_to_initial,
                 "max_momentum": self.memory_max_momentum,
                 "max_step_size": self.memory_max_step_size,
+                "induction_init": self.memory_induction_init,
             },
         )
 

@@ -82,10 +82,10 @@ class TitansPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what no checkpoint has filled, and nothing else."""
-        own = list(module.parameters(recurse=False))
-        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) == len(own):
+        if all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
             return
+        # All of them: a module may set what its children hold, too.
+        loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif callable(reset := getattr(module, "reset_parameters", None)):

@@ -89,6 +89,7 @@ class NeuralMemory(nn.Module):
         max_step_size: upper bound of the step-size gate; by default
             min(depth, 2) (1 − max_momentum) / chunk_size, with which a chunk that repeats one token corrects
             its error at most once in each layer (docs/decisions/memory.md).
+        induction_init: begin as an associative memory of what followed what, see `begin_as_induction`.
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
     """
 
@@ -112,6 +113,7 @@ class NeuralMemory(nn.Module):
         decay_to_initial: bool = True,
         max_momentum: float = 0.5,
         max_step_size: float | None = None,
+        induction_init: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -123,6 +125,8 @@ class NeuralMemory(nn.Module):
         ):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+        if induction_init and conv_kernel < 2:
+            raise ValueError("induction_init=True looks one token back: give a conv_kernel of at least 2")
         if not 0 <= max_momentum < 1:
             raise ValueError(f"max_momentum={max_momentum!r}: give a number in [0, 1)")
         if max_step_size is not None and not 0 <= max_step_size < math.inf:
@@ -139,7 +143,7 @@ class NeuralMemory(nn.Module):
             row_limit,
             length_floor,
         )
-        self.decay_to_initial, self.backend = decay_to_initial, backend
+        self.decay_to_initial, self.induction_init, self.backend = decay_to_initial, induction_init, backend
         self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
         if max_step_size is None:
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
@@ -166,6 +170,24 @@ class NeuralMemory(nn.Module):
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.constant_(self.norm_weight, 0.5)
             nn.init.zeros_(self.norm_bias)
+        if self.induction_init:
+            self.begin_as_induction()
+
+    @torch.no_grad()
+    def begin_as_induction(self) -> None:
+        """Keys see what queries see, one token later, and values the newest token alone.
+
+        So whoever reads "… the code is" for the second time asks with the key under which was written what
+        followed the first time. Otherwise this agreement has to be learned before recall earns anything.
+        """
+        queries, keys, _, _ = self.input.weight.chunk(4)
+        keys.copy_(queries)
+        of_queries, of_keys, of_values = self.conv.weight.chunk(3)
+        nn.init.normal_(of_queries, std=(self.conv.kernel_size - 1) ** -0.5)
+        of_queries[:, 0] = 0
+        of_keys.copy_(of_queries.roll(-1, 1))
+        of_values.zero_()
+        of_values[:, -1] = 1
 
     @torch.no_grad()
     def set_half_lives(self, shortest: float, longest: float) -> None:
