@@ -71,5 +71,7 @@ def test_every_query_has_the_value_of_its_key():
         assert [a[0] for a in asked] == [IGNORED] * 30 + [v for _, v in row[30:]]
         assert {a[1] for a in asked} == {IGNORED}
         assert sorted(k for k, _ in row[30:60]) == sorted(known)
-    with pytest.raises(ValueError, match="num_pairs=257: give at most 256"):
+    many, _ = associative_recall(np.random.default_rng(0), 2, 1000, 10, num_keys=1024)
+    assert len(set(many[0, :2000:2].tolist())) == 1000 and many[:, 1::2].min() >= 1024
+    with pytest.raises(ValueError, match="num_pairs=257: give at most num_keys=256"):
         associative_recall(np.random.default_rng(0), 1, 257, 1)

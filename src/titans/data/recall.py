@@ -71,20 +71,21 @@ def restated_passkey(
 
 
 def associative_recall(
-    generator: np.random.Generator, batch: int, num_pairs: int, num_queries: int
+    generator: np.random.Generator, batch: int, num_pairs: int, num_queries: int, num_keys: int = NUM_KEYS
 ) -> tuple[Tensor, Tensor]:
-    """Pairs of a key (0 … 255, each once) and a value (256 … 319), then the keys again in random order, each
-    asked for its value and followed by it: 2 (num_pairs + num_queries) tokens. One round follows another.
+    """Pairs of a key (0 … num_keys − 1, each once) and a value (one of the 64 ids after these), then the keys
+    again in random order, each asked for its value and followed by it: 2 (num_pairs + num_queries) tokens.
+    One round follows another.
 
     Raises:
         ValueError: for more pairs than there are keys.
     """
-    if num_pairs > NUM_KEYS:
-        raise ValueError(f"num_pairs={num_pairs}: give at most {NUM_KEYS}")
+    if num_pairs > num_keys:
+        raise ValueError(f"num_pairs={num_pairs}: give at most num_keys={num_keys}")
     rows = np.empty((batch, num_pairs + num_queries, 2), np.int64)
     for row in rows:
-        row[:num_pairs, 0] = generator.permutation(NUM_KEYS)[:num_pairs]
-        row[:num_pairs, 1] = NUM_KEYS + generator.integers(NUM_VALUES, size=num_pairs)
+        row[:num_pairs, 0] = generator.permutation(num_keys)[:num_pairs]
+        row[:num_pairs, 1] = num_keys + generator.integers(NUM_VALUES, size=num_pairs)
         rounds = [generator.permutation(num_pairs) for _ in range(-(-num_queries // num_pairs))]
         row[num_pairs:] = row[np.concatenate(rounds)[:num_queries]]
     labels = np.full_like(rows, IGNORED)
