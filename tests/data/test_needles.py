@@ -67,8 +67,11 @@ def test_several_names_values_and_questions():
 
 
 def test_facts_are_said_before_they_are_asked_for_and_the_text_stays():
-    told = state_facts(TEXT, rng(1), 200, farthest=200).decode()
-    assert told == state_facts(TEXT, rng(1), 200, farthest=200).decode()
+    found, places = state_facts(TEXT, rng(1), 200, farthest=200)
+    assert (found, places) == state_facts(TEXT, rng(1), 200, farthest=200)
+    told = found.decode()
+    # Whatever is asked for was said before, and a full stop follows the answer.
+    assert all(told[begin:end] in told[:begin] and told[end : end + 2] == ". " for begin, end in places)
     words = iter(told.split())
     assert all(word in words for word in TEXT.decode().split()), "the text is not all there, in order"
     asked = 0

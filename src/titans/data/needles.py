@@ -183,7 +183,7 @@ def state_facts(
     nearest: int = 32,
     farthest: int = 256,
     questions: int = 3,
-) -> bytes:
+) -> tuple[bytes, list[tuple[int, int]]]:
     """The text with facts said in it and asked for, and answered, again and again.
 
     Args:
@@ -193,8 +193,11 @@ def state_facts(
         questions: how often each fact is asked for.
 
     One fact in five is a story of `titans.data.babi`, told over the distance and asked about once.
+
+    Returns:
+        The new text, and begin and end of every answer in it.
     """
-    inserted: list[tuple[int, str]] = []
+    inserted: list[tuple[int, str, str]] = []
     story_ends = 0
     for at in _moments(generator, len(text), spacing):
         gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), questions)).astype(int)
@@ -204,19 +207,22 @@ def state_facts(
             kind = KINDS[generator.integers(len(KINDS))]
             story = tell_story(generator, kind, TRAINING_WORLD, int(generator.integers(4, 9)))
             places = np.sort(generator.integers(at, story_ends, len(story.facts))).tolist()
-            inserted += zip(
-                [*places, story_ends], [*story.facts, f"{story.question}{story.answer}. "], strict=True
-            )
+            inserted += [(place, fact, "") for place, fact in zip(places, story.facts, strict=True)]
+            inserted.append((story_ends, story.question, story.answer))
         else:
-            said, asked = _fact(generator)
-            inserted += [(at, said), *((at + int(gap), asked) for gap in gaps)]
-    inserted = [one for one in inserted if one[0] < len(text)]
-    parts, last = [], 0
-    for at, sentence in sorted(inserted, key=lambda one: one[0]):
+            said, asked, value = _fact(generator)
+            inserted += [(at, said, ""), *((at + int(gap), asked, value) for gap in gaps)]
+    told, answers, last = bytearray(), [], 0
+    for at, sentence, answer in sorted(inserted, key=lambda one: one[0]):
+        if at >= len(text):
+            break
         place = max(text.find(b" ", at) + 1, last)
-        parts += [text[last:place], sentence.encode()]
+        told += text[last:place] + sentence.encode()
+        if answer:
+            answers.append((len(told), len(told) + len(answer)))
+            told += answer.encode() + b". "
         last = place
-    return b"".join([*parts, text[last:]])
+    return bytes(told + text[last:]), answers
 
 
 def _moments(generator: np.random.Generator, length: int, spacing: float) -> Iterator[int]:
@@ -225,8 +231,8 @@ def _moments(generator: np.random.Generator, length: int, spacing: float) -> Ite
         yield int(at)
 
 
-def _fact(generator: np.random.Generator) -> tuple[str, str]:
-    """A statement, and its question with the answer."""
+def _fact(generator: np.random.Generator) -> tuple[str, str, str]:
+    """A statement, its question, and the answer."""
     wording = WORDINGS[generator.integers(len(WORDINGS))]
     thing = THINGS[generator.integers(len(THINGS))]
     name = pseudo_word(generator, False, int(generator.integers(2, 5)))
@@ -238,4 +244,4 @@ def _fact(generator: np.random.Generator) -> tuple[str, str]:
     else:
         value = random_uuid(generator, False)
     said = wording.statement.format(name=name, thing=thing, value=value)
-    return said, wording.question.format(name=name, thing=thing) + value + ". "
+    return said, wording.question.format(name=name, thing=thing), value

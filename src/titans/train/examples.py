@@ -111,7 +111,7 @@ def _with_facts(documents: list[Document], settings: TrainSettings) -> list[Docu
     generator = np.random.default_rng(settings.seed)
     return [
         Document(
-            d.name, state_facts(d.data, generator, settings.fact_spacing, farthest=settings.fact_distance)
+            d.name, state_facts(d.data, generator, settings.fact_spacing, farthest=settings.fact_distance)[0]
         )
         for d in documents
     ]
