@@ -4,8 +4,8 @@
     python benchmarks/recall_init.py --worker 0/2     # every second run
 
 A run trains the tiny preset on Shakespeare with facts in it, 16 rows of 256 bytes a step, and asks after
-every 50 steps for the facts of held-out text, teacher-forced, at the distances of training and far beyond. Each
-finished run is kept in benchmarks/results/recall_init.json and not repeated.
+every 50 steps for the facts of held-out text, teacher-forced, at the distances of training and far beyond.
+Each finished run is kept in benchmarks/results/recall_init.json and not repeated.
 """
 
 from __future__ import annotations
@@ -166,10 +166,10 @@ def main() -> int:
             write_json(kept, {**known(), run.name: result})
     about = (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny LMM, {STEPS} steps of {ROWS} × {LENGTH} bytes, a fact in "
-        f"every {SPACING:.0f} bytes, asked for within {DISTANCE}; % of held-out answer bytes right, each "
-        "seed, near (within 128 bytes) after steps 100, 200 and 300, and far (within 1,024) at the end; bits per "
-        "byte of all else."
+        f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny LMM, {STEPS} steps of "
+        f"{ROWS} × {LENGTH} bytes, a fact in every {SPACING:.0f} bytes, asked for within {DISTANCE}; % of "
+        "held-out answer bytes right, each seed, near (within 128 bytes) after steps 100, 200 and 300, and far "
+        "(within 1,024) at the end; bits per byte of all else."
     )
     text = f"{about}\n\n{table(known())}\n"
     (RESULTS / "recall_init.md").write_text(text)

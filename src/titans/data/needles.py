@@ -1,7 +1,7 @@
 """Facts said once in a long text and asked for later, after RULER's needles in a haystack. Seeded.
 
-Nothing that a test uses is met in training: the wordings of `TASKS` are not those of `WORDINGS`, names and
-values are drawn from two halves that share nothing, and so, if the caller sees to it, are the haystacks.
+Nothing that a test uses is met in training: sentences and nouns of `TASKS` are not those of training, names
+and values are drawn from two halves that share nothing, and so, if the caller sees to it, are the haystacks.
 """
 
 from __future__ import annotations
@@ -113,21 +113,17 @@ TASKS: dict[str, NeedleTask] = {
     "qa3": NeedleTask("where was a thing before? like bAbI's task 3", "text", "qa3"),
 }
 
-# How training states facts, and asks for them again. {thing}: of THINGS.
-WORDINGS = (
-    Wording("The {thing} of {name} was {value}. ", "The {thing} of {name} was "),
-    Wording("{name} has {thing} {value}; ", "Again, {name} has {thing} "),
-    Wording("[{name}'s {thing}: {value}] ", "[{name}'s {thing}: "),
-    Wording("Note {name}: {thing} = {value}. ", "Tell me of {name}: {thing} = "),
-    Wording("We gave {name} the {thing} {value}, ", "Once we gave {name} the {thing} "),
-    Wording("({thing}, {name}, {value}) ", "({thing}, {name}, "),
-    Wording("In {name} stands a {thing}, {value}. ", "Which? In {name} stands a {thing}, "),
-    Wording("{name} -> {thing} -> {value}\n", "{name} -> {thing} -> "),
-    Wording("For {name}, remember {value} as the {thing}. ", "For {name}, remember "),
-    Wording("{thing}/{name}/{value}. ", "{thing}/{name}/"),
-    Wording("Whoever seeks {name} finds {thing} {value}. ", "Whoever seeks {name} finds {thing} "),
-    Wording("Let {name} be {value}, said the {thing}. ", "Let {name} be "),
-)
+# How training states facts, and asks for them again: "Mark this, the seal of {name} = {value}. " and "What is
+# the seal of {name}? The seal of {name} = ".
+LEADS = ("", "", "", "Note: ", "Mark this, ", "They say ", "We read that ", "Hear me, ", "By the book, ")
+SUBJECTS = (
+    "the {thing} of {name}", "the {thing} for {name}", "{name}'s {thing}", "the {name} {thing}",
+    "{thing} {name}", "the {thing} {name} has", "the {thing} that is {name}'s", "[{name}] {thing}", "{name}, {thing}",
+)  # fmt: skip
+LINKS = (
+    " was ", " is ", " is: ", ": ", " = ", " -> ", " equals ", " became ", " means ", ", namely ",
+    " has been ", " reads ", "/", " (", " shall be ", " are: ",
+)  # fmt: skip
 THINGS = (
     "code", "price", "age", "token", "ticket", "room", "score", "phone", "sum", "seal", "mark", "page",
     "date", "weight", "house", "ship", "crown", "letter", "secret", "sign",
@@ -233,9 +229,13 @@ def _moments(generator: np.random.Generator, length: int, spacing: float) -> Ite
 
 def _fact(generator: np.random.Generator) -> tuple[str, str, str]:
     """A statement, its question, and the answer."""
-    wording = WORDINGS[generator.integers(len(WORDINGS))]
-    thing = THINGS[generator.integers(len(THINGS))]
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(generator.integers(len(options)))]
+
     name = pseudo_word(generator, False, int(generator.integers(2, 5)))
+    subject = pick(SUBJECTS).format(thing=pick(THINGS), name=name)
+    link = pick(LINKS)
     kind = generator.random()
     if kind < 0.6:
         value = digits(int(generator.integers(3, 9)))(generator, False)
@@ -243,5 +243,10 @@ def _fact(generator: np.random.Generator) -> tuple[str, str, str]:
         value = pseudo_word(generator, False, int(generator.integers(2, 6)))
     else:
         value = random_uuid(generator, False)
-    said = wording.statement.format(name=name, thing=thing, value=value)
-    return said, wording.question.format(name=name, thing=thing), value
+    opening = pick(("What is {}? ", "Again: ", "", "", "Do you know {}? "))
+    question = _sentence(opening.format(subject) + _sentence(subject) + link)
+    return _sentence(pick(LEADS) + subject + link) + value + ". ", question, value
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

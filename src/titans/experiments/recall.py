@@ -50,7 +50,7 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         near,
         output=output / "far",
         start_from=near.output,
-        steps=800,
+        steps=600,
         batch_size=4,
         sequence_length=2048,
         fact_spacing=None if plain else 300.0,
