@@ -168,8 +168,8 @@ def main() -> int:
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch "
         f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny LMM, {STEPS} steps of "
         f"{ROWS} × {LENGTH} bytes, a fact in every {SPACING:.0f} bytes, asked for within {DISTANCE}; % of "
-        "held-out answer bytes right, each seed, near (within 128 bytes) after steps 100, 200 and 300, and far "
-        "(within 1,024) at the end; bits per byte of all else."
+        "held-out answer bytes right, each seed, near (within 128 bytes) after steps 100, 200 and 300, and "
+        "far (within 1,024) at the end; bits per byte of all else."
     )
     text = f"{about}\n\n{table(known())}\n"
     (RESULTS / "recall_init.md").write_text(text)

@@ -118,7 +118,8 @@ TASKS: dict[str, NeedleTask] = {
 LEADS = ("", "", "", "Note: ", "Mark this, ", "They say ", "We read that ", "Hear me, ", "By the book, ")
 SUBJECTS = (
     "the {thing} of {name}", "the {thing} for {name}", "{name}'s {thing}", "the {name} {thing}",
-    "{thing} {name}", "the {thing} {name} has", "the {thing} that is {name}'s", "[{name}] {thing}", "{name}, {thing}",
+    "{thing} {name}", "the {thing} {name} has", "the {thing} that is {name}'s", "[{name}] {thing}",
+    "{name}, {thing}",
 )  # fmt: skip
 LINKS = (
     " was ", " is ", " is: ", ": ", " = ", " -> ", " equals ", " became ", " means ", ", namely ",
