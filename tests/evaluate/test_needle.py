@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from titans.data import byte_tokenizer
 from titans.data.needles import TASKS
@@ -118,3 +119,11 @@ def test_refusals(change, sentence):
 def test_a_picture(tmp_path):
     draw_heat_map(tmp_path / "map.png", table(Copycat(), "number"), "copycat")
     assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("task", ["passkey", "qa2"])
+def test_any_causal_model_of_transformers_is_asked(task):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=4096, **sizes)).eval()
+    cells = table(model, task, (500,), (0.5,), piece_length=200)
+    assert len(cells) == 1 and cells[0].accuracy == 0 and not cells[0].beyond_attention
