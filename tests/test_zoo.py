@@ -1,0 +1,38 @@
+"""The models that come with the library: small, whole, described, and loaded by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import titans
+from titans import zoo
+
+FOLDER = Path(zoo.__file__).parent
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_model_loads_by_its_name_reads_and_is_described(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = titans.load(name)
+    assert not model.training and name == f"titans-{model.config.variant}-tiny"
+    session = titans.Session(model, tokenizer)
+    session.feed("The pass key is 31337. ")
+    assert len(session.generate(max_new_tokens=5, do_sample=False).encode()) >= 5
+    files = list((FOLDER / name).iterdir())
+    assert sum(file.stat().st_size for file in files) <= 12e6
+    card = (FOLDER / name / "README.md").read_text()
+    assert all(part in card for part in ("recall", "seed", "Shakespeare", "bits per byte", "minutes"))
+
+
+def test_a_folder_is_loaded_and_an_unknown_name_is_told_the_known(tmp_path):
+    model = titans.TitansForCausalLM(titans.TitansConfig.from_preset("tiny", variant="lmm"))
+    model.save_pretrained(tmp_path / "mine")
+    again, _ = titans.load(tmp_path / "mine")
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    with pytest.raises(
+        ValueError, match=r"'titans-tiny' is not a folder: give one written by `titans train`"
+    ):
+        titans.load("titans-tiny")
