@@ -140,6 +140,18 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def report(found: dict[str, dict[str, Any]]) -> None:
+    """Write the table of what is there."""
+    about = (
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny LMM, {STEPS} steps of "
+        f"{ROWS} × {LENGTH} bytes, a fact in every {SPACING:.0f} bytes, asked for within {DISTANCE}; % of "
+        "held-out answer bytes right, each seed, near (within 128 bytes) after steps 100, 200 and 300, and "
+        "far (within 1,024) at the end; bits per byte of all else."
+    )
+    (RESULTS / "recall_init.md").write_text(f"{about}\n\n{table(found)}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,16 +176,7 @@ def main() -> int:
         if number % parts == part and run.name not in known():
             result = train(run, texts, tests)
             write_json(kept, {**known(), run.name: result})
-    about = (
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny LMM, {STEPS} steps of "
-        f"{ROWS} × {LENGTH} bytes, a fact in every {SPACING:.0f} bytes, asked for within {DISTANCE}; % of "
-        "held-out answer bytes right, each seed, near (within 128 bytes) after steps 100, 200 and 300, and "
-        "far (within 1,024) at the end; bits per byte of all else."
-    )
-    text = f"{about}\n\n{table(known())}\n"
-    (RESULTS / "recall_init.md").write_text(text)
-    print(text)
+        report(known())
     return 0
 
 
