@@ -91,7 +91,7 @@ class EvalNeedle:
         from titans.cli.progress import ReadingProgress
         from titans.data import hold_out, load_corpus
         from titans.data.needles import TASKS
-        from titans.evaluate.needle import needle_table
+        from titans.evaluate.needle import cells_of, needle_table
 
         haystack = None
         if TASKS[self.task].haystack == "text":
@@ -99,9 +99,8 @@ class EvalNeedle:
             if self.hold_out:
                 documents = hold_out(documents, self.hold_out)[1]
             haystack = "\n".join(document.data.decode("utf-8", "replace") for document in documents)
-        several = self.keys * self.values > 1 or TASKS[self.task].tells_story
-        total = self.samples * sum(self.lengths) * (1 if several else len(self.depths))
-        with ReadingProgress(total) as progress:
+        planned = cells_of(TASKS[self.task], self.lengths, self.depths, self.keys, self.values)
+        with ReadingProgress(self.samples * sum(length for length, _ in planned)) as progress:
             cells = needle_table(
                 model,
                 tokenizer,

@@ -41,7 +41,6 @@ class NeedleTask:
     draws values for it, or the kind of a story.
     """
 
-    description: str
     haystack: str
     source: tuple[Wording, Draw] | Kind
 
@@ -98,21 +97,19 @@ def _magic(kind: str) -> Wording:
     )
 
 
+# Stories are like bAbI's tasks 1 to 3: where is a person, where is a thing, and where was it before?
 TASKS: dict[str, NeedleTask] = {
     "passkey": NeedleTask(
-        "five digits in repeated filler",
         "filler",
         (
             Wording("The pass key is {value}. Remember it. ", "What is the pass key? The pass key is "),
             digits(5),
         ),
     ),
-    "number": NeedleTask("seven digits in natural text", "text", (_magic("number"), digits(7))),
-    "word": NeedleTask("an invented word in natural text", "text", (_magic("word"), pseudo_word)),
-    "uuid": NeedleTask("a uuid in natural text", "text", (_magic("uuid"), random_uuid)),
-    "qa1": NeedleTask("where is a person? A story in natural text, like bAbI's task 1", "text", "qa1"),
-    "qa2": NeedleTask("where is a thing? like bAbI's task 2", "text", "qa2"),
-    "qa3": NeedleTask("where was a thing before? like bAbI's task 3", "text", "qa3"),
+    "number": NeedleTask("text", (_magic("number"), digits(7))),
+    "word": NeedleTask("text", (_magic("word"), pseudo_word)),
+    "uuid": NeedleTask("text", (_magic("uuid"), random_uuid)),
+    **{kind: NeedleTask("text", kind) for kind in KINDS},
 }
 
 # How training states facts, and asks for them again: "Mark this, the seal of {name} = {value}. " and "What is

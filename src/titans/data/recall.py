@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titans.data.needles import FILLER
+
 IGNORED = -100
 NUM_KEYS, NUM_VALUES = 256, 64
-_FILLER = np.frombuffer(
-    b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ", np.uint8
-)
+_FILLER = np.frombuffer(FILLER.encode(), np.uint8)
 _CUE = b"The pass key="
 _REMINDER = b". Remember it. "
 _QUESTION = b"What is the pass key? "

@@ -100,6 +100,14 @@ def attention_reach(config: Any) -> float:
     return math.inf
 
 
+def cells_of(
+    task: NeedleTask, lengths: Sequence[int], depths: Sequence[float], num_keys: int, num_values: int
+) -> list[tuple[int, float | None]]:
+    """Length and depth of every cell of a table; several needles have no depth."""
+    several = num_keys * num_values > 1 or task.tells_story
+    return [(length, depth) for length in lengths for depth in ([None] if several else depths)]
+
+
 def needle_table(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,7 +123,6 @@ def needle_table(
     num_questions: int = 1,
     piece_length: int = 2048,
     seed: int = 0,
-    on_cell: Callable[[NeedleCell], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[NeedleCell]:
     """Accuracy by length and depth; a sample counts if every answer is exact.
@@ -129,7 +136,7 @@ def needle_table(
         samples: for each cell. batch_size: of them side by side. seed: of all of them.
         num_keys, num_values, num_questions: see `make_needles`.
         piece_length: tokens of a row in one call; changes the speed alone.
-        on_cell: called with every cell when it is known. progress: tokens read so far, and in all.
+        progress: tokens read so far, and in all.
 
     Raises:
         ValueError: for an unknown task, no haystack where one is needed, a length too short or a number
@@ -147,10 +154,9 @@ def needle_table(
         haystack = FILLER
     elif haystack is None:
         raise ValueError(f"task={task!r} hides its needle in a text: give a haystack")
-    several = num_keys * num_values > 1 or chosen.tells_story
     counts = (num_keys, num_values, num_questions)
     asker = _Asker(model, tokenizer, chosen, Haystack(tokenizer, haystack), counts, piece_length)
-    cells = [(length, depth) for length in lengths for depth in ([None] if several else depths)]
+    cells = cells_of(chosen, lengths, depths, num_keys, num_values)
     total, done = samples * sum(length for length, _ in cells), 0
 
     def tell(tokens: int) -> None:
@@ -170,10 +176,9 @@ def needle_table(
             beyond = beyond and distance > attention_reach(model.config)
         low, high = wilson(correct, samples)
         num_bytes = round(length * asker.haystack.bytes_per_token)
-        cell = NeedleCell(length, num_bytes, depth, beyond, correct, samples, correct / samples, low, high)
-        found.append(cell)
-        if on_cell is not None:
-            on_cell(cell)
+        found.append(
+            NeedleCell(length, num_bytes, depth, beyond, correct, samples, correct / samples, low, high)
+        )
     return found
 
 

@@ -125,8 +125,8 @@ class TrainSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        start = None if self.start_from is None else str(self.start_from)
-        return {**dataclasses.asdict(self), "output": str(self.output), "start_from": start}
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def check_resumes(self, folder: Path) -> None:
         """Whether the checkpoint in `folder` belongs to the same data and the same model.

@@ -66,7 +66,8 @@ def load_checkpoint(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenize
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
     """
-    config, folder = load_config(folder), folder_of(folder)
+    folder = folder_of(folder)
+    config = load_config(folder)
     if not any(folder.glob("model*.safetensors*")):
         raise ValueError(
             f"checkpoint={str(folder)!r} has no model.safetensors: give a folder written by `titans train`"
