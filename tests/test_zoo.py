@@ -36,3 +36,14 @@ def test_a_folder_is_loaded_and_an_unknown_name_is_told_the_known(tmp_path):
         ValueError, match=r"'titans-tiny' is not a folder: give one written by `titans train`"
     ):
         titans.load("titans-tiny")
+
+
+def test_a_name_is_a_folder_beside_the_others_and_errors_tell_it(tmp_path, monkeypatch):
+    model = titans.TitansForCausalLM(titans.TitansConfig.from_preset("tiny", variant="lmm"))
+    model.save_pretrained(tmp_path / "titans-some-tiny")
+    monkeypatch.setattr("titans.zoo.checkpoint._MODELS", tmp_path)
+    assert zoo.names() == ["titans-some-tiny"]
+    again, _ = titans.load("titans-some-tiny")
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    with pytest.raises(ValueError, match=r"written by `titans train`, or one of titans-some-tiny"):
+        titans.load("titans-other-tiny")

@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
         ("refusing-compiler", "compiling it with .* failed: error: not today"),
     ],
 )
-def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, compiler, sentence):
+def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, capsys, compiler, sentence):
     script = cache / "refusing-compiler"
     script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: not today" >&2\nexit 1\n')
     script.chmod(0o755)
@@ -41,6 +41,8 @@ def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, comp
     problem = make_problem(time=9)
     with pytest.raises(ValueError, match=f"backend='native' refuses this call: .*{sentence}"):
         problem.scan("native")
+    # That there is no compiler is as it may be; that one fails is said.
+    assert ("another one takes its place" in capsys.readouterr().err) == ("failed" in sentence)
     assert not list(cache.rglob("*.so"))
     for found, expected in zip(problem.scan("auto")[::2], problem.scan("chunkwise")[::2], strict=True):
         assert torch.equal(found, expected)
