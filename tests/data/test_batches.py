@@ -119,3 +119,19 @@ def test_refusals() -> None:
         WindowDataset([np.arange(3), np.zeros(3)], 4)
     with pytest.raises(IndexError):
         WindowDataset(encoded([9]), 4)[2]
+
+
+@given(*documents_and_length, st.integers(0, 3))
+def test_answers_are_marked_at_the_labels_that_are_answers(
+    lengths: list[int], sequence_length: int, epoch: int
+) -> None:
+    documents = encoded(lengths)
+    answers = [document % 3 == 0 for document in documents]
+    for dataset in (
+        WindowDataset(documents, sequence_length, 0, answers),
+        CarryDataset(documents, sequence_length, 2, 0, answers),
+    ):
+        dataset.set_epoch(epoch)
+        for i in range(len(dataset)):
+            item = dataset[i]
+            assert torch.equal(item["answers"], (item["labels"] >= 0) & (item["labels"] % 3 == 0))

@@ -1,8 +1,9 @@
-"""The recipe of the models to try: every stage is sound, and the second goes on from the first."""
+"""The recipe of the models to try: every stage is sound, and goes on from the one before."""
 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import pytest
 from safetensors.torch import load_file
@@ -15,12 +16,13 @@ from titans.train.recipe import check
 @pytest.mark.parametrize("variant", BLOCKS)
 @pytest.mark.parametrize("plain", [False, True])
 def test_stages_are_settings_that_train(variant, plain, tmp_path):
-    near, far = recall.stages(variant, tmp_path, plain)
-    check(near)
-    check(far)
-    assert far.start_from == near.output
-    assert near.config == far.config
-    assert (near.fact_spacing is None) == (far.fact_spacing is None) == plain
+    planned = recall.stages(variant, tmp_path, plain)
+    for stage in planned:
+        check(stage)
+        assert (stage.fact_spacing is None) == (stage.answer_weight == 1) == plain
+    for before, after in pairwise(planned):
+        assert after.start_from == before.output
+        assert after.config == before.config
 
 
 def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys):
@@ -29,10 +31,11 @@ def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(recall, "stages", lambda v, o, p, **_: stages(v, o, p, **small))
     monkeypatch.setattr(sys, "argv", ["recall", "--variant", "lmm", "--output", str(tmp_path)])
     assert recall.main() == 0
-    near, far = (load_file(tmp_path / name / "model.safetensors") for name in ("near", "far"))
-    assert near.keys() == far.keys()
-    moved = max((far[name] - near[name]).abs().max().item() for name in near)
-    assert 0 < moved < 0.1, "the second stage did not begin where the first ended"
-    times = [(tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in ("near", "far")]
+    files = [tmp_path / name / "model.safetensors" for name in ("dense", "near", "far")]
+    for before, after in pairwise(map(load_file, files)):
+        assert before.keys() == after.keys()
+        moved = max((after[name] - before[name]).abs().max().item() for name in before)
+        assert 0 < moved < 0.1, "a stage did not begin where the one before it ended"
+    times = [file.stat().st_mtime_ns for file in files]
     assert recall.main() == 0
-    assert times == [(tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in ("near", "far")]
+    assert times == [file.stat().st_mtime_ns for file in files]

@@ -214,7 +214,7 @@ def test_a_state_of_another_configuration_is_refused(field, tmp_path):
     path = tmp_path / "memory"
     filled_cache(MODELS["mac"], TEXT).save(path)
     old = getattr(MODELS["mac"].config, field)
-    other = {"variant": "mag", "memory_activation": "gelu"}
+    other = {"variant": "mag", "memory_activation": "gelu", "memory_combination": "sum"}
     new = other[field] if field in other else not old if type(old) is bool else 2 * old
     with pytest.raises(
         ValueError, match=f"was written with {field}={old!r}, the model has {new!r}: load it with"

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from titans.memory import MemoryState, memory_read
 from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS, BlockContext, BlockSettings
-from titans.nn.gate import MemoryGate
+from titans.nn.gate import MemoryGate, MemorySum
 
 from ..tolerances import FLOAT64, assert_close
 
@@ -211,3 +211,31 @@ def test_the_gate_lets_pass_what_the_memory_opens():
     with torch.no_grad():
         gate.memory_norm.weight.fill_(-1e3)
     assert gate(attention, memory.abs()).abs().max() < 1e-9
+    total = MemorySum(4).double()
+    torch.nn.init.constant_(total.attention_norm.weight, 0.1)
+    assert_close(total(attention, memory), 0.1 * normed[0] + memory, FLOAT64, "sum")
+
+
+def test_recall_begins_by_asking_as_the_memory_was_written():
+    agreement = {}
+    for induction in (False, True):
+        torch.manual_seed(0)
+        block = BLOCKS["mac"](
+            BlockSettings(
+                128, 2, 64, 4, 16, 16, 2, 3, 1, 1, 1e4, 1e-6, memory_options={"induction_init": induction}
+            )
+        )
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=0.1)
+        block.memory.reset_parameters()
+        block.reset_parameters()
+        x = torch.nn.functional.rms_norm(torch.randn(1, 16, 128), (128,))
+        own, _ = block._own(
+            x, block.recall_conv.initial_tail(1, x.device, x.dtype), torch.zeros(1, dtype=torch.int64), None
+        )
+        context = torch.zeros_like(x)
+        z, _ = block.attention.attend(own.tokens, context, block.attention.fixed(block.persistent), None)
+        found, _ = block.memory.learn(block.memory_norm(z), None)
+        agreement[induction] = (own.queries * found.queries).sum(-1)[0, 4:].mean().item()
+    assert agreement[True] > 0.7 > 0.3 > agreement[False], agreement

@@ -224,6 +224,21 @@ def test_facts_are_said_in_the_text_that_is_trained_on_and_not_in_what_is_held_o
         assert torch.equal(one["input_ids"], other["input_ids"])
 
 
+def test_answers_count_as_often_as_they_are_told_to(settings: Make) -> None:
+    facts = dict(fact_spacing=30.0, fact_distance=64)
+    trainer, model = trainer_of(settings(answer_weight=7.0, **facts))
+    once, _ = trainer_of(settings(**facts))
+    batch = next(b for b in batches(trainer) if not b["attention_mask"].all())
+    assert torch.equal(
+        batch["labels"], next(b for b in batches(once) if not b["attention_mask"].all())["labels"]
+    )
+    answers = batch["answers"][batch["labels"] >= 0]
+    assert 0.02 < answers.float().mean() < 0.5
+    counts = torch.where(answers, 7.0, 1.0)
+    expected = (losses(model, batch) * counts).sum() / counts.sum()
+    torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -244,6 +259,9 @@ def test_facts_are_said_in_the_text_that_is_trained_on_and_not_in_what_is_held_o
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): give two numbers"),
         ({"dtype": "float16"}, r"dtype='float16': choose 'float32' or 'bfloat16'"),
         ({"fact_distance": 8}, r"fact_distance=8: give a whole number of at least 32"),
+        ({"answer_weight": -1.0}, r"answer_weight=-1.0: give a number from 0 to inf"),
+        ({"answer_weight": 2.0, "tokenizer": "gpt"}, r"answer_weight=2.0 with tokenizer='gpt'"),
+        ({"refrains": 0.95}, r"refrains=0.95: give a number from 0 to 0.9"),
         ({"state_passing": 2.0}, r"state_passing=2.0: give a number from 0 to 1"),
         ({"state_passing": 0.5, "carry_memory": True}, r"carry_memory and state_passing both say"),
         ({"state_passing": 0.5, "variant": "transformer"}, r"state_passing with variant='transformer'"),

@@ -6,6 +6,7 @@ Both data sets give the same items, ready for the default collator:
     labels          (sequence_length,) int64, already shifted: labels[t] is the token after input_ids[t]
                     in its document, -100 where padded. Compare logits[t] with labels[t], as they are
     attention_mask  (sequence_length,) int64, 1 for a token and 0 for padding, which is always on the right
+    answers         (sequence_length,) bool, whether labels[t] is one of the answers, where these are given
 
 A document of n tokens holds n - 1 predictions (its first token is never predicted, its last never read), and
 every epoch makes each of them exactly once. The last segment of a document is rarely full; how many of the
@@ -28,7 +29,12 @@ Item = dict[str, Tensor]
 class _Segments:
     """The segments of all documents, numbered in reading order; their number does not depend on the epoch."""
 
-    def __init__(self, documents: Sequence[np.ndarray], sequence_length: int) -> None:
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        sequence_length: int,
+        answers: Sequence[np.ndarray] | None = None,
+    ) -> None:
         if sequence_length < 1:
             raise ValueError(f"sequence_length={sequence_length} must be at least 1")
         for number, document in enumerate(documents):
@@ -37,7 +43,9 @@ class _Segments:
                     f"documents[{number}] has shape {document.shape} and dtype {document.dtype}; "
                     "give token ids as a one-dimensional array of integers"
                 )
-        self.documents = [document for document in documents if len(document) > 1]
+        long_enough = [number for number, document in enumerate(documents) if len(document) > 1]
+        self.documents = [documents[number] for number in long_enough]
+        self.answers = None if answers is None else [answers[number] for number in long_enough]
         if not self.documents:
             raise ValueError(
                 "documents holds nothing to predict: give at least one document of two tokens or more"
@@ -68,21 +76,33 @@ class _Segments:
         labels = torch.full((self.length,), -100, dtype=torch.int64)
         attention_mask = torch.zeros(self.length, dtype=torch.int64)
         input_ids[:real], labels[:real], attention_mask[:real] = piece[:-1], piece[1:], 1
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        item = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        if self.answers is not None:
+            item["answers"] = torch.zeros(self.length, dtype=torch.bool)
+            marks = self.answers[document][max(begin, 0) + 1 : begin + self.length + 1]
+            item["answers"][:real] = torch.from_numpy(marks)
+        return item
 
 
 class WindowDataset(Dataset[Item]):
     """Independent windows: each starts with an empty memory and lies within one document.
 
     `seed=None` fixes the windows at the start of each document, for evaluation. Otherwise they are drawn from
-    the seed and the epoch: the same two numbers give the same windows everywhere.
+    the seed and the epoch: the same two numbers give the same windows everywhere. `answers`: for each
+    document (tokens,) bool.
 
     Raises ValueError when no document holds two tokens, or a document is not one-dimensional integers.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], sequence_length: int, seed: int | None = 0) -> None:
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        sequence_length: int,
+        seed: int | None = 0,
+        answers: Sequence[np.ndarray] | None = None,
+    ) -> None:
         self.seed = seed
-        self._segments = _Segments(documents, sequence_length)
+        self._segments = _Segments(documents, sequence_length, answers)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -108,18 +128,24 @@ class CarryDataset(Dataset[Item]):
     All segments of the documents, in an order of documents drawn from the seed and the epoch, are cut into
     `batch_rows` stretches of the same number of steps. So a document may begin in one row's last steps and go
     on in the next row's first, with a new state; the last row is filled up from the beginning of the first.
+    `answers`: for each document (tokens,) bool.
 
     Raises ValueError when batch_rows is below 1, and as `WindowDataset`.
     """
 
     def __init__(
-        self, documents: Sequence[np.ndarray], sequence_length: int, batch_rows: int, seed: int = 0
+        self,
+        documents: Sequence[np.ndarray],
+        sequence_length: int,
+        batch_rows: int,
+        seed: int = 0,
+        answers: Sequence[np.ndarray] | None = None,
     ) -> None:
         if batch_rows < 1:
             raise ValueError(f"batch_rows={batch_rows} must be at least 1")
         self.seed = seed
         self.batch_rows = batch_rows
-        self._segments = _Segments(documents, sequence_length)
+        self._segments = _Segments(documents, sequence_length, answers)
         self.num_steps = -(-self._segments.total // batch_rows)
         self.set_epoch(0)
 

@@ -1,6 +1,6 @@
 """Train a small model that predicts text and remembers facts from far back: the recipe of the models to try.
 
-    python -m titans.experiments.recall --variant lmm --output runs/lmm    # 45 minutes on one core
+    python -m titans.experiments.recall --variant lmm --output runs/lmm    # an hour on one core
     python -m titans.experiments.recall --variant lmm --output runs/plain --plain    # without facts
 
 Interrupted, the same command goes on where it stopped. The model is in the last stage's folder.
@@ -24,44 +24,65 @@ CORPUS = "shakespeare"
 def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> list[TrainSettings]:
     """Settings one after the other, each going on from the weights of the one before.
 
-    near: facts are asked for within 256 bytes, often; what a memory has to do is learned here. far: within
-    1,024 bytes of rows of 2,048, every fourth of which begins with the memory that another row has left.
+    dense: facts in every line, asked for at once; what a memory has to do is learned here, in minutes.
+    near: fewer, within 1,024 bytes. far: text with a fact in every 1,500 bytes, asked for within 16,384, read
+    in order with the memory carried over: what must not be lost has to survive all that is read between.
 
     Args:
         plain: the same text without facts.
         changes: of every stage's settings.
     """
-    memory = variant != "transformer"
-    near = TrainSettings(
+    remembers = variant != "transformer"
+    config: dict[str, Any] = {"initializer_range": 0.1}
+    if remembers:
+        config["memory_induction_init"] = True
+    if variant in ("mac", "mag"):
+        config["memory_combination"] = "sum"
+    dense = TrainSettings(
         data=CORPUS,
-        output=output / "near",
+        output=output / "dense",
         variant=variant,
-        config={"initializer_range": 0.1, **({"memory_induction_init": True} if memory else {})},
-        steps=1500,
-        batch_size=8,
-        sequence_length=512,
-        fact_spacing=None if plain else 150.0,
-        fact_distance=256,
+        config=config,
+        steps=250,
+        batch_size=16,
+        sequence_length=256,
+        fact_spacing=None if plain else 40.0,
+        fact_distance=128,
+        answer_weight=1.0 if plain else 10.0,
         learning_rate=5e-3,
-        min_learning_rate=0.4,
-        eval_every=500,
+        min_learning_rate=0.8,
+        eval_every=250,
+    )
+    near = replace(
+        dense,
+        output=output / "near",
+        start_from=dense.output,
+        steps=400,
+        batch_size=8,
+        sequence_length=1024,
+        fact_spacing=None if plain else 400.0,
+        fact_distance=1024,
+        refrains=0.0 if plain else 0.1,
+        learning_rate=4e-3,
+        min_learning_rate=0.7,
+        eval_every=200,
+        seed=1,
     )
     far = replace(
         near,
         output=output / "far",
         start_from=near.output,
-        steps=600,
-        batch_size=4,
+        steps=800,
         sequence_length=2048,
-        fact_spacing=None if plain else 300.0,
-        fact_distance=1024,
-        state_passing=0.25 if memory else 0.0,
-        learning_rate=2e-3,
+        fact_spacing=None if plain else 1500.0,
+        fact_distance=16384,
+        carry_memory=remembers,
+        in_order=not remembers,
+        learning_rate=3e-3,
         min_learning_rate=0.1,
-        eval_every=400,
-        seed=1,
+        seed=2,
     )
-    return [replace(stage, **changes) for stage in (near, far)]
+    return [replace(stage, **changes) for stage in (dense, near, far)]
 
 
 def main() -> int:

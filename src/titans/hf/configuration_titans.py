@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
 from titans.nn.blocks import BLOCKS, BlockSettings
+from titans.nn.gate import COMBINATIONS
 
 # What the library itself hands to a configuration beside its fields.
 _LIBRARY_KEYS = {
@@ -34,6 +35,7 @@ class TitansConfig(PreTrainedConfig):
             memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
         memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
+        memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
         sliding_window: tokens a token attends to, itself included ("mag", "mal").
@@ -67,6 +69,7 @@ class TitansConfig(PreTrainedConfig):
     memory_max_momentum: float = 0.5
     memory_max_step_size: float | None = None
     memory_induction_init: bool = False
+    memory_combination: str = "gate"
     chunk_size: int = 16
     segment_length: int = 512
     sliding_window: int = 2048
@@ -103,6 +106,10 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"variant={self.variant!r}: choose one of {sorted(BLOCKS)}")
         if self.memory_activation not in ("gelu", "silu"):
             raise ValueError(f"memory_activation={self.memory_activation!r}: choose 'gelu' or 'silu'")
+        if self.memory_combination not in COMBINATIONS:
+            raise ValueError(
+                f"memory_combination={self.memory_combination!r}: choose one of {sorted(COMBINATIONS)}"
+            )
         for name, kind in TitansConfig.__annotations__.items():
             value = getattr(self, name)
             if kind == "bool" and type(value) is not bool:
@@ -143,6 +150,7 @@ class TitansConfig(PreTrainedConfig):
             memory_expansion=self.memory_expansion,
             rope_theta=self.rope_theta,
             norm_eps=self.rms_norm_eps,
+            memory_combination=self.memory_combination,
             memory_options={
                 "activation": self.memory_activation,
                 "residual": self.memory_residual,

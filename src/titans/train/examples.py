@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
 from titans.data.batches import Item
 from titans.data.needles import state_facts
+from titans.data.refrains import with_refrains
 from titans.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -89,14 +90,14 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
-    if settings.fact_spacing is not None:
-        documents = _with_facts(documents, settings)
+    documents, answers = _as_told(documents, settings)
     tokens = _encode(tokenizer, documents)
     dataset: WindowDataset | CarryDataset
     if settings.carry_memory or settings.in_order:
-        dataset = CarryDataset(tokens, settings.sequence_length, settings.batch_size, settings.seed)
+        rows = settings.batch_size
+        dataset = CarryDataset(tokens, settings.sequence_length, rows, settings.seed, answers)
     else:
-        dataset = WindowDataset(tokens, settings.sequence_length, settings.seed)
+        dataset = WindowDataset(tokens, settings.sequence_length, settings.seed, answers)
     return Examples(
         train=EpochAfterEpoch(dataset, settings.steps * settings.batch_size, settings.seed),
         held_out=_held_out(settings, tokenizer, evaluation) if evaluation else None,
@@ -106,15 +107,21 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def _with_facts(documents: list[Document], settings: TrainSettings) -> list[Document]:
-    assert settings.fact_spacing is not None
+def _as_told(
+    documents: list[Document], settings: TrainSettings
+) -> tuple[list[Document], list[np.ndarray] | None]:
+    """The documents with refrains and facts in them, and which bytes are answers where these count more."""
     generator = np.random.default_rng(settings.seed)
-    return [
-        Document(
-            d.name, state_facts(d.data, generator, settings.fact_spacing, farthest=settings.fact_distance)[0]
-        )
-        for d in documents
-    ]
+    told, answers = [], []
+    for document in documents:
+        text, spans = with_refrains(document.data, generator, settings.refrains), []
+        if settings.fact_spacing is not None:
+            text, spans = state_facts(text, generator, settings.fact_spacing, farthest=settings.fact_distance)
+        told.append(Document(document.name, text))
+        answers.append(np.zeros(len(text), dtype=bool))
+        for begin, end in spans:
+            answers[-1][begin:end] = True
+    return told, answers if settings.answer_weight != 1 else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:

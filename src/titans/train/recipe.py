@@ -200,6 +200,7 @@ class TrainingRun:
             MetricsLog(settings.output / METRICS_FILE, on_log),
             carry_memory=settings.carry_memory,
             state_passing=settings.state_passing,
+            answer_weight=settings.answer_weight,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
             log_every=settings.log_every,

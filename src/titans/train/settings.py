@@ -14,7 +14,8 @@ SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
-    "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "start_from", "state_passing",
+    "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "answer_weight", "refrains",
+    "start_from", "state_passing",
 )  # fmt: skip
 
 
@@ -50,6 +51,10 @@ class TrainSettings:
     """Say facts in the training text, one in so many bytes, and ask for them again; by default none."""
     fact_distance: int = 256
     """Most bytes of text from a fact to where it is asked for."""
+    answer_weight: float = 1.0
+    """How many times as much as other bytes those of answers about facts count in the loss."""
+    refrains: float = 0.0
+    """Share of the training text that is some of its sentences, said again and again."""
     start_from: Path | None = None
     """Folder of a model to go on from, of the same configuration."""
     learning_rate: float | None = None
@@ -103,7 +108,8 @@ class TrainSettings:
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
-                "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1}  # fmt: skip
+                "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "answer_weight": math.inf,
+                "refrains": 0.9}  # fmt: skip
         for name, bound in most.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value <= bound:
@@ -120,6 +126,11 @@ class TrainSettings:
                     f"{name} with variant='transformer': it has no memory, and what its attention keeps "
                     "grows with every step; choose mac, mag, mal or lmm"
                 )
+        if self.answer_weight != 1 and self.tokenizer != "bytes":
+            raise ValueError(
+                f"answer_weight={self.answer_weight} with tokenizer={self.tokenizer!r}: only of bytes is it "
+                "known which are answers; use tokenizer='bytes'"
+            )
         if self.carry_memory and self.state_passing:
             raise ValueError("carry_memory and state_passing both say where a row begins: choose one")
 

@@ -55,6 +55,7 @@ class TitansTrainer(Trainer):
         carry_memory: whether states pass from step to step.
         state_passing: fraction of the rows that begin with the memory another row has left in the step
             before, in place of an empty one; the text, and with it all else, is new.
+        answer_weight: how much labels count that the examples' `answers` marks; others count 1.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
     """
@@ -70,6 +71,7 @@ class TitansTrainer(Trainer):
         *,
         carry_memory: bool = False,
         state_passing: float = 0.0,
+        answer_weight: float = 1.0,
         eval_every: int = 100,
         save_every: int = 100,
         log_every: int = 10,
@@ -94,6 +96,7 @@ class TitansTrainer(Trainer):
         self.held_out = held_out
         self.metrics = metrics
         self.carry_memory, self.state_passing = carry_memory, state_passing
+        self.answer_weight = answer_weight
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
@@ -109,7 +112,7 @@ class TitansTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross-entropy in nats of labels that are already shifted."""
+        """Mean cross-entropy in nats of labels that are already shifted; answers may count more."""
         passes_on = self.carry_memory or self.state_passing > 0
         states, restart = self._before(inputs)
         try:
@@ -124,9 +127,15 @@ class TitansTrainer(Trainer):
         except ValueError as error:
             # A memory refuses gates that are NaN before there is a loss.
             raise self._stopped(f"the model could not read its input ({error})") from error
-        loss = F.cross_entropy(output.logits.float().flatten(0, 1), inputs["labels"].flatten())
-        value = loss.item()
+        each = F.cross_entropy(
+            output.logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none"
+        )
+        value = (each.detach().sum() / (inputs["labels"] >= 0).sum()).item()
         self._refuse_non_finite(value, "loss")
+        weights = (inputs["labels"] >= 0).flatten().to(each.dtype)
+        if self.answer_weight != 1:
+            weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
+        loss = (each * weights).sum() / weights.sum()
         if passes_on:
             self.carried = map_state(Tensor.detach, output.memory_states)
             self._columns_carried += inputs["input_ids"].shape[1]

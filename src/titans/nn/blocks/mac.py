@@ -22,7 +22,6 @@ from titans.memory.layout import cut_columns
 from titans.memory.state import register_state, where_rows
 from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
-from titans.nn.gate import MemoryGate
 from titans.nn.heads import UNIT, head_vectors
 from titans.nn.memory import Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
@@ -65,7 +64,31 @@ class MACBlock(nn.Module):
         self.memory_norm = RMSNorm(s.hidden_size, s.norm_eps)
         self.memory = s.memory()
         self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.decay_to_initial, s.norm_eps)
-        self.gate = MemoryGate(s.hidden_size, s.norm_eps)
+        self.gate = s.combination()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Persistent tokens, and what has to agree for recall, where the memory begins so too."""
+        nn.init.normal_(self.persistent)
+        if self.memory.induction_init:
+            self.begin_as_induction()
+
+    @torch.no_grad()
+    def begin_as_induction(self) -> None:
+        """The attention begins at the token itself, and recall asks the memory as its own queries do.
+
+        See `NeuralMemory.begin_as_induction`: what is written are attention outputs, so they have to tell
+        tokens apart, and what asks for the context are tokens, so it has to see in them what was written.
+        """
+        keys, values = self.attention.key_value.weight.chunk(2)
+        keys.copy_(self.attention.query.weight)
+        # The output for a token that sees itself alone, on the scale that `memory_norm` brings it to.
+        alone = self.attention.output.weight @ values
+        alone = alone * alone.shape[0] ** 0.5 / torch.linalg.matrix_norm(alone)
+        width = self.recall_query.out_features
+        self.recall_query.weight.copy_(self.memory.input.weight[:width] @ alone)
+        self.recall_conv.weight.copy_(self.memory.conv.weight[:width])
 
     def initial_state(self, batch: int) -> MACState:
         device, dtype = self.persistent.device, self.persistent.dtype

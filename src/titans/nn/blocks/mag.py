@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from titans.memory.state import register_state
 from titans.nn.blocks.settings import BlockContext, BlockSettings
-from titans.nn.gate import MemoryGate
 from titans.nn.memory import NeuralMemoryState
 from titans.nn.norm import RMSNorm
 from titans.nn.window_attention import WindowAttention, WindowState
@@ -31,7 +30,7 @@ class MAGBlock(nn.Module):
         self.norm = RMSNorm(s.hidden_size, s.norm_eps)
         self.attention = WindowAttention(s.hidden_size, s.num_heads, s.head_dim, s.window, s.rope_theta)
         self.memory = s.memory()
-        self.gate = MemoryGate(s.hidden_size, s.norm_eps)
+        self.gate = s.combination()
 
     def initial_state(self, batch: int) -> MAGState:
         return MAGState(

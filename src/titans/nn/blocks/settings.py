@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titans.nn.gate import COMBINATIONS, MemoryGate, MemorySum
 from titans.nn.memory import NeuralMemory
 
 
@@ -30,6 +31,7 @@ class BlockSettings:
     memory_expansion: int
     rope_theta: float
     norm_eps: float
+    memory_combination: str = "gate"
     memory_options: dict[str, Any] = field(default_factory=dict)
 
     def memory(self) -> NeuralMemory:
@@ -44,6 +46,10 @@ class BlockSettings:
             self.conv_kernel,
             **self.memory_options,
         )
+
+    def combination(self) -> MemoryGate | MemorySum:
+        """What combines attention and memory."""
+        return COMBINATIONS[self.memory_combination](self.hidden_size, self.norm_eps)
 
     def persistent_tokens(self) -> nn.Parameter:
         """Learned tokens (num_persistent_tokens, hidden_size), on the scale of a normalised token."""

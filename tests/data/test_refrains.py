@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from titans.data.refrains import with_refrains
+
+WORDS = ["the", "king", "went", "house", "and", "saw", "a", "great", "fire", "on", "his", "hill"]
+
+
+def a_text(sentences: int) -> bytes:
+    generator = np.random.default_rng(0)
+    return " ".join(
+        " ".join(generator.choice(WORDS, 8)).capitalize() + "." for _ in range(sentences)
+    ).encode()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_a_share_of_the_text_is_sentences_of_it_again_and_again_and_the_rest_stays(share: float) -> None:
+    text = a_text(20_000)
+    new = with_refrains(text, np.random.default_rng(1), share)
+    assert 1 - len(text) / len(new) == pytest.approx(share, abs=0.05)
+    assert new == with_refrains(text, np.random.default_rng(1), share)
+    place = 0
+    for word in text.split():
+        place = new.find(word, place) + len(word)
+        assert place >= len(word), "a word is gone"
+    sentences = new.split(b". ")
+    again = sum(one in sentences[i + 1 : i + 6] for i, one in enumerate(sentences))
+    assert again / len(sentences) > share / 2
+
+
+def test_a_text_without_sentences_has_no_refrains() -> None:
+    assert with_refrains(b"no end in sight " * 50, np.random.default_rng(0), 0.5) == b"no end in sight " * 50
