@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from titans.data import byte_tokenizer
 from titans.data.needles import TASKS
-from titans.evaluate.heat_map import draw_heat_map
+from titans.evaluate.heat_map import draw_heat_maps
 from titans.evaluate.needle import attention_reach, needle_table, wilson
 from titans.hf import TitansConfig
 
@@ -117,7 +117,7 @@ def test_refusals(change, sentence):
 
 
 def test_a_picture(tmp_path):
-    draw_heat_map(tmp_path / "map.png", table(Copycat(), "number"), "copycat")
+    draw_heat_maps(tmp_path / "map.png", {"number": table(Copycat(), "number")}, "copycat")
     assert (tmp_path / "map.png").stat().st_size > 5000
 
 

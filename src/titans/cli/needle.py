@@ -118,9 +118,9 @@ class EvalNeedle:
             )
         _show(self.task, cells)
         if self.plot is not None:
-            from titans.evaluate.heat_map import draw_heat_map
+            from titans.evaluate.heat_map import draw_heat_maps
 
-            draw_heat_map(self.plot, cells, f"{self.task}, {self.checkpoint}")
+            draw_heat_maps(self.plot, {self.task: cells}, str(self.checkpoint))
         if self.json:
             result = {"checkpoint": str(self.checkpoint), "task": self.task, "cells": [*map(asdict, cells)]}
             print(json.dumps(result))

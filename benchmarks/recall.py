@@ -1,0 +1,168 @@
+"""How far does each model recall? Needles by length and depth, for models by name or in folders.
+
+    python benchmarks/recall.py                               # what is missing, then the report
+    python benchmarks/recall.py --lengths 512 2048            # these lengths alone
+    python benchmarks/recall.py --models runs/transformer --label transformer
+
+Each cell is kept in benchmarks/results/recall.json and not repeated. The report and its pictures go to
+docs/results. Haystack: the Bible, which no model that comes with the library was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fcntl
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans import zoo
+from titans.cli.progress import ReadingProgress
+from titans.data import load_corpus
+from titans.data.needles import TASKS
+from titans.evaluate.heat_map import draw_heat_maps
+from titans.evaluate.needle import NeedleCell, needle_table, wilson
+from titans.train.checkpoint import write_json
+
+RESULTS = Path(__file__).parent / "results" / "recall.json"
+REPORT = Path(__file__).parents[1] / "docs" / "results"
+# Texts of each length, over all depths: 200 where a sample takes seconds, fewer where it takes minutes.
+SAMPLES = {512: 200, 2048: 200, 8192: 200, 32768: 100, 131072: 20, 1048576: 10}
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)
+CHOSEN_TASKS = ("passkey", "number", "word", "uuid", "qa1")
+Found = dict[str, dict[str, Any]]
+
+
+@contextmanager
+def known() -> Iterator[Found]:
+    """The cells so far; what is added is kept. Two processes may take turns."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found: Found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        before = len(found)
+        yield found
+        if len(found) > before:
+            write_json(RESULTS, found)
+
+
+def measure(path: str, label: str, task: str, length: int, haystack: str) -> None:
+    """All depths of one length, unless they are known."""
+    key = f"{label}, {task}, {length}"
+    with known() as found:
+        if key in found:
+            return
+    model, tokenizer = zoo.load(path)
+    depths = [None] if TASKS[task].tells_story else DEPTHS
+    samples = max(SAMPLES[length] // len(depths), 1)
+    began = time.perf_counter()
+    print(f"{label}: {task}, {length:,} tokens", file=sys.stderr)
+    with ReadingProgress(samples * length * len(depths)) as progress:
+        cells = needle_table(
+            model,
+            tokenizer,
+            task,
+            [length],
+            DEPTHS,
+            haystack=haystack,
+            samples=samples,
+            batch_size=min(samples, 20),
+            progress=lambda done, total: progress.update(done, done, "reading"),
+        )
+    with known() as found:
+        found[key] = {
+            "cells": [asdict(cell) for cell in cells],
+            "seconds": time.perf_counter() - began,
+            "date": str(datetime.date.today()),
+            "machine": f"{platform.machine()}, torch {torch.__version__}",
+        }
+
+
+def rows_of(found: Found, label: str, task: str) -> dict[int, list[NeedleCell]]:
+    cells = {n: found[key]["cells"] for n in SAMPLES if (key := f"{label}, {task}, {n}") in found}
+    return {length: [NeedleCell(**cell) for cell in row] for length, row in cells.items()}
+
+
+def told(cells: list[NeedleCell]) -> str:
+    """Accuracy over the depths that attention does not reach, or in italics over all where it reaches all."""
+    if not cells:
+        return ""
+    beyond = [cell for cell in cells if cell.beyond_attention]
+    samples, correct = (sum(getattr(c, name) for c in beyond or cells) for name in ("samples", "correct"))
+    low, high = wilson(correct, samples)
+    text = f"{100 * correct / samples:.0f} ({100 * low:.0f}–{100 * high:.0f})"
+    return text if beyond else f"*{text}*"
+
+
+def report() -> None:
+    """Tables of what is known, and a picture of each model's."""
+    with known() as found:
+        found = dict(found)
+    labels = sorted({key.split(", ")[0] for key in found})
+    lines = [
+        "# How far the models recall",
+        "",
+        "`python benchmarks/recall.py`: answers generated and exact, % with 95 % interval, needles at depths "
+        f"{', '.join(f'{100 * depth:.0f}' for depth in DEPTHS)} %; only those that attention does not reach "
+        "are counted (in italics: it reaches all). A token is a byte. Texts for each number: "
+        + ", ".join(f"{count} of {length:,}" for length, count in SAMPLES.items())
+        + ".",
+    ]
+    REPORT.mkdir(parents=True, exist_ok=True)
+    for task in CHOSEN_TASKS:
+        tables = {label: rows_of(found, label, task) for label in labels}
+        lengths = sorted({length for rows in tables.values() for length in rows})
+        if not lengths:
+            continue
+        lines += [
+            "",
+            f"## {task}",
+            "",
+            "| tokens | " + " | ".join(labels) + " |",
+            "|---" * (len(labels) + 1) + "|",
+        ]
+        for length in lengths:
+            cells = [told(tables[label].get(length, [])) for label in labels]
+            lines.append(f"| {length:,} | " + " | ".join(cells) + " |")
+    for label in labels:
+        tables = {task: rows_of(found, label, task) for task in CHOSEN_TASKS}
+        maps = {
+            task: [cell for row in rows.values() for cell in row] for task, rows in tables.items() if rows
+        }
+        if maps:
+            draw_heat_maps(REPORT / f"recall-{label}.png", maps, label)
+            lines += ["", f"![{label}](recall-{label}.png)"]
+    (REPORT / "recall.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=zoo.names(), help="names or folders")
+    parser.add_argument("--label", help="what to call the one model given")
+    parser.add_argument("--tasks", nargs="+", default=CHOSEN_TASKS, choices=CHOSEN_TASKS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(SAMPLES), choices=list(SAMPLES))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    haystack = "\n".join(d.data.decode("utf-8", "replace") for d in load_corpus("bible"))
+    for length in sorted(arguments.lengths):
+        for path in arguments.models:
+            for task in arguments.tasks:
+                measure(path, arguments.label or Path(path).name, task, length, haystack)
+            report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
