@@ -24,8 +24,8 @@ CORPUS = "shakespeare"
 def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> list[TrainSettings]:
     """Settings one after the other, each going on from the weights of the one before.
 
-    dense: facts in every line, asked for at once; what a memory has to do is learned here, in minutes.
-    near: fewer, within 1,024 bytes. far: text with a fact in every 1,500 bytes, asked for within 16,384, read
+    dense: facts in every line, asked for at once, so that there is one to tell from the text and not several
+    from each other; what a memory has to do is learned here, in minutes. near: fewer, within 1,024 bytes. far: text with a fact in every 1,500 bytes, asked for within 16,384, read
     in order with the memory carried over: what must not be lost has to survive all that is read between.
 
     Args:
@@ -43,22 +43,21 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         output=output / "dense",
         variant=variant,
         config=config,
-        steps=250,
-        batch_size=16,
-        sequence_length=256,
-        fact_spacing=None if plain else 40.0,
-        fact_distance=128,
+        steps=200,
+        batch_size=8,
+        sequence_length=512,
+        fact_spacing=None if plain else 60.0,
+        fact_distance=48,
         answer_weight=1.0 if plain else 10.0,
         learning_rate=5e-3,
         min_learning_rate=0.8,
-        eval_every=250,
+        eval_every=200,
     )
     near = replace(
         dense,
         output=output / "near",
         start_from=dense.output,
         steps=400,
-        batch_size=8,
         sequence_length=1024,
         fact_spacing=None if plain else 400.0,
         fact_distance=1024,
