@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from titans.data.needles import FILLER, TASKS, Needles, NeedleTask, make_needles
-from titans.stream.session import reading
+from titans.evaluate.ask import answered, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_SPARE_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -206,18 +201,19 @@ class _Asker:
     ) -> tuple[int, int]:
         """How many rows are right in all they were asked, and the fewest tokens from needle to question."""
         rows = [make_needles(self.task, generator, *self.counts) for generator in generators]
-        asked = [[self._encode(question) for question in row.questions] for row in rows]
-        context = length - max(len(question) for questions in asked for question in questions)
+        context = length - max(len(self._encode(question)) for row in rows for question in row.questions)
         texts, distance = [], length
         for row, generator in zip(rows, generators, strict=True):
             text, last = self._text(row, generator, context, depth)
             texts.append(text)
             distance = min(distance, context - last)
-        with reading(self.model):
-            cache = self._read(np.stack(texts), None, tell)[1]
-            right = np.ones(len(rows), bool)
-            for n in range(len(asked[0])):
-                right &= self._answers(rows, [questions[n] for questions in asked], n, cache)
+        cache = read(self.model, np.stack(texts), None, self.piece_length, tell)[1]
+        right = np.ones(len(rows), bool)
+        for n in range(len(rows[0].questions)):
+            questions, answers = (
+                [getattr(row, name)[n] for row in rows] for name in ("questions", "answers")
+            )
+            right &= answered(self.model, self.tokenizer, cache, questions, answers)
         return int(right.sum()), distance
 
     def _text(
@@ -229,47 +225,8 @@ class _Asker:
         text, ends = self.haystack.hide(needles, depths, context, offset)
         return text, ends[-1]
 
-    def _answers(
-        self, rows: Sequence[Needles], questions: list[np.ndarray], n: int, cache: Any
-    ) -> np.ndarray:
-        """Which rows answer their nth question; those whose questions are of one length together."""
-        right = np.zeros(len(rows), bool)
-        for size in {len(question) for question in questions}:
-            chosen = [i for i, question in enumerate(questions) if len(question) == size]
-            mine = copy.deepcopy(cache)
-            if len(chosen) < len(rows):
-                mine.batch_select_indices(torch.tensor(chosen))
-            answers = [rows[i].answers[n] for i in chosen]
-            steps = max(len(self._encode(answer)) for answer in answers) + _SPARE_TOKENS
-            logits, mine = self._read(np.stack([questions[i] for i in chosen]), mine, lambda tokens: None)
-            ids = [logits.argmax(-1)]
-            for _ in range(steps - 1):
-                logits, mine = self._call(ids[-1].unsqueeze(1), mine)
-                ids.append(logits.argmax(-1))
-            told = self.tokenizer.batch_decode(torch.stack(ids, 1))
-            right[chosen] = [
-                text.strip().startswith(answer) for text, answer in zip(told, answers, strict=True)
-            ]
-        return right
-
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _read(self, ids: np.ndarray, cache: Any, tell: Callable[[int], None]) -> tuple[Tensor, Any]:
-        """The logits (rows, vocab) after the last of ids (rows, n), and the cache."""
-        logits = None
-        for begin in range(0, ids.shape[1], self.piece_length):
-            piece = torch.from_numpy(ids[:, begin : begin + self.piece_length].astype(np.int64))
-            logits, cache = self._call(piece, cache)
-            tell(len(ids) * (begin + piece.shape[1]))
-        assert logits is not None
-        return logits, cache
-
-    def _call(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        output = self.model(
-            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        return output.logits[:, -1].cpu(), output.past_key_values
 
 
 def wilson(correct: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
