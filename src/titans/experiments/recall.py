@@ -25,8 +25,9 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
     """Settings one after the other, each going on from the weights of the one before.
 
     dense: facts in every line, asked for at once, so that there is one to tell from the text and not several
-    from each other; what a memory has to do is learned here, in minutes. near: fewer, within 1,024 bytes. far: text with a fact in every 1,500 bytes, asked for within 16,384, read
-    in order with the memory carried over: what must not be lost has to survive all that is read between.
+    from each other; what a memory has to do is learned here, in minutes. near: fewer, within 1,024 bytes.
+    far: text with a fact in every 1,500 bytes, asked for within 16,384, read in order with the memory carried
+    over: what must not be lost has to survive all that is read between.
 
     Args:
         plain: the same text without facts.
