@@ -1,0 +1,355 @@
+"""What does a memory keep, and why? Small experiments with the models that come with the library.
+
+    python benchmarks/memory_questions.py                          # what is missing, then the report
+    python benchmarks/memory_questions.py --questions junk twice   # these alone
+    python benchmarks/memory_questions.py --models titans-lmm-tiny
+
+flood: a fact, then books or random bytes. repetition: a fact said several times, at several spacings. twice:
+the context read once or twice. books: facts in plays that were trained on, in plays that were not, in the
+Bible. genre: a hundred facts of one kind and one of another. gating: writes skipped below a quantile of
+surprise, or at random (not of MAC, which writes segment by segment). Nothing is trained. Finished ones are
+kept in benchmarks/results/memory_questions.json; tables and pictures go to docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans import zoo
+from titans.data import Document, hold_out, load_corpus
+from titans.data.needles import TASKS, Needles, make_needles
+from titans.evaluate.ask import answered, read
+from titans.evaluate.needle import wilson
+from titans.nn import NeuralMemory
+from titans.train.checkpoint import write_json
+
+RESULTS = Path(__file__).parent / "results" / "memory_questions.json"
+REPORT = Path(__file__).parents[1] / "docs" / "results"
+TEXTS = 60
+CONTEXT = 4096
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def share(self, texts: Sequence[bytes], needles: Sequence[Needles], seen: Tensor | None = None) -> Row:
+        """How many of the texts, all of one length, are followed by the right answer."""
+        ids = np.stack([np.frombuffer(text, np.uint8) for text in texts])
+        cache = read(self.model, ids, piece_length=CONTEXT if seen is None else ids.shape[1])[1]
+        questions, answers = [n.questions[0] for n in needles], [n.answers[0] for n in needles]
+        right = int(answered(self.model, self.tokenizer, cache, questions, answers).sum())
+        low, high = wilson(right, len(texts))
+        return {"share": right / len(texts), "low": low, "high": high, "texts": len(texts)}
+
+
+def facts(task: str, seed: int = 0) -> list[Needles]:
+    return [make_needles(TASKS[task], np.random.default_rng([seed, row])) for row in range(TEXTS)]
+
+
+def text_of(corpus: str, part: Literal["all", "trained", "held out"] = "all") -> bytes:
+    documents: list[Document] = load_corpus(corpus)
+    if part != "all":
+        documents = hold_out(documents)[part == "held out"]
+    return b"\n".join(document.data for document in documents)
+
+
+def slices(text: bytes, length: int, seed: int) -> list[bytes]:
+    """One for each fact, from anywhere in the text."""
+    generator = np.random.default_rng(seed)
+    starts = generator.integers(len(text) - length, size=TEXTS)
+    return [text[at : at + length] for at in starts.tolist()]
+
+
+def said(needles: Needles) -> bytes:
+    return needles.statements[0].encode()
+
+
+def fitted(before: Sequence[bytes], length: int) -> list[bytes]:
+    """Of one length, by leaving out of their beginnings what is too much."""
+    return [text[len(text) - length :] for text in before]
+
+
+def flood(subject: Subject) -> Iterator[Row]:
+    books = text_of("bible")
+    for kind in ("books", "random bytes"):
+        for length in (1024, 4096, 16384, 65536):
+            needles, generator = facts("number"), np.random.default_rng(length)
+            flooded = (
+                slices(books, length, length)
+                if kind == "books"
+                else [generator.bytes(length) for _ in needles]
+            )
+            before = slices(books, 1024, 1)
+            texts = [
+                b + said(n) + after + b"\n" for b, n, after in zip(before, needles, flooded, strict=True)
+            ]
+            yield {"arm": kind, "x": length, **subject.share(fitted(texts, length + 1024), needles)}
+
+
+def repetition(subject: Subject) -> Iterator[Row]:
+    books = text_of("bible")
+    for spacing in (0, 256, 1024):
+        for times in (1, 2, 4, 8):
+            needles, length = facts("number"), 16384
+            texts = []
+            for n, text in zip(needles, slices(books, 8192 + length, 3), strict=True):
+                parts = [text[i * spacing : (i + 1) * spacing] + said(n) for i in range(times)]
+                texts.append(text[8192 - 1024 : 8192] + b"".join(parts) + text[8192:])
+            shortest = min(map(len, texts))
+            yield {
+                "arm": f"{spacing} bytes apart",
+                "x": times,
+                **subject.share(fitted(texts, shortest), needles),
+            }
+
+
+def twice(subject: Subject) -> Iterator[Row]:
+    books = text_of("bible")
+    for length in (1024, 4096, 16384):
+        needles, generator = facts("number"), np.random.default_rng(length)
+        once = []
+        for n, text in zip(needles, slices(books, length, 5), strict=True):
+            at = text.index(b" ", int(generator.integers(length // 2))) + 1
+            once.append((text[:at] + said(n) + text[at:])[:length])
+        for times in (1, 2):
+            arm = "read once" if times == 1 else "read twice"
+            yield {"arm": arm, "x": length, **subject.share([text * times for text in once], needles)}
+
+
+def books(subject: Subject) -> Iterator[Row]:
+    for arm, corpus, part in (
+        ("plays trained on", "shakespeare", "trained"),
+        ("plays held out", "shakespeare", "held out"),
+        ("the Bible", "bible", "all"),
+    ):
+        text = text_of(corpus, part)  # type: ignore[arg-type]
+        for length in (1024, 4096, 16384):
+            needles = facts("number")
+            texts = [said(n) + after for n, after in zip(needles, slices(text, length, 7), strict=True)]
+            yield {"arm": arm, "x": length, **subject.share(fitted(texts, length), needles)}
+
+
+def genre(subject: Subject) -> Iterator[Row]:
+    """One odd statement among many of one kind, between lines of a book: how surprising, and is it kept?"""
+    text = text_of("bible")
+    for count in (1, 10, 100):
+        for odd in (False, True):
+            asked = facts("word" if odd else "number", seed=1)
+            generator = np.random.default_rng(count)
+            texts, places = [], []
+            for row, (n, around) in enumerate(zip(asked, slices(text, 64 * 100, 9), strict=True)):
+                others = [
+                    said(make_needles(TASKS["number"], np.random.default_rng([2, row, i])))
+                    for i in range(count)
+                ]
+                at = int(generator.integers(count + 1)) if count > 1 else 0
+                told = [*others[:at], said(n), *others[at:]]
+                parts = [around[i * 64 : (i + 1) * 64] + one for i, one in enumerate(told)]
+                texts.append(b"".join(parts) + around[64 * len(told) :])
+                places.append((len(b"".join(parts[:at])) + 64, len(said(n))))
+            shortest = min(map(len, texts))
+            places = [(at - len(t) + shortest, size) for (at, size), t in zip(places, texts, strict=True)]
+            measured = subject.share(fitted(texts, shortest), asked)
+            surprise = surprise_at(subject, fitted(texts, shortest), places)
+            arm = "odd one out" if odd else "one of them"
+            yield {"arm": arm, "x": count, "surprise": surprise, **measured}
+
+
+def surprise_at(subject: Subject, texts: Sequence[bytes], places: Sequence[tuple[int, int]]) -> float:
+    """Mean surprise inside the given places over that of the whole texts, layers and heads alike."""
+    ids = torch.tensor([list(text) for text in texts])
+    with torch.no_grad():
+        output = subject.model(ids, use_cache=False, output_surprise=True)
+    levels = torch.stack([(s / s.mean((0, 1))).mean(-1) for s in output.surprises]).mean(0)
+    inside = [levels[row, max(at, 0) : at + size].mean() for row, (at, size) in enumerate(places)]
+    return torch.stack(inside).mean().item()
+
+
+def gating(subject: Subject) -> Iterator[Row]:
+    """Read twice: for the surprises, then with the writes of less surprising tokens left out."""
+    needles = facts("number")
+    texts = [said(n) + after for n, after in zip(needles, slices(text_of("bible"), CONTEXT, 11), strict=True)]
+    texts = fitted(texts, CONTEXT)
+    ids = torch.tensor([list(text) for text in texts])
+    with torch.no_grad():
+        output = subject.model(ids, use_cache=False, output_surprise=True)
+    nats = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
+        for arm in ("less surprising", "at random", "less unlikely"):
+            chosen = []
+            for surprise in output.surprises:
+                level = surprise
+                if arm == "at random":
+                    level = torch.rand(surprise.shape, generator=generator)
+                elif arm == "less unlikely":
+                    # A byte is written when it is read: how unlikely it was is known by then.
+                    level = F.pad(nats, (1, 0)).unsqueeze(-1).expand_as(surprise)
+                chosen.append(level >= torch.quantile(level.flatten(0, 1)[:50000], share, dim=0))
+            with writing_only(subject.model, chosen):
+                yield {"arm": arm, "x": share, **subject.share(texts, needles, chosen[0])}
+
+
+@contextmanager
+def writing_only(model: Any, chosen: Sequence[Tensor]) -> Iterator[None]:
+    """Steps of size 0 where not chosen, (batch, time, heads) for each memory, in calls of these shapes."""
+    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    original: Callable[..., Any] = NeuralMemory._gates
+
+    def gates(self: NeuralMemory, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        forget, momentum, step_size = original(self, x)
+        mask = chosen[memories.index(self)]
+        if x.shape[:2] == mask.shape[:2]:
+            step_size = step_size * mask.unsqueeze(-1)
+        return forget, momentum, step_size
+
+    NeuralMemory._gates = gates  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NeuralMemory._gates = original  # type: ignore[method-assign]
+
+
+QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {
+    "flood": (flood, "bytes after the fact"),
+    "repetition": (repetition, "times said, 16,384 bytes before the question"),
+    "twice": (twice, "bytes of context"),
+    "books": (books, "bytes after the fact"),
+    "genre": (genre, "facts of the usual kind"),
+    "gating": (gating, f"share of writes skipped, of {CONTEXT:,} bytes"),
+}
+
+
+def correlation(subject: Subject) -> float:
+    """Spearman's, between a byte's surprise (mean over memories) and how unlikely the model found it."""
+    text = slices(text_of("bible"), CONTEXT, 13)[:8]
+    ids = torch.tensor([list(t) for t in text])
+    with torch.no_grad():
+        output = subject.model(ids, use_cache=False, output_surprise=True)
+    nats = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").flatten()
+    levels = torch.stack([(s / s.mean((0, 1))).mean(-1) for s in output.surprises]).mean(0)[:, 1:].flatten()
+    ranks = [x.argsort().argsort().double() for x in (nats, levels)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def known() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def report() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = known()
+    lines = [
+        "# What a memory keeps",
+        "",
+        f"`python benchmarks/memory_questions.py`: a seven-digit number is told, and asked for at the end; "
+        f"{TEXTS} texts for each point, answers generated and exact, % with 95 % interval. Bytes are tokens.",
+    ]
+    REPORT.mkdir(parents=True, exist_ok=True)
+    for question, (_, axis_name) in QUESTIONS.items():
+        of_models = {key.split(", ")[0]: v for key, v in found.items() if key.split(", ")[1] == question}
+        if not of_models:
+            continue
+        figure, axes = plt.subplots(
+            1, len(of_models), figsize=(4.4 * len(of_models), 3.2), layout="constrained", squeeze=False
+        )
+        lines += ["", f"## {question}"]
+        for axis, (name, kept) in zip(axes[0], sorted(of_models.items()), strict=True):
+            rows = kept["rows"]
+            arms, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("arm", "x"))
+            lines += [
+                "",
+                f"| {name}: {axis_name} | " + " | ".join(arms) + " |",
+                "|---" * (len(arms) + 1) + "|",
+            ]
+            cell = {(row["arm"], row["x"]): row for row in rows}
+            for x in places:
+                told = [
+                    f"{100 * r['share']:.0f} ({100 * r['low']:.0f}–{100 * r['high']:.0f})"
+                    + (f", surprise {r['surprise']:.2f}" if "surprise" in r else "")
+                    for r in (cell[arm, x] for arm in arms)
+                ]
+                lines.append(f"| {x:,} | " + " | ".join(told) + " |")
+            for arm in arms:
+                points = [cell[arm, x] for x in places]
+                axis.plot([str(x) for x in places], [100 * p["share"] for p in points], "o-", label=arm)
+                axis.fill_between(
+                    range(len(places)),
+                    [100 * p["low"] for p in points],
+                    [100 * p["high"] for p in points],
+                    alpha=0.12,
+                )
+            axis.set(title=name, xlabel=axis_name, ylabel="% right", ylim=(-3, 103))
+            axis.legend(frameon=False, fontsize=8)
+        figure.savefig(REPORT / f"memory-{question}.png", dpi=130)
+        plt.close(figure)
+        lines += ["", f"![{question}](memory-{question}.png)"]
+    told = [f"{name.split(', ')[0]} {v['rank']:.2f}" for name, v in found.items() if "rank" in v]
+    if told:
+        lines += [
+            "",
+            f"Rank correlation of surprise with the language model's loss, byte by byte: {', '.join(told)}.",
+        ]
+    about = next(iter(found.values()))
+    lines += ["", f"{about['date']}, {about['machine']}."]
+    (REPORT / "memory.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=zoo.names(), help="names or folders")
+    parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    about = {
+        "date": str(datetime.date.today()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }
+    for path in arguments.models:
+        subject = Subject(Path(path).name, *zoo.load(path))
+        for question in arguments.questions:
+            key = f"{subject.name}, {question}"
+            if key in known() or (question == "gating" and subject.model.config.variant == "mac"):
+                continue
+            rows = []
+            for row in QUESTIONS[question][0](subject):
+                print(f"{key}: {row}", file=sys.stderr)
+                rows.append(row)
+            result: dict[str, Any] = {"rows": rows, **about}
+            if question == "gating":
+                result["rank"] = correlation(subject)
+            write_json(RESULTS, {**known(), key: result})
+            report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
