@@ -72,7 +72,7 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         near,
         output=output / "far",
         start_from=near.output,
-        steps=800,
+        steps=500,
         sequence_length=2048,
         fact_spacing=None if plain else 1500.0,
         fact_distance=16384,
