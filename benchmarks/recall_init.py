@@ -1,4 +1,5 @@
-"""What makes recall be learned at all? How a memory begins, and what the loss counts, one thing at a time.
+"""What makes recall be learned at all? How a memory begins, how it is combined with attention, and what the
+loss counts, one thing at a time.
 
     python benchmarks/recall_init.py                  # what is missing, then the table
     python benchmarks/recall_init.py --worker 0/2     # every second run
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import math
 import os
@@ -39,30 +39,52 @@ RESULTS = Path(__file__).parent / "results"
 STEPS, EVERY, ROWS, LENGTH = 300, 50, 16, 256
 SPACING, DISTANCE = 40.0, 48
 LEARNING_RATE, WARMUP = 5e-3, 30
-# Name, and what it changes of a memory whose filters and projections begin at random.
-BEGINNINGS = ("random", "filters", "induction")
-WEIGHTS = (1.0, 10.0)
+# Variant, how it begins, how attention and memory are combined, and how much answers count.
+ARMS = (
+    *(
+        ("lmm", beginning, "–", weight)
+        for beginning in ("random", "filters", "induction")
+        for weight in (1.0, 10.0)
+    ),
+    *(("mag", "induction", combination, 10.0) for combination in ("gate", "sum")),
+    ("mac", "induction", "gate", 10.0),
+    # The memory alone begins so; attention and recall at random.
+    ("mac", "memory alone", "sum", 10.0),
+    ("mac", "induction", "sum", 10.0),
+)
 SEEDS = (0, 1)
 TESTS = {"near": (512, 150.0, 128), "far": (2048, 150.0, 1024)}
 Batch = tuple[Tensor, Tensor]
 
 
 class Run(NamedTuple):
+    variant: str
     beginning: str
+    combination: str
     weight: float
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.beginning}, answers × {self.weight:g}, seed {self.seed}"
+        return f"{', '.join(self[:3])}, answers × {self.weight:g}, seed {self.seed}"
 
 
 def build(run: Run) -> TitansForCausalLM:
     torch.manual_seed(run.seed)
     config = TitansConfig.from_preset(
-        "tiny", variant="lmm", initializer_range=0.1, memory_induction_init=run.beginning != "random"
+        "tiny",
+        variant=run.variant,
+        initializer_range=0.1,
+        memory_induction_init=run.beginning != "random",
+        memory_combination="sum" if run.combination == "sum" else "gate",
     )
     model = TitansForCausalLM(config)
+    if run.beginning == "memory alone":
+        for attention in (layer.mixer.attention for layer in model.model.layers):
+            torch.nn.init.normal_(attention.key_value.weight, std=config.initializer_range)
+        for mixer in (layer.mixer for layer in model.model.layers):
+            torch.nn.init.normal_(mixer.recall_query.weight, std=config.initializer_range)
+            mixer.recall_conv.reset_parameters()
     if run.beginning == "filters":
         for memory in model.modules():
             if isinstance(memory, NeuralMemory):
@@ -122,21 +144,21 @@ def train(run: Run, texts: tuple[bytes, bytes], tests: dict[str, Batch]) -> dict
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    head = ["beginning", "answers count", "seeds", *(f"step {s}" for s in (100, 200, 300)), "far", "text"]
+    head = ["variant", "beginning", "combination", "answers count", "seeds"]
+    head += [*(f"step {s}" for s in (100, 200, 300)), "far", "text"]
     lines = [head, ["---"] * len(head)]
-    for beginning, weight in itertools.product(BEGINNINGS, WEIGHTS):
-        curves = [
-            found[name]["curve"] for seed in SEEDS if (name := Run(beginning, weight, seed).name) in found
-        ]
+    for arm in ARMS:
+        curves = [found[name]["curve"] for seed in SEEDS if (name := Run(*arm, seed).name) in found]
         if not curves:
             continue
 
-        def each(index: int, key: str, curves: list[Any] = curves, percent: bool = True) -> str:
-            values = [curve[index][key] for curve in curves]
-            return ", ".join(f"{100 * v:.0f}" if percent else f"{v:.3f}" for v in values)
+        def each(index: int, key: str, curves: list[Any] = curves) -> str:
+            return ", ".join(f"{100 * curve[index][key]:.0f}" for curve in curves)
 
-        cells = [beginning, f"× {weight:g}", str(len(curves)), *(each(i, "near") for i in (1, 3, 5))]
-        lines.append([*cells, each(5, "far"), f"{statistics.mean(c[5]['near text'] for c in curves):.3f}"])
+        variant, beginning, combination, weight = arm
+        cells = [variant, beginning, combination, f"× {weight:g}", str(len(curves))]
+        cells += [*(each(i, "near") for i in (1, 3, 5)), each(5, "far")]
+        lines.append([*cells, f"{statistics.mean(c[5]['near text'] for c in curves):.3f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -144,7 +166,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     """Write the table of what is there."""
     about = (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny LMM, {STEPS} steps of "
+        f"{torch.__version__}; `python benchmarks/recall_init.py`. Tiny preset, {STEPS} steps of "
         f"{ROWS} × {LENGTH} bytes, a fact in every {SPACING:.0f} bytes, asked for within {DISTANCE}; % of "
         "held-out answer bytes right, each seed, near (within 128 bytes) after steps 100, 200 and 300, and "
         "far (within 1,024) at the end; bits per byte of all else."
@@ -171,8 +193,8 @@ def main() -> int:
         name: batch(texts[1], np.random.default_rng(5), 8, length, *facts)
         for name, (length, *facts) in TESTS.items()
     }
-    runs = [Run(*cell) for cell in itertools.product(BEGINNINGS, WEIGHTS, SEEDS)]
-    for number, run in enumerate(sorted(runs, key=lambda run: (run.seed, -run.weight))):
+    runs = [Run(*arm, seed) for seed in SEEDS for arm in ARMS]
+    for number, run in enumerate(runs):
         if number % parts == part and run.name not in known():
             result = train(run, texts, tests)
             write_json(kept, {**known(), run.name: result})
