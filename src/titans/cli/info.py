@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.zoo.checkpoint import load_checkpoint, load_config
+from titans.zoo.checkpoint import folder_of, load_checkpoint, load_config, names
 
 if TYPE_CHECKING:
     from titans.hf import TitansConfig
@@ -37,7 +37,7 @@ class Info:
     """
 
     path: tyro.conf.Positional[Path]
-    """Folder of a model, or a memory written by `titans memorize`."""
+    """Folder of a model, the name of one that comes with the library, or a memory of `titans memorize`."""
     data: tuple[str, ...] | None = None
     """Corpora whose first 2048 tokens are the sample, each a text file, a folder of them, hf:NAME, or a
     built-in name: excerpt, shakespeare, bible. By default the excerpt."""
@@ -48,13 +48,15 @@ class Info:
         """Describe, to stderr."""
         if self.data == ():
             raise UsageError("data: none given; name at least one corpus")
-        if self.path.is_dir():
-            about = _describe_checkpoint(self.path)
-        elif self.path.is_file():
-            about = _describe_memory(self.path)
+        path = folder_of(self.path)
+        if path.is_dir():
+            about = _describe_checkpoint(path)
+        elif path.is_file():
+            about = _describe_memory(path)
         else:
+            known = f", or one of {', '.join(names())}" if names() else ""
             raise ValueError(
-                f"path={str(self.path)!r} does not exist: give a checkpoint folder or a memory file"
+                f"path={str(path)!r} does not exist: give a checkpoint folder or a memory file{known}"
             )
         has_gates = about["kind"] == "checkpoint" and about["variant"] != "transformer"
         if self.data is not None and not has_gates:
@@ -64,7 +66,7 @@ class Info:
             )
         _show(about)
         if has_gates:
-            about["gates"] = _measure_gates(self.path, self.data or ("excerpt",))
+            about["gates"] = _measure_gates(path, self.data or ("excerpt",))
             _show_gates(about["gates"])
         if self.json:
             print(json.dumps(about))

@@ -194,7 +194,7 @@ def state_facts(
         The new text, and begin and end of every answer in it.
     """
     inserted: list[tuple[int, str, str]] = []
-    words = _words(text)
+    words = words_of(text)
     story_ends = 0
     for at in _moments(generator, len(text), spacing):
         gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), questions)).astype(int)
@@ -228,7 +228,7 @@ def _moments(generator: np.random.Generator, length: int, spacing: float) -> Ite
         yield int(at)
 
 
-def _words(text: bytes) -> list[str]:
+def words_of(text: bytes) -> list[str]:
     """Words of the text that may be things, as often as they stand there."""
     words = re.findall(r"\b[a-z]{4,9}\b", text[:_WORDS_FROM].decode("utf-8", "replace"))
     return [word for word in words if word not in TEST_NOUNS] or ["thing"]

@@ -1,4 +1,4 @@
-"""Sentences of a text said again and again in it: what a memory should not fill up with. Seeded."""
+"""Sentences said again and again in a text: what a memory should not fill up with. Seeded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import re
 
 import numpy as np
 
+from titans.data.needles import LINKS, words_of
+
 # Bytes of a refrain, log-uniform, and sentences that it repeats.
 SHORTEST, LONGEST, MOST_SENTENCES = 200, 4000, 5
 _SENTENCE = re.compile(rb"[A-Z][^.!?\n]{10,80}[.!?]")
 
 
 def with_refrains(text: bytes, generator: np.random.Generator, share: float) -> bytes:
-    """The text with refrains between its words: a few of its sentences, repeated.
+    """The text with refrains between its words: a few sentences, repeated.
+
+    Half of them are sentences of the text. The others say of its words what facts say of theirs ("The night
+    was sweet."), so that a fact has to be told from what is said all the time in the same way.
 
     Args:
         share: of the new text that is refrains, about; from 0 to less than 1.
@@ -20,13 +25,22 @@ def with_refrains(text: bytes, generator: np.random.Generator, share: float) -> 
     sentences = _SENTENCE.findall(text)
     if not sentences or not share:
         return text
+    words = words_of(text)
     mean = (LONGEST - SHORTEST) / np.log(LONGEST / SHORTEST)
     count = round(len(text) * share / (1 - share) / mean)
     new, last = bytearray(), 0
     for at in np.sort(generator.integers(len(text), size=count)).tolist():
         place = max(text.find(b" ", at) + 1, last)
-        first = int(generator.integers(len(sentences)))
-        said = b" ".join(sentences[first : first + int(generator.integers(1, MOST_SENTENCES + 1))]) + b" "
+        count_here = int(generator.integers(1, MOST_SENTENCES + 1))
+        if generator.random() < 0.5:
+            first = int(generator.integers(len(sentences)))
+            said = b" ".join(sentences[first : first + count_here]) + b" "
+        else:
+            link = LINKS[generator.integers(len(LINKS))]
+            said = "".join(
+                f"The {words[generator.integers(len(words))]}{link}{words[generator.integers(len(words))]}. "
+                for _ in range(count_here)
+            ).encode()
         length = int(np.exp(generator.uniform(np.log(SHORTEST), np.log(LONGEST))))
         new += text[last:place] + said * -(-length // len(said))
         last = place

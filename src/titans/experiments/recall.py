@@ -58,7 +58,7 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         dense,
         output=output / "near",
         start_from=dense.output,
-        steps=400,
+        steps=300,
         sequence_length=1024,
         fact_spacing=None if plain else 400.0,
         fact_distance=1024,
