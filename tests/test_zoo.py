@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,21 @@ import torch
 
 import titans
 from titans import zoo
+from titans.cli import main
 
 FOLDER = Path(zoo.__file__).parent
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_a_model_loads_by_its_name_reads_and_is_described(name, tmp_path, monkeypatch):
+def test_a_model_loads_by_its_name_reads_and_is_described(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = titans.load(name)
     assert not model.training and name == f"titans-{model.config.variant}-tiny"
     session = titans.Session(model, tokenizer)
     session.feed("The pass key is 31337. ")
     assert len(session.generate(max_new_tokens=5, do_sample=False).encode()) >= 5
+    assert main(["info", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["variant"] == model.config.variant
     files = list((FOLDER / name).iterdir())
     assert sum(file.stat().st_size for file in files) <= 12e6
     card = (FOLDER / name / "README.md").read_text()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from titans.data.needles import LINKS
 from titans.data.refrains import with_refrains
 
 WORDS = ["the", "king", "went", "house", "and", "saw", "a", "great", "fire", "on", "his", "hill"]
@@ -26,8 +27,10 @@ def test_a_share_of_the_text_is_sentences_of_it_again_and_again_and_the_rest_sta
         place = new.find(word, place) + len(word)
         assert place >= len(word), "a word is gone"
     sentences = new.split(b". ")
-    again = sum(one in sentences[i + 1 : i + 6] for i, one in enumerate(sentences))
-    assert again / len(sentences) > share / 2
+    again = [one for i, one in enumerate(sentences) if one in sentences[i + 1 : i + 6]]
+    assert len(again) / len(sentences) > share / 2
+    kinds = [any(link.encode() in one for link in LINKS) for one in again]
+    assert 0.2 < sum(kinds) / len(kinds) < 0.9
 
 
 def test_a_text_without_sentences_has_no_refrains() -> None:

@@ -36,7 +36,8 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
     remembers = variant != "transformer"
     config: dict[str, Any] = {"initializer_range": 0.1}
     if remembers:
-        config["memory_induction_init"] = True
+        # Keys see fifteen bytes, as four tokens of four would tell them.
+        config |= {"memory_induction_init": True, "conv_kernel": 16}
     if variant in ("mac", "mag"):
         config["memory_combination"] = "sum"
     dense = TrainSettings(
@@ -72,7 +73,7 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         near,
         output=output / "far",
         start_from=near.output,
-        steps=500,
+        steps=400,
         sequence_length=2048,
         fact_spacing=None if plain else 1500.0,
         fact_distance=16384,
