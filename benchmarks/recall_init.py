@@ -46,6 +46,7 @@ ARMS = (
         for beginning in ("random", "filters", "induction")
         for weight in (1.0, 10.0)
     ),
+    ("lmm", "induction, 15 bytes", "–", 10.0),
     *(("mag", "induction", combination, 10.0) for combination in ("gate", "sum")),
     ("mac", "induction", "gate", 10.0),
     # The memory alone begins so; attention and recall at random.
@@ -77,6 +78,7 @@ def build(run: Run) -> TitansForCausalLM:
         initializer_range=0.1,
         memory_induction_init=run.beginning != "random",
         memory_combination="sum" if run.combination == "sum" else "gate",
+        conv_kernel=16 if "15 bytes" in run.beginning else 4,
     )
     model = TitansForCausalLM(config)
     if run.beginning == "memory alone":
