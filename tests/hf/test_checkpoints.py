@@ -92,6 +92,8 @@ WRONG = [
     (dict(memory_max_momentum=float("nan")), "memory_max_momentum=nan"),
     (dict(memory_max_step_size=-0.1), "memory_max_step_size=-0.1"),
     (dict(memory_max_step_size=float("inf")), "memory_max_step_size=inf"),
+    (dict(memory_shortest_half_life=2e6), "memory_shortest_half_life=2000000.0, memory_longest"),
+    (dict(memory_combination="product"), r"memory_combination='product': choose one of \['gate', 'sum'\]"),
     (dict(memory_activation="relu"), "memory_activation='relu': choose 'gelu' or 'silu'"),
     (dict(rope_theta=0.0), "rope_theta=0.0"),
     (dict(rms_norm_eps=-1e-6), "rms_norm_eps=-1e-06"),

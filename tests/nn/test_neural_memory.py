@@ -200,11 +200,11 @@ def test_gates_are_exact_under_autocast(monkeypatch):
 
 
 def test_half_lives_are_spread_over_the_heads():
-    layer = NeuralMemory(8, num_heads=5, head_dim=4, chunk_size=16).double()
+    layer = NeuralMemory(8, num_heads=5, head_dim=4, chunk_size=16, half_lives=(64.0, 1e6)).double()
     nn.init.zeros_(layer.gate_weight)
     forget, momentum, step_size = layer._gates(torch.zeros(1, 1, 8, dtype=torch.float64))
     half_lives = (torch.log(torch.tensor(0.5)) / torch.log1p(-forget[0, 0, :, 0])).log()
-    assert_close(half_lives.exp()[[0, -1]], torch.tensor([64.0, 1e6]).double(), 1e-3, "half-lives")
+    assert_close(half_lives[[0, -1]], torch.tensor([64.0, 1e6]).double().log(), 1e-6, "half-lives")
     steps = half_lives.diff()
     assert_close(steps, steps[:1].expand(4), 1e-3, "their logarithms' distances")
     assert (momentum < layer.max_momentum).all() and (step_size < layer.max_step_size).all()
@@ -253,6 +253,8 @@ def test_a_wrong_argument_is_named(arguments, message):
         dict(conv_kernel=0),
         dict(max_momentum=1),
         dict(max_step_size=-1),
+        dict(half_lives=(1e6, 1e3)),
+        dict(half_lives=(0.0, 1e3)),
     ],
 )
 def test_a_wrong_size_is_named(wrong):

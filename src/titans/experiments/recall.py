@@ -36,8 +36,15 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
     remembers = variant != "transformer"
     config: dict[str, Any] = {"initializer_range": 0.1}
     if remembers:
-        # Keys see fifteen bytes, as four tokens of four would tell them.
-        config |= {"memory_induction_init": True, "conv_kernel": 16}
+        config |= {
+            "memory_induction_init": True,
+            # Keys see fifteen bytes, as four tokens of four would tell them.
+            "conv_kernel": 16,
+            # What is said once is written at up to a quarter, and no head forgets it within minutes.
+            "memory_max_step_size": 0.25,
+            "memory_shortest_half_life": 1e5,
+            "memory_longest_half_life": 1e7,
+        }
     if variant in ("mac", "mag"):
         config["memory_combination"] = "sum"
     dense = TrainSettings(
@@ -73,7 +80,7 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         near,
         output=output / "far",
         start_from=near.output,
-        steps=400,
+        steps=300,
         sequence_length=2048,
         fact_spacing=None if plain else 1500.0,
         fact_distance=16384,

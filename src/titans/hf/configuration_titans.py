@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from titans.nn.blocks import BLOCKS, BlockSettings
 from titans.nn.gate import COMBINATIONS
+from titans.nn.memory import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
 
 # What the library itself hands to a configuration beside its fields.
 _LIBRARY_KEYS = {
@@ -34,6 +35,7 @@ class TitansConfig(PreTrainedConfig):
         memory_normalize_step, memory_unit_rows, memory_row_limit, memory_length_floor,
             memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
         memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
+        memory_shortest_half_life, memory_longest_half_life: with which the heads forget at first, in tokens.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
@@ -68,6 +70,8 @@ class TitansConfig(PreTrainedConfig):
     memory_decay_to_initial: bool = True
     memory_max_momentum: float = 0.5
     memory_max_step_size: float | None = None
+    memory_shortest_half_life: float = SHORTEST_HALF_LIFE
+    memory_longest_half_life: float = LONGEST_HALF_LIFE
     memory_induction_init: bool = False
     memory_combination: str = "gate"
     chunk_size: int = 16
@@ -130,6 +134,12 @@ class TitansConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r}: give None or a finite number {least} 0")
         if self.memory_row_limit is not None and self.memory_unit_rows:
             raise ValueError("memory_unit_rows=True leaves memory_row_limit nothing to do: set that to None")
+        shortest, longest = self.memory_shortest_half_life, self.memory_longest_half_life
+        if not 0 < shortest <= longest:
+            raise ValueError(
+                f"memory_shortest_half_life={shortest}, memory_longest_half_life={longest}: give numbers "
+                "above 0, the second at least the first"
+            )
         if not self.rope_theta or not self.rms_norm_eps:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: give numbers above 0"
@@ -162,6 +172,7 @@ class TitansConfig(PreTrainedConfig):
                 "decay_to_initial": self.memory_decay_to_initial,
                 "max_momentum": self.memory_max_momentum,
                 "max_step_size": self.memory_max_step_size,
+                "half_lives": (self.memory_shortest_half_life, self.memory_longest_half_life),
                 "induction_init": self.memory_induction_init,
             },
         )

@@ -17,7 +17,7 @@ from titans.nn.heads import UNIT, gated_answers, head_vectors
 from titans.nn.norm import ReadNorm
 from titans.nn.packing import real_tokens, take
 
-# Of what is kept at first, in tokens; log-spaced over the heads. Measured: docs/decisions/memory.md.
+# Measured: docs/decisions/memory.md.
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1024.0, 1e6
 
 
@@ -89,6 +89,7 @@ class NeuralMemory(nn.Module):
         max_step_size: upper bound of the step-size gate; by default
             min(depth, 2) (1 − max_momentum) / chunk_size, with which a chunk that repeats one token corrects
             its error at most once in each layer (docs/decisions/memory.md).
+        half_lives: with which the heads forget at first, log-spaced from one to the other, in tokens.
         induction_init: begin as an associative memory of what followed what, see `begin_as_induction`.
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
     """
@@ -113,6 +114,7 @@ class NeuralMemory(nn.Module):
         decay_to_initial: bool = True,
         max_momentum: float = 0.5,
         max_step_size: float | None = None,
+        half_lives: tuple[float, float] = (SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE),
         induction_init: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -125,6 +127,8 @@ class NeuralMemory(nn.Module):
         ):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+        if not 0 < half_lives[0] <= half_lives[1] < math.inf:
+            raise ValueError(f"half_lives={half_lives!r}: give two numbers above 0, the shorter one first")
         if induction_init and conv_kernel < 2:
             raise ValueError("induction_init=True looks one token back: give a conv_kernel of at least 2")
         if not 0 <= max_momentum < 1:
@@ -144,6 +148,7 @@ class NeuralMemory(nn.Module):
             length_floor,
         )
         self.decay_to_initial, self.induction_init, self.backend = decay_to_initial, induction_init, backend
+        self.half_lives = half_lives
         self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
         if max_step_size is None:
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
@@ -166,7 +171,7 @@ class NeuralMemory(nn.Module):
         nn.init.normal_(self.gate_weight, std=0.02)
         self.gate_bias.zero_()
         self.gate_bias[2] = 1.0
-        self.set_half_lives(SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE)
+        self.set_half_lives(*self.half_lives)
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.constant_(self.norm_weight, 0.5)
             nn.init.zeros_(self.norm_bias)
