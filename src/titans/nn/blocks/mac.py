@@ -65,7 +65,8 @@ class MACBlock(nn.Module):
         self.memory = s.memory()
         self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.decay_to_initial, s.norm_eps)
         self.gate = s.combination()
-        self.reset_parameters()
+        if self.memory.induction_init:
+            self.begin_as_induction()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
