@@ -1,7 +1,7 @@
 """What does a memory keep, and why? Small experiments with the models that come with the library.
 
     python benchmarks/memory_questions.py                          # what is missing, then the report
-    python benchmarks/memory_questions.py --questions junk twice   # these alone
+    python benchmarks/memory_questions.py --questions flood twice  # these alone
     python benchmarks/memory_questions.py --models titans-lmm-tiny
 
 flood: a fact, then books or random bytes. repetition: a fact said several times, at several spacings. twice:
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import sys
@@ -28,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kept import known
 from torch import Tensor
 
 from titans import zoo
@@ -36,7 +36,6 @@ from titans.data.needles import TASKS, Needles, make_needles
 from titans.evaluate.ask import answered, read
 from titans.evaluate.needle import wilson
 from titans.nn import NeuralMemory
-from titans.train.checkpoint import write_json
 
 RESULTS = Path(__file__).parent / "results" / "memory_questions.json"
 REPORT = Path(__file__).parents[1] / "docs" / "results"
@@ -53,10 +52,10 @@ class Subject:
     model: Any
     tokenizer: Any
 
-    def share(self, texts: Sequence[bytes], needles: Sequence[Needles], seen: Tensor | None = None) -> Row:
+    def share(self, texts: Sequence[bytes], needles: Sequence[Needles], whole: bool = False) -> Row:
         """How many of the texts, all of one length, are followed by the right answer."""
         ids = np.stack([np.frombuffer(text, np.uint8) for text in texts])
-        cache = read(self.model, ids, piece_length=CONTEXT if seen is None else ids.shape[1])[1]
+        cache = read(self.model, ids, piece_length=ids.shape[1] if whole else CONTEXT)[1]
         questions, answers = [n.questions[0] for n in needles], [n.answers[0] for n in needles]
         right = int(answered(self.model, self.tokenizer, cache, questions, answers).sum())
         low, high = wilson(right, len(texts))
@@ -176,12 +175,23 @@ def genre(subject: Subject) -> Iterator[Row]:
             yield {"arm": arm, "x": count, "surprise": surprise, **measured}
 
 
+@torch.no_grad()
+def look(subject: Subject, texts: Sequence[bytes]) -> tuple[Sequence[Tensor], Tensor]:
+    """Each memory's surprises (texts, bytes, heads), and nats of all bytes but the first."""
+    ids = torch.tensor([list(text) for text in texts])
+    output = subject.model(ids, use_cache=False, output_surprise=True)
+    nats = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return output.surprises, nats
+
+
+def levels_of(surprises: Sequence[Tensor]) -> Tensor:
+    """Surprise over its mean, (texts, bytes), the mean of all layers and heads."""
+    return torch.stack([(s / s.mean((0, 1))).mean(-1) for s in surprises]).mean(0)
+
+
 def surprise_at(subject: Subject, texts: Sequence[bytes], places: Sequence[tuple[int, int]]) -> float:
     """Mean surprise inside the given places over that of the whole texts, layers and heads alike."""
-    ids = torch.tensor([list(text) for text in texts])
-    with torch.no_grad():
-        output = subject.model(ids, use_cache=False, output_surprise=True)
-    levels = torch.stack([(s / s.mean((0, 1))).mean(-1) for s in output.surprises]).mean(0)
+    levels = levels_of(look(subject, texts)[0])
     inside = [levels[row, max(at, 0) : at + size].mean() for row, (at, size) in enumerate(places)]
     return torch.stack(inside).mean().item()
 
@@ -191,15 +201,12 @@ def gating(subject: Subject) -> Iterator[Row]:
     needles = facts("number")
     texts = [said(n) + after for n, after in zip(needles, slices(text_of("bible"), CONTEXT, 11), strict=True)]
     texts = fitted(texts, CONTEXT)
-    ids = torch.tensor([list(text) for text in texts])
-    with torch.no_grad():
-        output = subject.model(ids, use_cache=False, output_surprise=True)
-    nats = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    surprises, nats = look(subject, texts)
     generator = torch.Generator().manual_seed(0)
     for share in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
         for arm in ("less surprising", "at random", "less unlikely"):
             chosen = []
-            for surprise in output.surprises:
+            for surprise in surprises:
                 level = surprise
                 if arm == "at random":
                     level = torch.rand(surprise.shape, generator=generator)
@@ -208,7 +215,7 @@ def gating(subject: Subject) -> Iterator[Row]:
                     level = F.pad(nats, (1, 0)).unsqueeze(-1).expand_as(surprise)
                 chosen.append(level >= torch.quantile(level.flatten(0, 1)[:50000], share, dim=0))
             with writing_only(subject.model, chosen):
-                yield {"arm": arm, "x": share, **subject.share(texts, needles, chosen[0])}
+                yield {"arm": arm, "x": share, **subject.share(texts, needles, whole=True)}
 
 
 @contextmanager
@@ -243,18 +250,10 @@ QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {
 
 def correlation(subject: Subject) -> float:
     """Spearman's, between a byte's surprise (mean over memories) and how unlikely the model found it."""
-    text = slices(text_of("bible"), CONTEXT, 13)[:8]
-    ids = torch.tensor([list(t) for t in text])
-    with torch.no_grad():
-        output = subject.model(ids, use_cache=False, output_surprise=True)
-    nats = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").flatten()
-    levels = torch.stack([(s / s.mean((0, 1))).mean(-1) for s in output.surprises]).mean(0)[:, 1:].flatten()
-    ranks = [x.argsort().argsort().double() for x in (nats, levels)]
+    surprises, nats = look(subject, slices(text_of("bible"), CONTEXT, 13)[:8])
+    pair = (nats.flatten(), levels_of(surprises)[:, 1:].flatten())
+    ranks = [x.argsort().argsort().double() for x in pair]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def known() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def report() -> None:
@@ -263,7 +262,8 @@ def report() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = known()
+    with known(RESULTS) as found:
+        found = dict(found)
     lines = [
         "# What a memory keeps",
         "",
@@ -337,7 +337,9 @@ def main() -> int:
         subject = Subject(Path(path).name, *zoo.load(path))
         for question in arguments.questions:
             key = f"{subject.name}, {question}"
-            if key in known() or (question == "gating" and subject.model.config.variant == "mac"):
+            with known(RESULTS) as found:
+                done = key in found
+            if done or (question == "gating" and subject.model.config.variant == "mac"):
                 continue
             rows = []
             for row in QUESTIONS[question][0](subject):
@@ -346,7 +348,8 @@ def main() -> int:
             result: dict[str, Any] = {"rows": rows, **about}
             if question == "gating":
                 result["rank"] = correlation(subject)
-            write_json(RESULTS, {**known(), key: result})
+            with known(RESULTS) as found:
+                found[key] = result
             report()
     return 0
 

@@ -12,26 +12,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
-import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from kept import Found, known
 
 from titans import zoo
 from titans.cli.progress import ReadingProgress
 from titans.data import load_corpus
 from titans.data.needles import TASKS
 from titans.evaluate.heat_map import draw_heat_maps
-from titans.evaluate.needle import NeedleCell, needle_table, wilson
-from titans.train.checkpoint import write_json
+from titans.evaluate.needle import NeedleCell, cells_of, needle_table, wilson
 
 RESULTS = Path(__file__).parent / "results" / "recall.json"
 REPORT = Path(__file__).parents[1] / "docs" / "results"
@@ -39,34 +34,20 @@ REPORT = Path(__file__).parents[1] / "docs" / "results"
 SAMPLES = {512: 200, 2048: 200, 8192: 200, 32768: 50, 131072: 20, 1048576: 5}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)
 CHOSEN_TASKS = ("passkey", "number", "word", "uuid", "qa1")
-Found = dict[str, dict[str, Any]]
-
-
-@contextmanager
-def known() -> Iterator[Found]:
-    """The cells so far; what is added is kept. Two processes may take turns."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found: Found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        before = len(found)
-        yield found
-        if len(found) > before:
-            write_json(RESULTS, found)
 
 
 def measure(path: str, label: str, task: str, length: int, haystack: str) -> None:
     """All depths of one length, unless they are known."""
     key = f"{label}, {task}, {length}"
-    with known() as found:
+    with known(RESULTS) as found:
         if key in found:
             return
     model, tokenizer = zoo.load(path)
-    depths = [None] if TASKS[task].tells_story else DEPTHS
-    samples = max(SAMPLES[length] // len(depths), 1)
+    num_cells = len(cells_of(TASKS[task], [length], DEPTHS, 1, 1))
+    samples = max(SAMPLES[length] // num_cells, 1)
     began = time.perf_counter()
     print(f"{label}: {task}, {length:,} tokens", file=sys.stderr)
-    with ReadingProgress(samples * length * len(depths)) as progress:
+    with ReadingProgress(samples * length * num_cells) as progress:
         cells = needle_table(
             model,
             tokenizer,
@@ -78,7 +59,7 @@ def measure(path: str, label: str, task: str, length: int, haystack: str) -> Non
             batch_size=min(samples, 20),
             progress=lambda done, total: progress.update(done, done, "reading"),
         )
-    with known() as found:
+    with known(RESULTS) as found:
         found[key] = {
             "cells": [asdict(cell) for cell in cells],
             "seconds": time.perf_counter() - began,
@@ -105,7 +86,7 @@ def told(cells: list[NeedleCell]) -> str:
 
 def report() -> None:
     """Tables of what is known, and a picture of each model's."""
-    with known() as found:
+    with known(RESULTS) as found:
         found = dict(found)
     labels = sorted({key.split(", ")[0] for key in found})
     lines = [

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import platform
@@ -26,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kept import known
 from torch import Tensor
 
 from titans.data import hold_out, load_corpus
 from titans.data.needles import state_facts
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
-from titans.train.checkpoint import write_json
 from titans.train.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,10 +81,9 @@ def build(run: Run) -> TitansForCausalLM:
     )
     model = TitansForCausalLM(config)
     if run.beginning == "memory alone":
-        for attention in (layer.mixer.attention for layer in model.model.layers):
-            torch.nn.init.normal_(attention.key_value.weight, std=config.initializer_range)
         for mixer in (layer.mixer for layer in model.model.layers):
-            torch.nn.init.normal_(mixer.recall_query.weight, std=config.initializer_range)
+            for projection in (mixer.attention.key_value, mixer.recall_query):
+                torch.nn.init.normal_(projection.weight, std=config.initializer_range)
             mixer.recall_conv.reset_parameters()
     if run.beginning == "filters":
         for memory in model.modules():
@@ -185,10 +183,6 @@ def main() -> int:
     part, parts = map(int, arguments.worker.split("/"))
     torch.set_num_threads(1)
     kept = RESULTS / "recall_init.json"
-
-    def known() -> dict[str, dict[str, Any]]:
-        return json.loads(kept.read_text()) if kept.exists() else {}
-
     train_documents, held_out = hold_out(load_corpus("shakespeare"))
     texts = tuple(b"\n".join(d.data for d in part) for part in (train_documents, held_out))
     tests = {
@@ -197,10 +191,13 @@ def main() -> int:
     }
     runs = [Run(*arm, seed) for seed in SEEDS for arm in ARMS]
     for number, run in enumerate(runs):
-        if number % parts == part and run.name not in known():
+        with known(kept) as found:
+            done = run.name in found
+        if number % parts == part and not done:
             result = train(run, texts, tests)
-            write_json(kept, {**known(), run.name: result})
-        report(known())
+            with known(kept) as found:
+                found[run.name] = result
+        report(found)
     return 0
 
 

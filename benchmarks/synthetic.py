@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
-import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kept import known
 from torch import Tensor, nn
 
 from titans.data.mad import TASKS
 from titans.data.recall import IGNORED, NUM_VALUES, associative_recall
 from titans.hf import TitansConfig, TitansForCausalLM
-from titans.train.checkpoint import write_json
 from titans.train.optimizer import make_optimizer, make_schedule
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = RESULTS / "synthetic.json"
 # The camera-ready's row for Titans (NeurIPS 2025, table 10); its recall is the noisy one.
 PAPER = {
     "compression": 49.6,
@@ -175,21 +172,8 @@ def planned(only: str, variants: list[str]) -> list[Run]:
     return runs
 
 
-@contextmanager
-def known() -> Iterator[dict[str, Any]]:
-    """The results so far; what is added is kept."""
-    kept = RESULTS / "synthetic.json"
-    with (RESULTS / "synthetic.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = json.loads(kept.read_text()) if kept.exists() else {}
-        before = len(found)
-        yield found
-        if len(found) > before:
-            write_json(kept, found)
-
-
 def report() -> None:
-    with known() as found:
+    with known(KEPT) as found:
         found = dict(found)
 
     def cell(name: str) -> str:
@@ -225,11 +209,11 @@ def main() -> int:
     part, parts = map(int, arguments.worker.split("/"))
     torch.set_num_threads(1)
     for number, run in enumerate(planned(arguments.only, arguments.variants)):
-        with known() as found:
+        with known(KEPT) as found:
             done = run.name in found
         if number % parts == part and not done:
             result = learn(run)
-            with known() as found:
+            with known(KEPT) as found:
                 found[run.name] = result
         report()
     return 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.zoo.checkpoint import folder_of, load_checkpoint, load_config, names
+from titans.zoo.checkpoint import folder_of, load_checkpoint, load_config, or_by_name
 
 if TYPE_CHECKING:
     from titans.hf import TitansConfig
@@ -54,9 +54,8 @@ class Info:
         elif path.is_file():
             about = _describe_memory(path)
         else:
-            known = f", or one of {', '.join(names())}" if names() else ""
             raise ValueError(
-                f"path={str(path)!r} does not exist: give a checkpoint folder or a memory file{known}"
+                f"path={str(path)!r} does not exist: give a checkpoint folder or a memory file{or_by_name()}"
             )
         has_gates = about["kind"] == "checkpoint" and about["variant"] != "transformer"
         if self.data is not None and not has_gates:

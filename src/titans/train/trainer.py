@@ -130,9 +130,9 @@ class TitansTrainer(Trainer):
         each = F.cross_entropy(
             output.logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none"
         )
-        value = (each.detach().sum() / (inputs["labels"] >= 0).sum()).item()
-        self._refuse_non_finite(value, "loss")
         weights = (inputs["labels"] >= 0).flatten().to(each.dtype)
+        value = (each.detach().sum() / weights.sum()).item()
+        self._refuse_non_finite(value, "loss")
         if self.answer_weight != 1:
             weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()

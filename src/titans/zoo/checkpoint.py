@@ -20,6 +20,11 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in _MODELS.glob("*/config.json"))
 
 
+def or_by_name() -> str:
+    """How an error that wants a model goes on: with the names there are, if any."""
+    return f", or one of {', '.join(names())}" if names() else ""
+
+
 def folder_of(checkpoint: Path) -> Path:
     """The folder of a model that is named, or else what was given."""
     return _MODELS / checkpoint if not checkpoint.exists() and str(checkpoint) in names() else checkpoint
@@ -33,9 +38,8 @@ def load_config(folder: Path) -> TitansConfig:
     """
     folder = folder_of(folder)
     if not folder.is_dir():
-        known = f", or one of {', '.join(names())}" if names() else ""
         raise ValueError(
-            f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train`{known}"
+            f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train`{or_by_name()}"
         )
     path = folder / "config.json"
     if not path.is_file():
