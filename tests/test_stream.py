@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import read_state_file
-from titans.nn.blocks import BLOCKS
+from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.stream import Session, describe_memory, fingerprint
 from titans.stream import session as session_module
 
-MEMORIES = sorted(set(BLOCKS) - {"transformer"})
+MEMORIES = sorted(set(BLOCKS) - WITHOUT_MEMORY)
 
 
 def small_model(variant: str = "mac", seed: int = 0, **overrides: object) -> TitansForCausalLM:

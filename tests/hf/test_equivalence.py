@@ -147,6 +147,9 @@ def test_an_early_token_matters_beyond_the_reach_of_attention(variant):
     reach = 3 + LAYERS * (max(WINDOW, SEGMENT) + model.config.conv_kernel)
     late = slice(reach + SEGMENT, None)
     moved = (logits_of(model, other) - logits_of(model, ids)).abs()
+    if variant == "window":
+        assert moved[:, late].max() == 0
+        return
     assert moved[:, late].max() > 1e-4
     if not bounded(variant):
         return
@@ -173,4 +176,5 @@ def test_scores_depend_on_distances_alone_ten_million_tokens_in(variant):
 
     near = read_from(period)
     assert_near(read_from(10**7 // period * period), near, 1e-4)
-    assert (read_from(10**7 // period * period + 1) - near).abs().max() > 1e-3, "phases must matter"
+    if MODELS[variant].config.has_memory:
+        assert (read_from(10**7 // period * period + 1) - near).abs().max() > 1e-3, "phases must matter"

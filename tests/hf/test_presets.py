@@ -37,7 +37,7 @@ def parts(config: TitansConfig) -> dict[str, int]:
     norm = (2 if config.memory_norm else 0) * width
     # What the text taught and what training did are normalised apart.
     reads = (2 if config.memory_decay_to_initial else 1) * width
-    has_memory = config.variant != "transformer"
+    has_memory = config.has_memory
     return {
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
@@ -46,7 +46,7 @@ def parts(config: TitansConfig) -> dict[str, int]:
         "initial memory": layers * (initial + norm + reads) * has_memory,
         "recall": layers * (2 * d * width + width * conv + reads) * (config.variant == "mac"),
         "persistent tokens": layers * p * d * has_memory,
-        "norms": d + layers * d * {"transformer": 2, "lmm": 2, "mag": 4, "mal": 3, "mac": 5}[config.variant],
+        "norms": d + layers * d * {"mag": 4, "mal": 3, "mac": 5}.get(config.variant, 2),
     }
 
 

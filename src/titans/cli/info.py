@@ -57,7 +57,7 @@ class Info:
             raise ValueError(
                 f"path={str(path)!r} does not exist: give a checkpoint folder or a memory file{or_by_name()}"
             )
-        has_gates = about["kind"] == "checkpoint" and about["variant"] != "transformer"
+        has_gates = about["kind"] == "checkpoint" and load_config(path).has_memory
         if self.data is not None and not has_gates:
             raise UsageError(
                 f"data with path={str(self.path)!r}: only a checkpoint with a memory reads a sample; leave "

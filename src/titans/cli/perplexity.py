@@ -51,9 +51,9 @@ class EvalPerplexity:
         if not 0 <= self.hold_out < 1:
             raise UsageError(f"hold_out={self.hold_out}: give a fraction from 0 up to, but not including, 1")
         model, tokenizer = load_checkpoint(self.checkpoint)
-        if self.freeze_memory and model.config.variant == "transformer":
+        if self.freeze_memory and not model.config.has_memory:
             raise UsageError(
-                "freeze_memory with variant='transformer': it has no memory; leave the option out"
+                f"freeze_memory with variant={model.config.variant!r}: it has no memory; leave the option out"
             )
         from titans.cli.progress import ReadingProgress
         from titans.data import encode_document, hold_out, load_corpus

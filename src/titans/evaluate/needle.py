@@ -90,7 +90,7 @@ def attention_reach(config: Any) -> float:
         return 0
     if variant == "mac":
         return config.segment_length
-    if variant in ("mag", "mal"):
+    if variant in ("mag", "mal", "window"):
         return config.sliding_window * config.num_hidden_layers
     return math.inf
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.train import Interrupted, TrainSettings, train
 from titans.train.checkpoint import checkpoints
 from titans.train.progress import ProgressLine
@@ -33,7 +34,7 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         plain: the same text without facts.
         changes: of every stage's settings.
     """
-    remembers = variant != "transformer"
+    remembers = variant not in WITHOUT_MEMORY
     config: dict[str, Any] = {"initializer_range": 0.1}
     if remembers:
         config |= {
@@ -97,7 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variant", default="lmm", choices=["lmm", "mac", "mag", "mal", "transformer"])
+    parser.add_argument("--variant", default="lmm", choices=sorted(BLOCKS))
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--plain", action="store_true", help="the same text without facts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
-from titans.nn.blocks import BLOCKS, BlockSettings
+from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
 from titans.nn.gate import COMBINATIONS
 from titans.nn.memory import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
 
@@ -19,7 +19,11 @@ _LIBRARY_KEYS = {
     "output_attentions", "per_layer_config", "tokenizer_class", "torch_dtype", "use_cache",
 }  # fmt: skip
 # How the library names the kind of a layer, for the parts of it that want to know.
-_LAYER_TYPES = {"lmm": "linear_attention", "transformer": "full_attention"}
+_LAYER_TYPES = {
+    "lmm": "linear_attention",
+    "transformer": "full_attention",
+    "window": "sliding_attention",
+}
 
 
 @strict
@@ -27,7 +31,8 @@ class TitansConfig(PreTrainedConfig):
     """Sizes and choices of a Titans model; unknown fields are an error.
 
     Args:
-        variant: "mac", "mag", "mal", "lmm", or "transformer" (the baseline without a memory).
+        variant: "mac", "mag", "mal", "lmm", or a baseline without a memory: "transformer", or "window", whose
+            attention sees a window.
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in any language model.
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
@@ -40,7 +45,7 @@ class TitansConfig(PreTrainedConfig):
         memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
-        sliding_window: tokens a token attends to, itself included ("mag", "mal").
+        sliding_window: tokens a token attends to, itself included ("mag", "mal", "window").
         num_persistent_tokens: learned tokens per layer.
         conv_kernel: width of the convolution on the memory's queries, keys and values.
 
@@ -144,6 +149,11 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: give numbers above 0"
             )
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the variant has a long-term memory."""
+        return self.variant not in WITHOUT_MEMORY
 
     def block_settings(self) -> BlockSettings:
         """The same sizes as the blocks take them."""

@@ -30,7 +30,7 @@ class TrainSettings:
     preset: str = "tiny"
     """Size of the model: tiny, small, 170m, 340m, 760m, 1.3b."""
     variant: str = "mac"
-    """mac, mag, mal, lmm, or transformer (the baseline without a memory)."""
+    """mac, mag, mal, lmm, or without a memory transformer, or window, whose attention sees a window."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of TitansConfig that differ from the preset."""
     tokenizer: str = "bytes"
@@ -121,10 +121,9 @@ class TrainSettings:
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
         for name in ("carry_memory", "state_passing"):
-            if getattr(self, name) and self.variant == "transformer":
+            if getattr(self, name) and self.variant in _without_memory():
                 raise ValueError(
-                    f"{name} with variant='transformer': it has no memory, and what its attention keeps "
-                    "grows with every step; choose mac, mag, mal or lmm"
+                    f"{name} with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"
                 )
         if self.answer_weight != 1 and self.tokenizer != "bytes":
             raise ValueError(
@@ -185,3 +184,10 @@ def check_type(name: str, value: Any) -> None:
     if not fits and not (type(value) is int and float in allowed):
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
         raise ValueError(f"{name}={value!r} is of type {type(value).__name__}: give {names}")
+
+
+def _without_memory() -> frozenset[str]:
+    # Not at the top: a command that only parses its arguments does not wait for torch.
+    from titans.nn.blocks import WITHOUT_MEMORY
+
+    return WITHOUT_MEMORY

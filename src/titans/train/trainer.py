@@ -77,8 +77,10 @@ class TitansTrainer(Trainer):
         log_every: int = 10,
         save_extras: Callable[[Path], None] | None = None,
     ) -> None:
-        if (carry_memory or state_passing) and model.config.variant == "transformer":
-            raise ValueError("carry_memory, state_passing: variant 'transformer' has no memory to carry")
+        if (carry_memory or state_passing) and not model.config.has_memory:
+            raise ValueError(
+                f"carry_memory, state_passing: variant {model.config.variant!r} has no memory to carry"
+            )
         super().__init__(
             model,
             args,

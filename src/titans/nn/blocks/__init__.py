@@ -12,6 +12,7 @@ from titans.nn.blocks.mac import MACBlock
 from titans.nn.blocks.mag import MAGBlock
 from titans.nn.blocks.mal import MALBlock
 from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.window import WindowBlock
 
 BLOCKS = {
     "mac": MACBlock,
@@ -19,6 +20,9 @@ BLOCKS = {
     "mal": MALBlock,
     "lmm": LMMBlock,
     "transformer": AttentionBlock,
+    "window": WindowBlock,
 }
+# Baselines.
+WITHOUT_MEMORY = frozenset({"transformer", "window"})
 
-__all__ = ["BLOCKS", "BlockContext", "BlockSettings"]
+__all__ = ["BLOCKS", "WITHOUT_MEMORY", "BlockContext", "BlockSettings"]
