@@ -14,6 +14,7 @@ from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
 from titans.nn.heads import UNIT, gated_answers, head_vectors
+from titans.nn.initial_weights import InitialWeights
 from titans.nn.norm import ReadNorm
 from titans.nn.packing import real_tokens, take
 
@@ -42,29 +43,6 @@ class Found(NamedTuple):
     reads: Tensor
     queries: Tensor
     gate: Tensor
-
-
-class InitialWeights(nn.ParameterList):
-    """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation.
-
-    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers
-    0 (before a LayerNorm), and the little that a token writes is not drowned.
-    """
-
-    def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
-        super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
-        self.unit_rows, self.empty = network.unit_rows, empty
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for layer, weight in enumerate(self):
-            # Keys have unit length: fan-in initialisation would leave the activation all but linear.
-            nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
-            if self.unit_rows:
-                weight.copy_(F.normalize(weight, dim=-1))
-        if self.empty:
-            nn.init.zeros_(self[-1])
 
 
 class NeuralMemory(nn.Module):
@@ -153,6 +131,8 @@ class NeuralMemory(nn.Module):
         if max_step_size is None:
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
         self.max_step_size = max_step_size
+        # A module of its own, so that training may look at its logits.
+        self.step_size_gate = nn.Sigmoid()
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
@@ -424,5 +404,5 @@ class NeuralMemory(nn.Module):
             return (
                 -torch.expm1(-F.softplus(forget)),
                 self.max_momentum * torch.sigmoid(momentum),
-                self.max_step_size * torch.sigmoid(step_size),
+                self.max_step_size * self.step_size_gate(step_size),
             )

@@ -201,6 +201,7 @@ class TrainingRun:
             carry_memory=settings.carry_memory,
             state_passing=settings.state_passing,
             answer_weight=settings.answer_weight,
+            write_cost=settings.write_cost,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
             log_every=settings.log_every,

@@ -30,6 +30,7 @@ from titans.memory.state import map_state
 from titans.train import checkpoint as files
 from titans.train.examples import EpochAfterEpoch, HeldOut
 from titans.train.metrics import MetricsLog
+from titans.train.write_cost import collected_write_logits, write_cost
 
 _MEMORY_FILE = "carried_memory.safetensors"
 _STATE_FILE = "trainer_state.json"
@@ -56,6 +57,7 @@ class TitansTrainer(Trainer):
         state_passing: fraction of the rows that begin with the memory another row has left in the step
             before, in place of an empty one; the text, and with it all else, is new.
         answer_weight: how much labels count that the examples' `answers` marks; others count 1.
+        write_cost: how much `titans.train.write_cost` counts beside them.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
     """
@@ -72,6 +74,7 @@ class TitansTrainer(Trainer):
         carry_memory: bool = False,
         state_passing: float = 0.0,
         answer_weight: float = 1.0,
+        write_cost: float = 0.0,
         eval_every: int = 100,
         save_every: int = 100,
         log_every: int = 10,
@@ -98,7 +101,7 @@ class TitansTrainer(Trainer):
         self.held_out = held_out
         self.metrics = metrics
         self.carry_memory, self.state_passing = carry_memory, state_passing
-        self.answer_weight = answer_weight
+        self.answer_weight, self.write_cost = answer_weight, write_cost
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
@@ -118,14 +121,15 @@ class TitansTrainer(Trainer):
         passes_on = self.carry_memory or self.state_passing > 0
         states, restart = self._before(inputs)
         try:
-            output = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                memory_states=states,
-                restart=restart,
-                return_memory_states=passes_on,
-            )
+            with collected_write_logits(model) as write_logits:
+                output = model(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    use_cache=False,
+                    memory_states=states,
+                    restart=restart,
+                    return_memory_states=passes_on,
+                )
         except ValueError as error:
             # A memory refuses gates that are NaN before there is a loss.
             raise self._stopped(f"the model could not read its input ({error})") from error
@@ -138,6 +142,8 @@ class TitansTrainer(Trainer):
         if self.answer_weight != 1:
             weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()
+        if self.write_cost:
+            loss = loss + self.write_cost * write_cost(write_logits).to(loss.device)
         if passes_on:
             self.carried = map_state(Tensor.detach, output.memory_states)
             self._columns_carried += inputs["input_ids"].shape[1]

@@ -1,0 +1,32 @@
+"""What a memory knows before it has read anything."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from titans.memory import MemoryNetwork
+
+
+class InitialWeights(nn.ParameterList):
+    """W_0: for each layer of the network (heads, out, in), learned, wide enough to bend the activation.
+
+    An `empty` one has a last layer of zeros at first: what has read nothing, or forgotten everything, answers
+    0 (before a LayerNorm), and the little that a token writes is not drowned.
+    """
+
+    def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
+        super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
+        self.unit_rows, self.empty = network.unit_rows, empty
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for layer, weight in enumerate(self):
+            # Keys have unit length: fan-in initialisation would leave the activation all but linear.
+            nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
+            if self.unit_rows:
+                weight.copy_(F.normalize(weight, dim=-1))
+        if self.empty:
+            nn.init.zeros_(self[-1])
