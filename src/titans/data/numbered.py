@@ -24,23 +24,16 @@ def with_numbers(text: bytes, generator: np.random.Generator, share: float) -> b
     if not share:
         return text
     mean = (LONGEST - SHORTEST) / np.log(LONGEST / SHORTEST)
-    new, last = bytearray(), 0
-    while last < len(text):
-        numbered = int(np.exp(generator.uniform(np.log(SHORTEST), np.log(LONGEST))))
-        plain = int(generator.exponential(mean * (1 - share) / share)) if share < 1 else 0
-        new += text[last : last + plain]
-        last += plain
-        style = _STYLES[generator.integers(len(_STYLES))]
-        part = int(generator.integers(1, 100))
-        # Most counts are short, as they are in books.
-        first = int(10 ** (_MOST_DIGITS * generator.random() ** 2))
-        stretch, count = text[last : last + numbered], 0
-
-        def number(_: re.Match[bytes], style: str = style, part: int = part, first: int = first) -> bytes:
-            nonlocal count
-            count += 1
-            return style.format(n=first + count - 1, part=part).encode()
-
-        new += _LINE.sub(number, stretch)
-        last += numbered
-    return bytes(new)
+    new, last, begin, end = bytearray(), 0, 0, 0
+    style, part, count = "", 0, 0
+    for at in (line.start() for line in _LINE.finditer(text)):
+        while at >= end:
+            begin = end + (int(generator.exponential(mean * (1 - share) / share)) if share < 1 else 0)
+            end = begin + int(np.exp(generator.uniform(np.log(SHORTEST), np.log(LONGEST))))
+            style, part = _STYLES[generator.integers(len(_STYLES))], int(generator.integers(1, 100))
+            # Most counts are short, as they are in books.
+            count = int(10 ** (_MOST_DIGITS * generator.random() ** 2))
+        if at >= begin:
+            new += text[last:at] + style.format(n=count, part=part).encode()
+            last, count = at, count + 1
+    return bytes(new + text[last:])
