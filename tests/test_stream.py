@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
-from titans.hf.cache import read_state_file
+from titans.hf.state_file import open_state_file, write_state_file
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.stream import Session, describe_memory, fingerprint
 from titans.stream import session as session_module
@@ -33,6 +34,13 @@ def small_model(variant: str = "mac", seed: int = 0, **overrides: object) -> Tit
 
 def some_ids(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8)
+
+
+def change_header(path: Path, **changes: str) -> None:
+    """Write the file anew, with a checksum that is right."""
+    with open_state_file(path) as file:
+        tensors, about = file.tensors(), file.about
+    write_state_file(path, tensors, {**about, **changes})
 
 
 def next_logits(session: Session) -> Tensor:
@@ -226,8 +234,7 @@ def test_a_damaged_header_is_refused(recent: str, tmp_path: Path) -> None:
     session = Session(model)
     session.feed([1, 2])
     session.save(path)
-    about, _ = read_state_file(path)
-    save_file(load_file(path), path, {**about, "recent_tokens": recent})
+    change_header(path, recent_tokens=recent)
     with pytest.raises(ValueError, match="damaged header"):
         Session.load(path, model)
 
@@ -244,7 +251,14 @@ def test_a_memory_file_describes_itself(tmp_path: Path) -> None:
     ]
     assert found.fingerprint == fingerprint(session.model)
 
-    about, _ = read_state_file(tmp_path / "memory")
-    save_file(load_file(tmp_path / "memory"), tmp_path / "memory", {**about, "config": '{"variant": 3}'})
+    change_header(tmp_path / "memory", config='{"variant": 3}')
     with pytest.raises(ValueError, match="damaged header"):
         describe_memory(tmp_path / "memory")
+
+
+def test_no_altered_file_passes_for_a_memory(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "fuzz_files.py"
+    command = [sys.executable, script, "--count", "200", "--seed", "7", "--keep", tmp_path / "failures"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "200 files" in ended.stdout and "with a right checksum | refused" in ended.stdout

@@ -8,13 +8,11 @@ import math
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
-from titans.hf import TitansCache, TitansConfig
-from titans.hf import cache as cache_module
-from titans.hf.cache import read_state_file
+from titans.hf import TitansCache, TitansConfig, state_file
+from titans.hf.state_file import open_state_file
 from titans.nn.blocks import BLOCKS
 
 from .models import assert_near, filled_cache, logits_of, random_ids, small_config, small_model
@@ -30,8 +28,15 @@ def continued(model, cache, ids=MORE):
 
 
 def parts_of(path):
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    with open_state_file(path) as file:
+        return {name: tensor.clone() for name, tensor in file.tensors().items()}, file.about
+
+
+def forge(tensors, path, about):
+    """A file whose checksum is right, whatever it holds."""
+    about = {name: value for name, value in {"same": "{}", **about}.items() if value is not None}
+    save_file(tensors, path, {**about, "checksum": "0" * 64})
+    state_file.seal(path)
 
 
 @every_variant
@@ -87,7 +92,7 @@ def test_a_file_continues_to_the_bit(variant, dtype, tmp_path):
         cache = model(TEXT, attention_mask=mask, use_cache=True).past_key_values
     cache.save(path, {"note": "three rows"})
     again = TitansCache.load(path, model.config)
-    assert read_state_file(path)[0]["note"] == "three rows"
+    assert parts_of(path)[1]["note"] == "three rows"
     assert (again.num_columns, again.batch_size) == (17, 3)
     assert torch.equal(continued(model, again), continued(model, cache))
     again.save(path)
@@ -126,7 +131,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cache_module, "save_file", fail)
+        patch.setattr(state_file, "save_file", fail)
         cache.save(path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     cache.save(path)
@@ -170,7 +175,7 @@ def test_a_damaged_file_is_refused(variant, tmp_path):
 
 
 HEADERS = [
-    (dict(format="titans-state/0"), "has format 'titans-state/0': this version reads 'titans-state/1'"),
+    (dict(format="titans-state/0"), "has format 'titans-state/0': this version reads 'titans-state/2'"),
     (dict(format=None), "has format None"),
     (dict(config=None), "damaged header"),
     (dict(config="{"), "damaged header"),
@@ -187,6 +192,13 @@ HEADERS = [
     (dict(num_columns="9" * 5000), "damaged header"),
     (dict(num_columns=str(2**60)), "damaged header"),
     (dict(num_columns="16"), "positions contradict each other"),
+    (dict(same=None), "damaged header"),
+    (dict(same="3"), "damaged header"),
+    (dict(same="[" * 10**5), "damaged header"),
+    (dict(same='{"new": ["unhashable"]}'), "damaged header"),
+    (dict(same='{"new": "nothing"}'), "damaged header"),
+    (dict(same='{"new": "[0].anchor.weights[0]"}'), "damaged header"),
+    (dict(same='{"[0].memory.tail": "[1].memory.tail"}'), "damaged header"),
 ]
 
 
@@ -195,7 +207,7 @@ def test_a_wrong_header_is_refused(changes, message, tmp_path):
     model, path = MODELS["mac"], tmp_path / "memory"
     filled_cache(model, TEXT).save(path)
     tensors, about = parts_of(path)
-    save_file(tensors, path, {k: v for k, v in {**about, **changes}.items() if v is not None})
+    forge(tensors, path, {**about, "same": "{}", **changes})
     with pytest.raises(ValueError, match=message):
         TitansCache.load(path, model.config)
 
@@ -250,7 +262,7 @@ def test_wrong_tensors_are_refused_whichever_it_is(variant, damage, tmp_path):
     for name in tensors:
         changed = dict(tensors)
         damage(changed, name)
-        save_file(changed, path, about)
+        forge(changed, path, {**about, "same": "{}"})
         with pytest.raises(ValueError, match=r"does not hold exactly|has shape|has dtype"):
             TitansCache.load(path, model.config)
 
@@ -273,7 +285,7 @@ def test_numbers_no_model_could_have_written_are_refused(variant, tmp_path):
         wrong.append({name: torch.full_like(tensors[name], value) for name in position_names(tensors)})
     wrong.append({name: tensor[:0] for name, tensor in tensors.items()})
     for changes in wrong:
-        save_file({**tensors, **changes}, path, about)
+        forge({**tensors, **changes}, path, {**about, "same": "{}"})
         with pytest.raises(ValueError, match="is damaged"):
             TitansCache.load(path, model.config)
 
@@ -283,10 +295,12 @@ def test_a_transformer_must_hold_the_keys_of_all_it_has_read(tmp_path):
     filled_cache(model, TEXT).save(path)
     tensors, about = parts_of(path)
     keys = [name for name in tensors if name.endswith(("keys", "values"))]
-    save_file({**tensors, **{name: tensors[name][:, :10].clone() for name in keys}}, path, about)
+    forge(
+        {**tensors, **{name: tensors[name][:, :10].clone() for name in keys}}, path, {**about, "same": "{}"}
+    )
     with pytest.raises(ValueError, match="positions reach beyond the keys"):
         TitansCache.load(path, model.config)
-    save_file({**tensors, keys[0]: tensors[keys[0]][:, :10].clone()}, path, about)
+    forge({**tensors, keys[0]: tensors[keys[0]][:, :10].clone()}, path, {**about, "same": "{}"})
     with pytest.raises(ValueError, match="has shape"):
         TitansCache.load(path, model.config)
 
@@ -303,7 +317,7 @@ def test_a_narrow_memory_is_refused(tmp_path):
     ]
     assert len(learned) == 2 * 4 * 2
     for name in learned:
-        save_file({**tensors, name: tensors[name].bfloat16()}, path, about)
+        forge({**tensors, name: tensors[name].bfloat16()}, path, {**about, "same": "{}"})
         with pytest.raises(ValueError, match=r"has dtype torch.bfloat16, the model needs torch.float32"):
             TitansCache.load(path, model.config)
 
@@ -311,6 +325,6 @@ def test_a_narrow_memory_is_refused(tmp_path):
 def test_the_header_tells_what_the_file_is(tmp_path):
     path = tmp_path / "memory"
     filled_cache(MODELS["mal"], TEXT).save(path)
-    about, tensors = read_state_file(path)
+    tensors, about = parts_of(path)
     assert json.loads(about["config"])["variant"] == "mal" and about["num_columns"] == "17"
     assert "[1].memory.memory.weights[0]" in tensors and "[0].window.keys" in tensors

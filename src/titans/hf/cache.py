@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from titans.hf.configuration_titans import TitansConfig
+from titans.hf.state_file import Kind, StateFile, damaged_header, open_state_file, write_state_file
 from titans.memory.state import map_state, state_nbytes
 from titans.nn.blocks import BLOCKS
 from titans.nn.full_attention import FullAttentionState
 
-FORMAT = "titans-state/1"
 _NUM_NEWEST = 16
 # Every field that decides what a state means; a file of another value is refused.
 _STATE_FIELDS = (
@@ -165,23 +162,14 @@ class TitansCache(Cache):
         """
         if self.states is None:
             raise ValueError("the cache is empty: read something before saving it")
-        path = Path(path)
-        tensors = {
-            name: leaf.detach().cpu().contiguous().clone() for name, leaf in _named_leaves(self.states)
-        }
+        positions = next(leaf for leaf in pytree.tree_leaves(self.states) if leaf.dtype == torch.int64)
         about = {
             **(metadata or {}),
-            "format": FORMAT,
             "config": json.dumps({name: getattr(self.config, name) for name in _STATE_FIELDS}),
             "num_columns": str(self.num_columns),
+            "tokens_per_row": json.dumps(positions.tolist()),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, temporary, about)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_state_file(Path(path), dict(_named_leaves(self.states)), about)
 
     @classmethod
     def load(cls, path: str | Path, config: TitansConfig, device: torch.device | str = "cpu") -> TitansCache:
@@ -192,47 +180,36 @@ class TitansCache(Cache):
             ValueError: for a damaged file, another format, a state of another configuration, or values that
                 no model could have written; says which.
         """
-        about, tensors = read_state_file(path, device)
-        saved = json.loads(about["config"])
-        for name in _STATE_FIELDS:
-            if saved.get(name) != getattr(config, name):
-                raise ValueError(
-                    f"{path} was written with {name}={saved.get(name)!r}, the model has "
-                    f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
-                )
-        states = _as_states(path, tensors, config, int(about["num_columns"]))
+        with open_state_file(path, device) as file:
+            saved, num_columns = saved_sizes(file)
+            for name in _STATE_FIELDS:
+                if saved.get(name) != getattr(config, name):
+                    raise ValueError(
+                        f"{path} was written with {name}={saved.get(name)!r}, the model has "
+                        f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
+                    )
+            template = _template(config)
+            slots = _check_kinds(file, template)
+            states = _as_states(path, file.tensors(), template, slots, num_columns)
         cache = cls(config)
-        cache.store(states, int(about["num_columns"]))
+        cache.store(states, num_columns)
         return cache
 
 
-def read_state_file(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a state file.
+def saved_sizes(file: StateFile) -> tuple[dict[str, Any], int]:
+    """The fields of the configuration that a state file was written with, and how many columns it has read.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a readable state file.
+        ValueError: if the header does not tell.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file: give a memory written by `save` or `titans memorize`")
     try:
-        with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
-    try:
-        config = json.loads(about["config"])
+        config, num_columns = json.loads(file.about["config"]), int(file.about["num_columns"])
         # Positions are turned into float64 angles, which are exact up to here.
-        if not 0 <= int(about["num_columns"]) < 2**53 or int(config["num_hidden_layers"]) > len(tensors):
-            raise ValueError
+        if 0 <= num_columns < 2**53 and int(config["num_hidden_layers"]) <= len(file.kinds):
+            return config, num_columns
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
-        raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
-    return about, tensors
+        pass
+    raise damaged_header(file.path)
 
 
 def _named_leaves(states: Any) -> list[tuple[str, Tensor]]:
@@ -240,25 +217,40 @@ def _named_leaves(states: Any) -> list[tuple[str, Tensor]]:
     return [(pytree.keystr(path).lstrip("."), leaf) for path, leaf in pairs]
 
 
-def _as_states(
-    path: str | Path, tensors: dict[str, Tensor], config: TitansConfig, num_columns: int
-) -> tuple[Any, ...]:
-    """A file's tensors as the states of such a model; ValueError for what no model could have written."""
-    template = _template(config)
-    named = _named_leaves(template)
-    if different := sorted({name for name, _ in named} ^ tensors.keys()):
-        raise ValueError(f"{path} does not hold exactly the tensors of such a model: {different[0]} differs")
+def _check_kinds(file: StateFile, template: tuple[Any, ...]) -> int:
+    """Whether a file holds what such a model's states consist of; the slots of what grows with the text.
+
+    Raises:
+        ValueError: for a tensor too many or too few, or one of another shape or type.
+    """
+    named, kinds = _named_leaves(template), file.kinds
+    if different := sorted({name for name, _ in named} ^ kinds.keys()):
+        raise ValueError(
+            f"{file.path} does not hold exactly the tensors of such a model: {different[0]} differs"
+        )
     growing = _growing_leaves(template)
-    slots = max((tensors[name].shape[1] for name in growing if tensors[name].dim() == 4), default=0)
-    first = tensors[named[0][0]]
-    batch = first.shape[0] if first.dim() else 0
+    slots = max((kinds[name].shape[1] for name in growing if len(kinds[name].shape) == 4), default=0)
+    batch = next(iter(kinds[named[0][0]].shape), 0)
     for name, leaf in named:
         rest = (slots, *leaf.shape[2:]) if name in growing else leaf.shape[1:]
-        _check_leaf(path, name, tensors[name], (batch, *rest), leaf.dtype)
+        _check_kind(file.path, name, kinds[name], (batch, *rest), leaf.dtype)
+    return slots
+
+
+def _as_states(
+    path: str | Path, tensors: dict[str, Tensor], template: tuple[Any, ...], slots: int, num_columns: int
+) -> tuple[Any, ...]:
+    """A file's tensors as states; ValueError for numbers that no model could have written."""
+    named = _named_leaves(template)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.int64 and (tensor < 0).any():
+            raise ValueError(f"{path}: {name} holds no valid positions; the memory is damaged")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
     positions = torch.stack([tensors[name] for name, leaf in named if leaf.dtype == torch.int64])
-    if not batch or (positions != positions[0]).any() or positions.max() > num_columns:
+    if not positions.numel() or (positions != positions[0]).any() or positions.max() > num_columns:
         raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
-    if growing and positions.max() > slots:
+    if _growing_leaves(template) and positions.max() > slots:
         raise ValueError(f"{path}: its positions reach beyond the keys it holds; the memory is damaged")
     structure = pytree.tree_structure(template)
     return pytree.tree_unflatten([tensors[name] for name, _ in named], structure)
@@ -288,18 +280,12 @@ def _growing_leaves(states: Any) -> set[str]:
     return {f"{pytree.keystr(path)}.{part}".lstrip(".") for path, part in parts}
 
 
-def _check_leaf(
-    path: str | Path, name: str, tensor: Tensor, shape: tuple[int, ...], least: torch.dtype
-) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
+def _check_kind(path: Path, name: str, kind: Kind, shape: tuple[int, ...], least: torch.dtype) -> None:
+    if kind.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {kind.shape}, the model needs {shape}")
     # A model may be narrower than float32, a memory never is.
     allowed = [torch.int64] if least == torch.int64 else [torch.float32, torch.float64]
     if least == torch.bfloat16:
         allowed += [torch.float16, torch.bfloat16]
-    if tensor.dtype not in allowed:
-        raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {allowed[0]}")
-    if tensor.dtype == torch.int64 and (tensor < 0).any():
-        raise ValueError(f"{path}: {name} holds no valid positions; the memory is damaged")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
+    if kind.dtype not in allowed:
+        raise ValueError(f"{path}: {name} has dtype {kind.dtype}, the model needs {allowed[0]}")

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
-from titans.hf.cache import read_state_file
+from titans.hf.cache import saved_sizes
+from titans.hf.state_file import damaged_header, open_state_file
 from titans.memory import MemoryState
 from titans.memory.state import State
 from titans.nn import NeuralMemory
@@ -73,12 +74,12 @@ def describe_memory(path: str | Path) -> MemoryFile:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged.
     """
-    about, _ = read_state_file(path)
-    config = json.loads(about["config"])
+    with open_state_file(path) as file:
+        about, (config, _) = file.about, saved_sizes(file)
     try:
         sizes = TitansConfig(**config)
     except (TypeError, ValueError, StrictDataclassError):
-        raise ValueError(f"{path} has a damaged header: write it again with `save`") from None
+        raise damaged_header(path) from None
     cache = TitansCache.load(path, sizes)
     tokens = cache.num_columns + bool(recent_tokens(path, about, None))
     return MemoryFile(config, about.get("fingerprint"), stats_of(cache, tokens, None))
@@ -90,7 +91,7 @@ def recent_tokens(path: str | Path, about: dict[str, str], vocab_size: int | Non
         recent = json.loads(about.get("recent_tokens", "[]"))
         if all(isinstance(t, int) and 0 <= t < (vocab_size or math.inf) for t in recent):
             return tuple(recent)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     raise ValueError(f"{path} has a damaged header: its recent_tokens are not ids of this model")
 

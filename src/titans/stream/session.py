@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.hf.cache import read_state_file
+from titans.hf.state_file import open_state_file
 from titans.stream.saved import SessionStats, fingerprint, initial_states, recent_tokens, stats_of
 from titans.stream.text import NUM_RECENT, text_after, token_ids
 
@@ -217,7 +217,8 @@ class Session:
             ValueError: for a damaged file, or one of another configuration, checkpoint or number of rows.
         """
         cache = TitansCache.load(path, model.config, model.device)
-        about, _ = read_state_file(path)
+        with open_state_file(path) as file:
+            about = file.about
         if cache.batch_size != 1:
             raise ValueError(f"{path} holds {cache.batch_size} rows: a session reads one")
         if strict and about.get("fingerprint", "") not in ("", fingerprint(model)):

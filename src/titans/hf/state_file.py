@@ -1,0 +1,181 @@
+"""State files: tensors and a header of text in one safetensors file, with a checksum over every byte of it.
+
+Written to a temporary name, flushed and renamed, so that what was there before stays until all is written.
+Nothing that is read is executed, and no tensor is read before names, shapes and types are known to be right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from titans import __version__
+
+FORMAT = "titans-state/2"
+_BLOCK = 1 << 20
+_CHECKSUM = re.compile(rb'(?<="checksum":")[0-9a-f]{64}(?=")')
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a tensor is before it is read. dtype: a name where no state has such values."""
+
+    dtype: torch.dtype | str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """An open file. about: its header. kinds: of all tensors, by name."""
+
+    path: Path
+    about: dict[str, str]
+    kinds: dict[str, Kind]
+    _file: Any
+    _same: dict[str, str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read them all; those that were equal share their storage.
+
+        Raises:
+            ValueError: if any byte of the file is not as it was written.
+        """
+        written, found = _checksums(self.path)
+        if written != found:
+            raise ValueError(
+                f"{self.path} is damaged: its checksum does not fit its content; use another copy of it"
+            )
+        try:
+            stored = {name: self._file.get_tensor(name) for name in self.kinds.keys() - self._same.keys()}
+        except safetensors.SafetensorError as error:
+            raise _damaged(self.path, error) from None
+        return stored | {name: stored[of] for name, of in self._same.items()}
+
+
+def write_state_file(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write tensors, equal ones once, and a header.
+
+    Raises:
+        OSError, SafetensorError: if the file cannot be written; what was there before is left.
+    """
+    first: dict[bytes, str] = {}
+    stored: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        values = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + values).digest()
+        like = first.setdefault(content, name)
+        if like == name:
+            # safetensors refuses tensors that share their storage.
+            stored[name] = tensor.clone()
+        else:
+            same[name] = like
+    about = {**about, "format": FORMAT, "library": __version__, "same": json.dumps(same)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(stored, temporary, {**about, "checksum": "0" * 64})
+        seal(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The name is on the disk when the folder is; not every file system has that.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def open_state_file(path: str | Path, device: torch.device | str = "cpu") -> Iterator[StateFile]:
+    """Read the header of a file written by `write_state_file`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: give a memory written by `save` or `titans memorize`")
+    try:
+        with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
+            about = file.metadata() or {}
+            kinds = {}
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                kinds[name] = Kind(_DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+            if about.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
+            same = _aliases(path, about, kinds)
+            kinds |= {name: kinds[of] for name, of in same.items()}
+            yield StateFile(path, about, kinds, file, same)
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def damaged_header(path: str | Path) -> ValueError:
+    return ValueError(f"{path} has a damaged header: write it again with `save`")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged or not a safetensors file ({error})")
+
+
+def _aliases(path: Path, about: dict[str, str], kinds: dict[str, Kind]) -> dict[str, str]:
+    """Which tensors are not stored because another one is equal, and which that is."""
+    try:
+        same = json.loads(about["same"])
+        if all(name not in kinds and of in kinds for name, of in same.items()):
+            return dict(same)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        pass
+    raise damaged_header(path)
+
+
+def seal(path: Path) -> None:
+    """Put the checksum of a file in its place in the header, and wait until the disk has it all."""
+    place = _checksum_place(path)
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(_checksums(path)[1].encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksums(path: Path) -> tuple[str, str]:
+    """What the header says, and SHA-256 of all bytes but these."""
+    place, digest = _checksum_place(path), hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(place))
+        written = file.read(64).decode("ascii", "replace")
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return written, digest.hexdigest()
+
+
+def _checksum_place(path: Path) -> int:
+    with path.open("rb") as file:
+        # Quotes within a header's text have a backslash: this is found nowhere but where it belongs.
+        found = _CHECKSUM.search(file.read(int.from_bytes(file.read(8), "little")))
+    if found is None:
+        raise damaged_header(path)
+    return 8 + found.start()
