@@ -132,7 +132,8 @@ def test_a_memory_grows_by_what_is_read_next(
 
 def test_state_and_file_do_not_grow(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
     sizes = set()
-    for count in (2000, 20000):
+    # At the same place in a segment: where one begins, equal tensors are stored once.
+    for count in (2000, 2000 + 280 * 64):
         text = tmp_path / f"{count}.txt"
         text.write_bytes((ACT_3 + ACT_4)[:count])
         code, out, _ = run("memorize", model_folder, text, "-o", tmp_path / "memory", "--json")
