@@ -222,20 +222,22 @@ def gating(subject: Subject) -> Iterator[Row]:
 def writing_only(model: Any, chosen: Sequence[Tensor]) -> Iterator[None]:
     """Steps of size 0 where not chosen, (batch, time, heads) for each memory, in calls of these shapes."""
     memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
-    original: Callable[..., Any] = NeuralMemory._gates
 
-    def gates(self: NeuralMemory, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        forget, momentum, step_size = original(self, x)
-        mask = chosen[memories.index(self)]
-        if x.shape[:2] == mask.shape[:2]:
-            step_size = step_size * mask.unsqueeze(-1)
-        return forget, momentum, step_size
+    def only(mask: Tensor) -> Callable[..., Tensor]:
+        def opened(_: Any, __: Any, gate: Tensor) -> Tensor:
+            return gate * mask.unsqueeze(-1) if gate.shape[:2] == mask.shape[:2] else gate
 
-    NeuralMemory._gates = gates  # type: ignore[method-assign]
+        return opened
+
+    hooks = [
+        memory.step_size_gate.register_forward_hook(only(mask))
+        for memory, mask in zip(memories, chosen, strict=True)
+    ]
     try:
         yield
     finally:
-        NeuralMemory._gates = original  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()
 
 
 QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {

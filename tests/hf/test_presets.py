@@ -38,11 +38,12 @@ def parts(config: TitansConfig) -> dict[str, int]:
     # What the text taught and what training did are normalised apart.
     reads = (2 if config.memory_decay_to_initial else 1) * width
     has_memory = config.has_memory
+    gates = 3 * heads * depth * (d + 1 + dim * config.memory_gates_see_keys)
     return {
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
         "attention": layers * 4 * d * width * (config.variant != "lmm"),
-        "memory": layers * (5 * d * width + 3 * width * conv + 3 * heads * depth * (d + 1)) * has_memory,
+        "memory": layers * (5 * d * width + 3 * width * conv + gates) * has_memory,
         "initial memory": layers * (initial + norm + reads) * has_memory,
         "recall": layers * (2 * d * width + width * conv + reads) * (config.variant == "mac"),
         "persistent tokens": layers * p * d * has_memory,
@@ -81,6 +82,7 @@ def test_every_preset_has_the_parameters_of_the_formula(preset, variant):
         dict(memory_depth=1, memory_norm=True, memory_decay_to_initial=False, tie_word_embeddings=False),
         dict(memory_depth=4, head_dim=6, num_attention_heads=5, conv_kernel=1, num_persistent_tokens=0),
         dict(memory_depth=3, memory_expansion=1, intermediate_size=7, conv_kernel=3),
+        dict(memory_gates_see_keys=True),
     ],
 )
 def test_the_formula_holds_for_any_sizes(variant, changes):

@@ -23,8 +23,9 @@ FORMS = [
     dict(),
     dict(depth=1, residual=False, norm=False, normalize_step=False, unit_rows=False, max_step_size=0.1),
     dict(depth=3, activation="silu", conv_kernel=1, expansion=1),
+    dict(gates_see_keys=True),
 ]
-every_form = pytest.mark.parametrize("form", FORMS, ids=["default", "linear", "three layers"])
+every_form = pytest.mark.parametrize("form", FORMS, ids=["default", "linear", "three layers", "seen keys"])
 
 
 def layer_of(form, seed=0):
@@ -202,12 +203,34 @@ def test_gates_are_exact_under_autocast(monkeypatch):
 def test_half_lives_are_spread_over_the_heads():
     layer = NeuralMemory(8, num_heads=5, head_dim=4, chunk_size=16, half_lives=(64.0, 1e6)).double()
     nn.init.zeros_(layer.gate_weight)
-    forget, momentum, step_size = layer._gates(torch.zeros(1, 1, 8, dtype=torch.float64))
+    forget, momentum, step_size = layer._gates(
+        *(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (5, 4)))
+    )
     half_lives = (torch.log(torch.tensor(0.5)) / torch.log1p(-forget[0, 0, :, 0])).log()
     assert_close(half_lives[[0, -1]], torch.tensor([64.0, 1e6]).double().log(), 1e-6, "half-lives")
     steps = half_lives.diff()
     assert_close(steps, steps[:1].expand(4), 1e-3, "their logarithms' distances")
     assert (momentum < layer.max_momentum).all() and (step_size < layer.max_step_size).all()
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_gates_that_see_keys_know_what_came_before_and_others_the_token_alone(sees):
+    layer = layer_of(dict(gates_see_keys=sees, normalize_step=False))
+    x = tokens(1, CHUNK + 2, HIDDEN)
+    other = torch.cat([tokens(1, CHUNK + 1, HIDDEN, seed=9), x[:, -1:]], 1)
+    of_last = [layer.applied_gates(one[:, CHUNK:], layer(one[:, :CHUNK])[1]) for one in (x, other)]
+    for gate, after_another in zip(*of_last, strict=True):
+        assert torch.equal(gate[:, -1], after_another[:, -1]) is not sees
+
+
+def test_the_logits_of_gates_move_by_what_each_heads_key_has_of_their_direction():
+    layer, x = layer_of(dict(gates_see_keys=True)), tokens(1, 5, HIDDEN)
+    keys = nn.functional.normalize(tokens(1, 5, 2, 4), dim=-1)
+    with_keys, without = (layer._gates(x, k)[2] / layer.max_step_size for k in (keys, 0 * keys))
+    for head, of_layer in itertools.product(range(2), range(2)):
+        moved = torch.logit(with_keys)[0, :, head, of_layer] - torch.logit(without)[0, :, head, of_layer]
+        direction = layer.gate_key_weight[2, head, of_layer]
+        assert_close(moved, keys[0, :, head] @ direction * 4**0.5, 1e-9, "logits")
 
 
 def test_a_frozen_layer_does_not_learn():

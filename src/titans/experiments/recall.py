@@ -39,6 +39,8 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
     if remembers:
         config |= {
             "memory_induction_init": True,
+            # Whether a byte is worth writing depends on what came before it.
+            "memory_gates_see_keys": True,
             # Keys see fifteen bytes, as four tokens of four would tell them.
             "conv_kernel": 16,
             # What is said once is written at up to a quarter, and no head forgets it within minutes.

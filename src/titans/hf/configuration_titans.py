@@ -40,6 +40,7 @@ class TitansConfig(PreTrainedConfig):
         memory_normalize_step, memory_unit_rows, memory_row_limit, memory_length_floor,
             memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
         memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
+        memory_gates_see_keys: gates of the token and of each head's key, not of the token alone.
         memory_shortest_half_life, memory_longest_half_life: with which the heads forget at first, in tokens.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
@@ -78,6 +79,7 @@ class TitansConfig(PreTrainedConfig):
     memory_shortest_half_life: float = SHORTEST_HALF_LIFE
     memory_longest_half_life: float = LONGEST_HALF_LIFE
     memory_induction_init: bool = False
+    memory_gates_see_keys: bool = False
     memory_combination: str = "gate"
     chunk_size: int = 16
     segment_length: int = 512
@@ -184,6 +186,7 @@ class TitansConfig(PreTrainedConfig):
                 "max_step_size": self.memory_max_step_size,
                 "half_lives": (self.memory_shortest_half_life, self.memory_longest_half_life),
                 "induction_init": self.memory_induction_init,
+                "gates_see_keys": self.memory_gates_see_keys,
             },
         )
 

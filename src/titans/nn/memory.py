@@ -69,6 +69,8 @@ class NeuralMemory(nn.Module):
             its error at most once in each layer (docs/decisions/memory.md).
         half_lives: with which the heads forget at first, log-spaced from one to the other, in tokens.
         induction_init: begin as an associative memory of what followed what, see `begin_as_induction`.
+        gates_see_keys: gates are functions of the token and of each head's key, which tells what came before
+            it; otherwise of the token alone.
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
     """
 
@@ -94,6 +96,7 @@ class NeuralMemory(nn.Module):
         max_step_size: float | None = None,
         half_lives: tuple[float, float] = (SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE),
         induction_init: bool = False,
+        gates_see_keys: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -138,6 +141,9 @@ class NeuralMemory(nn.Module):
         self.conv = CausalConv(3 * width, conv_kernel)
         self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
         self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
+        self.gate_key_weight = (
+            nn.Parameter(torch.empty(3, num_heads, depth, head_dim)) if gates_see_keys else None
+        )
         self.initial_weights = InitialWeights(self.network, num_heads, empty=decay_to_initial)
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
@@ -149,6 +155,8 @@ class NeuralMemory(nn.Module):
     def reset_parameters(self) -> None:
         """Gates with half-lives log-spaced over heads."""
         nn.init.normal_(self.gate_weight, std=0.02)
+        if self.gate_key_weight is not None:
+            nn.init.normal_(self.gate_key_weight, std=0.02)
         self.gate_bias.zero_()
         self.gate_bias[2] = 1.0
         self.set_half_lives(*self.half_lives)
@@ -330,7 +338,7 @@ class NeuralMemory(nn.Module):
         (queries, keys, values), tail = head_vectors(
             self.conv, qkv, state.tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset
         )
-        forget, momentum, step_size = self._gates(x)
+        forget, momentum, step_size = self._gates(x, keys)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
         reads, memory, surprise = memory_scan(
             self.network,
@@ -382,24 +390,32 @@ class NeuralMemory(nn.Module):
         left = self.chunk_size - int((state.memory.position % self.chunk_size).max())
         if x.shape[1] > left:
             raise ValueError(f"x has {x.shape[1]} tokens: give at most the {left} left of the running chunk")
-        forget, momentum, step_size = self._gates(x)
+        width = self.num_heads * self.network.head_dim
+        qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
+        keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1))
+        unit_keys = F.normalize(keys, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
+        forget, momentum, step_size = self._gates(x, unit_keys)
         if not self.network.normalize_step:
             return forget, momentum, step_size
         anchor = self.network.total(state.memory.anchor, self.base)
-        width = self.num_heads * self.network.head_dim
-        qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
-        keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         gain = None if self.norm_weight is None else self.norm_weight.to(anchor[0].dtype).unsqueeze(1)
-        unit_keys = F.normalize(keys, dim=-1).to(anchor[0].dtype)
+        unit_keys = unit_keys.to(anchor[0].dtype).transpose(1, 2)
         normalizers = self.network.step_normalizers_at(anchor, unit_keys, gain)
         return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32."""
+    def _gates(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32.
+
+        x: (batch, time, hidden_size). keys: (batch, time, heads, head_dim), unit vectors.
+        """
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             raw = F.linear(x.to(dtype), self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())
             raw = raw.view(*x.shape[:2], *self.gate_bias.shape)
+            if self.gate_key_weight is not None:
+                # On the scale of a normalised token.
+                scaled = keys.to(dtype) * keys.shape[-1] ** 0.5
+                raw = raw + torch.einsum("bthd,ghld->btghl", scaled, self.gate_key_weight.to(dtype))
             forget, momentum, step_size = raw.unbind(2)
             return (
                 -torch.expm1(-F.softplus(forget)),

@@ -22,7 +22,8 @@ def decayed_parameters(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if id(parameter) not in embeddings and (id(parameter) in projections or name.endswith("gate_weight"))
+        if id(parameter) not in embeddings
+        and (id(parameter) in projections or name.endswith(("gate_weight", "gate_key_weight")))
     ]
 
 
