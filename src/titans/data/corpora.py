@@ -48,7 +48,8 @@ def load_corpus(source: str | Path) -> list[Document]:
             documents = _from_saved_dataset(path)
         else:
             documents = [
-                Document(file.relative_to(path).as_posix(), _read(file)) for file in _text_files(path)
+                Document(file.relative_to(path).as_posix(), _read(file))
+                for file in files_below(path, TEXT_SUFFIXES)
             ]
     documents = [document for document in documents if document.data]
     if not documents:
@@ -68,7 +69,13 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _text_files(folder: Path) -> list[Path]:
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files with such names in a folder and its folders, in a fixed order, hidden ones left out.
+
+    Raises:
+        ValueError: if a folder cannot be read.
+    """
+
     def refuse(error: OSError) -> None:
         raise ValueError(f"{error.filename} could not be read ({error.strerror})") from error
 
@@ -78,7 +85,7 @@ def _text_files(folder: Path) -> list[Path]:
         found += [
             Path(parent, name)
             for name in files
-            if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 

@@ -14,7 +14,7 @@ from titans.data.tokenizer import BYTES, encode_document, is_byte_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,52 @@ class Piece:
 
 
 def read_pieces(
-    path: Path, tokenizer: PreTrainedTokenizerBase, piece_bytes: int = PIECE_BYTES
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    piece_bytes: int = PIECE_BYTES,
+    *,
+    begin: int = 0,
+    name: str | None = None,
 ) -> Iterator[Piece]:
     """Encode a file at constant memory.
 
     A tokenizer of text sees pieces that end with a line where there is one, so that no word is cut.
 
+    Args:
+        begin: where in the file, in bytes; at the end of a piece the others are the same.
+        name: what the file is called in errors.
+
     Raises:
         ValueError: for an empty file, or one that is not UTF-8 where it must be; names file and offset.
         OSError: if it cannot be read.
     """
-    as_bytes, offset, rest = is_byte_tokenizer(tokenizer), 0, b""
+    as_bytes, offset, rest, name = is_byte_tokenizer(tokenizer), begin, b"", name or str(path)
     with path.open("rb") as file:
-        while block := file.read(piece_bytes):
+        file.seek(begin)
+        while block := file.read(max(piece_bytes - len(rest), 1)):
             block = rest + block
             cut = len(block) if as_bytes else _end_of_text(block)
             block, rest = block[:cut], block[cut:]
             if block:
-                yield _encode(path, tokenizer, block, offset)
+                yield _encode(name, tokenizer, block, offset)
             offset += len(block)
     if rest:
-        yield _encode(path, tokenizer, rest, offset)
+        yield _encode(name, tokenizer, rest, offset)
     elif not offset:
-        raise ValueError(f"{path} is empty: leave it out")
+        raise ValueError(f"{name} is empty: leave it out")
 
 
-def _encode(path: Path, tokenizer: PreTrainedTokenizerBase, block: bytes, offset: int) -> Piece:
+def _encode(name: str, tokenizer: PreTrainedTokenizerBase, block: bytes, offset: int) -> Piece:
     if not is_byte_tokenizer(tokenizer):
         try:
             block.decode("utf-8")
         except UnicodeDecodeError as error:
             place = f"byte 0x{block[error.start]:02x} at offset {offset + error.start}"
             raise ValueError(
-                f"{path} is not valid UTF-8: {place}; "
+                f"{name} is not valid UTF-8: {place}; "
                 f"convert it to UTF-8 or use a model with the {BYTES!r} tokenizer, which reads any file"
             ) from None
-    return Piece(encode_document(tokenizer, block, path.name), offset, len(block))
+    return Piece(encode_document(tokenizer, block, name), offset, len(block))
 
 
 def _end_of_text(block: bytes) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +173,11 @@ class Session:
             self.feed(ids)
         return new.unsqueeze(0) if self.tokenizer is None else text_after(self.tokenizer, now.recent, ids)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, about: Mapping[str, str] | None = None) -> None:
         """Write everything that was read to one safetensors file, through a temporary name.
+
+        Args:
+            about: more entries for the file's header.
 
         Raises:
             ValueError: before anything was fed.
@@ -190,9 +193,9 @@ class Session:
                 self.model(
                     torch.zeros(1, 0, dtype=torch.int64, device=self.model.device), past_key_values=cache
                 )
-        about = {"fingerprint": fingerprint(self.model), "recent_tokens": json.dumps(now.recent)}
+        own = {"fingerprint": fingerprint(self.model), "recent_tokens": json.dumps(now.recent)}
         try:
-            cache.save(path, about)
+            cache.save(path, {**(about or {}), **own})
         except safetensors.SafetensorError as error:
             raise OSError(
                 f"{path} could not be written ({error}): give a folder that exists and has room"

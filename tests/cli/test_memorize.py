@@ -1,0 +1,210 @@
+"""Reading that is cut off, by a kill, a full disk or a hand, and goes on; folders and PDF."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from titans.cli import main
+from titans.data import byte_tokenizer, load_corpus
+from titans.hf import TitansConfig, TitansForCausalLM
+from titans.hf.state_file import open_state_file
+from titans.stream import Session
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TEXT = b"\n".join(document.data for document in load_corpus("excerpt"))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = TitansConfig(
+            variant="mag", vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=16, sliding_window=16,
+            num_persistent_tokens=2, initializer_range=0.2,
+        )  # fmt: skip
+        TitansForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "titans", "memorize", *map(str, arguments)]
+
+
+def titans(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options
+    )
+
+
+def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with open_state_file(path) as file:
+        return file.tensors(), file.about
+
+
+def assert_same_memory(path: Path, expected: Path) -> None:
+    (found, about), (wanted, about_wanted) = content(path), content(expected)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {**about, "checksum": ""} == {**about_wanted, "checksum": ""}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    for path, text in zip(paths, (TEXT[:90_001], TEXT[-130_003:] * 2), strict=True):
+        path.write_bytes(text)
+    return paths
+
+
+def test_a_killed_reading_goes_on_to_the_very_same_memory(
+    model_folder: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole.memory", tmp_path / "cut.memory"
+    expected = titans(model_folder, *texts, "-o", whole, "--json")
+    assert expected.returncode == 0, expected.stderr
+    process = subprocess.Popen(
+        command(model_folder, *texts, "-o", cut, "--save-every", 150_000),
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 100
+    while not cut.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait(timeout=30) == -signal.SIGKILL, "it had ended before it could be killed"
+    model = TitansForCausalLM.from_pretrained(model_folder)
+    held = Session.load(cut, model, byte_tokenizer()).num_tokens
+    assert 150_000 <= held < 350_000
+
+    others = titans(model_folder, texts[0], "-o", cut, "--resume")
+    assert others.returncode == 1 and "give the same files to go on" in others.stderr
+    done = titans(model_folder, *texts, "-o", cut, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert_same_memory(cut, whole)
+    found, wanted = json.loads(done.stdout), json.loads(expected.stdout)
+    for name in ("tokens", "tokens_in_memory", "bytes", "mean_surprise", "peak", "files"):
+        assert found[name] == wanted[name]
+    again = titans(model_folder, *texts, "-o", cut, "--resume")
+    assert again.returncode == 1 and "is complete: there is nothing to resume" in again.stderr
+
+
+def test_what_was_interrupted_by_hand_goes_on_within_a_piece(
+    model_folder: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.memory", tmp_path / "cut.memory"
+    assert main(["memorize", str(model_folder), *map(str, texts), "-o", str(whole)]) == 0
+    read, calls = Session._read, []
+
+    def interrupted(self: Session, piece: torch.Tensor) -> Any:
+        calls.append(len(piece))
+        if len(calls) == 70:
+            raise KeyboardInterrupt
+        return read(self, piece)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_read", interrupted)
+        assert main(["memorize", str(model_folder), *map(str, texts), "-o", str(cut)]) == 130
+    assert json.loads(content(cut)[1]["reading"])["place"]["taken"] > 0
+    assert main(["memorize", str(model_folder), *map(str, texts), "-o", str(cut), "--resume"]) == 0
+    assert_same_memory(cut, whole)
+
+
+def test_a_full_disk_leaves_the_last_good_memory(
+    model_folder: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    memory = tmp_path / "book.memory"
+    assert titans(model_folder, texts[0], "-o", memory).returncode == 0
+    before = memory.read_bytes()
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    full = titans(
+        model_folder, texts[1], "--memory", memory, "-o", memory, "--save-every", 70_000, preexec_fn=no_room
+    )
+    assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
+    assert "could not be written" in full.stderr and "make room" in full.stderr
+    assert memory.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.memory", "first.txt", "second.txt"]
+
+
+def a_pdf(*pages: str) -> bytes:
+    """The least that shows text."""
+    count = len(pages)
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(count))
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {count} >>",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, text in enumerate(pages):
+        shown = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET"
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {5 + 2 * number} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>",
+            f"<< /Length {len(shown)} >>\nstream\n{shown}\nendstream",
+        ]
+    out, places = b"%PDF-1.4\n", []
+    for number, text in enumerate(objects, 1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{text}\nendobj\n".encode()
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    tail = f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    return out + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{tail}".encode()
+
+
+def test_a_folder_is_read_file_by_file_and_a_pdf_page_by_page(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "papers"
+    (folder / "old").mkdir(parents=True)
+    (folder / "b.pdf").write_bytes(a_pdf("We measured it twice.", "It was there."))
+    (folder / "old" / "a.md").write_text("# A note\n")
+    (folder / "picture.png").write_bytes(b"not read")
+    (folder / "empty.txt").touch()
+    memory = tmp_path / "memory"
+    assert main(["memorize", str(model_folder), str(folder), "-o", str(memory), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert set(summary["files"]) == {str(folder / "b.pdf"), str(folder / "old" / "a.md")}
+    model = TitansForCausalLM.from_pretrained(model_folder)
+    expected = Session(model, byte_tokenizer())
+    expected.feed("We measured it twice.\n\nIt was there.\n\n# A note\n")
+    options = dict(max_new_tokens=8, do_sample=False)
+    assert Session.load(memory, model, byte_tokenizer()).generate(**options) == expected.generate(**options)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.pdf": b"%PDF-1.4 and no more"}, "is a PDF that could not be read"),
+        ({"a.pdf": a_pdf("")}, "is a PDF without text"),
+        ({"a.png": b"x"}, "has no .txt, .md, .text, .pdf file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    files: dict[str, bytes],
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "papers").mkdir()
+    for name, data in files.items():
+        (tmp_path / "papers" / name).write_bytes(data)
+    arguments = ["memorize", str(model_folder), str(tmp_path / "papers"), "-o", str(tmp_path / "memory")]
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and not (tmp_path / "memory").exists()
