@@ -21,6 +21,7 @@ LAYER = {
     "zoo": 5,
     "evaluate": 5,
     "baselines": 5,
+    "inspection": 6,
     "experiments": 6,
     "cli": 7,
     "__main__": 8,

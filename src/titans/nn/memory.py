@@ -134,8 +134,8 @@ class NeuralMemory(nn.Module):
         if max_step_size is None:
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
         self.max_step_size = max_step_size
-        # A module of its own, so that training may look at its logits.
-        self.step_size_gate = nn.Sigmoid()
+        # Modules of their own, so that others may look at what goes in and comes out.
+        self.forget_gate, self.step_size_gate = nn.Softplus(), nn.Sigmoid()
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
@@ -418,7 +418,7 @@ class NeuralMemory(nn.Module):
                 raw = raw + torch.einsum("bthd,ghld->btghl", scaled, self.gate_key_weight.to(dtype))
             forget, momentum, step_size = raw.unbind(2)
             return (
-                -torch.expm1(-F.softplus(forget)),
+                -torch.expm1(-self.forget_gate(forget)),
                 self.max_momentum * torch.sigmoid(momentum),
                 self.max_step_size * self.step_size_gate(step_size),
             )
