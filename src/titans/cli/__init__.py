@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": ("titans.cli.train", "Train"),
     "generate": ("titans.cli.generate", "Generate"),
     "memorize": ("titans.cli.memorize", "Memorize"),
+    "inspect": ("titans.cli.inspect", "Inspect"),
     "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity"),
     "eval needle": ("titans.cli.needle", "EvalNeedle"),
     "info": ("titans.cli.info", "Info"),
