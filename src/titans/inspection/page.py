@@ -19,7 +19,7 @@ from titans.inspection.measure import Inspection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WINDOW, _PEAKS, _POINTS = 64, 8, 400
+_WINDOW, _PEAKS, _POINTS = 64, 5, 400
 # What is beyond is drawn as strongly as this quantile.
 _CLIP = 0.995
 
@@ -60,7 +60,8 @@ def write_page(
         ],
         "charts": _charts(found),
     }  # fmt: skip
-    content = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    # No "<" of the text may open or close anything.
+    content = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = files("titans.inspection").joinpath("page.html").read_text(encoding="utf-8")
     path.write_text(template.replace("__DATA__", content), encoding="utf-8", errors="replace")
 

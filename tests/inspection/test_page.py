@@ -1,0 +1,122 @@
+"""The page holds the whole text, whatever is in it, and what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from titans.cli import main
+from titans.data import byte_tokenizer
+from titans.hf import TitansConfig, TitansForCausalLM
+
+TEXT = "Naïve 😀 </script><script>alert(1)</script> <b>& “so” on.\n\n" * 40
+
+
+class Scripts(html.parser.HTMLParser):
+    """What a browser takes for scripts, and for tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script" and self.scripts:
+            self.scripts[-1] += data
+
+
+def unpacked(values: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(values), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = TitansConfig(
+            variant="mac", vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=8, segment_length=16,
+            num_persistent_tokens=2, initializer_range=0.3,
+        )  # fmt: skip
+        TitansForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_page_is_whole_and_true(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, page = tmp_path / "text.txt", tmp_path / "page.html"
+    text.write_text(TEXT, encoding="utf-8")
+    arguments = ["inspect", str(text), "--checkpoint", str(model_folder), "-o", str(page)]
+    assert main([*arguments, "--another", "excerpt", "--json"]) == 0
+    told = capsys.readouterr()
+    arrays = json.loads(told.out)
+    assert "tokens/s" in told.err and str(page) in told.err
+    assert (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
+
+    parser = Scripts()
+    parser.feed(page.read_text(encoding="utf-8"))
+    assert len(parser.scripts) == 2 and "b" not in parser.tags, "the text became a part of the page"
+    assert "http" not in page.read_text(encoding="utf-8").replace("https://", "http://").split("__")[0][:200]
+    data: dict[str, Any] = json.loads(parser.scripts[0])
+    assert data["text"] == TEXT
+    lengths = unpacked(data["lengths"])
+    assert len(lengths) == len(TEXT.encode()) and lengths.sum() == len(TEXT.encode("utf-16-le")) // 2
+
+    names = {channel["name"]: channel for channel in data["channels"]}
+    surprise = np.array(arrays["surprise"]).mean(-1)
+    drawn = unpacked(names["surprise"]["values"]) / 255
+    low, high = names["surprise"]["low"], names["surprise"]["high"]
+    np.testing.assert_allclose(
+        low + drawn * (high - low), np.clip(surprise, low, high), atol=(high - low) / 250
+    )
+    known = np.array([own is not None for own in arrays["own"]])
+    helped = names["helped, beside no memory"]
+    gained = np.array([n - o for n, o in zip(arrays["none"], arrays["own"], strict=True) if o is not None])
+    drawn = (unpacked(helped["values"])[known] - 128.0) / 127 * helped["high"]
+    np.testing.assert_allclose(
+        drawn, np.clip(gained, -helped["high"], helped["high"]), atol=helped["high"] / 120
+    )
+    for begin, excerpt, _ in data["lists"][0]["items"]:
+        there = TEXT.encode()[begin : begin + 64].decode(errors="replace")
+        assert excerpt.strip("\ufffd")[1:20] in " ".join(there.split()) or not excerpt.isascii()
+    assert all(len(line["values"]) <= 400 for chart in data["charts"] for line in chart["lines"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--most", "1"], 2, "most=1: give a whole number of at least 2"),
+        (["--another", "none"], 1, "neither a file nor a folder"),
+        (["-o", "FOLDER"], 2, "is a folder"),
+    ],
+)
+def test_a_wrong_call_is_explained(
+    arguments: list[str],
+    code: int,
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = [str(tmp_path) if word == "FOLDER" else word for word in arguments]
+    if "-o" not in options:
+        options += ["-o", str(tmp_path / "page.html")]
+    assert main(["inspect", str(model_folder), str(text), *options]) == code
+    assert message in capsys.readouterr().err and not (tmp_path / "page.html").exists()
