@@ -16,7 +16,7 @@ from titans.cli import main
 from titans.data import byte_tokenizer
 from titans.hf import TitansConfig, TitansForCausalLM
 
-TEXT = "Naïve 😀 </script><script>alert(1)</script> <b>& “so” on.\n\n" * 40
+TEXT = "Naïve 😀 <!--<script> </script><script>alert(1)</script> <b>& “so” on.\n\n" * 40
 
 
 class Scripts(html.parser.HTMLParser):
@@ -71,7 +71,7 @@ def test_the_page_is_whole_and_true(
     parser = Scripts()
     parser.feed(page.read_text(encoding="utf-8"))
     assert len(parser.scripts) == 2 and "b" not in parser.tags, "the text became a part of the page"
-    assert "http" not in page.read_text(encoding="utf-8").replace("https://", "http://").split("__")[0][:200]
+    assert "<" not in parser.scripts[0] and "http" not in page.read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(parser.scripts[0])
     assert data["text"] == TEXT
     lengths = unpacked(data["lengths"])
