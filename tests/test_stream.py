@@ -262,3 +262,68 @@ def test_no_altered_file_passes_for_a_memory(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "200 files" in ended.stdout and "with a right checksum | refused" in ended.stdout
+
+
+@pytest.mark.parametrize("kind", ["lines", "list of strings", "generator of bytes"])
+def test_several_texts_are_read_one_after_the_other(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    text = "Full fathom five\nthy father lies\n\nof his bones"
+    (tmp_path / "song").write_text(text)
+    parts: object = text.splitlines(keepends=True)
+    if kind == "generator of bytes":
+        parts = (line.encode() for line in text.splitlines(keepends=True))
+    session, whole = Session(small_model(), tokenizer), Session(small_model(), tokenizer)
+    taken: list[int] = []
+    with (tmp_path / "song").open() as file:
+        result = session.feed(file if kind == "lines" else parts, progress=taken.append)
+    expected = whole.feed(text)
+    assert result.tokens == taken[-1] == len(text)
+    assert result.mean_surprise == pytest.approx(expected.mean_surprise, rel=1e-9)
+    torch.testing.assert_close(next_logits(session), next_logits(whole), rtol=0, atol=1e-8)
+
+
+def test_a_stream_gives_what_generate_gives_and_stops_where_nobody_asks(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = small_model()
+    for seed in range(3):
+        sessions = [Session(model, tokenizer) for _ in range(3)]
+        for session in sessions:
+            session.feed(some_ids(30, seed).tobytes())
+        options = dict(max_new_tokens=40, do_sample=True, suppress_tokens=list(range(128, 256)))
+        torch.manual_seed(seed)
+        expected = sessions[0].generate(**options)
+        torch.manual_seed(seed)
+        pieces = list(sessions[1].generate(stream=True, **options))
+        assert "".join(pieces) == expected and len(pieces) > 10
+        assert torch.equal(next_logits(sessions[0]), next_logits(sessions[1]))
+        some = sessions[2].generate(stream=True, **options)
+        next(some)
+        some.close()
+        assert 31 <= sessions[2].num_tokens <= 70
+    ids = Session(model)
+    ids.feed([1, 2, 3])
+    assert all(isinstance(token, int) for token in ids.generate(stream=True, max_new_tokens=4))
+    with pytest.raises(ValueError, match="attention_mask"):
+        list(ids.generate(stream=True, attention_mask=None))
+    with pytest.raises(ValueError, match="leave streamer and num_beams out"):
+        list(ids.generate(stream=True, num_beams=2))
+
+
+def test_the_mean_surprise_is_that_of_all_that_was_fed_also_from_a_file(tmp_path: Path) -> None:
+    session, whole = Session(small_model()), Session(small_model())
+    assert session.stats().mean_surprise is None and session.stats().tokens_per_second is None
+    for size in (10, 1, 25):
+        session.feed(some_ids(36)[session.num_tokens : session.num_tokens + size])
+    expected = whole.feed(some_ids(36)).mean_surprise
+    assert session.stats().mean_surprise == pytest.approx(expected, rel=1e-9)
+    assert session.stats().tokens_per_second > 0
+    session.save(tmp_path / "memory")
+    loaded = Session.load(tmp_path / "memory", session.model)
+    assert loaded.stats().mean_surprise == session.stats().mean_surprise
+    assert describe_memory(tmp_path / "memory").stats.mean_surprise == session.stats().mean_surprise
+    assert loaded.stats().tokens_per_second is None
+    change_header(tmp_path / "memory", surprise="[1e999, 3]")
+    with pytest.raises(ValueError, match="damaged header: its surprise"):
+        Session.load(tmp_path / "memory", session.model)

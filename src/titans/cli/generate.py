@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -91,7 +92,7 @@ class Generate:
             raise UsageError(f"seed={self.seed}: give a whole number from 0 to 2^63 − 1")
         check_output("save_memory", self.save_memory)
 
-    def _sampling(self) -> dict[str, bool | float | int]:
+    def _sampling(self) -> dict[str, Any]:
         if self.greedy:
             return {"do_sample": False}
         return {

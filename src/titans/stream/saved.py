@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,17 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class SessionStats:
-    """tokens: taken in so far. state_bytes: held by all states. layers: one entry for each memory layer."""
+    """tokens: taken in so far. state_bytes: held by all states. layers: one entry for each memory layer.
+
+    mean_surprise: of all that was fed, over tokens, layers and heads; None where nothing is known of it.
+    tokens_per_second: of what was fed in this process; None before.
+    """
 
     tokens: int
     state_bytes: int
     layers: tuple[LayerStats, ...]
+    mean_surprise: float | None = None
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,9 @@ def describe_memory(path: str | Path) -> MemoryFile:
         raise damaged_header(path) from None
     cache = TitansCache.load(path, sizes)
     tokens = cache.num_columns + bool(recent_tokens(path, about, None))
-    return MemoryFile(config, about.get("fingerprint"), stats_of(cache, tokens, None))
+    total, count = surprise_so_far(path, about)
+    stats = replace(stats_of(cache, tokens, None), mean_surprise=total / count if count else None)
+    return MemoryFile(config, about.get("fingerprint"), stats)
 
 
 def recent_tokens(path: str | Path, about: dict[str, str], vocab_size: int | None) -> tuple[int, ...]:
@@ -94,6 +102,17 @@ def recent_tokens(path: str | Path, about: dict[str, str], vocab_size: int | Non
     except (ValueError, TypeError, RecursionError):
         pass
     raise ValueError(f"{path} has a damaged header: its recent_tokens are not ids of this model")
+
+
+def surprise_so_far(path: str | Path, about: dict[str, str]) -> tuple[float, int]:
+    """The sum of a session's surprise and of how many it is, from a file's header."""
+    try:
+        total, count = json.loads(about.get("surprise", "[0.0, 0]"))
+        if isinstance(count, int) and count >= 0 and math.isfinite(float(total)):
+            return float(total), count
+    except (ValueError, TypeError, RecursionError, OverflowError):
+        pass
+    raise ValueError(f"{path} has a damaged header: its surprise is no sum and number")
 
 
 @torch.no_grad()

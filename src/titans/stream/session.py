@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,15 @@ from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.hf.state_file import open_state_file
-from titans.stream.saved import SessionStats, fingerprint, initial_states, recent_tokens, stats_of
+from titans.stream.live import generated
+from titans.stream.saved import (
+    SessionStats,
+    fingerprint,
+    initial_states,
+    recent_tokens,
+    stats_of,
+    surprise_so_far,
+)
 from titans.stream.text import NUM_RECENT, text_after, token_ids
 
 if TYPE_CHECKING:
@@ -54,10 +62,16 @@ class _Now:
     """Where a session stands; replaced as a whole, so that whatever is interrupted has not happened.
 
     cache: has read all tokens but the last, and is never written to again. recent: the last tokens.
+    surprise, count: its sum over tokens read, layers and heads, and of how many. seconds, read: how long
+    this process has read, and how many tokens.
     """
 
     cache: TitansCache
     recent: tuple[int, ...] = ()
+    surprise: float = 0.0
+    count: int = 0
+    seconds: float = 0.0
+    read: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -99,7 +113,7 @@ class Session:
 
     def feed(
         self,
-        text: str | bytes | Tensor | Sequence[int] | np.ndarray,
+        text: str | bytes | Tensor | Sequence[int] | np.ndarray | Iterable[str | bytes],
         *,
         collect_surprise: bool = False,
         progress: Callable[[int], None] | None = None,
@@ -108,7 +122,8 @@ class Session:
 
         Args:
             text: a string (needs the tokenizer; no special tokens are added), token ids (n,) or (1, n), or
-                bytes: token ids for a byte model, UTF-8 for any other tokenizer.
+                bytes: token ids for a byte model, UTF-8 for any other tokenizer; or several of these, such
+                as the lines of an open file, of which only one is held at a time.
             collect_surprise: return the surprise at every token.
             progress: called after every piece with the number of tokens taken in by this call.
 
@@ -116,43 +131,57 @@ class Session:
             ValueError: for a string without a tokenizer, bytes that are not UTF-8, or ids that the model has
                 not.
         """
-        began, start, taken = time.perf_counter(), self._now.cache.num_columns, 0
-        ids, collected = token_ids(text, self.tokenizer, self.model.config.vocab_size), []
-        total, count = 0.0, 0
-        while taken < len(ids):
-            # Pieces end at multiples of their length, where chunks and segments do, too.
-            room = PIECE_LENGTH - self._now.cache.num_columns % PIECE_LENGTH
-            piece = ids[taken : taken + room + (not self._now.recent)]
-            surprise = self._read(piece.long())
-            taken += len(piece)
-            if surprise is not None and surprise.numel():
-                total += float(surprise.sum(dtype=torch.float64))
-                count += surprise.numel()
-                if collect_surprise:
+        began, before, taken = time.perf_counter(), self._now, 0
+        collected: list[Tensor] = []
+        for part in _parts(text):
+            ids = token_ids(part, self.tokenizer, self.model.config.vocab_size)
+            while len(ids):
+                # Pieces end at multiples of their length, where chunks and segments do, too.
+                room = PIECE_LENGTH - self._now.cache.num_columns % PIECE_LENGTH
+                piece = ids[: room + (not self._now.recent)]
+                surprise = self._read(piece.long())
+                ids, taken = ids[len(piece) :], taken + len(piece)
+                if collect_surprise and surprise is not None and surprise.numel():
                     collected.append(surprise.cpu())
-            if progress is not None:
-                progress(taken)
+                if progress is not None:
+                    progress(taken)
+        count = self._now.count - before.count
         return FeedResult(
             tokens=taken,
             seconds=time.perf_counter() - began,
-            start=start,
-            mean_surprise=total / count if count else None,
+            start=before.cache.num_columns,
+            mean_surprise=(self._now.surprise - before.surprise) / count if count else None,
             surprises=torch.cat(collected) if collected else None,
         )
 
-    def generate(self, **kwargs: Any) -> str | Tensor:
+    def generate(self, *, stream: bool = False, **kwargs: Any) -> Any:
         """Continue the text; what is generated becomes part of the session.
 
         Args:
+            stream: give the text as it comes. Whoever stops asking stops the model; what it has generated by
+                then is part of the session.
             kwargs: of transformers' `generate`: max_new_tokens, do_sample, temperature, streamer, …
 
         Returns:
             With a tokenizer the new text; a last character that is not complete yet is given by the next
-            call. Without one the new ids (1, n).
+            call. Without one the new ids (1, n). With `stream` an iterator, of pieces of text or of ids.
 
         Raises:
             ValueError: before anything was fed, or for an argument that the session sets itself.
         """
+        return self._stream(kwargs) if stream else self._generate(**kwargs)
+
+    def _stream(self, kwargs: dict[str, Any]) -> Iterator[str | int]:
+        recent = self._now.recent
+        for token in generated(self._generate, kwargs):
+            if self.tokenizer is None:
+                yield token
+                continue
+            if piece := text_after(self.tokenizer, recent, (token,)):
+                yield piece
+            recent = (*recent, token)[-NUM_RECENT:]
+
+    def _generate(self, **kwargs: Any) -> str | Tensor:
         for name in _SET_BY_SESSION:
             if name in kwargs:
                 raise ValueError(f"{name}={kwargs[name]!r}: a session sets this itself; leave it out")
@@ -167,7 +196,7 @@ class Session:
             new = self.model.generate(start, past_key_values=cache, **kwargs)[0, 1:]
         ids = tuple(new.tolist())
         if cache.batch_size == 1 and cache.num_columns == now.cache.num_columns + len(ids):
-            self._now = _Now(cache, (now.recent + ids)[-NUM_RECENT:])
+            self._now = replace(now, cache=cache, recent=(now.recent + ids)[-NUM_RECENT:])
         else:
             # Beam search leaves the states of all beams, in no order to rely on.
             self.feed(ids)
@@ -193,7 +222,11 @@ class Session:
                 self.model(
                     torch.zeros(1, 0, dtype=torch.int64, device=self.model.device), past_key_values=cache
                 )
-        own = {"fingerprint": fingerprint(self.model), "recent_tokens": json.dumps(now.recent)}
+        own = {
+            "fingerprint": fingerprint(self.model),
+            "recent_tokens": json.dumps(now.recent),
+            "surprise": json.dumps([now.surprise, now.count]),
+        }
         try:
             cache.save(path, {**(about or {}), **own})
         except safetensors.SafetensorError as error:
@@ -236,7 +269,8 @@ class Session:
         leaves = [leaf.to(like.dtype) for leaf, like in zip(held, wanted, strict=True)]
         for layer, state in zip(cache.layers, pytree.tree_unflatten(leaves, structure), strict=True):
             layer.state = state
-        session._now = _Now(cache, recent_tokens(path, about, model.config.vocab_size))
+        recent = recent_tokens(path, about, model.config.vocab_size)
+        session._now = _Now(cache, recent, *surprise_so_far(path, about))
         return session
 
     def fork(self) -> Session:
@@ -250,13 +284,19 @@ class Session:
         self._now = _Now(TitansCache(self.model.config))
 
     def stats(self) -> SessionStats:
-        """Tokens read, bytes held, and the norms of every layer's memory."""
-        return stats_of(self._now.cache, self.num_tokens, self.model)
+        """Tokens read, bytes held, mean surprise, speed, and the norms of every layer's memory."""
+        now = self._now
+        found = stats_of(now.cache, self.num_tokens, self.model)
+        return replace(
+            found,
+            mean_surprise=now.surprise / now.count if now.count else None,
+            tokens_per_second=now.read / now.seconds if now.seconds else None,
+        )
 
     def _read(self, piece: Tensor) -> Tensor | None:
         """Take in (n,) ids; the surprise (tokens read, layers) of what the model read, or None if it has no
         memory."""
-        now = self._now
+        now, began = self._now, time.perf_counter()
         unread = torch.cat([torch.tensor(now.recent[-1:], dtype=torch.int64), piece])[:-1]
         cache, surprise = now.cache.clone(), None
         if len(unread):
@@ -269,8 +309,24 @@ class Session:
                 )
             if output.surprises:
                 surprise = torch.stack([s[0].mean(-1).float() for s in output.surprises], -1)
-        self._now = _Now(cache, (now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:])
+        self._now = _Now(
+            cache=cache,
+            recent=(now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:],
+            surprise=now.surprise + (0.0 if surprise is None else float(surprise.sum(dtype=torch.float64))),
+            count=now.count + (0 if surprise is None else surprise.numel()),
+            seconds=now.seconds + time.perf_counter() - began,
+            read=now.read + len(piece),
+        )
         return surprise
+
+
+def _parts(text: Any) -> Iterable[Any]:
+    """Several texts as they are, anything else as the only one."""
+    if isinstance(text, (str, bytes, Tensor)) or hasattr(text, "__array__"):
+        return (text,)
+    if isinstance(text, Sequence) and not (text and isinstance(text[0], (str, bytes))):
+        return (text,)
+    return text
 
 
 @contextmanager
