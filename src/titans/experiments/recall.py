@@ -39,8 +39,6 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
     if remembers:
         config |= {
             "memory_induction_init": True,
-            # Whether a byte is worth writing depends on what came before it.
-            "memory_gates_see_keys": True,
             # Keys see fifteen bytes, as four tokens of four would tell them.
             "conv_kernel": 16,
             # What is said once is written at up to a quarter, and no head forgets it within minutes.
@@ -83,12 +81,12 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
         near,
         output=output / "far",
         start_from=near.output,
-        steps=700,
+        steps=450,
         sequence_length=2048,
         fact_spacing=None if plain else 1500.0,
-        fact_distance=32768,
-        numbered=0.15,
-        write_cost=0.01,
+        fact_distance=16384,
+        write_cost=0.01 if remembers else 0.0,
+        distraction=0.5 if remembers else 0.0,
         carry_memory=remembers,
         in_order=not remembers,
         learning_rate=3e-3,

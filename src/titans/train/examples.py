@@ -11,7 +11,6 @@ from torch.utils.data import Dataset, Subset
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
 from titans.data.batches import Item
 from titans.data.needles import state_facts
-from titans.data.numbered import with_numbers
 from titans.data.refrains import with_refrains
 from titans.train.settings import TrainSettings
 
@@ -111,13 +110,11 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
 def _as_told(
     documents: list[Document], settings: TrainSettings
 ) -> tuple[list[Document], list[np.ndarray] | None]:
-    """The documents as they are read: with numbers, refrains and facts, and which bytes are answers, if these
-    count more."""
+    """The documents with refrains and facts in them, and which bytes are answers where these count more."""
     generator = np.random.default_rng(settings.seed)
     told, answers = [], []
     for document in documents:
-        text = with_numbers(document.data, generator, settings.numbered)
-        text, spans = with_refrains(text, generator, settings.refrains), []
+        text, spans = with_refrains(document.data, generator, settings.refrains), []
         if settings.fact_spacing is not None:
             text, spans = state_facts(text, generator, settings.fact_spacing, farthest=settings.fact_distance)
         told.append(Document(document.name, text))

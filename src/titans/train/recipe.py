@@ -202,6 +202,7 @@ class TrainingRun:
             state_passing=settings.state_passing,
             answer_weight=settings.answer_weight,
             write_cost=settings.write_cost,
+            distraction=settings.distraction,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
             log_every=settings.log_every,

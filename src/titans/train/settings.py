@@ -15,7 +15,7 @@ SETTINGS_FILE = "training.json"
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
     "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "answer_weight", "refrains",
-    "numbered", "write_cost", "start_from", "state_passing",
+    "write_cost", "distraction", "start_from", "state_passing",
 )  # fmt: skip
 
 
@@ -55,10 +55,10 @@ class TrainSettings:
     """How many times as much as other bytes those of answers about facts count in the loss."""
     refrains: float = 0.0
     """Share of the training text that is some of its sentences, said again and again."""
-    numbered: float = 0.0
-    """Share of the training text whose lines are numbered: numbers that need not be remembered."""
     write_cost: float = 0.0
     """What the slower half of a memory's heads pay for writing, see `titans.train.write_cost`."""
+    distraction: float = 0.0
+    """Share of the rows half of whose heads forget the row within it, see `titans.train.distraction`."""
     start_from: Path | None = None
     """Folder of a model to go on from, of the same configuration."""
     learning_rate: float | None = None
@@ -113,7 +113,7 @@ class TrainSettings:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
                 "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "answer_weight": math.inf,
-                "refrains": 0.9, "numbered": 1, "write_cost": math.inf}  # fmt: skip
+                "refrains": 0.9, "distraction": 1, "write_cost": math.inf}  # fmt: skip
         for name, bound in most.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value <= bound:
@@ -124,7 +124,7 @@ class TrainSettings:
             raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
-        for name in ("carry_memory", "state_passing"):
+        for name in ("carry_memory", "state_passing", "distraction"):
             if getattr(self, name) and self.variant in _without_memory():
                 raise ValueError(
                     f"{name} with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"

@@ -28,6 +28,7 @@ from transformers import (
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory.state import map_state
 from titans.train import checkpoint as files
+from titans.train.distraction import distracted, draw_distraction
 from titans.train.examples import EpochAfterEpoch, HeldOut
 from titans.train.metrics import MetricsLog
 from titans.train.write_cost import collected_write_logits, write_cost
@@ -58,6 +59,7 @@ class TitansTrainer(Trainer):
             before, in place of an empty one; the text, and with it all else, is new.
         answer_weight: how much labels count that the examples' `answers` marks; others count 1.
         write_cost: how much `titans.train.write_cost` counts beside them.
+        distraction: share of the rows that are distracted, see `titans.train.distraction`.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
     """
@@ -75,14 +77,15 @@ class TitansTrainer(Trainer):
         state_passing: float = 0.0,
         answer_weight: float = 1.0,
         write_cost: float = 0.0,
+        distraction: float = 0.0,
         eval_every: int = 100,
         save_every: int = 100,
         log_every: int = 10,
         save_extras: Callable[[Path], None] | None = None,
     ) -> None:
-        if (carry_memory or state_passing) and not model.config.has_memory:
+        if (carry_memory or state_passing or distraction) and not model.config.has_memory:
             raise ValueError(
-                f"carry_memory, state_passing: variant {model.config.variant!r} has no memory to carry"
+                f"carry_memory, state_passing, distraction: variant {model.config.variant!r} has no memory"
             )
         super().__init__(
             model,
@@ -101,7 +104,7 @@ class TitansTrainer(Trainer):
         self.held_out = held_out
         self.metrics = metrics
         self.carry_memory, self.state_passing = carry_memory, state_passing
-        self.answer_weight, self.write_cost = answer_weight, write_cost
+        self.answer_weight, self.write_cost, self.distraction = answer_weight, write_cost, distraction
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
@@ -119,23 +122,13 @@ class TitansTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy in nats of labels that are already shifted; answers may count more."""
         passes_on = self.carry_memory or self.state_passing > 0
-        states, restart = self._before(inputs)
         try:
             with collected_write_logits(model) as write_logits:
-                output = model(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    use_cache=False,
-                    memory_states=states,
-                    restart=restart,
-                    return_memory_states=passes_on,
-                )
+                logits, states = self._read(model, inputs, passes_on)
         except ValueError as error:
             # A memory refuses gates that are NaN before there is a loss.
             raise self._stopped(f"the model could not read its input ({error})") from error
-        each = F.cross_entropy(
-            output.logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none"
-        )
+        each = F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none")
         weights = (inputs["labels"] >= 0).flatten().to(each.dtype)
         value = (each.detach().sum() / weights.sum()).item()
         self._refuse_non_finite(value, "loss")
@@ -145,10 +138,37 @@ class TitansTrainer(Trainer):
         if self.write_cost:
             loss = loss + self.write_cost * write_cost(write_logits).to(loss.device)
         if passes_on:
-            self.carried = map_state(Tensor.detach, output.memory_states)
+            self.carried = map_state(Tensor.detach, states)
             self._columns_carried += inputs["input_ids"].shape[1]
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
-        return (loss, output) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _read(
+        self, model: nn.Module, inputs: dict[str, Tensor], passes_on: bool
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        """Logits of all tokens, and the states after the last one if they are wanted."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        states, restart = self._before(inputs)
+        time, place, rows = ids.shape[1], 0, torch.zeros(len(ids), dtype=torch.bool)
+        if self.distraction:
+            generator = np.random.default_rng([self.args.seed, self.state.global_step, 7])
+            chunk = self._network.config.chunk_size
+            rows, place = draw_distraction(generator, len(ids), time, chunk, self.distraction)
+        logits = []
+        for begin, end in ((0, place), (place, time)) if place else ((0, time),):
+            output = model(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, begin:end],
+                use_cache=False,
+                memory_states=states,
+                restart=restart if begin == 0 else None,
+                return_memory_states=passes_on or end < time,
+            )
+            logits.append(output.logits)
+            states = output.memory_states
+            if end < time:
+                states = distracted(states, rows)
+        return torch.cat(logits, 1) if len(logits) > 1 else logits[0], states
 
     def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
         """What the rows have read before this step, and which of them begin afresh all the same."""
