@@ -6,7 +6,8 @@
 
 flood: a fact, then books or random bytes. repetition: a fact said several times, at several spacings. twice:
 the context read once or twice. books: facts in plays that were trained on, in plays that were not, in the
-Bible. genre: a hundred facts of one kind and one of another. gating: writes skipped below a quantile of
+Bible. genre: a hundred facts of one kind and one of another. overwritten: what is read after the fact forgets
+nothing, writes a tenth, or nothing, in all layers or in one. gating: writes skipped below a quantile of
 surprise, or at random (not of MAC, which writes segment by segment). Nothing is trained. Finished ones are
 kept in benchmarks/results/memory_questions.json; tables and pictures go to docs/results.
 """
@@ -14,6 +15,7 @@ kept in benchmarks/results/memory_questions.json; tables and pictures go to docs
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import os
 import platform
@@ -54,12 +56,20 @@ class Subject:
 
     def share(self, texts: Sequence[bytes], needles: Sequence[Needles], whole: bool = False) -> Row:
         """How many of the texts, all of one length, are followed by the right answer."""
-        ids = np.stack([np.frombuffer(text, np.uint8) for text in texts])
+        ids = stacked(texts)
         cache = read(self.model, ids, piece_length=ids.shape[1] if whole else CONTEXT)[1]
+        return self.asked(cache, needles)
+
+    def asked(self, cache: Any, needles: Sequence[Needles]) -> Row:
+        """The same of what a cache has read."""
         questions, answers = [n.questions[0] for n in needles], [n.answers[0] for n in needles]
         right = int(answered(self.model, self.tokenizer, cache, questions, answers).sum())
-        low, high = wilson(right, len(texts))
-        return {"share": right / len(texts), "low": low, "high": high, "texts": len(texts)}
+        low, high = wilson(right, len(needles))
+        return {"share": right / len(needles), "low": low, "high": high, "texts": len(needles)}
+
+
+def stacked(texts: Sequence[bytes]) -> np.ndarray:
+    return np.stack([np.frombuffer(text, np.uint8) for text in texts])
 
 
 def facts(task: str, seed: int = 0) -> list[Needles]:
@@ -240,12 +250,41 @@ def writing_only(model: Any, chosen: Sequence[Tensor]) -> Iterator[None]:
             hook.remove()
 
 
+def overwritten(subject: Subject) -> Iterator[Row]:
+    books, needles = text_of("bible"), facts("number")
+    told = fitted([b + said(n) for b, n in zip(slices(books, 1024, 1), needles, strict=True)], 512)
+    memories = [module for module in subject.model.modules() if isinstance(module, NeuralMemory)]
+    with_fact = read(subject.model, stacked(told))[1]
+    arms = {
+        "as it is": (1.0, 1.0, memories),
+        "nothing forgotten": (0.0, 1.0, memories),
+        "a tenth written": (1.0, 0.1, memories),
+        "nothing written": (1.0, 0.0, memories),
+        **{f"nothing written in layer {i}": (1.0, 0.0, [m]) for i, m in enumerate(memories)},
+    }
+    for length in (2048, 8192, 32768):
+        after = stacked(slices(books, length, 7))
+        for arm, (forget, step_size, where) in arms.items():
+            hooks = [
+                gate.register_forward_hook(lambda _, __, opened, times=times: opened * times)
+                for memory in where
+                for gate, times in ((memory.forget_gate, forget), (memory.step_size_gate, step_size))
+            ]
+            try:
+                cache = read(subject.model, after, copy.deepcopy(with_fact), CONTEXT)[1]
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            yield {"arm": arm, "x": length, **subject.asked(cache, needles)}
+
+
 QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {
     "flood": (flood, "bytes after the fact"),
     "repetition": (repetition, "times said, 16,384 bytes before the question"),
     "twice": (twice, "bytes of context"),
     "books": (books, "bytes after the fact"),
     "genre": (genre, "facts of the usual kind"),
+    "overwritten": (overwritten, "bytes after the fact"),
     "gating": (gating, f"share of writes skipped, of {CONTEXT:,} bytes"),
 }
 
