@@ -25,10 +25,7 @@ from kept import known
 from titans import zoo
 from titans.data import load_corpus
 from titans.evaluate.needle import needle_table
-from titans.experiments.recall import stages
-from titans.train import TrainSettings, train
-from titans.train.checkpoint import checkpoints
-from titans.train.progress import ProgressLine
+from titans.experiments.recall import run_stage, stages
 
 RESULTS = Path(__file__).parent / "results" / "training_length.json"
 REPORT = Path(__file__).parents[1] / "docs" / "results"
@@ -37,15 +34,6 @@ TOKENS_PER_STEP, STEPS = 16384, 300
 FIRST, LAST, TEXTS = 512, 131072, 60
 # What counts as recalled, and where it is not worth reading on.
 RECALLED, LOST = 0.9, 0.5
-
-
-def run(settings: TrainSettings) -> None:
-    if (settings.output / "model.safetensors").exists():
-        return
-    settings = replace(settings, resume=bool(checkpoints(settings.output)))
-    print(f"{settings.output}: {settings.steps} steps", file=sys.stderr)
-    with ProgressLine(settings.steps, bytes_are_tokens=True) as progress:
-        train(settings, progress)
 
 
 def trained(length: int, folder: Path) -> Path:
@@ -60,7 +48,7 @@ def trained(length: int, folder: Path) -> Path:
         fact_distance=length,
         min_learning_rate=0.1,
     )
-    run(row)
+    run_stage(row)
     return row.output
 
 
@@ -143,7 +131,7 @@ def main() -> int:
             continue
         # A worker of its own first stage: they may run side by side.
         folder = arguments.output / str(length)
-        run(stages("lmm", folder, threads=1)[0])
+        run_stage(stages("lmm", folder, threads=1)[0])
         result = {
             "cells": recalled(trained(length, folder), haystack),
             "date": str(datetime.date.today()),

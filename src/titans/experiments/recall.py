@@ -17,6 +17,7 @@ from typing import Any
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.train import Interrupted, TrainSettings, train
 from titans.train.checkpoint import checkpoints
+from titans.train.metrics import read_metrics
 from titans.train.progress import ProgressLine
 
 CORPUS = "shakespeare"
@@ -96,6 +97,22 @@ def stages(variant: str, output: Path, plain: bool = False, **changes: Any) -> l
     return [replace(stage, **changes) for stage in (dense, near, far)]
 
 
+def run_stage(settings: TrainSettings) -> float | None:
+    """Train a stage, or what is left of it; returns the held-out bits per byte at its end.
+
+    Raises:
+        Interrupted: with what is done saved.
+    """
+    metrics = settings.output / "metrics.jsonl"
+    if not (settings.output / "model.safetensors").exists():
+        settings = replace(settings, resume=bool(checkpoints(settings.output)))
+        print(f"{settings.output}: {settings.steps} steps", file=sys.stderr)
+        with ProgressLine(settings.steps, bytes_are_tokens=True) as progress:
+            train(settings, progress)
+    evaluated = [line for line in read_metrics(metrics) if line["kind"] == "eval"]
+    return evaluated[-1]["bits_per_byte"] if evaluated else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -108,12 +125,7 @@ def main() -> int:
     planned = stages(arguments.variant, arguments.output, arguments.plain, threads=arguments.threads)
     try:
         for settings in planned:
-            if (settings.output / "model.safetensors").exists():
-                continue
-            settings = replace(settings, resume=bool(checkpoints(settings.output)))
-            print(f"{settings.output}: {settings.steps} steps", file=sys.stderr)
-            with ProgressLine(settings.steps, bytes_are_tokens=True) as progress:
-                train(settings, progress)
+            run_stage(settings)
     except Interrupted as error:
         print(f"titans: {error}", file=sys.stderr)
         return 130
