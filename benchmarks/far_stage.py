@@ -60,7 +60,7 @@ def report() -> None:
     columns = [(task, length) for task, lengths in ASKED.items() for length in lengths]
     lines = [
         f"{about['date']}, {about['machine']}; `python benchmarks/far_stage.py`. LMM, far stage of {STEPS} "
-        f"steps; % recalled of {TEXTS} texts, told at the beginning, for each seed; held-out bits per byte in "
+        f"steps; % recalled of {TEXTS} texts, told at the beginning, each seed; held-out bits per byte in "
         "windows of 2,048 that begin with an empty memory.",
         "",
         "| far stage | " + " | ".join(f"{task}, {length:,}" for task, length in columns) + " | text |",
