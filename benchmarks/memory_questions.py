@@ -262,7 +262,7 @@ def overwritten(subject: Subject) -> Iterator[Row]:
         "nothing written": (1.0, 0.0, memories),
         **{f"nothing written in layer {i}": (1.0, 0.0, [m]) for i, m in enumerate(memories)},
     }
-    for length in (2048, 8192, 32768):
+    for length in (2048, 8192):
         after = stacked(slices(books, length, 7))
         for arm, (forget, step_size, where) in arms.items():
             hooks = [
