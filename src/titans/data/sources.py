@@ -72,10 +72,13 @@ def _extract(path: Path, output: Path) -> None:
         ) from None
     try:
         with output.open("w", encoding="utf-8", errors="replace") as text:
+            written = 0
             for page in PdfReader(path).pages:
-                text.write(page.extract_text().strip() + "\n\n")
+                shown = page.extract_text().strip()
+                text.write(shown + "\n\n")
+                written += len(shown)
     except Exception as error:  # the library raises what its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"files: {str(path)!r} is a PDF that could not be read ({reason})") from error
-    if not output.read_text().strip():
+    if not written:
         raise ValueError(f"files: {str(path)!r} is a PDF without text, of pictures perhaps: leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class TitansTrainer(Trainer):
         """Mean cross-entropy in nats of labels that are already shifted; answers may count more."""
         passes_on = self.carry_memory or self.state_passing > 0
         try:
-            with collected_write_logits(model) as write_logits:
+            with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
                 logits, states = self._read(model, inputs, passes_on)
         except ValueError as error:
             # A memory refuses gates that are NaN before there is a loss.
