@@ -17,9 +17,11 @@ import torch
 
 from titans.cli import main
 from titans.data import byte_tokenizer, load_corpus
-from titans.hf import TitansConfig, TitansForCausalLM
+from titans.hf import TitansForCausalLM
 from titans.hf.state_file import open_state_file
 from titans.stream import Session
+
+from ..checkpoints import save_byte_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TEXT = b"\n".join(document.data for document in load_corpus("excerpt"))
@@ -27,17 +29,8 @@ TEXT = b"\n".join(document.data for document in load_corpus("excerpt"))
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = TitansConfig(
-            variant="mag", vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-            num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=16, sliding_window=16,
-            num_persistent_tokens=2, initializer_range=0.2,
-        )  # fmt: skip
-        TitansForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    sizes: dict[str, Any] = dict(variant="mag", chunk_size=16, sliding_window=16, initializer_range=0.2)
+    return save_byte_model(tmp_path_factory.mktemp("checkpoint"), **sizes)
 
 
 def command(*arguments: object) -> list[str]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from titans.cli import main
-from titans.data import byte_tokenizer
-from titans.hf import TitansConfig, TitansForCausalLM
+
+from ..checkpoints import save_byte_model
 
 TEXT = "Naïve 😀 <!--<script> </script><script>alert(1)</script> <b>& “so” on.\n\n" * 40
 
@@ -43,17 +42,10 @@ def unpacked(values: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = TitansConfig(
-            variant="mac", vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=8, segment_length=16,
-            num_persistent_tokens=2, initializer_range=0.3,
-        )  # fmt: skip
-        TitansForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    sizes: dict[str, Any] = dict(
+        variant="mac", num_hidden_layers=2, chunk_size=8, segment_length=16, initializer_range=0.3
+    )
+    return save_byte_model(tmp_path_factory.mktemp("checkpoint"), **sizes)
 
 
 def test_the_page_is_whole_and_true(
