@@ -54,6 +54,7 @@ class _Segments:
         self.counts = np.array([-(-(len(document) - 1) // sequence_length) for document in self.documents])
         self.starts = np.cumsum(self.counts) - self.counts
         self.total = int(self.counts.sum())
+        self.num_tokens = sum(map(len, self.documents))
         self.missing_first = np.zeros(len(self.documents), dtype=np.int64)
 
     def draw(self, generator: np.random.Generator) -> None:
@@ -105,6 +106,11 @@ class WindowDataset(Dataset[Item]):
         self._segments = _Segments(documents, sequence_length, answers)
         self.set_epoch(0)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents of two tokens or more."""
+        return self._segments.num_tokens
+
     def set_epoch(self, epoch: int) -> None:
         """Draw the windows of another epoch; Trainer calls this."""
         if self.seed is not None:
@@ -148,6 +154,11 @@ class CarryDataset(Dataset[Item]):
         self._segments = _Segments(documents, sequence_length, answers)
         self.num_steps = -(-self._segments.total // batch_rows)
         self.set_epoch(0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents of two tokens or more."""
+        return self._segments.num_tokens
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of documents and their segments for another epoch; Trainer calls this."""

@@ -22,6 +22,7 @@ Read `reference.py` first: it is the method. `chunkwise.py` is the same function
 """
 
 from titans.memory.dispatch import BACKENDS, Backend, memory_read, memory_scan
+from titans.memory.layout import assume_aligned
 from titans.memory.network import MemoryNetwork
 from titans.memory.objective import OBJECTIVES
 from titans.memory.rule import UPDATE_RULES
@@ -34,6 +35,7 @@ __all__ = [
     "Backend",
     "MemoryNetwork",
     "MemoryState",
+    "assume_aligned",
     "memory_read",
     "memory_scan",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans.memory.chunk import Weights
 from titans.memory.grouped import Marks, Slow, State, Tokens, scan_chunks
-from titans.memory.layout import Columns, cut_columns
+from titans.memory.layout import Columns, common_phase, cut_columns
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
@@ -159,9 +159,9 @@ def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, Memory
     if time == 0:
         return torch.zeros_like(problem.queries), problem.state, problem.keys.new_zeros(batch, 0, heads)
     if problem.mask is None and problem.reset is None:
-        phases = set((problem.state.position % problem.chunk_size).tolist())
-        if len(phases) == 1:
-            return _scan_aligned(problem, run, phases.pop())
+        phase = common_phase(problem.state.position, problem.chunk_size)
+        if phase is not None:
+            return _scan_aligned(problem, run, phase)
     real = problem.mask
     if real is None:
         real = torch.ones(batch, time, dtype=torch.bool, device=problem.keys.device)

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_aligned: ContextVar[bool] = ContextVar("aligned", default=False)
+
+
+@contextmanager
+def assume_aligned() -> Iterator[None]:
+    """Within it every row is taken to stand where a chunk, and a segment, begins, without a look at it.
+
+    To look, the host has to wait for the device, which it cannot while a CUDA graph is recorded. Whoever says
+    this answers for it: rows that stand elsewhere would be cut in the wrong places.
+    """
+    token = _aligned.set(True)
+    try:
+        yield
+    finally:
+        _aligned.reset(token)
+
+
+def common_phase(position: Tensor, size: int) -> int | None:
+    """position % size, (batch,), where it is the same in every row, or None. Reads it on the host."""
+    if _aligned.get():
+        return 0
+    phases = set((position % size).tolist())
+    return phases.pop() if len(phases) == 1 else None
 
 
 class Columns(NamedTuple):

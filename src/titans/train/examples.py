@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,19 +20,27 @@ if TYPE_CHECKING:
 
 
 class EpochAfterEpoch(Dataset[Item]):
-    """`num_examples` examples in the order of training: one epoch of a data set after another.
+    """`num_examples` examples in the order of training: one epoch after another.
 
     An example depends on its number alone, so a run that goes on from any step sees what it would have seen.
+
+    Args:
+        tell: the data set of an epoch. Every epoch takes as many examples as the first has, so that of a
+            longer text the end is left out, and a shorter one begins again.
     """
 
-    def __init__(self, dataset: WindowDataset | CarryDataset, num_examples: int, seed: int) -> None:
-        self.dataset = dataset
+    def __init__(
+        self, tell: Callable[[int], WindowDataset | CarryDataset], num_examples: int, seed: int
+    ) -> None:
+        self._tell = tell
         self.num_examples = num_examples
         self.seed = seed
         self._begin(0)
+        self.epoch_length = len(self.dataset)
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
+        self.dataset = self._tell(epoch)
         self.dataset.set_epoch(epoch)
         size = len(self.dataset)
         # Rows that read documents in order stay in order; windows are independent and are shuffled.
@@ -44,10 +53,10 @@ class EpochAfterEpoch(Dataset[Item]):
         return self.num_examples
 
     def __getitem__(self, index: int) -> Item:
-        epoch, place = divmod(index, len(self.dataset))
+        epoch, place = divmod(index, self.epoch_length)
         if epoch != self._epoch:
             self._begin(epoch)
-        return self.dataset[int(self._order[place])]
+        return self.dataset[int(self._order[place % len(self.dataset)])]
 
 
 @dataclass(frozen=True)
@@ -90,28 +99,37 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
-    documents, answers = _as_told(documents, settings)
-    tokens = _encode(tokenizer, documents)
-    dataset: WindowDataset | CarryDataset
-    if settings.carry_memory or settings.in_order:
-        rows = settings.batch_size
-        dataset = CarryDataset(tokens, settings.sequence_length, rows, settings.seed, answers)
-    else:
-        dataset = WindowDataset(tokens, settings.sequence_length, settings.seed, answers)
+    as_written = settings.fact_spacing is None and not settings.refrains
+
+    def tell(epoch: int) -> WindowDataset | CarryDataset:
+        told, answers = _as_told(documents, settings, epoch)
+        tokens = _encode(tokenizer, told)
+        if settings.carry_memory or settings.in_order:
+            rows = settings.batch_size
+            return CarryDataset(tokens, settings.sequence_length, rows, settings.seed, answers)
+        return WindowDataset(tokens, settings.sequence_length, settings.seed, answers)
+
+    first = tell(0)
+    # What is told is told anew in every epoch: whoever has read a fact before must not know it by heart.
+    train = EpochAfterEpoch(
+        lambda epoch: first if as_written or epoch == 0 else tell(epoch),
+        settings.steps * settings.batch_size,
+        settings.seed,
+    )
     return Examples(
-        train=EpochAfterEpoch(dataset, settings.steps * settings.batch_size, settings.seed),
+        train=train,
         held_out=_held_out(settings, tokenizer, evaluation) if evaluation else None,
         num_train_documents=len(documents),
-        num_train_tokens=sum(map(len, tokens)),
+        num_train_tokens=first.num_tokens,
         held_out_names=tuple(document.name for document in evaluation),
     )
 
 
 def _as_told(
-    documents: list[Document], settings: TrainSettings
+    documents: list[Document], settings: TrainSettings, epoch: int
 ) -> tuple[list[Document], list[np.ndarray] | None]:
     """The documents with refrains and facts in them, and which bytes are answers where these count more."""
-    generator = np.random.default_rng(settings.seed)
+    generator = np.random.default_rng([settings.seed, epoch])
     told, answers = [], []
     for document in documents:
         text, spans = with_refrains(document.data, generator, settings.refrains), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -74,7 +75,16 @@ def check(settings: TrainSettings) -> None:
         ValueError: naming the field, its value and the remedy.
     """
     settings.check()
-    model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
+    config = model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
+    if settings.cuda_graph:
+        if not torch.cuda.is_available():
+            raise ValueError("cuda_graph=True needs a CUDA device, and there is none: leave it out")
+        whole = math.lcm(config.chunk_size, config.segment_length)
+        if settings.sequence_length % whole:
+            raise ValueError(
+                f"cuda_graph with sequence_length={settings.sequence_length}: give a multiple of {whole}, so "
+                "that every step begins with a chunk and a segment"
+            )
     for corpus in filter(None, (settings.data, settings.eval_data)):
         if not (corpus in list_corpora() or corpus.startswith("hf:") or Path(corpus).exists()):
             load_corpus(corpus)  # says what there is to choose from
@@ -175,6 +185,9 @@ class TrainingRun:
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
+            # A GPU does not wait for text: some of it is made ready beside the training.
+            dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+            dataloader_prefetch_factor=16 if torch.cuda.is_available() else None,
             use_cache=self.model.config.use_cache,
             save_strategy="no",
             logging_strategy="no",
@@ -203,6 +216,7 @@ class TrainingRun:
             answer_weight=settings.answer_weight,
             write_cost=settings.write_cost,
             distraction=settings.distraction,
+            cuda_graph=settings.cuda_graph,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
             log_every=settings.log_every,

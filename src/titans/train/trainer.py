@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from titans.train import checkpoint as files
 from titans.train.distraction import distracted, draw_distraction
 from titans.train.examples import EpochAfterEpoch, HeldOut
 from titans.train.metrics import MetricsLog
+from titans.train.recorded import RecordedStep
 from titans.train.write_cost import collected_write_logits, write_cost
 
 _MEMORY_FILE = "carried_memory.safetensors"
@@ -61,6 +63,7 @@ class TitansTrainer(Trainer):
         answer_weight: how much labels count that the examples' `answers` marks; others count 1.
         write_cost: how much `titans.train.write_cost` counts beside them.
         distraction: share of the rows that are distracted, see `titans.train.distraction`.
+        cuda_graph: record the step and replay it; padding is then read like text.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
     """
@@ -79,6 +82,7 @@ class TitansTrainer(Trainer):
         answer_weight: float = 1.0,
         write_cost: float = 0.0,
         distraction: float = 0.0,
+        cuda_graph: bool = False,
         eval_every: int = 100,
         save_every: int = 100,
         log_every: int = 10,
@@ -110,6 +114,8 @@ class TitansTrainer(Trainer):
         self.save_extras = save_extras
         self.stop_requested = False
         self.carried: tuple[Any, ...] | None = None
+        self.cuda_graph = cuda_graph
+        self._recorded: RecordedStep | None = None
         self._columns_carried = 0
 
     # Loss and gradient
@@ -122,34 +128,82 @@ class TitansTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross-entropy in nats of labels that are already shifted; answers may count more."""
-        passes_on = self.carry_memory or self.state_passing > 0
+        states, restart = self._before(inputs)
         try:
-            with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
-                logits, states = self._read(model, inputs, passes_on)
+            loss, reported, logits, states = self._loss(model, inputs, states, restart)
         except ValueError as error:
             # A memory refuses gates that are NaN before there is a loss.
             raise self._stopped(f"the model could not read its input ({error})") from error
+        self._count(reported, inputs, states)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Loss of a step, with its gradient in the parameters."""
+        if not self.cuda_graph:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        if self._recorded is None:
+            states = self.carried
+            if self.carry_memory and states is None:
+                layers = self._network.model.layers
+                states = tuple(layer.mixer.initial_state(len(inputs["input_ids"])) for layer in layers)
+            self._recorded = RecordedStep(model, partial(self._recorded_loss, model), inputs, states)
+        loss, reported = self._recorded(inputs)
+        self._count(reported, inputs, self._recorded.states)
+        return loss.clone()
+
+    def _recorded_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], states: tuple[Any, ...] | None
+    ) -> tuple[Tensor, Tensor, tuple[Any, ...] | None]:
+        unmasked = {**inputs, "attention_mask": None}
+        loss, reported, _, states = self._loss(model, unmasked, states, inputs.get("restart"))
+        return loss, reported, states
+
+    @property
+    def _passes_on(self) -> bool:
+        return self.carry_memory or self.state_passing > 0
+
+    def _loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        states: tuple[Any, ...] | None,
+        restart: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None]:
+        """What is minimised; the mean cross-entropy, which is reported; logits; the states left, detached."""
+        with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
+            logits, states = self._read(model, inputs, states, restart)
         each = F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none")
         weights = (inputs["labels"] >= 0).flatten().to(each.dtype)
-        value = (each.detach().sum() / weights.sum()).item()
-        self._refuse_non_finite(value, "loss")
+        reported = each.detach().sum() / weights.sum()
         if self.answer_weight != 1:
             weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()
         if self.write_cost:
             loss = loss + self.write_cost * write_cost(write_logits).to(loss.device)
-        if passes_on:
-            self.carried = map_state(Tensor.detach, states)
+        return loss, reported, logits, map_state(Tensor.detach, states) if self._passes_on else None
+
+    def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:
+        """Keep what a step leaves: its loss, if that is a number, and the states."""
+        value = reported.item()
+        self._refuse_non_finite(value, "loss")
+        if self._passes_on:
+            self.carried = states
             self._columns_carried += inputs["input_ids"].shape[1]
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
-        return (loss, {"logits": logits}) if return_outputs else loss
 
     def _read(
-        self, model: nn.Module, inputs: dict[str, Tensor], passes_on: bool
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        states: tuple[Any, ...] | None,
+        restart: Tensor | None,
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
         """Logits of all tokens, and the states after the last one if they are wanted."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        states, restart = self._before(inputs)
         time, place, rows = ids.shape[1], 0, torch.zeros(len(ids), dtype=torch.bool)
         if self.distraction:
             generator = np.random.default_rng([self.args.seed, self.state.global_step, 7])
@@ -159,11 +213,11 @@ class TitansTrainer(Trainer):
         for begin, end in ((0, place), (place, time)) if place else ((0, time),):
             output = model(
                 input_ids=ids[:, begin:end],
-                attention_mask=mask[:, begin:end],
+                attention_mask=None if mask is None else mask[:, begin:end],
                 use_cache=False,
                 memory_states=states,
                 restart=restart if begin == 0 else None,
-                return_memory_states=passes_on or end < time,
+                return_memory_states=self._passes_on or end < time,
             )
             logits.append(output.logits)
             states = output.memory_states

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
-from titans.memory.layout import cut_columns
+from titans.memory.layout import common_phase, cut_columns
 from titans.memory.state import register_state, where_rows
 from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
@@ -195,9 +195,8 @@ class _Cut(NamedTuple):
 
 
 def _cut(position: Tensor, time: int, lengths: Tensor | None, segment_length: int) -> _Cut:
-    phases = set((position % segment_length).tolist())
-    if time and lengths is None and len(phases) == 1:
-        phase = phases.pop()
+    phase = common_phase(position, segment_length) if time and lengths is None else None
+    if phase is not None:
         begins = [*range(-phase, time, segment_length)]
         sizes = [min(b + segment_length, time) - max(b, 0) for b in begins]
         pieces = [_Piece(None, True if b >= 0 else None) for b in begins]
