@@ -14,15 +14,16 @@ import datetime
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titans.memory import BACKENDS, MemoryNetwork, MemoryState, memory_scan
 
-# float32 products on a tensor core may be tf32; these are for the exact setting, chosen below.
+# Of float32, for products that are float32 too, as they are while it is checked.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 
 
@@ -118,13 +119,13 @@ def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
     return statistics.median(times)
 
 
-def layer_rows(deadline: float) -> list[str]:
+def layer_rows(deadline: float) -> Iterator[str]:
     """Tokens per second of one memory layer, forward and forward + backward."""
-    rows = []
+    torch.backends.cuda.matmul.allow_tf32 = True
     for chunk_size in (16, 64):
         for time_steps in (2048, 8192):
             if time.monotonic() > deadline:
-                return rows
+                return
             net, batch, heads = MemoryNetwork(64, 2, 4), 8, 12
             tensors = problem(net, batch, time_steps, heads, torch.float32, "cuda")
             with torch.no_grad():
@@ -138,22 +139,20 @@ def layer_rows(deadline: float) -> list[str]:
             hidden = 4 * 64
             operations = heads * (22 * 64 * hidden + 4 * chunk_size * (64 + hidden) + 4 * chunk_size**2)
             tokens = batch * time_steps
-            rows.append(
+            yield (
                 f"| layer 768 = 12 × 64, expansion 4 | {chunk_size} | {batch} × {time_steps} | "
                 f"{tokens / forward * 1000:,.0f} | {tokens / total * 1000:,.0f} | "
                 f"{operations * tokens / forward / 1e9:.2f} |"
             )
-    return rows
 
 
-def model_rows(deadline: float) -> list[str]:
+def model_rows(deadline: float) -> Iterator[str]:
     """Tokens per second of a training step of the 170M models in bfloat16, beside the transformer."""
     from titans.hf import TitansConfig, TitansForCausalLM
 
-    rows = []
     for variant in ("transformer", "lmm", "mag", "mac", "mal"):
         if time.monotonic() > deadline:
-            return rows
+            return
         torch.manual_seed(0)
         model = TitansForCausalLM(TitansConfig.from_preset("170m", variant=variant)).cuda()
         ids = torch.randint(0, 32000, (2, 4096), device="cuda")
@@ -167,12 +166,59 @@ def model_rows(deadline: float) -> list[str]:
         try:
             took = milliseconds(step, 3)
             peak = torch.cuda.max_memory_allocated() / 2**30
-            rows.append(f"| 170m {variant} | 2 × 4096 | {ids.numel() / took * 1000:,.0f} | {peak:.1f} GiB |")
+            yield (f"| 170m {variant} | 2 × 4096 | {ids.numel() / took * 1000:,.0f} | {peak:.1f} GiB |")
         except torch.OutOfMemoryError:
-            rows.append(f"| 170m {variant} | 2 × 4096 | out of memory | – |")
+            yield (f"| 170m {variant} | 2 × 4096 | out of memory | – |")
         del model, step
         torch.cuda.empty_cache()
-    return rows
+
+
+def step_row(variant: str, batch: int, time_steps: int) -> str:
+    """A float32 training step of a tiny model, memory carried: as it is, and recorded and replayed."""
+    from titans.hf import TitansConfig, TitansForCausalLM
+    from titans.memory.state import map_state
+    from titans.train.recorded import RecordedStep
+
+    torch.manual_seed(0)
+    model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant=variant)).cuda()
+    ids = torch.randint(0, 256, (batch, time_steps), device="cuda")
+    states = tuple(layer.mixer.initial_state(batch) for layer in model.model.layers)
+    states = map_state(Tensor.detach, states)
+
+    def loss_of(inputs: dict[str, Tensor], states: Any) -> tuple[Tensor, Tensor, Any]:
+        ids = inputs["ids"]
+        output = model(ids, labels=ids, memory_states=states, return_memory_states=True)
+        return output.loss, output.loss.detach(), map_state(Tensor.detach, output.memory_states)
+
+    def gradients() -> list[Tensor]:
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    def step() -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        loss_of({"ids": ids}, states)[0].backward()
+        return gradients()
+
+    exact, took = step(), milliseconds(step, 1)
+    began = time.perf_counter()
+    recorded = RecordedStep(model, loss_of, {"ids": ids}, states)
+    torch.cuda.synchronize()
+    once = time.perf_counter() - began
+    recorded({"ids": ids})
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(gradients(), exact, strict=True))
+    replayed = milliseconds(lambda: recorded({"ids": ids}), 3)
+    return (
+        f"| tiny {variant} | {batch} × {time_steps} | {ids.numel() / took * 1000:,.0f} | "
+        f"{ids.numel() / replayed * 1000:,.0f} | {once:.1f} s | {error:.0e} |"
+    )
+
+
+def step_rows(deadline: float) -> Iterator[str]:
+    """Rows of 2,048 tokens, as the models to try are trained."""
+    for variant, batch in (("lmm", 8), ("lmm", 64), ("mag", 64), ("mac", 64)):
+        if time.monotonic() > deadline:
+            return
+        yield step_row(variant, batch, 2048)
+        torch.cuda.empty_cache()
 
 
 def main() -> int:
@@ -189,7 +235,16 @@ def main() -> int:
     # The check needs real float32 products; the timings below take what the device offers.
     torch.backends.cuda.matmul.allow_tf32 = False
     checked = check("cuda")
-    lines = [
+    lines: list[str] = []
+
+    def say(*more: str) -> None:
+        # At once: a run that is cut short leaves what it has measured.
+        print(*more, sep="\n", flush=True)
+        lines.extend(more)
+        if arguments.output is not None:
+            arguments.output.write_text("\n".join(lines) + "\n")
+
+    say(
         f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}; "
         "`python benchmarks/gpu.py`",
         "",
@@ -198,29 +253,38 @@ def main() -> int:
         "| backend | dtype | memory | error | |",
         "|---|---|---|---|---|",
         *checked,
-    ]
-    correct = not any("WRONG" in line for line in checked)
-    if correct:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        lines += [
-            "",
-            "Memory layer, float32 state, tf32 products, tokens per second (median of 5):",
-            "",
-            "| layer | chunk | batch × time | forward | forward + backward | forward TFLOP/s |",
-            "|---|---|---|---|---|---|",
-            *layer_rows(deadline),
-            "",
-            "Training step under bfloat16 autocast, tokens per second (median of 3):",
-            "",
-            "| model | batch × time | tokens/s | peak memory |",
-            "|---|---|---|---|",
-            *model_rows(deadline),
-        ]
-    text = "\n".join(lines)
-    print(text)
-    if arguments.output is not None:
-        arguments.output.write_text(text + "\n")
-    return 0 if correct else 1
+    )
+    if any("WRONG" in line for line in checked):
+        return 1
+    say(
+        "",
+        "Training step of tiny models, float32, memory carried: tokens per second as it is, and recorded as "
+        "a CUDA graph (`cuda_graph` in training); once: recording; error: of any gradient, by norm:",
+        "",
+        "| model | batch × time | as it is | recorded | once | error |",
+        "|---|---|---|---|---|---|",
+    )
+    for row in step_rows(deadline):
+        say(row)
+    say(
+        "",
+        "Memory layer, float32 state, tf32 products, tokens per second (median of 5):",
+        "",
+        "| layer | chunk | batch × time | forward | forward + backward | forward TFLOP/s |",
+        "|---|---|---|---|---|---|",
+    )
+    for row in layer_rows(deadline):
+        say(row)
+    say(
+        "",
+        "Training step under bfloat16 autocast, tokens per second (median of 3):",
+        "",
+        "| model | batch × time | tokens/s | peak memory |",
+        "|---|---|---|---|",
+    )
+    for row in model_rows(deadline):
+        say(row)
+    return 0
 
 
 if __name__ == "__main__":
