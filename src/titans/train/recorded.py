@@ -48,7 +48,8 @@ class RecordedStep:
         torch.cuda.current_stream().wait_stream(aside)
         self._clear()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Others may pin memory meanwhile: only what this thread does is recorded.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = self._run()
         self._gradients = [p.grad for p in self._parameters]
         self._set(self._states, states)
