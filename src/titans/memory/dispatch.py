@@ -17,6 +17,8 @@ from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.reference import reference_scan
 from titans.memory.state import MemoryState, map_state
+from titans.memory.triton import refuses as triton_refuses
+from titans.memory.triton import triton_scan
 
 Scan = Callable[[ScanProblem], tuple[Tensor, MemoryState, Tensor]]
 
@@ -31,6 +33,7 @@ class Backend(NamedTuple):
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
     "native": Backend(native_scan, native_refuses),
+    "triton": Backend(triton_scan, triton_refuses),
     "chunkwise": Backend(chunkwise_scan, lambda problem: hand_written_refuses()),
     "reference": Backend(reference_scan, lambda problem: None),
     # After one that never refuses: less exact than asked for only where it is asked for.

@@ -1,0 +1,414 @@
+"""Two Triton kernels, forward and backward: one program for each head of each row, chunk after chunk.
+
+The algorithm is that of `chunk.py`, with its names; read it there. A chunk's tokens are rows of a tile (CHUNK, DIM),
+weights are (HIDDEN, DIM) and (DIM, HIDDEN). docs/triton.md says where the data is and what bounds the time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(rows: tl.constexpr, columns: tl.constexpr):
+    """Offsets of a contiguous (rows, columns) tile."""
+    return tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _activation(x, GELU: tl.constexpr):
+    if GELU:
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _slope(x, GELU: tl.constexpr):
+    """The activation's derivative."""
+    if GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
+    else:
+        gate = tl.sigmoid(x)
+        return gate * (1 + x * (1 - gate))
+
+
+@triton.jit
+def _bend(x, GELU: tl.constexpr):
+    """The activation's second derivative."""
+    if GELU:
+        return 0.3989422804014327 * tl.exp(-0.5 * x * x) * (2 - x * x)
+    else:
+        gate = tl.sigmoid(x)
+        return gate * (1 - gate) * (2 + x * (1 - 2 * gate))
+
+
+@triton.jit
+def _unsettle(settled, scale, grad, radius):
+    """`MemoryNetwork.settle_backward` from what it left."""
+    along = tl.sum(settled * grad, 1) / (radius * radius)
+    through = scale[:, None] * (grad - settled * along[:, None])
+    return tl.where((scale < 1)[:, None], through, grad)
+
+
+@triton.jit
+def _settle(weight, radius):
+    """Rows longer than `radius` shortened to it, and what each row was multiplied by."""
+    length = tl.sqrt(tl.sum(weight * weight, 1))
+    scale = tl.where(length > radius, radius / tl.maximum(length, radius), 1.0)
+    return weight * scale[:, None], scale
+
+
+@triton.jit
+def _kappa(total2, floor):
+    """The squared slope of layer 2, 1.13² (‖W_2‖² + out_2 floor²)."""
+    return 1.2769 * (tl.sum(tl.sum(total2 * total2, 1), 0) + total2.shape[0] * floor)
+
+
+@triton.jit
+def _normalizer(square, factor, floor):
+    """`MemoryNetwork.step_normalizers` of a layer from ‖h‖², (CHUNK,), and all else that multiplies it."""
+    return 2 * tl.maximum(factor * tl.maximum(square, floor), 1e-6)
+
+
+@triton.jit
+def _normalizer_slopes(square, factor, floor, grad):
+    """Its gradients with respect to ‖h‖² and to the factor."""
+    floored = tl.maximum(square, floor)
+    grad = tl.where(factor * floored >= 1e-6, 2 * grad, 0)
+    return tl.where(square >= floor, grad * factor, 0), tl.sum(grad * floored, 0)
+
+
+@triton.jit
+def forward_kernel(
+    queries, keys, values,
+    read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+    momentum_steps,
+    base1, base2,
+    weights1, weights2, moments1, moments2,
+    reads, surprise,
+    kept_weights1, kept_weights2, kept_moments1, kept_moments2,
+    tape_outputs, tape_above, tape_delta, tape_read, scales1, scales2,
+    num_chunks, num_rows, group, floor, radius,
+    CHUNK: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    HAS_BASE: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
+    GELU: tl.constexpr, TAPE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunks in sequence.
+
+    The state is read from `weights1` … `moments2`. Without TAPE every chunk overwrites it. With TAPE it is one
+    for each chunk and one more: a chunk writes where the next one reads; and what the backward needs is written.
+    KEEP: copy the state before every `group` chunks to `kept_…`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
+    size = HIDDEN * DIM
+    token, wide, square, step = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN), _tile(CHUNK, CHUNK), tl.arange(0, CHUNK)
+    base1 += row * size
+    base2 += row * size
+
+    before = row * size
+    w1 = tl.load(weights1 + before + up)
+    w2 = tl.load(weights2 + before + down)
+    for n in range(num_chunks):
+        here = n * num_rows + row
+        layer1 = 2 * n * num_rows + row
+        layer2 = layer1 + num_rows
+        if KEEP:
+            if n % group == 0:
+                at = ((n // group) * num_rows + row) * size
+                tl.store(kept_weights1 + at + up, w1)
+                tl.store(kept_weights2 + at + down, w2)
+                tl.store(kept_moments1 + at + up, tl.load(moments1 + before + up))
+                tl.store(kept_moments2 + at + down, tl.load(moments2 + before + down))
+        after = before
+        if TAPE:
+            after += num_rows * size
+
+        # Surprise at the anchor.
+        k = tl.load(keys + here * CHUNK * DIM + token)
+        total1 = w1
+        if HAS_BASE:
+            total1 += tl.load(base1 + up)
+        outputs = _dot(k, tl.trans(total1), PRECISION)
+        hidden = _activation(outputs, GELU)
+        total2 = w2
+        if HAS_BASE:
+            total2 += tl.load(base2 + down)
+        error = _dot(hidden, tl.trans(total2), PRECISION) - tl.load(values + here * CHUNK * DIM + token)
+        if RESIDUAL:
+            error += k
+        tl.store(surprise + here * CHUNK + step, tl.sum(error * error, 1))
+        d2 = 2 * error
+        above = _dot(d2, total2, PRECISION)
+        d1 = above * _slope(outputs, GELU)
+        if TAPE:
+            tl.store(tape_outputs + here * CHUNK * HIDDEN + wide, outputs)
+            tl.store(tape_above + here * CHUNK * HIDDEN + wide, above)
+            tl.store(tape_delta + here * CHUNK * DIM + token, d2)
+        if NORMALIZE:
+            d1 /= _normalizer(tl.sum(k * k, 1), 2 * _kappa(total2, floor), floor)[:, None]
+            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, floor)[:, None]
+
+        # Layer 1: read and write.
+        s1 = tl.load(moments1 + before + up)
+        q = tl.load(queries + here * CHUNK * DIM + token)
+        out = _dot(q, tl.trans(w1), PRECISION) * tl.load(read_weights + layer1 * CHUNK + step)[:, None]
+        out += _dot(q, tl.trans(s1), PRECISION) * tl.load(read_momentum + layer1 * CHUNK + step)[:, None]
+        if HAS_BASE:
+            out += _dot(q, tl.trans(tl.load(base1 + up)), PRECISION)
+        mixing = _dot(q, tl.trans(k), PRECISION) * tl.load(read_steps + layer1 * CHUNK * CHUNK + square)
+        out -= _dot(mixing, d1, PRECISION)
+        if TAPE:
+            tl.store(tape_read + here * CHUNK * HIDDEN + wide, out)
+        r = _activation(out, GELU)
+        w1 += w1 * tl.load(end_weights + layer1) + s1 * tl.load(end_momentum + layer1)
+        written = d1 * tl.load(end_steps + layer1 * CHUNK + step)[:, None]
+        w1 -= _dot(tl.trans(written), k, PRECISION)
+        written = d1 * tl.load(momentum_steps + layer1 * CHUNK + step)[:, None]
+        s1 = s1 * tl.load(momentum_momentum + layer1) - _dot(tl.trans(written), k, PRECISION)
+        tl.store(moments1 + after + up, s1)
+
+        # Layer 2.
+        s2 = tl.load(moments2 + before + down)
+        out = _dot(r, tl.trans(w2), PRECISION) * tl.load(read_weights + layer2 * CHUNK + step)[:, None]
+        out += _dot(r, tl.trans(s2), PRECISION) * tl.load(read_momentum + layer2 * CHUNK + step)[:, None]
+        if HAS_BASE:
+            out += _dot(r, tl.trans(tl.load(base2 + down)), PRECISION)
+        mixing = _dot(r, tl.trans(hidden), PRECISION) * tl.load(read_steps + layer2 * CHUNK * CHUNK + square)
+        out -= _dot(mixing, d2, PRECISION)
+        if RESIDUAL:
+            out += q
+        tl.store(reads + here * CHUNK * DIM + token, out)
+        w2 += w2 * tl.load(end_weights + layer2) + s2 * tl.load(end_momentum + layer2)
+        written = d2 * tl.load(end_steps + layer2 * CHUNK + step)[:, None]
+        w2 -= _dot(tl.trans(written), hidden, PRECISION)
+        written = d2 * tl.load(momentum_steps + layer2 * CHUNK + step)[:, None]
+        s2 = s2 * tl.load(momentum_momentum + layer2) - _dot(tl.trans(written), hidden, PRECISION)
+        tl.store(moments2 + after + down, s2)
+
+        if RESCALE:
+            w1, scale1 = _settle(w1, radius)
+            w2, scale2 = _settle(w2, radius)
+            if TAPE:
+                tl.store(scales1 + here * HIDDEN + tl.arange(0, HIDDEN), scale1)
+                tl.store(scales2 + here * DIM + tl.arange(0, DIM), scale2)
+        if TAPE:
+            tl.store(weights1 + after + up, w1)
+            tl.store(weights2 + after + down, w2)
+        before = after
+        # What one thread has written of the momentum another may read next.
+        tl.debug_barrier()
+    if not TAPE:
+        tl.store(weights1 + before + up, w1)
+        tl.store(weights2 + before + down, w2)
+
+
+@triton.jit
+def backward_kernel(
+    queries, keys,
+    read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+    momentum_steps,
+    base1, base2,
+    weights1, weights2, moments1, moments2,
+    tape_outputs, tape_above, tape_delta, tape_read, scales1, scales2,
+    grad_reads,
+    grad_weight1, grad_weight2, grad_moment1, grad_moment2, grad_base1, grad_base2,
+    grad_queries, grad_keys, grad_values,
+    grad_read_weights, grad_read_momentum, grad_read_steps, grad_end_weights, grad_end_momentum,
+    grad_end_steps, grad_momentum_momentum, grad_momentum_steps,
+    num_chunks, num_rows, floor, radius,
+    CHUNK: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    HAS_BASE: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
+    GELU: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunks in reverse, from the tape. The gradients of the state and of the base are carried in memory, in place:
+    a program's are read again while they are still in the second-level cache, and registers hold one at a time.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
+    size = HIDDEN * DIM
+    token, wide, square, step = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN), _tile(CHUNK, CHUNK), tl.arange(0, CHUNK)
+    base1 += row * size
+    base2 += row * size
+    grad_weight1 += row * size
+    grad_weight2 += row * size
+    grad_moment1 += row * size
+    grad_moment2 += row * size
+    grad_base1 += row * size
+    grad_base2 += row * size
+
+    for back in range(num_chunks):
+        n = num_chunks - 1 - back
+        here = n * num_rows + row
+        layer1 = 2 * n * num_rows + row
+        layer2 = layer1 + num_rows
+        state = here * size
+        after = state + num_rows * size
+
+        # Layer 2, back from the reads and from the weights that were left.
+        hidden = _activation(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
+        d2 = tl.load(tape_delta + here * CHUNK * DIM + token)
+        if NORMALIZE:
+            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, floor)[:, None]
+        r = _activation(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
+        go = tl.load(grad_reads + here * CHUNK * DIM + token)
+        weigh = tl.load(read_weights + layer2 * CHUNK + step)[:, None]
+        carry = tl.load(read_momentum + layer2 * CHUNK + step)[:, None]
+        mix = tl.load(read_steps + layer2 * CHUNK * CHUNK + square)
+        end = tl.load(end_steps + layer2 * CHUNK + step)[:, None]
+        past = tl.load(momentum_steps + layer2 * CHUNK + step)[:, None]
+        mixing = -_dot(go, tl.trans(d2), PRECISION)
+        similarity = _dot(r, tl.trans(hidden), PRECISION)
+        tl.store(grad_read_steps + layer2 * CHUNK * CHUNK + square, mixing * similarity)
+        mixing *= mix
+        gd2 = -_dot(tl.trans(similarity * mix), go, PRECISION)
+        gh = _dot(tl.trans(mixing), r, PRECISION)
+        gr = _dot(mixing, hidden, PRECISION)
+        if HAS_BASE:
+            gr += _dot(go, tl.load(base2 + down), PRECISION)
+            into = grad_base2 + down
+            tl.store(into, tl.load(into) + _dot(tl.trans(go), r, PRECISION))
+
+        gw = tl.load(grad_weight2 + down)
+        if RESCALE:
+            scale = tl.load(scales2 + here * DIM + tl.arange(0, DIM))
+            gw = _unsettle(tl.load(weights2 + after + down), scale, gw, radius)
+        deposit = _dot(hidden, tl.trans(gw), PRECISION)
+        tl.store(grad_end_steps + layer2 * CHUNK + step, -tl.sum(d2 * deposit, 1))
+        gd2 -= deposit * end
+        gh -= _dot(d2 * end, gw, PRECISION)
+        w = tl.load(weights2 + state + down)
+        through = _dot(go, w, PRECISION)
+        tl.store(grad_read_weights + layer2 * CHUNK + step, tl.sum(r * through, 1))
+        gr += through * weigh
+        tl.store(grad_end_weights + layer2, tl.sum(tl.sum(gw * w, 1), 0))
+        s = tl.load(moments2 + state + down)
+        through = _dot(go, s, PRECISION)
+        tl.store(grad_read_momentum + layer2 * CHUNK + step, tl.sum(r * through, 1))
+        gr += through * carry
+        tl.store(grad_end_momentum + layer2, tl.sum(tl.sum(gw * s, 1), 0))
+        gs = tl.load(grad_moment2 + down)
+        deposit = _dot(hidden, tl.trans(gs), PRECISION)
+        tl.store(grad_momentum_steps + layer2 * CHUNK + step, -tl.sum(d2 * deposit, 1))
+        gd2 -= deposit * past
+        gh -= _dot(d2 * past, gs, PRECISION)
+        tl.store(grad_momentum_momentum + layer2, tl.sum(tl.sum(gs * s, 1), 0))
+        gs = gs * tl.load(momentum_momentum + layer2) + gw * tl.load(end_momentum + layer2)
+        tl.store(grad_moment2 + down, gs + _dot(tl.trans(go * carry), r, PRECISION))
+        gw += gw * tl.load(end_weights + layer2)
+        tl.store(grad_weight2 + down, gw + _dot(tl.trans(go * weigh), r, PRECISION))
+
+        # Layer 1.
+        k = tl.load(keys + here * CHUNK * DIM + token)
+        total2 = tl.load(weights2 + state + down)
+        if HAS_BASE:
+            total2 += tl.load(base2 + down)
+        d1 = tl.load(tape_above + here * CHUNK * HIDDEN + wide)
+        d1 *= _slope(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
+        if NORMALIZE:
+            kappa = 2 * _kappa(total2, floor)
+            d1 /= _normalizer(tl.sum(k * k, 1), kappa, floor)[:, None]
+        g1 = gr * _slope(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
+        q = tl.load(queries + here * CHUNK * DIM + token)
+        weigh = tl.load(read_weights + layer1 * CHUNK + step)[:, None]
+        carry = tl.load(read_momentum + layer1 * CHUNK + step)[:, None]
+        mix = tl.load(read_steps + layer1 * CHUNK * CHUNK + square)
+        end = tl.load(end_steps + layer1 * CHUNK + step)[:, None]
+        past = tl.load(momentum_steps + layer1 * CHUNK + step)[:, None]
+        mixing = -_dot(g1, tl.trans(d1), PRECISION)
+        similarity = _dot(q, tl.trans(k), PRECISION)
+        tl.store(grad_read_steps + layer1 * CHUNK * CHUNK + square, mixing * similarity)
+        mixing *= mix
+        gd1 = -_dot(tl.trans(similarity * mix), g1, PRECISION)
+        gk = _dot(tl.trans(mixing), q, PRECISION)
+        gq = _dot(mixing, k, PRECISION)
+        if RESIDUAL:
+            gq += go
+        if HAS_BASE:
+            gq += _dot(g1, tl.load(base1 + up), PRECISION)
+            into = grad_base1 + up
+            tl.store(into, tl.load(into) + _dot(tl.trans(g1), q, PRECISION))
+
+        gw = tl.load(grad_weight1 + up)
+        if RESCALE:
+            scale = tl.load(scales1 + here * HIDDEN + tl.arange(0, HIDDEN))
+            gw = _unsettle(tl.load(weights1 + after + up), scale, gw, radius)
+        deposit = _dot(k, tl.trans(gw), PRECISION)
+        tl.store(grad_end_steps + layer1 * CHUNK + step, -tl.sum(d1 * deposit, 1))
+        gd1 -= deposit * end
+        gk -= _dot(d1 * end, gw, PRECISION)
+        w = tl.load(weights1 + state + up)
+        through = _dot(g1, w, PRECISION)
+        tl.store(grad_read_weights + layer1 * CHUNK + step, tl.sum(q * through, 1))
+        gq += through * weigh
+        tl.store(grad_end_weights + layer1, tl.sum(tl.sum(gw * w, 1), 0))
+        s = tl.load(moments1 + state + up)
+        through = _dot(g1, s, PRECISION)
+        tl.store(grad_read_momentum + layer1 * CHUNK + step, tl.sum(q * through, 1))
+        gq += through * carry
+        tl.store(grad_queries + here * CHUNK * DIM + token, gq)
+        tl.store(grad_end_momentum + layer1, tl.sum(tl.sum(gw * s, 1), 0))
+        gs = tl.load(grad_moment1 + up)
+        deposit = _dot(k, tl.trans(gs), PRECISION)
+        tl.store(grad_momentum_steps + layer1 * CHUNK + step, -tl.sum(d1 * deposit, 1))
+        gd1 -= deposit * past
+        gk -= _dot(d1 * past, gs, PRECISION)
+        tl.store(grad_momentum_momentum + layer1, tl.sum(tl.sum(gs * s, 1), 0))
+        gs = gs * tl.load(momentum_momentum + layer1) + gw * tl.load(end_momentum + layer1)
+        tl.store(grad_moment1 + up, gs + _dot(tl.trans(g1 * carry), q, PRECISION))
+        gw += gw * tl.load(end_weights + layer1)
+        tl.store(grad_weight1 + up, gw + _dot(tl.trans(g1 * weigh), q, PRECISION))
+
+        # Through the inner backward pass, and the inner forward pass: what is found at the anchor.
+        outputs = tl.load(tape_outputs + here * CHUNK * HIDDEN + wide)
+        total2 = tl.load(weights2 + state + down)
+        if HAS_BASE:
+            total2 += tl.load(base2 + down)
+        gt = total2 * 0
+        if NORMALIZE:
+            key_square, hidden_square = tl.sum(k * k, 1), tl.sum(hidden * hidden, 1)
+            gd1 /= _normalizer(key_square, kappa, floor)[:, None]
+            gd2 /= _normalizer(hidden_square, 2.0, floor)[:, None]
+            gsquare, gkappa = _normalizer_slopes(key_square, kappa, floor, -tl.sum(gd1 * d1, 1))
+            gk += 2 * k * gsquare[:, None]
+            gt += total2 * (4 * 1.2769 * gkappa)
+            gsquare, _ = _normalizer_slopes(hidden_square, 2.0, floor, -tl.sum(gd2 * d2, 1))
+            gh += 2 * hidden * gsquare[:, None]
+        slope = _slope(outputs, GELU)
+        ga = gd1 * slope
+        gd2 += _dot(ga, tl.trans(total2), PRECISION)
+        gf = 2 * gd2
+        tl.store(grad_values + here * CHUNK * DIM + token, -gf)
+        if RESIDUAL:
+            gk += gf
+        gh += _dot(gf, total2, PRECISION)
+        gt += _dot(tl.trans(tl.load(tape_delta + here * CHUNK * DIM + token)), ga, PRECISION)
+        gt += _dot(tl.trans(gf), hidden, PRECISION)
+        into = grad_weight2 + down
+        tl.store(into, tl.load(into) + gt)
+        if HAS_BASE:
+            into = grad_base2 + down
+            tl.store(into, tl.load(into) + gt)
+        gz = gh * slope
+        gz += gd1 * tl.load(tape_above + here * CHUNK * HIDDEN + wide) * _bend(outputs, GELU)
+        gt = _dot(tl.trans(gz), k, PRECISION)
+        into = grad_weight1 + up
+        tl.store(into, tl.load(into) + gt)
+        if HAS_BASE:
+            into = grad_base1 + up
+            tl.store(into, tl.load(into) + gt)
+        total1 = tl.load(weights1 + state + up)
+        if HAS_BASE:
+            total1 += tl.load(base1 + up)
+        gk += _dot(gz, total1, PRECISION)
+        tl.store(grad_keys + here * CHUNK * DIM + token, gk)
+        # What one thread has written of these gradients another may read next.
+        tl.debug_barrier()
