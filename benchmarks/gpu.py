@@ -25,6 +25,11 @@ from titans.memory import BACKENDS, MemoryNetwork, MemoryState, memory_scan
 
 # Of float32, for products that are float32 too, as they are while it is checked.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+# That of the models, but for a floor that no key's length meets exactly, where it has two slopes.
+MODELS_NETWORK = MemoryNetwork(
+    64, 2, 2, activation="silu", residual=False, norm=False, normalize_step=True, row_limit=8.0,
+    length_floor=0.5,
+)  # fmt: skip
 
 
 def problem(
@@ -55,31 +60,37 @@ def problem(
         "forget": gate(0.01),
         "momentum": gate(0.9),
         "step_size": gate(0.05),
-        "norm_weight": torch.full((heads, net.head_dim), 0.5, dtype=torch.float64),
-        "norm_bias": torch.zeros(heads, net.head_dim, dtype=torch.float64),
     }
+    if net.norm:
+        tensors["norm_weight"] = torch.full((heads, net.head_dim), 0.5, dtype=torch.float64)
+        tensors["norm_bias"] = torch.zeros(heads, net.head_dim, dtype=torch.float64)
     for layer, shape in enumerate(net.weight_shapes):
         tensors[f"weight_{layer}"] = unit(normal(batch, heads, *shape), dim=-1)
+        tensors[f"base_{layer}"] = unit(normal(heads, *shape), dim=-1)
     return {name: x.to(device, dtype) for name, x in tensors.items()}
 
 
 def scan(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
-    """Reads of a fresh memory."""
+    """Reads of a memory whose fast weights are offsets."""
     inputs = [tensors[n] for n in ("queries", "keys", "values", "forget", "momentum", "step_size")]
     state = MemoryState.initial([tensors[f"weight_{layer}"] for layer in range(net.depth)])
-    affine = {"norm_weight": tensors["norm_weight"], "norm_bias": tensors["norm_bias"]}
-    return memory_scan(net, *inputs, state, chunk_size, **affine, backend=backend)[0]
+    return memory_scan(
+        net, *inputs, state, chunk_size, norm_weight=tensors.get("norm_weight"),
+        norm_bias=tensors.get("norm_bias"), base=[tensors[f"base_{layer}"] for layer in range(net.depth)],
+        backend=backend,
+    )[0]  # fmt: skip
 
 
 def check(device: str) -> list[str]:
     """Largest relative error of reads and gradients of every backend on the device, against the oracle."""
-    lines, refusing = [], set()
+    lines, ran = [], {"reference"}
     for net in (
+        MODELS_NETWORK,
         MemoryNetwork(32, 2, 2, normalize_step=True, unit_rows=True),
         MemoryNetwork(32, 1),
         MemoryNetwork(16, 3, 2, activation="silu"),
     ):
-        answers = {}
+        answers: dict[tuple[str, torch.dtype], list[Tensor]] = {}
         for backend, dtype in [("oracle", torch.float64)] + [
             (name, dtype) for name in BACKENDS for dtype in (torch.float64, torch.float32)
         ]:
@@ -88,8 +99,8 @@ def check(device: str) -> list[str]:
             try:
                 reads = scan(net, tensors, 16, name)
             except ValueError:
-                refusing.add(backend)
                 continue
+            ran.add(backend)
             weighting = torch.linspace(-1, 1, reads.numel(), dtype=torch.float64).view_as(reads).to(reads)
             grads = torch.autograd.grad((reads * weighting).sum(), list(tensors.values()))
             answers[backend, dtype] = [x.detach().double().cpu() for x in (reads, *grads)]
@@ -100,9 +111,10 @@ def check(device: str) -> list[str]:
                 for a, b in zip(found, exact, strict=True)
             )
             verdict = "ok" if error <= TOLERANCE[dtype] else "WRONG"
-            lines.append(f"| {backend} | {str(dtype)[6:]} | depth {net.depth} | {error:.1e} | {verdict} |")
-    if refusing:
-        lines += ["", f"Not for this device: {', '.join(sorted(refusing))}."]
+            name = f"depth {net.depth}{'' if net.norm else ', no norm'}"
+            lines.append(f"| {backend} | {str(dtype)[6:]} | {name} | {error:.1e} | {verdict} |")
+    if ran != set(BACKENDS):
+        lines += ["", f"Not for this device: {', '.join(sorted(set(BACKENDS) - ran))}."]
     return lines
 
 
@@ -122,28 +134,36 @@ def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
 def layer_rows(deadline: float) -> Iterator[str]:
     """Tokens per second of one memory layer, forward and forward + backward."""
     torch.backends.cuda.matmul.allow_tf32 = True
-    for chunk_size in (16, 64):
-        for time_steps in (2048, 8192):
-            if time.monotonic() > deadline:
-                return
-            net, batch, heads = MemoryNetwork(64, 2, 4), 8, 12
-            tensors = problem(net, batch, time_steps, heads, torch.float32, "cuda")
-            with torch.no_grad():
-                forward = milliseconds(lambda: scan(net, tensors, chunk_size, "auto"))  # noqa: B023
-            leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    large = MemoryNetwork(64, 2, 4)
+    for net, batch, heads, backend, chunk_size, time_steps in (
+        (MODELS_NETWORK, 64, 2, "triton", 16, 2048),
+        (MODELS_NETWORK, 64, 2, "chunkwise", 16, 2048),
+        (MODELS_NETWORK, 16, 2, "triton", 16, 8192),
+        (large, 8, 12, "chunkwise", 16, 2048),
+        (large, 8, 12, "chunkwise", 64, 2048),
+        (large, 8, 12, "chunkwise", 64, 8192),
+    ):
+        if time.monotonic() > deadline:
+            return
+        tensors = problem(net, batch, time_steps, heads, torch.float32, "cuda")
+        forward, total = layer_milliseconds(net, tensors, chunk_size, backend)
+        hidden = net.expansion * 64
+        operations = heads * (22 * 64 * hidden + 4 * chunk_size * (64 + hidden) + 4 * chunk_size**2)
+        tokens = batch * time_steps
+        yield (
+            f"| {heads} × 64, expansion {net.expansion} | {backend} | {chunk_size} | "
+            f"{batch} × {time_steps} | {tokens / forward * 1000:,.0f} | {tokens / total * 1000:,.0f} | "
+            f"{operations * tokens / forward / 1e9:.2f} |"
+        )
 
-            def both() -> None:
-                scan(net, leaves, chunk_size, "auto").sum().backward()  # noqa: B023
 
-            total = milliseconds(both)
-            hidden = 4 * 64
-            operations = heads * (22 * 64 * hidden + 4 * chunk_size * (64 + hidden) + 4 * chunk_size**2)
-            tokens = batch * time_steps
-            yield (
-                f"| layer 768 = 12 × 64, expansion 4 | {chunk_size} | {batch} × {time_steps} | "
-                f"{tokens / forward * 1000:,.0f} | {tokens / total * 1000:,.0f} | "
-                f"{operations * tokens / forward / 1e9:.2f} |"
-            )
+def layer_milliseconds(
+    net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str
+) -> tuple[float, float]:
+    with torch.no_grad():
+        forward = milliseconds(lambda: scan(net, tensors, chunk_size, backend))
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    return forward, milliseconds(lambda: scan(net, leaves, chunk_size, backend).sum().backward())
 
 
 def model_rows(deadline: float) -> Iterator[str]:
@@ -174,7 +194,7 @@ def model_rows(deadline: float) -> Iterator[str]:
 
 
 def step_row(variant: str, batch: int, time_steps: int) -> str:
-    """A float32 training step of a tiny model, memory carried: as it is, and recorded and replayed."""
+    """A tfloat32 training step of a tiny model, memory carried: as it is, and recorded and replayed."""
     from titans.hf import TitansConfig, TitansForCausalLM
     from titans.memory.state import map_state
     from titans.train.recorded import RecordedStep
@@ -258,22 +278,22 @@ def main() -> int:
         return 1
     say(
         "",
-        "Training step of tiny models, float32, memory carried: tokens per second as it is, and recorded as "
+        "Memory layer, float32 state, tf32 products, tokens per second (median of 5):",
+        "",
+        "| layer | backend | chunk | batch × time | forward | forward + backward | forward TFLOP/s |",
+        "|---|---|---|---|---|---|---|",
+    )
+    for row in layer_rows(deadline):
+        say(row)
+    say(
+        "",
+        "Training step of tiny models, tfloat32, memory carried: tokens per second as it is, and recorded as "
         "a CUDA graph (`cuda_graph` in training); once: recording; error: of any gradient, by norm:",
         "",
         "| model | batch × time | as it is | recorded | once | error |",
         "|---|---|---|---|---|---|",
     )
     for row in step_rows(deadline):
-        say(row)
-    say(
-        "",
-        "Memory layer, float32 state, tf32 products, tokens per second (median of 5):",
-        "",
-        "| layer | chunk | batch × time | forward | forward + backward | forward TFLOP/s |",
-        "|---|---|---|---|---|---|",
-    )
-    for row in layer_rows(deadline):
         say(row)
     say(
         "",

@@ -25,7 +25,7 @@ class Replay:
 
     def replay(self) -> None:
         step = self.recorded
-        for result, new in zip(step._results, step._run(), strict=True):
+        for result, new in zip(step._results, step._run()[:2], strict=True):
             result.copy_(new)
         for parameter, gradient in zip(step._parameters, step._gradients, strict=True):
             if gradient is not None and parameter.grad is not None:
@@ -74,7 +74,9 @@ def test_replayed_steps_are_the_steps(
 ) -> None:
     results = []
     for recorded in (False, True):
-        run = TrainingRun(settings(variant=variant, carry_memory=carry, write_cost=0.01, sequence_length=48))
+        # Small updates: Adam makes much of gradients that are nothing but rounding.
+        changes = {"carry_memory": carry, "write_cost": 0.01, "sequence_length": 48, "learning_rate": 1e-4}
+        run = TrainingRun(settings(variant=variant, **changes))
         trainer = run._trainer(None)
         trainer.cuda_graph, trainer.current_gradient_accumulation_steps = recorded, 1
         results.append(trained(trainer, run.model, 6))

@@ -22,8 +22,18 @@ def register_state(cls: type[State]) -> type[State]:
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """Apply a function to every tensor of any state; batch is dimension 0 of every one of them."""
-    return pytree.tree_map_only(Tensor, function, state)
+    """Apply a function to every tensor of any state; batch is dimension 0 of every one of them.
+
+    A tensor that stands in two places, as weights that are their own anchor, does so in the result too.
+    """
+    done: dict[int, Tensor] = {}
+
+    def once(x: Tensor) -> Tensor:
+        if id(x) not in done:
+            done[id(x)] = function(x)
+        return done[id(x)]
+
+    return pytree.tree_map_only(Tensor, once, state)
 
 
 def state_nbytes(state: object) -> int:
@@ -40,7 +50,15 @@ def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
     zeros: what a row has not reached is never looked at.
     """
 
+    # What stands in two places in both does so in the result.
+    picked: dict[tuple[int, int], Tensor] = {}
+
     def pick(a: Tensor, b: Tensor) -> Tensor:
+        if (id(a), id(b)) not in picked:
+            picked[id(a), id(b)] = choose(a, b)
+        return picked[id(a), id(b)]
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
         if a.shape != b.shape:
             a = torch.cat([a, a.new_zeros(a.shape[0], b.shape[1] - a.shape[1], *a.shape[2:])], 1)
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)

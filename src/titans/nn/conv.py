@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans.memory.triton import runs_on as triton_runs_on
 from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
 
 
@@ -95,6 +96,10 @@ class CausalConv(nn.Module):
             image = extended.float().transpose(1, 2).unsqueeze(2)
             y = F.conv2d(image, weight.float()[:, None, None], groups=weight.shape[0])
             return y.squeeze(2).transpose(1, 2).to(extended.dtype)
+        if triton_runs_on(extended):
+            from titans.memory.triton.filter import causal_filter
+
+            return causal_filter(extended, weight)
         columns = weight.unbind(1)
         y = extended[:, width - 1 :] * columns[-1]
         for shift, column in enumerate(columns[:-1]):

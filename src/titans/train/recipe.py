@@ -158,7 +158,7 @@ class TrainingRun:
             if self.checkpoint is None:
                 (settings.output / METRICS_FILE).unlink(missing_ok=True)
             write_json(settings.output / SETTINGS_FILE, settings.to_json())
-        with _quiet_library():
+        with _quiet_library(), _products_in(settings.dtype):
             trainer = self._trainer(on_log)
             with _stops_on_interrupt(trainer):
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -277,6 +277,16 @@ def _stops_on_interrupt(trainer: TitansTrainer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _products_in(dtype: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tfloat32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

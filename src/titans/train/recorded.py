@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.memory.layout import assume_aligned
-from titans.memory.state import map_state
 
 Inputs = dict[str, Tensor]
 # Inputs and the states before them to the loss, what is reported of it, and the states after.
@@ -38,21 +37,22 @@ class RecordedStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._loss_of = loss_of
         self._inputs = {name: x.clone() for name, x in inputs.items()}
-        # Expanded tensors share memory between rows: copies do not.
-        self._states = map_state(lambda x: x.detach().clone(memory_format=torch.contiguous_format), states)
+        self._states = pytree.tree_map_only(Tensor, _copied, states)
         # Libraries allocate and choose at the first call, which a recording does not allow.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            self._run()
+            after = self._run()[-1]
         torch.cuda.current_stream().wait_stream(aside)
+        self._states = _sharing(states, after)
+        del after
         self._clear()
         self._graph = torch.cuda.CUDAGraph()
         # Others may pin memory meanwhile: only what this thread does is recorded.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._results = self._run()
+            *self._results, _ = self._run()
         self._gradients = [p.grad for p in self._parameters]
-        self._set(self._states, states)
+        _set(self._states, states)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The loss and what is reported of it, which the next call overwrites, and gradients in place of
@@ -62,28 +62,46 @@ class RecordedStep:
         self._graph.replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        return self._results
+        loss, reported = self._results
+        return loss, reported
 
     @property
     def states(self) -> Any:
         """Where the next call begins; overwritten by it."""
         return self._states
 
-    def _run(self) -> tuple[Tensor, Tensor]:
+    def _run(self) -> tuple[Tensor, Tensor, Any]:
         self._clear()
         with assume_aligned():
             loss, reported, states = self._loss_of(self._inputs, self._states)
             loss.backward()
-        self._set(self._states, states)
-        return loss.detach(), reported
+        _set(self._states, states)
+        return loss.detach(), reported, states
 
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
-    @staticmethod
-    @torch.no_grad()
-    def _set(into: Any, states: Any) -> None:
-        for old, new in zip(pytree.tree_leaves(into), pytree.tree_leaves(states), strict=True):
-            if isinstance(old, Tensor):
-                old.copy_(new)
+
+def _copied(x: Tensor) -> Tensor:
+    # Expanded tensors share memory between rows: copies do not.
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _sharing(states: Any, after: Any) -> Any:
+    """A copy of the states in which one tensor stands in two places, as weights that are their own anchor,
+    where one does before a step and after it."""
+    leaves, structure = pytree.tree_flatten(states)
+    copies: dict[tuple[int, int], Any] = {}
+    for x, y in zip(leaves, pytree.tree_leaves(after), strict=True):
+        if (id(x), id(y)) not in copies:
+            copies[id(x), id(y)] = _copied(x) if isinstance(x, Tensor) else x
+    shared = [copies[id(x), id(y)] for x, y in zip(leaves, pytree.tree_leaves(after), strict=True)]
+    return pytree.tree_unflatten(shared, structure)
+
+
+@torch.no_grad()
+def _set(into: Any, states: Any) -> None:
+    for old, new in zip(pytree.tree_leaves(into), pytree.tree_leaves(states), strict=True):
+        if isinstance(old, Tensor):
+            old.copy_(new)

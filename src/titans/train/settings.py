@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+DTYPES = ("float32", "tfloat32", "bfloat16")
 SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
@@ -88,7 +89,8 @@ class TrainSettings:
     seed: int = 0
     """Of the initial weights and the order of the examples."""
     dtype: str = "float32"
-    """float32, or bfloat16: mixed precision, with parameters and memory in float32."""
+    """float32; tfloat32, whose products on a GPU have ten bits; or bfloat16: mixed precision, parameters and
+    memory in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     cuda_graph: bool = False
@@ -122,8 +124,8 @@ class TrainSettings:
                 raise ValueError(f"{name}={value!r}: give a number from 0 to {bound}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: give two numbers in [0, 1)")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: choose one of {list(DTYPES)}")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
         for name in ("carry_memory", "state_passing", "distraction"):
@@ -137,12 +139,14 @@ class TrainSettings:
                 "known which are answers; use tokenizer='bytes'"
             )
         if self.cuda_graph:
-            for name, usual in (("dtype", "float32"), ("distraction", 0), ("state_passing", 0)):
-                if getattr(self, name) != usual:
+            for name in ("distraction", "state_passing"):
+                if getattr(self, name):
                     raise ValueError(
                         f"cuda_graph with {name}={getattr(self, name)!r}: a recorded step cannot do that; "
-                        f"leave one of them out"
+                        "leave one of them out"
                     )
+            if self.dtype == "bfloat16":
+                raise ValueError("cuda_graph with dtype='bfloat16': choose 'float32' or 'tfloat32'")
         if self.carry_memory and self.state_passing:
             raise ValueError("carry_memory and state_passing both say where a row begins: choose one")
 

@@ -1,7 +1,7 @@
-"""The fast path on a GPU: one kernel forward and one backward, the state of a head in one processor throughout.
+"""The fast path on a GPU: one kernel forward and one backward, a head's state in one processor throughout.
 
-What is run is `chunk.py`, for the networks and chunks that `refuses` lets through; chunks that are not whole, or
-begin afresh, or are masked, take the plain path. Needs the package triton.
+What is run is `chunk.py`, for the networks and chunks that `refuses` lets through; chunks that are not whole,
+or begin afresh, or are masked, take the plain path. Needs the package triton.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from titans.memory.state import MemoryState
 
 __all__ = ["refuses", "triton_scan"]
 
-# States that a backward may keep, in bytes; beyond it keeps one in a group of chunks and recomputes the others.
+# Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
 _WARPS = 8
 
@@ -45,21 +45,35 @@ def interpreted() -> bool:
 def refuses(problem: ScanProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     net, keys = problem.net, problem.keys
-    if keys.device.type != "cuda" and not interpreted():
-        return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
+    if keys.device.type != "cuda" and not interpreted():
+        return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if net.depth != 2 or net.norm:
         return "it knows networks of depth 2 without norm"
     if net.objective != "squared_error" or net.update_rule != "momentum":
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
     hidden = net.head_dim * net.expansion
-    for name, size, most in (("chunk_size", problem.chunk_size, 64), ("head_dim", net.head_dim, 64), ("head_dim · expansion", hidden, 128)):
+    for name, size, most in (
+        ("chunk_size", problem.chunk_size, 16),
+        ("head_dim", net.head_dim, 64),
+        ("head_dim · expansion", hidden, 128),
+    ):
         if size & (size - 1) or not 16 <= size <= most:
             return f"{name} is {size}: it knows powers of two from 16 to {most}"
-    if keys.dtype != torch.float32:
-        return f"it computes in float32, and the problem is in {keys.dtype}"
+    if keys.dtype == torch.float64 and not interpreted():
+        return "it computes in float32, and the problem is in float64"
     return hand_written_refuses()
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether kernels other than the scan's take this tensor: float32 on a CUDA device, not in torch.func."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype == torch.float32
+        and find_spec("triton") is not None
+        and hand_written_refuses() is None
+    )
 
 
 def triton_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
@@ -69,9 +83,24 @@ def triton_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
     ) -> tuple[Tensor, Tensor, State]:
         plain = marks.filled is None and marks.fresh is None and marks.complete is True
-        if not plain or tokens.keys.shape[2] != problem.chunk_size or not state.is_anchored:
+        if not plain or tokens.keys.shape[2] != problem.chunk_size:
             return scan_chunks(net, tokens, marks, slow, state)
-        flat = (*tokens[:3], *coefficients_of(net, tokens, marks), *state.weights, *state.momentum, *slow.base)
+        if not state.is_anchored:
+            # The anchor is a tensor with a gradient of its own: for one chunk.
+            one, others = (Tokens(*(x[part] for x in tokens)) for part in (slice(1), slice(1, None)))
+            reads, surprise, state = scan_chunks(net, one, marks, slow, state)
+            state = state._replace(anchor=state.weights)
+            if len(others.keys):
+                more, wonder, state = run(net, others, marks, slow, state)
+                reads, surprise = torch.cat([reads, more]), torch.cat([surprise, wonder])
+            return reads, surprise, state
+        flat = (
+            *tokens[:3],
+            *coefficients_of(net, tokens, marks),
+            *state.weights,
+            *state.momentum,
+            *slow.base,
+        )
         reads, surprise, *end = _Scan.apply(net, *(x.contiguous() for x in flat))
         weights, momentum = tuple(end[:2]), tuple(end[2:])
         return reads, surprise, State(weights, momentum, weights)
@@ -79,12 +108,12 @@ def triton_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     return scan_laid_out(problem, run)
 
 
-def _options(net: MemoryNetwork, has_base: bool, chunk: int) -> dict[str, Any]:
+def _options(net: MemoryNetwork, has_base: bool, chunk: int, double: bool) -> dict[str, Any]:
     # Products of float32 are as exact as the user has asked of PyTorch's own.
-    exact = not torch.backends.cuda.matmul.allow_tf32
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return dict(
-        floor=net.length_floor**2,
-        radius=net._radius,
+        FLOOR=net.length_floor**2,
+        RADIUS=net._radius,
         CHUNK=chunk,
         DIM=net.head_dim,
         HIDDEN=net.head_dim * net.expansion,
@@ -93,19 +122,23 @@ def _options(net: MemoryNetwork, has_base: bool, chunk: int) -> dict[str, Any]:
         NORMALIZE=net.normalize_step,
         RESCALE=net._rescales,
         GELU=net.activation == "gelu",
-        PRECISION="tf32x3" if exact else "tf32",
+        PRECISION="ieee" if double else precision,
         num_warps=_WARPS,
         num_stages=1,
     )
 
 
 def _forward(
-    net: MemoryNetwork, inputs: Sequence[Tensor], start: Sequence[Tensor], base: Sequence[Tensor], group: int = 0
+    net: MemoryNetwork,
+    inputs: Sequence[Tensor],
+    start: Sequence[Tensor],
+    base: Sequence[Tensor],
+    group: int = 0,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """All chunks from a state: reads, surprise, the state after them, and what the backward wants.
 
-    That is, for `group` 0 nothing; for 1 the tape, states before and after every chunk first; otherwise the state
-    before every `group` chunks.
+    That is, for `group` 0 nothing; for 1 the tape, states before and after every chunk first; otherwise the
+    state before every `group` chunks.
     """
     from titans.memory.triton.kernels import forward_kernel
 
@@ -127,7 +160,7 @@ def _forward(
     forward_kernel[(rows,)](
         *inputs, *(base or [unused, unused]), *states, reads, surprise, *kept, *tape,
         chunks, rows, max(group, 1),
-        TAPE=group == 1, KEEP=group > 1, **_options(net, bool(base), chunk),
+        TAPE=group == 1, KEEP=group > 1, **_options(net, bool(base), chunk, keys.dtype == torch.float64),
     )  # fmt: skip
     if group == 1:
         return reads, surprise, [x[-1] for x in states], [*states, *tape]
@@ -135,7 +168,8 @@ def _forward(
 
 
 class _Scan(torch.autograd.Function):
-    """Queries, keys, values, eight coefficients, weights, momentum, base to reads, surprise, weights, momentum."""
+    """Queries, keys, values, eight coefficients, weights, momentum and base to reads, surprise, weights and
+    momentum."""
 
     @staticmethod
     def forward(ctx: Any, net: MemoryNetwork, *flat: Tensor) -> tuple[Tensor, ...]:
@@ -176,6 +210,6 @@ class _Scan(torch.autograd.Function):
             backward_kernel[(rows,)](
                 *here[:2], *here[3:], *(base or [unused, unused]), *tape,
                 grad_reads[part], *state, *(base_grads or [unused, unused]), *(x[part] for x in input_grads),
-                len(here[0]), rows, **_options(ctx.net, bool(base), chunk),
+                len(here[0]), rows, **_options(ctx.net, bool(base), chunk, grad_reads.dtype == torch.float64),
             )  # fmt: skip
         return (None, *input_grads, *state, *base_grads)

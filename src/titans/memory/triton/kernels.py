@@ -1,7 +1,8 @@
 """Two Triton kernels, forward and backward: one program for each head of each row, chunk after chunk.
 
-The algorithm is that of `chunk.py`, with its names; read it there. A chunk's tokens are rows of a tile (CHUNK, DIM),
-weights are (HIDDEN, DIM) and (DIM, HIDDEN). docs/triton.md says where the data is and what bounds the time.
+The algorithm is that of `chunk.py`, with its names; read it there. A chunk's tokens are rows of a tile
+(CHUNK, DIM), weights are (HIDDEN, DIM) and (DIM, HIDDEN). docs/triton.md says where the data is and what
+bounds the time. FLOOR: the squared `length_floor`. RADIUS: the `row_limit`.
 """
 
 from __future__ import annotations
@@ -96,21 +97,26 @@ def forward_kernel(
     reads, surprise,
     kept_weights1, kept_weights2, kept_moments1, kept_moments2,
     tape_outputs, tape_above, tape_delta, tape_read, scales1, scales2,
-    num_chunks, num_rows, group, floor, radius,
-    CHUNK: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    num_chunks, num_rows, group,
+    FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
     HAS_BASE: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
     GELU: tl.constexpr, TAPE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunks in sequence.
 
-    The state is read from `weights1` … `moments2`. Without TAPE every chunk overwrites it. With TAPE it is one
-    for each chunk and one more: a chunk writes where the next one reads; and what the backward needs is written.
-    KEEP: copy the state before every `group` chunks to `kept_…`.
+    The state is read from `weights1` … `moments2`. Without TAPE every chunk overwrites it. With TAPE there is
+    one for each chunk and one more, a chunk writes where the next one reads, and what the backward needs is
+    written too. KEEP: copy the state before every `group` chunks to `kept_…`.
     """
     row = tl.program_id(0).to(tl.int64)
     up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
     size = HIDDEN * DIM
-    token, wide, square, step = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN), _tile(CHUNK, CHUNK), tl.arange(0, CHUNK)
+    token, wide, square, step = (
+        _tile(CHUNK, DIM),
+        _tile(CHUNK, HIDDEN),
+        _tile(CHUNK, CHUNK),
+        tl.arange(0, CHUNK),
+    )
     base1 += row * size
     base2 += row * size
 
@@ -121,13 +127,12 @@ def forward_kernel(
         here = n * num_rows + row
         layer1 = 2 * n * num_rows + row
         layer2 = layer1 + num_rows
-        if KEEP:
-            if n % group == 0:
-                at = ((n // group) * num_rows + row) * size
-                tl.store(kept_weights1 + at + up, w1)
-                tl.store(kept_weights2 + at + down, w2)
-                tl.store(kept_moments1 + at + up, tl.load(moments1 + before + up))
-                tl.store(kept_moments2 + at + down, tl.load(moments2 + before + down))
+        if KEEP and n % group == 0:
+            at = ((n // group) * num_rows + row) * size
+            tl.store(kept_weights1 + at + up, w1)
+            tl.store(kept_weights2 + at + down, w2)
+            tl.store(kept_moments1 + at + up, tl.load(moments1 + before + up))
+            tl.store(kept_moments2 + at + down, tl.load(moments2 + before + down))
         after = before
         if TAPE:
             after += num_rows * size
@@ -154,8 +159,8 @@ def forward_kernel(
             tl.store(tape_above + here * CHUNK * HIDDEN + wide, above)
             tl.store(tape_delta + here * CHUNK * DIM + token, d2)
         if NORMALIZE:
-            d1 /= _normalizer(tl.sum(k * k, 1), 2 * _kappa(total2, floor), floor)[:, None]
-            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, floor)[:, None]
+            d1 /= _normalizer(tl.sum(k * k, 1), 2 * _kappa(total2, FLOOR), FLOOR)[:, None]
+            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR)[:, None]
 
         # Layer 1: read and write.
         s1 = tl.load(moments1 + before + up)
@@ -195,8 +200,8 @@ def forward_kernel(
         tl.store(moments2 + after + down, s2)
 
         if RESCALE:
-            w1, scale1 = _settle(w1, radius)
-            w2, scale2 = _settle(w2, radius)
+            w1, scale1 = _settle(w1, RADIUS)
+            w2, scale2 = _settle(w2, RADIUS)
             if TAPE:
                 tl.store(scales1 + here * HIDDEN + tl.arange(0, HIDDEN), scale1)
                 tl.store(scales2 + here * DIM + tl.arange(0, DIM), scale2)
@@ -224,18 +229,25 @@ def backward_kernel(
     grad_queries, grad_keys, grad_values,
     grad_read_weights, grad_read_momentum, grad_read_steps, grad_end_weights, grad_end_momentum,
     grad_end_steps, grad_momentum_momentum, grad_momentum_steps,
-    num_chunks, num_rows, floor, radius,
-    CHUNK: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    num_chunks, num_rows,
+    FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
     HAS_BASE: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
     GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Chunks in reverse, from the tape. The gradients of the state and of the base are carried in memory, in place:
-    a program's are read again while they are still in the second-level cache, and registers hold one at a time.
+    """Chunks in reverse, from the tape.
+
+    The gradients of the state and of the base are carried in memory, in place: they are read again while they
+    are still in the second-level cache, and registers hold one at a time.
     """
     row = tl.program_id(0).to(tl.int64)
     up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
     size = HIDDEN * DIM
-    token, wide, square, step = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN), _tile(CHUNK, CHUNK), tl.arange(0, CHUNK)
+    token, wide, square, step = (
+        _tile(CHUNK, DIM),
+        _tile(CHUNK, HIDDEN),
+        _tile(CHUNK, CHUNK),
+        tl.arange(0, CHUNK),
+    )
     base1 += row * size
     base2 += row * size
     grad_weight1 += row * size
@@ -257,7 +269,7 @@ def backward_kernel(
         hidden = _activation(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
         d2 = tl.load(tape_delta + here * CHUNK * DIM + token)
         if NORMALIZE:
-            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, floor)[:, None]
+            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR)[:, None]
         r = _activation(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
         go = tl.load(grad_reads + here * CHUNK * DIM + token)
         weigh = tl.load(read_weights + layer2 * CHUNK + step)[:, None]
@@ -280,7 +292,7 @@ def backward_kernel(
         gw = tl.load(grad_weight2 + down)
         if RESCALE:
             scale = tl.load(scales2 + here * DIM + tl.arange(0, DIM))
-            gw = _unsettle(tl.load(weights2 + after + down), scale, gw, radius)
+            gw = _unsettle(tl.load(weights2 + after + down), scale, gw, RADIUS)
         deposit = _dot(hidden, tl.trans(gw), PRECISION)
         tl.store(grad_end_steps + layer2 * CHUNK + step, -tl.sum(d2 * deposit, 1))
         gd2 -= deposit * end
@@ -314,8 +326,8 @@ def backward_kernel(
         d1 = tl.load(tape_above + here * CHUNK * HIDDEN + wide)
         d1 *= _slope(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
         if NORMALIZE:
-            kappa = 2 * _kappa(total2, floor)
-            d1 /= _normalizer(tl.sum(k * k, 1), kappa, floor)[:, None]
+            kappa = 2 * _kappa(total2, FLOOR)
+            d1 /= _normalizer(tl.sum(k * k, 1), kappa, FLOOR)[:, None]
         g1 = gr * _slope(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
         q = tl.load(queries + here * CHUNK * DIM + token)
         weigh = tl.load(read_weights + layer1 * CHUNK + step)[:, None]
@@ -340,7 +352,7 @@ def backward_kernel(
         gw = tl.load(grad_weight1 + up)
         if RESCALE:
             scale = tl.load(scales1 + here * HIDDEN + tl.arange(0, HIDDEN))
-            gw = _unsettle(tl.load(weights1 + after + up), scale, gw, radius)
+            gw = _unsettle(tl.load(weights1 + after + up), scale, gw, RADIUS)
         deposit = _dot(k, tl.trans(gw), PRECISION)
         tl.store(grad_end_steps + layer1 * CHUNK + step, -tl.sum(d1 * deposit, 1))
         gd1 -= deposit * end
@@ -375,12 +387,12 @@ def backward_kernel(
         gt = total2 * 0
         if NORMALIZE:
             key_square, hidden_square = tl.sum(k * k, 1), tl.sum(hidden * hidden, 1)
-            gd1 /= _normalizer(key_square, kappa, floor)[:, None]
-            gd2 /= _normalizer(hidden_square, 2.0, floor)[:, None]
-            gsquare, gkappa = _normalizer_slopes(key_square, kappa, floor, -tl.sum(gd1 * d1, 1))
+            gd1 /= _normalizer(key_square, kappa, FLOOR)[:, None]
+            gd2 /= _normalizer(hidden_square, 2.0, FLOOR)[:, None]
+            gsquare, gkappa = _normalizer_slopes(key_square, kappa, FLOOR, -tl.sum(gd1 * d1, 1))
             gk += 2 * k * gsquare[:, None]
             gt += total2 * (4 * 1.2769 * gkappa)
-            gsquare, _ = _normalizer_slopes(hidden_square, 2.0, floor, -tl.sum(gd2 * d2, 1))
+            gsquare, _ = _normalizer_slopes(hidden_square, 2.0, FLOOR, -tl.sum(gd2 * d2, 1))
             gh += 2 * hidden * gsquare[:, None]
         slope = _slope(outputs, GELU)
         ga = gd1 * slope

@@ -1,0 +1,93 @@
+"""Compile the Triton kernels ahead of time, without a GPU: registers, spills and shared memory of each.
+
+    python benchmarks/triton_kernels.py                # sm_90 and sm_80; a minute
+    python benchmarks/triton_kernels.py --precision tf32x3
+
+Needs the package triton (in the extra dev), whose ptxas is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from titans.memory.triton import filter as filters
+from titans.memory.triton import kernels
+
+WHOLE = ("num_chunks", "num_rows", "group", "from_time", "time", "channels")
+SCAN = dict(
+    CHUNK=16, HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, GELU=False, FLOOR=1.0, RADIUS=8.0
+)  # fmt: skip
+FILTER = dict(WIDTH=16, CHANNELS=64)
+
+
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> tuple[str, ...]:
+    """Registers, bytes spilled (stores, loads) and bytes of shared memory of a kernel."""
+    names = kernel.arg_names
+    kind = {name: "i32" if name in WHOLE else "*fp32" for name in names} | {n: "constexpr" for n in constants}
+    built = triton.compile(
+        ASTSource(
+            kernel,
+            {name: kind[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name] == "*fp32"},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(built.asm["ptx"])
+        source.flush()
+        architecture = f"sm_{capability}{'a' if capability == 90 else ''}"
+        command = [assembler, "-v", f"-arch={architecture}", "-o", "/dev/null", source.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    assert spills is not None and registers is not None, said
+    return registers[1], spills[1], spills[2], f"{built.metadata.shared:,}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--precision", default="tf32", choices=["tf32", "tf32x3"], help="of matrix products")
+    arguments = parser.parse_args()
+    print(
+        f"{datetime.date.today()}, triton {triton.__version__}; `python benchmarks/triton_kernels.py`; "
+        f"{arguments.precision}, chunks of 16, 8 warps (filters 4)\n\n"
+        "| kernel | target | head_dim × hidden | registers | spill stores | spill loads | shared memory |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for capability in (90, 80):
+        for dim, hidden in ((64, 128), (64, 64), (32, 64)):
+            sizes = dict(SCAN, DIM=dim, HIDDEN=hidden, PRECISION=arguments.precision)
+            for kernel, more in (
+                (kernels.forward_kernel, dict(TAPE=True, KEEP=False)),
+                (kernels.backward_kernel, {}),
+            ):
+                cells = compiled(kernel, {**sizes, **more}, capability, 8)
+                name, size = kernel.__name__, f"{dim} × {hidden}"
+                print(f"| {name} | sm_{capability} | {size} | {' | '.join(cells)} |", flush=True)
+        for kernel, more in (
+            (filters._filter_kernel, dict(REVERSED=False, TIME=filters._TIME)),
+            (filters._weight_kernel, dict(PADDED=16, SPAN=filters._SPAN, AT_ONCE=filters._AT_ONCE)),
+        ):
+            cells = compiled(kernel, {**FILTER, **more}, capability, 4)
+            print(f"| {kernel.__name__} | sm_{capability} | – | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

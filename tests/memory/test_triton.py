@@ -1,0 +1,112 @@
+"""The Triton kernels under Triton's interpreter, in float64, for the shapes they know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from titans.memory import BACKENDS
+from titans.memory import triton as backend
+from titans.nn.conv import CausalConv
+
+from ..tolerances import FLOAT64, assert_close
+from .problems import assert_same, everything, make_problem
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def problem(**changes):
+    known = dict(head_dim=16, depth=2, norm=False, chunk_size=16, heads=2, batch=1, time=48)
+    return make_problem(**{**known, **changes})
+
+
+def agree(tolerance: float = FLOAT64, **changes) -> None:
+    call = problem(**changes)
+    assert_same(everything(call, "triton"), everything(call, "reference"), tolerance)
+
+
+@settings(
+    derandomize=True, deadline=None, max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    seed=st.integers(0, 2**20),
+    time=st.integers(1, 60),
+    expansion=st.sampled_from([1, 2]),
+    activation=st.sampled_from(["gelu", "silu"]),
+    residual=st.booleans(),
+    normalize_step=st.booleans(),
+    rows=st.sampled_from([{}, dict(unit_rows=True), dict(row_limit=0.7)]),
+    length_floor=st.sampled_from([0.0, 0.9]),
+    base=st.booleans(),
+    position=st.sampled_from(["zero", "same", "apart"]),
+    mask=st.sampled_from(["none", "none", "random"]),
+    reset=st.sampled_from(["none", "none", "random"]),
+)
+def test_any_call(rows, **call) -> None:
+    agree(**call, **rows)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_states_kept_in_groups_are_recomputed(monkeypatch: pytest.MonkeyPatch, base: bool) -> None:
+    monkeypatch.setattr(backend, "KEPT_BYTES", 0)
+    # Three times as many inner updates as elsewhere.
+    agree(1e-8, time=16 * 7, base=base, row_limit=0.7, normalize_step=True)
+
+
+def test_a_carried_state_is_its_own_anchor_from_call_to_call() -> None:
+    call = problem(time=64)
+    with torch.no_grad():
+        _, state, _ = call.scan("triton", cut=slice(0, 32))
+        assert all(a is w for a, w in zip(state.anchor, state.weights, strict=True))
+    whole = everything(call, "reference")
+    assert_same(everything(call, "triton", [32]), whole, FLOAT64)
+    assert_same(everything(call, "triton", [21]), whole, FLOAT64)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(norm=True), "without norm"),
+        (dict(depth=1), "depth 2"),
+        (dict(chunk_size=8), "chunk_size is 8"),
+        (dict(head_dim=24), "head_dim is 24"),
+        (dict(head_dim=64, expansion=4), "expansion is 256"),
+    ],
+)
+def test_other_shapes_are_refused_with_the_reason(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        problem(**changes).scan("triton")
+
+
+def test_without_a_device_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="runs on a CUDA device"):
+        problem().scan("triton")
+    assert "triton" in BACKENDS
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 65, 16), (1, 600, 8, 4), (1, 3, 40, 5)])
+def test_the_filter_is_the_convolution(shape: tuple[int, int, int, int]) -> None:
+    from titans.memory.triton.filter import causal_filter
+
+    batch, time, channels, width = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, time + width - 1, channels, requires_grad=True)
+    conv = CausalConv(channels, width)
+    found, wanted = causal_filter(x, conv.weight), conv._filter(x)
+    cotangent = torch.randn_like(found)
+    assert_close(found, wanted, 1e-5, "the answer")
+    for a, b in zip(
+        torch.autograd.grad(found, (x, conv.weight), cotangent),
+        torch.autograd.grad(wanted, (x, conv.weight), cotangent),
+        strict=True,
+    ):
+        assert_close(a, b, 1e-5, "a gradient")
