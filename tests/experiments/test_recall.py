@@ -28,7 +28,7 @@ def test_stages_are_settings_that_train(variant, plain, tmp_path):
 def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys):
     small = dict(data="excerpt", steps=2, batch_size=2, sequence_length=64, threads=1, eval_tokens=128)
     stages = recall.stages
-    monkeypatch.setattr(recall, "stages", lambda v, o, p, **_: stages(v, o, p, **small))
+    monkeypatch.setattr(recall, "stages", lambda v, o, p, g, **_: stages(v, o, p, g, **small))
     monkeypatch.setattr(sys, "argv", ["recall", "--variant", "lmm", "--output", str(tmp_path)])
     assert recall.main() == 0
     files = [tmp_path / name / "model.safetensors" for name in ("dense", "near", "far")]

@@ -46,7 +46,7 @@ def refuses(problem: ScanProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     net, keys = problem.net, problem.keys
     if find_spec("triton") is None:
-        return "the package triton is not installed: pip install triton"
+        return "the package triton is not installed: pip install 'titans-ltm[triton]'"
     if keys.device.type != "cuda" and not interpreted():
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if net.depth != 2 or net.norm:
