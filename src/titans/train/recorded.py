@@ -38,14 +38,14 @@ class RecordedStep:
         self._loss_of = loss_of
         self._inputs = {name: x.clone() for name, x in inputs.items()}
         self._states = pytree.tree_map_only(Tensor, _copied, states)
-        # Libraries allocate and choose at the first call, which a recording does not allow.
+        # Libraries compile, allocate and choose at the first call, which a recording does not allow. What the
+        # states share is known only after a step, and what is compiled depends on it.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            after = self._run()[-1]
+            self._states = _sharing(states, self._run()[-1])
+            self._run()
         torch.cuda.current_stream().wait_stream(aside)
-        self._states = _sharing(states, after)
-        del after
         self._clear()
         self._graph = torch.cuda.CUDAGraph()
         # Others may pin memory meanwhile: only what this thread does is recorded.

@@ -87,7 +87,7 @@ def _normalizer_slopes(square, factor, floor, grad):
     return tl.where(square >= floor, grad * factor, 0), tl.sum(grad * floored, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def forward_kernel(
     queries, keys, values,
     read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
@@ -216,7 +216,7 @@ def forward_kernel(
         tl.store(weights2 + before + down, w2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def backward_kernel(
     queries, keys,
     read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
