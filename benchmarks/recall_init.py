@@ -98,7 +98,7 @@ def batch(text: bytes, generator: np.random.Generator, rows: int, length: int, *
     ids, asked = np.empty((rows, length + 1), np.int64), np.zeros((rows, length + 1), bool)
     for row, marks in zip(ids, asked, strict=True):
         at = int(generator.integers(len(text) - length))
-        told, answers = state_facts(text[at : at + length], generator, facts[0], farthest=int(facts[1]))
+        told, answers, _ = state_facts(text[at : at + length], generator, facts[0], farthest=int(facts[1]))
         told += text[at + length : at + 2 * length]
         row[:] = np.frombuffer(told[: length + 1], np.uint8)
         for begin, end in answers:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from titans.data import CarryDataset, WindowDataset
+from titans.data.batches import ANSWER, STATEMENT
 
 
 def encoded(lengths: list[int]) -> list[np.ndarray]:
@@ -122,16 +123,21 @@ def test_refusals() -> None:
 
 
 @given(*documents_and_length, st.integers(0, 3))
-def test_answers_are_marked_at_the_labels_that_are_answers(
+def test_answers_are_marked_at_the_labels_and_facts_at_the_tokens_that_tell_them(
     lengths: list[int], sequence_length: int, epoch: int
 ) -> None:
     documents = encoded(lengths)
-    answers = [document % 3 == 0 for document in documents]
+    marks = [
+        np.select([document % 3 == 0, document % 3 == 1], [ANSWER, STATEMENT], 0).astype(np.uint8)
+        for document in documents
+    ]
     for dataset in (
-        WindowDataset(documents, sequence_length, 0, answers),
-        CarryDataset(documents, sequence_length, 2, 0, answers),
+        WindowDataset(documents, sequence_length, 0, marks),
+        CarryDataset(documents, sequence_length, 2, 0, marks),
     ):
         dataset.set_epoch(epoch)
         for i in range(len(dataset)):
             item = dataset[i]
             assert torch.equal(item["answers"], (item["labels"] >= 0) & (item["labels"] % 3 == 0))
+            real = item["attention_mask"].bool()
+            assert torch.equal(item["facts"], real & (item["input_ids"] % 3 != 2))

@@ -72,3 +72,21 @@ def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
     assert price == pytest.approx(same) and price > 1
     assert paid == pytest.approx(plain + 0.5 * price, rel=1e-5)
     assert reported == pytest.approx(reported_too) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac"])
+def test_what_will_be_asked_for_pays_nothing(variant: str) -> None:
+    model = a_model(variant)
+    ids = torch.arange(80).view(2, 40) % 11
+    with collected_write_logits(model) as logits:
+        model(ids, use_cache=False)
+    spared = torch.zeros(2, 40, dtype=torch.bool)
+    assert write_cost(logits, spared) == write_cost(logits)
+    persistent = [x for x in logits if len(x) == 1]
+    of_all = sum(x[..., (x.shape[-2] + 1) // 2 :, :].numel() for x in logits)
+    of_them = sum(x[..., (x.shape[-2] + 1) // 2 :, :].numel() for x in persistent)
+    rest = write_cost(persistent).item() * of_them / of_all
+    assert write_cost(logits, ~spared).item() == pytest.approx(rest, abs=1e-6)
+    spared[1, 17:23] = True
+    paid = write_cost(logits, spared) + write_cost(logits, ~spared)
+    assert paid.item() == pytest.approx(write_cost(logits).item() + rest, rel=1e-5)

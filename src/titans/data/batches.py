@@ -7,6 +7,7 @@ Both data sets give the same items, ready for the default collator:
                     in its document, -100 where padded. Compare logits[t] with labels[t], as they are
     attention_mask  (sequence_length,) int64, 1 for a token and 0 for padding, which is always on the right
     answers         (sequence_length,) bool, whether labels[t] is one of the answers, where these are given
+    facts           (sequence_length,) bool, whether input_ids[t] states or answers something, likewise
 
 A document of n tokens holds n - 1 predictions (its first token is never predicted, its last never read), and
 every epoch makes each of them exactly once. The last segment of a document is rarely full; how many of the
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Item = dict[str, Tensor]
+STATEMENT, ANSWER = 1, 2
 
 
 class _Segments:
@@ -33,7 +35,7 @@ class _Segments:
         self,
         documents: Sequence[np.ndarray],
         sequence_length: int,
-        answers: Sequence[np.ndarray] | None = None,
+        marks: Sequence[np.ndarray] | None = None,
     ) -> None:
         if sequence_length < 1:
             raise ValueError(f"sequence_length={sequence_length} must be at least 1")
@@ -45,7 +47,7 @@ class _Segments:
                 )
         long_enough = [number for number, document in enumerate(documents) if len(document) > 1]
         self.documents = [documents[number] for number in long_enough]
-        self.answers = None if answers is None else [answers[number] for number in long_enough]
+        self.marks = None if marks is None else [marks[number] for number in long_enough]
         if not self.documents:
             raise ValueError(
                 "documents holds nothing to predict: give at least one document of two tokens or more"
@@ -78,10 +80,11 @@ class _Segments:
         attention_mask = torch.zeros(self.length, dtype=torch.int64)
         input_ids[:real], labels[:real], attention_mask[:real] = piece[:-1], piece[1:], 1
         item = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-        if self.answers is not None:
-            item["answers"] = torch.zeros(self.length, dtype=torch.bool)
-            marks = self.answers[document][max(begin, 0) + 1 : begin + self.length + 1]
-            item["answers"][:real] = torch.from_numpy(marks)
+        if self.marks is not None:
+            marks = self.marks[document][max(begin, 0) : begin + self.length + 1]
+            for name, at in (("answers", marks[1:] == ANSWER), ("facts", marks[:-1] > 0)):
+                item[name] = torch.zeros(self.length, dtype=torch.bool)
+                item[name][:real] = torch.from_numpy(at)
         return item
 
 
@@ -89,8 +92,8 @@ class WindowDataset(Dataset[Item]):
     """Independent windows: each starts with an empty memory and lies within one document.
 
     `seed=None` fixes the windows at the start of each document, for evaluation. Otherwise they are drawn from
-    the seed and the epoch: the same two numbers give the same windows everywhere. `answers`: for each
-    document (tokens,) bool.
+    the seed and the epoch: the same two numbers give the same windows everywhere. `marks`: for each
+    document (tokens,) uint8, `ANSWER` or `STATEMENT` where one is, else 0.
 
     Raises ValueError when no document holds two tokens, or a document is not one-dimensional integers.
     """
@@ -100,10 +103,10 @@ class WindowDataset(Dataset[Item]):
         documents: Sequence[np.ndarray],
         sequence_length: int,
         seed: int | None = 0,
-        answers: Sequence[np.ndarray] | None = None,
+        marks: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.seed = seed
-        self._segments = _Segments(documents, sequence_length, answers)
+        self._segments = _Segments(documents, sequence_length, marks)
         self.set_epoch(0)
 
     @property
@@ -134,7 +137,7 @@ class CarryDataset(Dataset[Item]):
     All segments of the documents, in an order of documents drawn from the seed and the epoch, are cut into
     `batch_rows` stretches of the same number of steps. So a document may begin in one row's last steps and go
     on in the next row's first, with a new state; the last row is filled up from the beginning of the first.
-    `answers`: for each document (tokens,) bool.
+    `marks`: for each document (tokens,) uint8, `ANSWER` or `STATEMENT` where one is, else 0.
 
     Raises ValueError when batch_rows is below 1, and as `WindowDataset`.
     """
@@ -145,13 +148,13 @@ class CarryDataset(Dataset[Item]):
         sequence_length: int,
         batch_rows: int,
         seed: int = 0,
-        answers: Sequence[np.ndarray] | None = None,
+        marks: Sequence[np.ndarray] | None = None,
     ) -> None:
         if batch_rows < 1:
             raise ValueError(f"batch_rows={batch_rows} must be at least 1")
         self.seed = seed
         self.batch_rows = batch_rows
-        self._segments = _Segments(documents, sequence_length, answers)
+        self._segments = _Segments(documents, sequence_length, marks)
         self.num_steps = -(-self._segments.total // batch_rows)
         self.set_epoch(0)
 

@@ -11,6 +11,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,6 +113,15 @@ TASKS: dict[str, NeedleTask] = {
     **{kind: NeedleTask("text", kind) for kind in KINDS},
 }
 
+
+class Told(NamedTuple):
+    """A text with facts in it, and begin and end of every answer and of every statement."""
+
+    text: bytes
+    answers: list[tuple[int, int]]
+    statements: list[tuple[int, int]]
+
+
 # How training states facts, and asks for them again: "Mark this, the seal of {name} = {value}. " and "What is
 # the seal of {name}? The seal of {name} = ".
 LEADS = ("", "", "", "Note: ", "Mark this, ", "They say ", "We read that ", "Hear me, ", "By the book, ")
@@ -179,7 +189,7 @@ def state_facts(
     nearest: int = 32,
     farthest: int = 256,
     questions: int = 3,
-) -> tuple[bytes, list[tuple[int, int]]]:
+) -> Told:
     """The text with facts said in it and asked for, and answered, again and again.
 
     Args:
@@ -190,8 +200,6 @@ def state_facts(
 
     One fact in five is a story of `titans.data.babi`, told over the distance and asked about once.
 
-    Returns:
-        The new text, and begin and end of every answer in it.
     """
     inserted: list[tuple[int, str, str]] = []
     words = words_of(text)
@@ -209,17 +217,21 @@ def state_facts(
         else:
             said, asked, value = _fact(generator, words)
             inserted += [(at, said, ""), *((at + int(gap), asked, value) for gap in gaps)]
-    told, answers, last = bytearray(), [], 0
+    told, answers, statements, last = bytearray(), [], [], 0
     for at, sentence, answer in sorted(inserted, key=lambda one: one[0]):
         if at >= len(text):
             break
         place = max(text.find(b" ", at) + 1, last)
-        told += text[last:place] + sentence.encode()
+        told += text[last:place]
+        begin = len(told)
+        told += sentence.encode()
         if answer:
             answers.append((len(told), len(told) + len(answer)))
             told += answer.encode() + b". "
+        else:
+            statements.append((begin, len(told)))
         last = place
-    return bytes(told + text[last:]), answers
+    return Told(bytes(told + text[last:]), answers, statements)
 
 
 def _moments(generator: np.random.Generator, length: int, spacing: float) -> Iterator[int]:

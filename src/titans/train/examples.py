@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
-from titans.data.batches import Item
-from titans.data.needles import state_facts
+from titans.data.batches import ANSWER, STATEMENT, Item
+from titans.data.needles import Told, state_facts
 from titans.data.refrains import with_refrains
 from titans.train.settings import TrainSettings
 
@@ -102,12 +102,12 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
     as_written = settings.fact_spacing is None and not settings.refrains
 
     def tell(epoch: int) -> WindowDataset | CarryDataset:
-        told, answers = _as_told(documents, settings, epoch)
+        told, marks = _as_told(documents, settings, epoch)
         tokens = _encode(tokenizer, told)
         if settings.carry_memory or settings.in_order:
             rows = settings.batch_size
-            return CarryDataset(tokens, settings.sequence_length, rows, settings.seed, answers)
-        return WindowDataset(tokens, settings.sequence_length, settings.seed, answers)
+            return CarryDataset(tokens, settings.sequence_length, rows, settings.seed, marks)
+        return WindowDataset(tokens, settings.sequence_length, settings.seed, marks)
 
     first = tell(0)
     # What is told is told anew in every epoch: whoever has read a fact before must not know it by heart.
@@ -128,18 +128,20 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
 def _as_told(
     documents: list[Document], settings: TrainSettings, epoch: int
 ) -> tuple[list[Document], list[np.ndarray] | None]:
-    """The documents with refrains and facts in them, and which bytes are answers where these count more."""
+    """The documents with refrains and facts in them, and which bytes state and answer these if it matters."""
     generator = np.random.default_rng([settings.seed, epoch])
-    told, answers = [], []
+    told, marks = [], []
     for document in documents:
-        text, spans = with_refrains(document.data, generator, settings.refrains), []
+        one = Told(with_refrains(document.data, generator, settings.refrains), [], [])
         if settings.fact_spacing is not None:
-            text, spans = state_facts(text, generator, settings.fact_spacing, farthest=settings.fact_distance)
-        told.append(Document(document.name, text))
-        answers.append(np.zeros(len(text), dtype=bool))
-        for begin, end in spans:
-            answers[-1][begin:end] = True
-    return told, answers if settings.answer_weight != 1 else None
+            one = state_facts(one.text, generator, settings.fact_spacing, farthest=settings.fact_distance)
+        told.append(Document(document.name, one.text))
+        marks.append(np.zeros(len(one.text), dtype=np.uint8))
+        for spans, mark in ((one.statements, STATEMENT), (one.answers, ANSWER)):
+            for begin, end in spans:
+                marks[-1][begin:end] = mark
+    matters = settings.answer_weight != 1 or settings.write_cost
+    return told, marks if matters and settings.tokenizer == "bytes" else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:

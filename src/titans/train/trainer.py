@@ -185,7 +185,7 @@ class TitansTrainer(Trainer):
             weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()
         if self.write_cost:
-            loss = loss + self.write_cost * write_cost(write_logits).to(loss.device)
+            loss = loss + self.write_cost * write_cost(write_logits, inputs.get("facts")).to(loss.device)
         return loss, reported, logits, map_state(Tensor.detach, states) if self._passes_on else None
 
     def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:

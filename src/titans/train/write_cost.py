@@ -2,8 +2,10 @@
 
 A memory with room for a hundred facts has lost the first of them after a few thousand tokens written over it,
 however slowly it forgets. What a token written now takes from a token asked about much later is all but
-invisible in a row of training; a price on writing stands for it. Only the slower half of the heads pays; the
-others are free to learn from everything, for the next word's sake.
+invisible in a row of training; a price on writing stands for it. Only the slower half of the heads pays, and
+not for statements that the training text asks about and their answers: a price on these too is cheapest to
+escape by writing nothing at all. The faster heads are free to learn from everything, for the next word's
+sake.
 """
 
 from __future__ import annotations
@@ -38,8 +40,21 @@ def collected_write_logits(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def write_cost(logits: list[Tensor]) -> Tensor:
-    """Mean over tokens, slower heads and layers of log(1 + e⁸ θ / (θ_max − θ)), a scalar; 0 without any."""
-    costs = [F.softplus(x[..., (x.shape[-2] + 1) // 2 :, :] + _FREE).flatten() for x in logits]
+def write_cost(logits: list[Tensor], spared: Tensor | None = None) -> Tensor:
+    """Mean over tokens, slower heads and layers of log(1 + e⁸ θ / (θ_max − θ)), a scalar; 0 without any.
+
+    spared: (batch, time) bool, tokens that pay nothing, because they are going to be asked for. Persistent
+    tokens pay like all.
+    """
+    costs, place = [], 0
+    for x in logits:
+        cost = F.softplus(x[..., (x.shape[-2] + 1) // 2 :, :] + _FREE)
+        if spared is not None and len(x) == len(spared):
+            # A layer may read a stretch in pieces, the last of them filled up.
+            end = place + x.shape[1]
+            here = F.pad(spared[:, place:end], (0, max(end - spared.shape[1], 0)))
+            place = end if end < spared.shape[1] else 0
+            cost = torch.where(here[..., None, None], 0, cost)
+        costs.append(cost.flatten())
     every = torch.cat(costs) if costs else torch.zeros(0)
     return every.sum() / max(len(every), 1)
