@@ -1,11 +1,11 @@
-"""What makes recall reach beyond the rows of training? Two things, each alone and both.
+"""Does a price on writing make recall reach beyond the rows of training?
 
     python benchmarks/far_stage.py                 # what is missing, then the table
     python benchmarks/far_stage.py --worker 0/2    # every second arm, once the first stages are there
 
 Dense and near stage of `titans.experiments.recall` once for each seed; then the far stage in 200 steps, with
-and without a price on writing (`write_cost`) and rows half of whose heads forget them (`distraction`). A
-number and a word told at the beginning are asked for at the end, in a book that no model was trained on.
+and without a price on writing (`write_cost`). A number and a word told at the beginning are asked for at the
+end, in a book that no model was trained on.
 Finished arms are kept in benchmarks/results/far_stage.json.
 """
 
@@ -30,12 +30,7 @@ from titans.experiments.recall import run_stage, stages
 RESULTS = Path(__file__).parent / "results"
 STEPS, TEXTS = 200, 60
 SEEDS = (0, 1)
-ARMS = {
-    "neither": (0.0, 0.0),
-    "writing costs": (0.01, 0.0),
-    "rows are distracted": (0.0, 0.5),
-    "both": (0.01, 0.5),
-}
+PRICES = {"writing is free": 0.0, "writing costs": 0.03}
 ASKED = {"number": (512, 2048, 8192, 32768), "word": (512, 2048, 8192)}
 
 
@@ -66,7 +61,7 @@ def report() -> None:
         "| far stage | " + " | ".join(f"{task}, {length:,}" for task, length in columns) + " | text |",
         "|---" * (len(columns) + 2) + "|",
     ]
-    for arm in ARMS:
+    for arm in PRICES:
         kept = [found[key] for seed in SEEDS if (key := f"{arm}, seed {seed}") in found]
         if not kept:
             continue
@@ -101,16 +96,14 @@ def main() -> int:
         )
         for stage in (dense, near):
             run_stage(stage)
-        for number, (arm, (write_cost, distraction)) in enumerate(ARMS.items()):
+        for number, (arm, price) in enumerate(PRICES.items()):
             key = f"{arm}, seed {seed}"
             with known(RESULTS / "far_stage.json") as found:
                 done = key in found
             if done or number % parts != part:
                 continue
             output = folder / arm.replace(" ", "-")
-            bits = run_stage(
-                replace(far, output=output, steps=STEPS, write_cost=write_cost, distraction=distraction)
-            )
+            bits = run_stage(replace(far, output=output, steps=STEPS, write_cost=price))
             result = {
                 "rows": measured(output, haystack),
                 "bits_per_byte": bits,

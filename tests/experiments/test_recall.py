@@ -25,6 +25,19 @@ def test_stages_are_settings_that_train(variant, plain, tmp_path):
         assert after.config == before.config
 
 
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_stages_on_a_gpu_go_on_from_each_other_and_end_as_without_one(variant, tmp_path):
+    planned, plain = (recall.stages(variant, tmp_path, plain, gpu=True) for plain in (False, True))
+    for stage in (*planned, *plain):
+        stage.check()
+    assert [stage.output.name for stage in planned] == ["dense", "near", "far", "keep", "hold"]
+    for before, after in pairwise(planned):
+        assert after.start_from == before.output and after.config == before.config
+    prices = [stage.write_cost for stage in planned]
+    assert prices[2] == 0 and prices == sorted(prices)
+    assert not any(stage.write_cost for stage in plain)
+
+
 def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys):
     small = dict(data="excerpt", steps=2, batch_size=2, sequence_length=64, threads=1, eval_tokens=128)
     stages = recall.stages

@@ -1,7 +1,7 @@
 """Train a small model that predicts text and remembers facts from far back: the recipe of the models to try.
 
     python -m titans.experiments.recall --variant lmm --output runs/lmm    # half an hour on one core
-    python -m titans.experiments.recall --variant lmm --output runs/lmm --gpu    # twenty times the text
+    python -m titans.experiments.recall --variant lmm --output runs/lmm --gpu    # fourteen times the text
     python -m titans.experiments.recall --variant lmm --output runs/plain --plain    # without facts
 
 Interrupted, the same command goes on where it stopped. The model is in the last stage's folder.
@@ -32,12 +32,15 @@ def stages(
     dense: facts in every line, asked for at once, so that there is one to tell from the text and not several
     from each other; what a memory has to do is learned here, in minutes. near: fewer, within 1,024 bytes.
     far: text with a fact in every 1,500 bytes, asked for within 16,384, read in order with the memory carried
-    over: what must not be lost has to survive all that is read between.
+    over: what must not be lost has to survive all that is read between, and writing what will not be asked
+    for has a price (`titans.train.write_cost`).
+
+    On a GPU far is thirteen times as long, in rows of 4,096 bytes, with facts asked for within 65,536 and no
+    price yet. keep and hold follow: far as it is without a GPU, at a price that grows.
 
     Args:
         plain: the same text without facts.
-        gpu: the far stage as a CUDA device makes it possible: twenty times the text, rows of 4,096 bytes,
-            facts asked for within 65,536, and a price on writing.
+        gpu: with the stages that need a CUDA device, or an hour and a half for each of them.
         changes: of every stage's settings.
     """
     remembers = variant not in WITHOUT_MEMORY
@@ -94,23 +97,36 @@ def stages(
         fact_distance=16384,
         carry_memory=remembers,
         in_order=not remembers,
+        write_cost=0.03 if remembers and not plain else 0.0,
         learning_rate=3e-3,
         min_learning_rate=0.1,
         seed=2,
     )
+    planned = [dense, near, far]
     if gpu:
+        keep = replace(
+            far, output=output / "keep", start_from=far.output, steps=220, learning_rate=2e-3, seed=3
+        )
+        hold = replace(
+            keep,
+            output=output / "hold",
+            start_from=keep.output,
+            steps=350,
+            write_cost=far.write_cost and 0.1,
+            seed=4,
+        )
         far = replace(
             far,
-            steps=1500,
+            steps=1020,
             batch_size=16,
             sequence_length=4096,
-            fact_distance=far.fact_distance if plain else 65536,
-            write_cost=0.003 if remembers else 0.0,
+            fact_distance=4 * far.fact_distance,
+            write_cost=0.0,
             dtype="tfloat32",
             cuda_graph=True,
-            save_every=500,
         )
-    return [replace(stage, **changes) for stage in (dense, near, far)]
+        planned = [dense, near, far, keep, hold]
+    return [replace(stage, **changes) for stage in planned]
 
 
 def run_stage(settings: TrainSettings) -> float | None:

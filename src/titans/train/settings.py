@@ -16,7 +16,7 @@ SETTINGS_FILE = "training.json"
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
     "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "answer_weight", "refrains",
-    "write_cost", "distraction", "start_from", "state_passing",
+    "write_cost", "start_from", "state_passing",
 )  # fmt: skip
 
 
@@ -58,8 +58,6 @@ class TrainSettings:
     """Share of the training text that is some of its sentences, said again and again."""
     write_cost: float = 0.0
     """What the slower half of a memory's heads pay for writing, see `titans.train.write_cost`."""
-    distraction: float = 0.0
-    """Share of the rows half of whose heads forget the row within it, see `titans.train.distraction`."""
     start_from: Path | None = None
     """Folder of a model to go on from, of the same configuration."""
     learning_rate: float | None = None
@@ -117,7 +115,7 @@ class TrainSettings:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
                 "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "answer_weight": math.inf,
-                "refrains": 0.9, "distraction": 1, "write_cost": math.inf}  # fmt: skip
+                "refrains": 0.9, "write_cost": math.inf}  # fmt: skip
         for name, bound in most.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value <= bound:
@@ -128,7 +126,7 @@ class TrainSettings:
             raise ValueError(f"dtype={self.dtype!r}: choose one of {list(DTYPES)}")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
-        for name in ("carry_memory", "state_passing", "distraction"):
+        for name in ("carry_memory", "state_passing"):
             if getattr(self, name) and self.variant in _without_memory():
                 raise ValueError(
                     f"{name} with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"
@@ -139,12 +137,11 @@ class TrainSettings:
                 "known which are answers; use tokenizer='bytes'"
             )
         if self.cuda_graph:
-            for name in ("distraction", "state_passing"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"cuda_graph with {name}={getattr(self, name)!r}: a recorded step cannot do that; "
-                        "leave one of them out"
-                    )
+            if self.state_passing:
+                raise ValueError(
+                    f"cuda_graph with state_passing={self.state_passing}: a recorded step cannot do that; "
+                    "leave one of them out"
+                )
             if self.dtype == "bfloat16":
                 raise ValueError("cuda_graph with dtype='bfloat16': choose 'float32' or 'tfloat32'")
         if self.carry_memory and self.state_passing:

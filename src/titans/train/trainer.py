@@ -30,7 +30,6 @@ from transformers import (
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory.state import map_state
 from titans.train import checkpoint as files
-from titans.train.distraction import distracted, draw_distraction
 from titans.train.examples import EpochAfterEpoch, HeldOut
 from titans.train.metrics import MetricsLog
 from titans.train.recorded import RecordedStep
@@ -62,7 +61,6 @@ class TitansTrainer(Trainer):
             before, in place of an empty one; the text, and with it all else, is new.
         answer_weight: how much labels count that the examples' `answers` marks; others count 1.
         write_cost: how much `titans.train.write_cost` counts beside them.
-        distraction: share of the rows that are distracted, see `titans.train.distraction`.
         cuda_graph: record the step and replay it; padding is then read like text.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
@@ -81,17 +79,14 @@ class TitansTrainer(Trainer):
         state_passing: float = 0.0,
         answer_weight: float = 1.0,
         write_cost: float = 0.0,
-        distraction: float = 0.0,
         cuda_graph: bool = False,
         eval_every: int = 100,
         save_every: int = 100,
         log_every: int = 10,
         save_extras: Callable[[Path], None] | None = None,
     ) -> None:
-        if (carry_memory or state_passing or distraction) and not model.config.has_memory:
-            raise ValueError(
-                f"carry_memory, state_passing, distraction: variant {model.config.variant!r} has no memory"
-            )
+        if (carry_memory or state_passing) and not model.config.has_memory:
+            raise ValueError(f"carry_memory, state_passing: variant {model.config.variant!r} has no memory")
         super().__init__(
             model,
             args,
@@ -109,7 +104,7 @@ class TitansTrainer(Trainer):
         self.held_out = held_out
         self.metrics = metrics
         self.carry_memory, self.state_passing = carry_memory, state_passing
-        self.answer_weight, self.write_cost, self.distraction = answer_weight, write_cost, distraction
+        self.answer_weight, self.write_cost = answer_weight, write_cost
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
@@ -177,7 +172,15 @@ class TitansTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None]:
         """What is minimised; the mean cross-entropy, which is reported; logits; the states left, detached."""
         with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
-            logits, states = self._read(model, inputs, states, restart)
+            output = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                memory_states=states,
+                restart=restart,
+                return_memory_states=self._passes_on,
+            )
+        logits, states = output.logits, output.memory_states
         each = F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none")
         weights = (inputs["labels"] >= 0).flatten().to(each.dtype)
         reported = each.detach().sum() / weights.sum()
@@ -196,36 +199,6 @@ class TitansTrainer(Trainer):
             self.carried = states
             self._columns_carried += inputs["input_ids"].shape[1]
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
-
-    def _read(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        states: tuple[Any, ...] | None,
-        restart: Tensor | None,
-    ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """Logits of all tokens, and the states after the last one if they are wanted."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        time, place, rows = ids.shape[1], 0, torch.zeros(len(ids), dtype=torch.bool)
-        if self.distraction:
-            generator = np.random.default_rng([self.args.seed, self.state.global_step, 7])
-            chunk = self._network.config.chunk_size
-            rows, place = draw_distraction(generator, len(ids), time, chunk, self.distraction)
-        logits = []
-        for begin, end in ((0, place), (place, time)) if place else ((0, time),):
-            output = model(
-                input_ids=ids[:, begin:end],
-                attention_mask=None if mask is None else mask[:, begin:end],
-                use_cache=False,
-                memory_states=states,
-                restart=restart if begin == 0 else None,
-                return_memory_states=self._passes_on or end < time,
-            )
-            logits.append(output.logits)
-            states = output.memory_states
-            if end < time:
-                states = distracted(states, rows)
-        return torch.cat(logits, 1) if len(logits) > 1 else logits[0], states
 
     def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
         """What the rows have read before this step, and which of them begin afresh all the same."""

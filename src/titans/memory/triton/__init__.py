@@ -157,7 +157,8 @@ def _forward(
         states = [x.clone(memory_format=torch.contiguous_format) for x in start]
         if group:
             kept = [x.new_empty(-(-chunks // group), *x.shape) for x in start]
-    forward_kernel[(rows,)](
+    launch: Any = forward_kernel[(rows,)]
+    launch(
         *inputs, *(base or [unused, unused]), *states, reads, surprise, *kept, *tape,
         chunks, rows, max(group, 1),
         TAPE=group == 1, KEEP=group > 1, **_options(net, bool(base), chunk, keys.dtype == torch.float64),
@@ -207,7 +208,8 @@ class _Scan(torch.autograd.Function):
             if ctx.group > 1:
                 start = [x[begin // size] for x in kept]
                 tape = _forward(ctx.net, here, start, base, group=1)[-1]
-            backward_kernel[(rows,)](
+            launch: Any = backward_kernel[(rows,)]
+            launch(
                 *here[:2], *here[3:], *(base or [unused, unused]), *tape,
                 grad_reads[part], *state, *(base_grads or [unused, unused]), *(x[part] for x in input_grads),
                 len(here[0]), rows, **_options(ctx.net, bool(base), chunk, grad_reads.dtype == torch.float64),
