@@ -35,6 +35,7 @@ __all__ = ["refuses", "triton_scan"]
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
 _WARPS = 8
+_INSTALLED = find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -45,10 +46,12 @@ def interpreted() -> bool:
 def refuses(problem: ScanProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     net, keys = problem.net, problem.keys
-    if find_spec("triton") is None:
+    if not _INSTALLED:
         return "the package triton is not installed: pip install 'titans-ltm[triton]'"
     if keys.device.type != "cuda" and not interpreted():
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
+    if not interpreted() and not _is_new_enough(keys.device):
+        return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
     if net.depth != 2 or net.norm:
         return "it knows networks of depth 2 without norm"
     if net.objective != "squared_error" or net.update_rule != "momentum":
@@ -71,9 +74,14 @@ def runs_on(x: Tensor) -> bool:
     return (
         x.device.type == "cuda"
         and x.dtype == torch.float32
-        and find_spec("triton") is not None
+        and _INSTALLED
+        and _is_new_enough(x.device)
         and hand_written_refuses() is None
     )
+
+
+def _is_new_enough(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
