@@ -68,7 +68,7 @@ REFUSED = [
     (dict(state=replace(STATE, position=torch.zeros(2))), r"state.position has dtype torch.float32: give t"),
     (
         dict(backend="cuda"),
-        r"backend='cuda' is not known here: choose one of \['auto', 'native', 'chunkwise', 'ref",
+        r"backend='cuda' is not known here: choose one of \['auto', 'native', 'triton', 'chunk",
     ),
 ]
 

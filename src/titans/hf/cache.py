@@ -190,7 +190,9 @@ class TitansCache(Cache):
                     )
             template = _template(config)
             slots = _check_kinds(file, template)
-            states = _as_states(path, file.tensors(), template, slots, num_columns)
+            # Equal weights and anchors are one tensor, as they were; positions equal by chance are not.
+            tensors = {n: x if x.is_floating_point() else x.clone() for n, x in file.tensors().items()}
+            states = _as_states(path, tensors, template, slots, num_columns)
         cache = cls(config)
         cache.store(states, num_columns)
         return cache
