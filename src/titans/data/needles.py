@@ -199,7 +199,6 @@ def state_facts(
         questions: how often each fact is asked for.
 
     One fact in five is a story of `titans.data.babi`, told over the distance and asked about once.
-
     """
     inserted: list[tuple[int, str, str]] = []
     words = words_of(text)

@@ -87,6 +87,36 @@ def _normalizer_slopes(square, factor, floor, grad):
     return tl.where(square >= floor, grad * factor, 0), tl.sum(grad * floored, 0)
 
 
+@triton.jit
+def _layer_forward(
+    x, h, d, w, layer, moments, moments_after, base,
+    read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+    momentum_steps,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a layer of weights w (ROWS, COLUMNS) reads at x, (CHUNK, ROWS), and its weights after the chunk.
+
+    x, h: inputs of the read and of what is written, (CHUNK, COLUMNS). d: scaled deltas, (CHUNK, ROWS). layer:
+    the row of its coefficients. The momentum goes from memory to memory.
+    """
+    tile, square, step = _tile(ROWS, COLUMNS), _tile(CHUNK, CHUNK), tl.arange(0, CHUNK)
+    s = tl.load(moments + tile)
+    out = _dot(x, tl.trans(w), PRECISION) * tl.load(read_weights + layer * CHUNK + step)[:, None]
+    out += _dot(x, tl.trans(s), PRECISION) * tl.load(read_momentum + layer * CHUNK + step)[:, None]
+    if HAS_BASE:
+        out += _dot(x, tl.trans(tl.load(base + tile)), PRECISION)
+    mixing = _dot(x, tl.trans(h), PRECISION) * tl.load(read_steps + layer * CHUNK * CHUNK + square)
+    out -= _dot(mixing, d, PRECISION)
+    w += w * tl.load(end_weights + layer) + s * tl.load(end_momentum + layer)
+    written = d * tl.load(end_steps + layer * CHUNK + step)[:, None]
+    w -= _dot(tl.trans(written), h, PRECISION)
+    written = d * tl.load(momentum_steps + layer * CHUNK + step)[:, None]
+    s = s * tl.load(momentum_momentum + layer) - _dot(tl.trans(written), h, PRECISION)
+    tl.store(moments_after + tile, s)
+    return out, w
+
+
 @triton.jit(do_not_specialize=["num_chunks"])
 def forward_kernel(
     queries, keys, values,
@@ -111,12 +141,7 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
     size = HIDDEN * DIM
-    token, wide, square, step = (
-        _tile(CHUNK, DIM),
-        _tile(CHUNK, HIDDEN),
-        _tile(CHUNK, CHUNK),
-        tl.arange(0, CHUNK),
-    )
+    token, wide, step = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN), tl.arange(0, CHUNK)
     base1 += row * size
     base2 += row * size
 
@@ -126,7 +151,6 @@ def forward_kernel(
     for n in range(num_chunks):
         here = n * num_rows + row
         layer1 = 2 * n * num_rows + row
-        layer2 = layer1 + num_rows
         if KEEP and n % group == 0:
             at = ((n // group) * num_rows + row) * size
             tl.store(kept_weights1 + at + up, w1)
@@ -162,42 +186,25 @@ def forward_kernel(
             d1 /= _normalizer(tl.sum(k * k, 1), 2 * _kappa(total2, FLOOR), FLOOR)[:, None]
             d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR)[:, None]
 
-        # Layer 1: read and write.
-        s1 = tl.load(moments1 + before + up)
         q = tl.load(queries + here * CHUNK * DIM + token)
-        out = _dot(q, tl.trans(w1), PRECISION) * tl.load(read_weights + layer1 * CHUNK + step)[:, None]
-        out += _dot(q, tl.trans(s1), PRECISION) * tl.load(read_momentum + layer1 * CHUNK + step)[:, None]
-        if HAS_BASE:
-            out += _dot(q, tl.trans(tl.load(base1 + up)), PRECISION)
-        mixing = _dot(q, tl.trans(k), PRECISION) * tl.load(read_steps + layer1 * CHUNK * CHUNK + square)
-        out -= _dot(mixing, d1, PRECISION)
+        out, w1 = _layer_forward(
+            q, k, d1, w1, layer1, moments1 + before, moments1 + after, base1,
+            read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+            momentum_steps,
+            CHUNK, HIDDEN, DIM, HAS_BASE, PRECISION,
+        )  # fmt: skip
         if TAPE:
             tl.store(tape_read + here * CHUNK * HIDDEN + wide, out)
         r = _activation(out, GELU)
-        w1 += w1 * tl.load(end_weights + layer1) + s1 * tl.load(end_momentum + layer1)
-        written = d1 * tl.load(end_steps + layer1 * CHUNK + step)[:, None]
-        w1 -= _dot(tl.trans(written), k, PRECISION)
-        written = d1 * tl.load(momentum_steps + layer1 * CHUNK + step)[:, None]
-        s1 = s1 * tl.load(momentum_momentum + layer1) - _dot(tl.trans(written), k, PRECISION)
-        tl.store(moments1 + after + up, s1)
-
-        # Layer 2.
-        s2 = tl.load(moments2 + before + down)
-        out = _dot(r, tl.trans(w2), PRECISION) * tl.load(read_weights + layer2 * CHUNK + step)[:, None]
-        out += _dot(r, tl.trans(s2), PRECISION) * tl.load(read_momentum + layer2 * CHUNK + step)[:, None]
-        if HAS_BASE:
-            out += _dot(r, tl.trans(tl.load(base2 + down)), PRECISION)
-        mixing = _dot(r, tl.trans(hidden), PRECISION) * tl.load(read_steps + layer2 * CHUNK * CHUNK + square)
-        out -= _dot(mixing, d2, PRECISION)
+        out, w2 = _layer_forward(
+            r, hidden, d2, w2, layer1 + num_rows, moments2 + before, moments2 + after, base2,
+            read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+            momentum_steps,
+            CHUNK, DIM, HIDDEN, HAS_BASE, PRECISION,
+        )  # fmt: skip
         if RESIDUAL:
             out += q
         tl.store(reads + here * CHUNK * DIM + token, out)
-        w2 += w2 * tl.load(end_weights + layer2) + s2 * tl.load(end_momentum + layer2)
-        written = d2 * tl.load(end_steps + layer2 * CHUNK + step)[:, None]
-        w2 -= _dot(tl.trans(written), hidden, PRECISION)
-        written = d2 * tl.load(momentum_steps + layer2 * CHUNK + step)[:, None]
-        s2 = s2 * tl.load(momentum_momentum + layer2) - _dot(tl.trans(written), hidden, PRECISION)
-        tl.store(moments2 + after + down, s2)
 
         if RESCALE:
             w1, scale1 = _settle(w1, RADIUS)
@@ -214,6 +221,72 @@ def forward_kernel(
     if not TAPE:
         tl.store(weights1 + before + up, w1)
         tl.store(weights2 + before + down, w2)
+
+
+@triton.jit
+def _layer_backward(
+    x, h, d, grad, layer,
+    weights, weights_after, moments, base, scales,
+    grad_weight, grad_moment, grad_base,
+    read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+    momentum_steps,
+    grad_read_weights, grad_read_momentum, grad_read_steps, grad_end_weights, grad_end_momentum,
+    grad_end_steps, grad_momentum_momentum, grad_momentum_steps,
+    RADIUS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BASE: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_layer_forward` in reverse: from the gradient of what was read to those of x, h and d.
+
+    The gradients of the state the layer has left are in memory, and those of the state it began with take
+    their place; the gradients of base and coefficients go to memory too.
+    """
+    tile, square, step = _tile(ROWS, COLUMNS), _tile(CHUNK, CHUNK), tl.arange(0, CHUNK)
+    weigh = tl.load(read_weights + layer * CHUNK + step)[:, None]
+    carry = tl.load(read_momentum + layer * CHUNK + step)[:, None]
+    mix = tl.load(read_steps + layer * CHUNK * CHUNK + square)
+    end = tl.load(end_steps + layer * CHUNK + step)[:, None]
+    past = tl.load(momentum_steps + layer * CHUNK + step)[:, None]
+    mixing = -_dot(grad, tl.trans(d), PRECISION)
+    similarity = _dot(x, tl.trans(h), PRECISION)
+    tl.store(grad_read_steps + layer * CHUNK * CHUNK + square, mixing * similarity)
+    mixing *= mix
+    gd = -_dot(tl.trans(similarity * mix), grad, PRECISION)
+    gh = _dot(tl.trans(mixing), x, PRECISION)
+    gx = _dot(mixing, h, PRECISION)
+    if HAS_BASE:
+        gx += _dot(grad, tl.load(base + tile), PRECISION)
+        into = grad_base + tile
+        tl.store(into, tl.load(into) + _dot(tl.trans(grad), x, PRECISION))
+
+    gw = tl.load(grad_weight + tile)
+    if RESCALE:
+        scale = tl.load(scales + tl.arange(0, ROWS))
+        gw = _unsettle(tl.load(weights_after + tile), scale, gw, RADIUS)
+    deposit = _dot(h, tl.trans(gw), PRECISION)
+    tl.store(grad_end_steps + layer * CHUNK + step, -tl.sum(d * deposit, 1))
+    gd -= deposit * end
+    gh -= _dot(d * end, gw, PRECISION)
+    w = tl.load(weights + tile)
+    through = _dot(grad, w, PRECISION)
+    tl.store(grad_read_weights + layer * CHUNK + step, tl.sum(x * through, 1))
+    gx += through * weigh
+    tl.store(grad_end_weights + layer, tl.sum(tl.sum(gw * w, 1), 0))
+    s = tl.load(moments + tile)
+    through = _dot(grad, s, PRECISION)
+    tl.store(grad_read_momentum + layer * CHUNK + step, tl.sum(x * through, 1))
+    gx += through * carry
+    tl.store(grad_end_momentum + layer, tl.sum(tl.sum(gw * s, 1), 0))
+    gs = tl.load(grad_moment + tile)
+    deposit = _dot(h, tl.trans(gs), PRECISION)
+    tl.store(grad_momentum_steps + layer * CHUNK + step, -tl.sum(d * deposit, 1))
+    gd -= deposit * past
+    gh -= _dot(d * past, gs, PRECISION)
+    tl.store(grad_momentum_momentum + layer, tl.sum(tl.sum(gs * s, 1), 0))
+    gs = gs * tl.load(momentum_momentum + layer) + gw * tl.load(end_momentum + layer)
+    tl.store(grad_moment + tile, gs + _dot(tl.trans(grad * carry), x, PRECISION))
+    gw += gw * tl.load(end_weights + layer)
+    tl.store(grad_weight + tile, gw + _dot(tl.trans(grad * weigh), x, PRECISION))
+    return gx, gh, gd
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -242,12 +315,7 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
     size = HIDDEN * DIM
-    token, wide, square, step = (
-        _tile(CHUNK, DIM),
-        _tile(CHUNK, HIDDEN),
-        _tile(CHUNK, CHUNK),
-        tl.arange(0, CHUNK),
-    )
+    token, wide = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN)
     base1 += row * size
     base2 += row * size
     grad_weight1 += row * size
@@ -261,64 +329,27 @@ def backward_kernel(
         n = num_chunks - 1 - back
         here = n * num_rows + row
         layer1 = 2 * n * num_rows + row
-        layer2 = layer1 + num_rows
         state = here * size
         after = state + num_rows * size
 
-        # Layer 2, back from the reads and from the weights that were left.
+        # Back from the reads and from the weights that were left.
         hidden = _activation(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
         d2 = tl.load(tape_delta + here * CHUNK * DIM + token)
         if NORMALIZE:
             d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR)[:, None]
         r = _activation(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
         go = tl.load(grad_reads + here * CHUNK * DIM + token)
-        weigh = tl.load(read_weights + layer2 * CHUNK + step)[:, None]
-        carry = tl.load(read_momentum + layer2 * CHUNK + step)[:, None]
-        mix = tl.load(read_steps + layer2 * CHUNK * CHUNK + square)
-        end = tl.load(end_steps + layer2 * CHUNK + step)[:, None]
-        past = tl.load(momentum_steps + layer2 * CHUNK + step)[:, None]
-        mixing = -_dot(go, tl.trans(d2), PRECISION)
-        similarity = _dot(r, tl.trans(hidden), PRECISION)
-        tl.store(grad_read_steps + layer2 * CHUNK * CHUNK + square, mixing * similarity)
-        mixing *= mix
-        gd2 = -_dot(tl.trans(similarity * mix), go, PRECISION)
-        gh = _dot(tl.trans(mixing), r, PRECISION)
-        gr = _dot(mixing, hidden, PRECISION)
-        if HAS_BASE:
-            gr += _dot(go, tl.load(base2 + down), PRECISION)
-            into = grad_base2 + down
-            tl.store(into, tl.load(into) + _dot(tl.trans(go), r, PRECISION))
+        gr, gh, gd2 = _layer_backward(
+            r, hidden, d2, go, layer1 + num_rows,
+            weights2 + state, weights2 + after, moments2 + state, base2, scales2 + here * DIM,
+            grad_weight2, grad_moment2, grad_base2,
+            read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+            momentum_steps,
+            grad_read_weights, grad_read_momentum, grad_read_steps, grad_end_weights, grad_end_momentum,
+            grad_end_steps, grad_momentum_momentum, grad_momentum_steps,
+            RADIUS, CHUNK, DIM, HIDDEN, HAS_BASE, RESCALE, PRECISION,
+        )  # fmt: skip
 
-        gw = tl.load(grad_weight2 + down)
-        if RESCALE:
-            scale = tl.load(scales2 + here * DIM + tl.arange(0, DIM))
-            gw = _unsettle(tl.load(weights2 + after + down), scale, gw, RADIUS)
-        deposit = _dot(hidden, tl.trans(gw), PRECISION)
-        tl.store(grad_end_steps + layer2 * CHUNK + step, -tl.sum(d2 * deposit, 1))
-        gd2 -= deposit * end
-        gh -= _dot(d2 * end, gw, PRECISION)
-        w = tl.load(weights2 + state + down)
-        through = _dot(go, w, PRECISION)
-        tl.store(grad_read_weights + layer2 * CHUNK + step, tl.sum(r * through, 1))
-        gr += through * weigh
-        tl.store(grad_end_weights + layer2, tl.sum(tl.sum(gw * w, 1), 0))
-        s = tl.load(moments2 + state + down)
-        through = _dot(go, s, PRECISION)
-        tl.store(grad_read_momentum + layer2 * CHUNK + step, tl.sum(r * through, 1))
-        gr += through * carry
-        tl.store(grad_end_momentum + layer2, tl.sum(tl.sum(gw * s, 1), 0))
-        gs = tl.load(grad_moment2 + down)
-        deposit = _dot(hidden, tl.trans(gs), PRECISION)
-        tl.store(grad_momentum_steps + layer2 * CHUNK + step, -tl.sum(d2 * deposit, 1))
-        gd2 -= deposit * past
-        gh -= _dot(d2 * past, gs, PRECISION)
-        tl.store(grad_momentum_momentum + layer2, tl.sum(tl.sum(gs * s, 1), 0))
-        gs = gs * tl.load(momentum_momentum + layer2) + gw * tl.load(end_momentum + layer2)
-        tl.store(grad_moment2 + down, gs + _dot(tl.trans(go * carry), r, PRECISION))
-        gw += gw * tl.load(end_weights + layer2)
-        tl.store(grad_weight2 + down, gw + _dot(tl.trans(go * weigh), r, PRECISION))
-
-        # Layer 1.
         k = tl.load(keys + here * CHUNK * DIM + token)
         total2 = tl.load(weights2 + state + down)
         if HAS_BASE:
@@ -330,54 +361,19 @@ def backward_kernel(
             d1 /= _normalizer(tl.sum(k * k, 1), kappa, FLOOR)[:, None]
         g1 = gr * _slope(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
         q = tl.load(queries + here * CHUNK * DIM + token)
-        weigh = tl.load(read_weights + layer1 * CHUNK + step)[:, None]
-        carry = tl.load(read_momentum + layer1 * CHUNK + step)[:, None]
-        mix = tl.load(read_steps + layer1 * CHUNK * CHUNK + square)
-        end = tl.load(end_steps + layer1 * CHUNK + step)[:, None]
-        past = tl.load(momentum_steps + layer1 * CHUNK + step)[:, None]
-        mixing = -_dot(g1, tl.trans(d1), PRECISION)
-        similarity = _dot(q, tl.trans(k), PRECISION)
-        tl.store(grad_read_steps + layer1 * CHUNK * CHUNK + square, mixing * similarity)
-        mixing *= mix
-        gd1 = -_dot(tl.trans(similarity * mix), g1, PRECISION)
-        gk = _dot(tl.trans(mixing), q, PRECISION)
-        gq = _dot(mixing, k, PRECISION)
+        gq, gk, gd1 = _layer_backward(
+            q, k, d1, g1, layer1,
+            weights1 + state, weights1 + after, moments1 + state, base1, scales1 + here * HIDDEN,
+            grad_weight1, grad_moment1, grad_base1,
+            read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
+            momentum_steps,
+            grad_read_weights, grad_read_momentum, grad_read_steps, grad_end_weights, grad_end_momentum,
+            grad_end_steps, grad_momentum_momentum, grad_momentum_steps,
+            RADIUS, CHUNK, HIDDEN, DIM, HAS_BASE, RESCALE, PRECISION,
+        )  # fmt: skip
         if RESIDUAL:
             gq += go
-        if HAS_BASE:
-            gq += _dot(g1, tl.load(base1 + up), PRECISION)
-            into = grad_base1 + up
-            tl.store(into, tl.load(into) + _dot(tl.trans(g1), q, PRECISION))
-
-        gw = tl.load(grad_weight1 + up)
-        if RESCALE:
-            scale = tl.load(scales1 + here * HIDDEN + tl.arange(0, HIDDEN))
-            gw = _unsettle(tl.load(weights1 + after + up), scale, gw, RADIUS)
-        deposit = _dot(k, tl.trans(gw), PRECISION)
-        tl.store(grad_end_steps + layer1 * CHUNK + step, -tl.sum(d1 * deposit, 1))
-        gd1 -= deposit * end
-        gk -= _dot(d1 * end, gw, PRECISION)
-        w = tl.load(weights1 + state + up)
-        through = _dot(g1, w, PRECISION)
-        tl.store(grad_read_weights + layer1 * CHUNK + step, tl.sum(q * through, 1))
-        gq += through * weigh
-        tl.store(grad_end_weights + layer1, tl.sum(tl.sum(gw * w, 1), 0))
-        s = tl.load(moments1 + state + up)
-        through = _dot(g1, s, PRECISION)
-        tl.store(grad_read_momentum + layer1 * CHUNK + step, tl.sum(q * through, 1))
-        gq += through * carry
         tl.store(grad_queries + here * CHUNK * DIM + token, gq)
-        tl.store(grad_end_momentum + layer1, tl.sum(tl.sum(gw * s, 1), 0))
-        gs = tl.load(grad_moment1 + up)
-        deposit = _dot(k, tl.trans(gs), PRECISION)
-        tl.store(grad_momentum_steps + layer1 * CHUNK + step, -tl.sum(d1 * deposit, 1))
-        gd1 -= deposit * past
-        gk -= _dot(d1 * past, gs, PRECISION)
-        tl.store(grad_momentum_momentum + layer1, tl.sum(tl.sum(gs * s, 1), 0))
-        gs = gs * tl.load(momentum_momentum + layer1) + gw * tl.load(end_momentum + layer1)
-        tl.store(grad_moment1 + up, gs + _dot(tl.trans(g1 * carry), q, PRECISION))
-        gw += gw * tl.load(end_weights + layer1)
-        tl.store(grad_weight1 + up, gw + _dot(tl.trans(g1 * weigh), q, PRECISION))
 
         # Through the inner backward pass, and the inner forward pass: what is found at the anchor.
         outputs = tl.load(tape_outputs + here * CHUNK * HIDDEN + wide)
