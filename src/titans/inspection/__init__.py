@@ -1,7 +1,16 @@
 """See what was remembered: numbers token by token, a page to look at, a picture."""
 
+from titans.inspection.attention import SeenKeys, draw_seen_keys, seen_keys
 from titans.inspection.measure import Inspection, inspect_text
 from titans.inspection.page import write_page
 from titans.inspection.picture import draw_inspection
 
-__all__ = ["Inspection", "draw_inspection", "inspect_text", "write_page"]
+__all__ = [
+    "Inspection",
+    "SeenKeys",
+    "draw_inspection",
+    "draw_seen_keys",
+    "inspect_text",
+    "seen_keys",
+    "write_page",
+]
