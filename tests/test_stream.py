@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedTokenizerBase
 
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.state_file import open_state_file, write_state_file
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
-from titans.stream import Session, describe_memory, fingerprint
+from titans.stream import Session, describe_memory, feed_together, fingerprint
 from titans.stream import session as session_module
+from titans.stream import together as together_module
 
 MEMORIES = sorted(set(BLOCKS) - WITHOUT_MEMORY)
 
@@ -327,3 +329,54 @@ def test_the_mean_surprise_is_that_of_all_that_was_fed_also_from_a_file(tmp_path
     change_header(tmp_path / "memory", surprise="[1e999, 3]")
     with pytest.raises(ValueError, match="damaged header: its surprise"):
         Session.load(tmp_path / "memory", session.model)
+
+
+@pytest.mark.parametrize("variant", BLOCKS)
+def test_sessions_fed_together_equal_each_alone(variant: str, short_pieces: None, monkeypatch) -> None:
+    """Whatever they have read before, and of whatever lengths their texts are."""
+    monkeypatch.setattr(together_module, "PIECE_LENGTH", 16)
+    model = small_model(variant)
+    before, after = (0, 1, 23, 40, 8), (50, 3, 0, 1, 17)
+    sessions = [Session(model) for _ in before]
+    for row, session in enumerate(sessions):
+        session.feed(some_ids(before[row], seed=row))
+    alone = [session.fork() for session in sessions]
+    texts = [some_ids(count, seed=10 + row) for row, count in enumerate(after)]
+    feed_together(sessions, texts)
+    for row, (session, other) in enumerate(zip(sessions, alone, strict=True)):
+        other.feed(texts[row])
+        assert session.num_tokens == other.num_tokens == before[row] + after[row]
+        if session.cache.states is not None:
+            torch.testing.assert_close(next_logits(session), next_logits(other), rtol=0, atol=1e-8)
+        assert session.stats().mean_surprise == pytest.approx(other.stats().mean_surprise)
+        # And it goes on alone.
+        for each in (session, other):
+            each.feed(some_ids(9, seed=3))
+        torch.testing.assert_close(next_logits(session), next_logits(other), rtol=0, atol=1e-8)
+
+
+def test_two_hundred_sessions_share_a_model_and_hold_what_they_say() -> None:
+    model = small_model("lmm")
+    sessions = [Session(model) for _ in range(200)]
+    feed_together(sessions, [some_ids(30 + row % 7, seed=row) for row in range(200)])
+    leaves = {id(leaf): leaf for each in sessions for leaf in pytree.tree_leaves(each.cache.states)}
+    said = sum(session.stats().state_bytes for session in sessions)
+    assert said == sum(leaf.untyped_storage().nbytes() for leaf in leaves.values())
+    assert (
+        len({tuple(session.generate(max_new_tokens=4, do_sample=False)[0].tolist()) for session in sessions})
+        > 9
+    )
+
+
+def test_what_cannot_be_fed_together_is_refused() -> None:
+    model = small_model("lmm")
+    one, other = Session(model), Session(model)
+    for sessions, texts, message in (
+        ([one, other], [[1]], "texts has 1 entries"),
+        ([one, one], [[1], [2]], "one session twice"),
+        ([one, Session(small_model("lmm"))], [[1], [2]], "several models"),
+        ([one, other], [[1], [300]], "300"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            feed_together(sessions, texts)
+    assert one.num_tokens == other.num_tokens == 0

@@ -2,6 +2,7 @@
 
 from titans.stream.saved import LayerStats, MemoryFile, SessionStats, describe_memory, fingerprint
 from titans.stream.session import FeedResult, Session
+from titans.stream.together import feed_together
 
 __all__ = [
     "FeedResult",
@@ -10,5 +11,6 @@ __all__ = [
     "Session",
     "SessionStats",
     "describe_memory",
+    "feed_together",
     "fingerprint",
 ]

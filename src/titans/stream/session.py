@@ -296,9 +296,8 @@ class Session:
     def _read(self, piece: Tensor) -> Tensor | None:
         """Take in (n,) ids; the surprise (tokens read, layers) of what the model read, or None if it has no
         memory."""
-        now, began = self._now, time.perf_counter()
-        unread = torch.cat([torch.tensor(now.recent[-1:], dtype=torch.int64), piece])[:-1]
-        cache, surprise = now.cache.clone(), None
+        began = time.perf_counter()
+        unread, cache, surprise = self._unread(piece), self._now.cache.clone(), None
         if len(unread):
             with reading(self.model):
                 output = self.model(
@@ -309,15 +308,24 @@ class Session:
                 )
             if output.surprises:
                 surprise = torch.stack([s[0].mean(-1).float() for s in output.surprises], -1)
+        self._took_in(piece, cache, surprise, time.perf_counter() - began)
+        return surprise
+
+    def _unread(self, piece: Tensor) -> Tensor:
+        """What the model reads when (n,) ids come in: the token kept back, and all of them but the last."""
+        return torch.cat([torch.tensor(self._now.recent[-1:], dtype=torch.int64), piece])[:-1]
+
+    def _took_in(self, piece: Tensor, cache: TitansCache, surprise: Tensor | None, seconds: float) -> None:
+        """Go on from a cache that has read all but the last of (n,) new ids."""
+        now = self._now
         self._now = _Now(
             cache=cache,
             recent=(now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:],
             surprise=now.surprise + (0.0 if surprise is None else float(surprise.sum(dtype=torch.float64))),
             count=now.count + (0 if surprise is None else surprise.numel()),
-            seconds=now.seconds + time.perf_counter() - began,
+            seconds=now.seconds + seconds,
             read=now.read + len(piece),
         )
-        return surprise
 
 
 def _parts(text: Any) -> Iterable[Any]:

@@ -1,0 +1,91 @@
+"""Many readers of one model in one forward call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
+
+from titans.hf import TitansCache
+from titans.stream.saved import initial_states
+from titans.stream.session import PIECE_LENGTH, Session, reading
+from titans.stream.text import token_ids
+
+
+def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
+    """Feed each session its own text, all of them in one call of the model: what `feed` does one by one.
+
+    Interrupted, every session ends after its last whole piece of 2048 tokens.
+
+    Args:
+        sessions: of one model, each once; they may have read as much or as little as they like.
+        texts: for each session a string, bytes or token ids, of any length.
+
+    Raises:
+        ValueError: for sessions of several models or one given twice, for another number of texts, or for a
+            text that `feed` refuses; then nothing was read.
+    """
+    if len(texts) != len(sessions):
+        raise ValueError(f"texts has {len(texts)} entries: give one for each of the {len(sessions)} sessions")
+    if len({id(session) for session in sessions}) < len(sessions):
+        raise ValueError("sessions has one session twice: fork() it to read two texts")
+    if len({id(session.model) for session in sessions}) > 1:
+        raise ValueError("sessions has sessions of several models: feed those of one model at a time")
+    left = [
+        token_ids(text, session.tokenizer, session.model.config.vocab_size).long()
+        for session, text in zip(sessions, texts, strict=True)
+    ]
+    while rows := [row for row, ids in enumerate(left) if len(ids)]:
+        _read([sessions[row] for row in rows], [left[row][:PIECE_LENGTH] for row in rows])
+        for row in rows:
+            left[row] = left[row][PIECE_LENGTH:]
+
+
+def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
+    """Take in at least one token more for each session."""
+    began, model = time.perf_counter(), sessions[0].model
+    unread = [session._unread(piece) for session, piece in zip(sessions, pieces, strict=True)]
+    lengths = torch.tensor([len(ids) for ids in unread], device=model.device)
+    ids = pad_sequence(unread, batch_first=True).to(model.device)
+    caches = [session.cache for session in sessions]
+    surprises: Sequence[Tensor] = ()
+    if ids.shape[1]:
+        together = TitansCache(model.config)
+        together.store(_stacked([cache.states or initial_states(model) for cache in caches]), 0)
+        with reading(model):
+            output = model(
+                input_ids=ids,
+                attention_mask=(torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long(),
+                past_key_values=together,
+                logits_to_keep=1,
+                output_surprise=True,
+            )
+        surprises = output.surprises or ()
+        for row, cache in enumerate(caches):
+            # Each its own copy, so that a session does not keep the others' memories alive.
+            mine = pytree.tree_map(lambda x, row=row: x[row : row + 1].clone(), together.states)
+            cache.store(mine, len(unread[row]), unread[row][None])
+    seconds = (time.perf_counter() - began) / len(sessions)
+    for row, (session, cache) in enumerate(zip(sessions, caches, strict=True)):
+        of_row = [s[row, : len(unread[row])].mean(-1).float() for s in surprises]
+        session._took_in(pieces[row], cache, torch.stack(of_row, -1) if of_row else None, seconds)
+
+
+def _stacked(states: list[Any]) -> Any:
+    """One row each, side by side; whoever holds fewer slots than another has empty ones behind them."""
+    leaves, structure = zip(*(pytree.tree_flatten(state) for state in states), strict=True)
+
+    def together(parts: tuple[Tensor, ...]) -> Tensor:
+        if parts[0].dim() < 2:
+            return torch.cat(parts)
+        most = max(part.shape[1] for part in parts)
+        padding = [(0, 0) * (part.dim() - 2) + (0, most - part.shape[1]) for part in parts]
+        return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
+
+    return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure[0])
