@@ -2,8 +2,8 @@
 
     python examples/stream_a_book.py [CHECKPOINT [TEXT]]
 
-CHECKPOINT is a folder written by `titans train`, with the byte tokenizer; without one a small model with
-random weights shows the mechanics. TEXT is a file; by default two acts of The Tempest.
+CHECKPOINT is a folder written by `titans train`, or the name of a model of the library, by default
+titans-lmm-tiny. TEXT is a file; by default two acts of The Tempest.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ from pathlib import Path
 
 import torch
 
-from titans import Session, TitansConfig, TitansForCausalLM
-from titans.data import byte_tokenizer, load_corpus
+import titans
+from titans.data import load_corpus
 
 
-def main(checkpoint: str | None = None, text: str | None = None) -> None:
+def main(checkpoint: str = "titans-lmm-tiny", text: str | None = None) -> None:
     torch.manual_seed(0)
-    if checkpoint is None:
-        model = TitansForCausalLM(TitansConfig.from_preset("tiny", num_hidden_layers=1))
-    else:
-        model = TitansForCausalLM.from_pretrained(checkpoint)
+    model, tokenizer = titans.load(checkpoint)
     documents = load_corpus(text) if text else load_corpus("excerpt")[2:4]
 
-    session = Session(model, byte_tokenizer())
+    session = titans.Session(model, tokenizer)
     for document in documents:
         result = session.feed(document.data)
         stats = session.stats()
@@ -40,7 +37,7 @@ def main(checkpoint: str | None = None, text: str | None = None) -> None:
         path = Path(folder, "book.memory")
         session.save(path)
         print(f"saved: {path.stat().st_size:,} bytes after {session.num_tokens:,} tokens")
-        later = Session.load(path, model, byte_tokenizer())
+        later = titans.Session.load(path, model, tokenizer)
 
     # A fork costs nothing, and one memory can be asked several questions.
     for question in ("PROSPERO:\n", "MIRANDA:\n"):

@@ -419,8 +419,8 @@ def test_what_cannot_be_fed_together_is_refused() -> None:
 def test_a_reader_of_300_000_tokens_holds_no_more_than_one_of_100_000() -> None:
     """In a process of its own, whose peak nothing else raises.
 
-    What the allocator keeps for later moves it by some percent; a hundred bytes kept for each token would move
-    it by more, and keys and values of the tokens are fifteen times that.
+    What the allocator keeps for later moves it by some percent. Two hundred bytes kept for each token would
+    be more than that; its keys and values would be three thousand.
     """
     code = """
 import resource, numpy as np, titans
