@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
 from titans.data.batches import ANSWER, STATEMENT, Item
 from titans.data.needles import Told, state_facts
+from titans.data.numbered import with_numbered_lines
 from titans.data.refrains import with_refrains
 from titans.train.settings import TrainSettings
 
@@ -99,7 +100,7 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
-    as_written = settings.fact_spacing is None and not settings.refrains
+    as_written = settings.fact_spacing is None and not settings.refrains and not settings.numbered_lines
 
     def tell(epoch: int) -> WindowDataset | CarryDataset:
         told, marks = _as_told(documents, settings, epoch)
@@ -128,11 +129,12 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
 def _as_told(
     documents: list[Document], settings: TrainSettings, epoch: int
 ) -> tuple[list[Document], list[np.ndarray] | None]:
-    """The documents with refrains and facts in them, and which bytes state and answer these if it matters."""
+    """The documents with what is said besides, and which bytes state and answer facts if it matters."""
     generator = np.random.default_rng([settings.seed, epoch])
     told, marks = [], []
     for document in documents:
-        one = Told(with_refrains(document.data, generator, settings.refrains), [], [])
+        text = with_refrains(document.data, generator, settings.refrains)
+        one = Told(with_numbered_lines(text, generator, settings.numbered_lines), [], [])
         if settings.fact_spacing is not None:
             one = state_facts(one.text, generator, settings.fact_spacing, farthest=settings.fact_distance)
         told.append(Document(document.name, one.text))
