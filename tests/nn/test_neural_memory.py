@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from itertools import pairwise
 
 import pytest
@@ -24,8 +25,10 @@ FORMS = [
     dict(depth=1, residual=False, norm=False, normalize_step=False, unit_rows=False, max_step_size=0.1),
     dict(depth=3, activation="silu", conv_kernel=1, expansion=1),
     dict(gates_see_keys=True),
+    dict(bounded_half_lives=True, half_lives=(20.0, 1e6)),
 ]
-every_form = pytest.mark.parametrize("form", FORMS, ids=["default", "linear", "three layers", "seen keys"])
+NAMES = ["default", "linear", "three layers", "seen keys", "bounded"]
+every_form = pytest.mark.parametrize("form", FORMS, ids=NAMES)
 
 
 def layer_of(form, seed=0):
@@ -211,6 +214,21 @@ def test_half_lives_are_spread_over_the_heads():
     steps = half_lives.diff()
     assert_close(steps, steps[:1].expand(4), 1e-3, "their logarithms' distances")
     assert (momentum < layer.max_momentum).all() and (step_size < layer.max_step_size).all()
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_bounded_head_forgets_at_least_as_fast_as_at_first_whatever_its_gate_says(bounded):
+    bounds = torch.tensor([64.0, 64.0**0.5 * 1e3, 1e6]).double()
+    layer = NeuralMemory(8, 3, 4, half_lives=(64.0, 1e6), bounded_half_lives=bounded).double()
+    with torch.no_grad():
+        layer.gate_bias[0] = torch.linspace(-60, 3, 2).double()
+    forget, _, _ = layer._gates(*(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (3, 4))))
+    half_lives = -math.log(2) / torch.log1p(-forget[0, 0])
+    assert (half_lives[:, 1] < 1).all(), "an open gate forgets at once"
+    if bounded:
+        assert_close(half_lives[:, 0].log(), bounds.log(), 1e-6, "half-lives of gates that are shut")
+    else:
+        assert (half_lives[:, 0] > 1e20).all()
 
 
 @pytest.mark.parametrize("sees", [False, True])

@@ -42,6 +42,7 @@ class TitansConfig(PreTrainedConfig):
         memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
         memory_gates_see_keys: gates of the token and of each head's key, not of the token alone.
         memory_shortest_half_life, memory_longest_half_life: with which the heads forget at first, in tokens.
+        memory_bounded_half_lives: no head ever forgets more slowly than at first.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
@@ -79,6 +80,7 @@ class TitansConfig(PreTrainedConfig):
     memory_shortest_half_life: float = SHORTEST_HALF_LIFE
     memory_longest_half_life: float = LONGEST_HALF_LIFE
     memory_induction_init: bool = False
+    memory_bounded_half_lives: bool = False
     memory_gates_see_keys: bool = False
     memory_combination: str = "gate"
     chunk_size: int = 16
@@ -186,6 +188,7 @@ class TitansConfig(PreTrainedConfig):
                 "max_step_size": self.memory_max_step_size,
                 "half_lives": (self.memory_shortest_half_life, self.memory_longest_half_life),
                 "induction_init": self.memory_induction_init,
+                "bounded_half_lives": self.memory_bounded_half_lives,
                 "gates_see_keys": self.memory_gates_see_keys,
             },
         )

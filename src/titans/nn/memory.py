@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
+from titans.nn.half_lives import DecayRate, spaced_half_lives
 from titans.nn.heads import UNIT, gated_answers, head_vectors
 from titans.nn.initial_weights import InitialWeights
 from titans.nn.norm import ReadNorm
@@ -69,6 +70,8 @@ class NeuralMemory(nn.Module):
             its error at most once in each layer (docs/decisions/memory.md).
         half_lives: with which the heads forget at first, log-spaced from one to the other, in tokens.
         induction_init: begin as an associative memory of what followed what, see `begin_as_induction`.
+        bounded_half_lives: a head's half-life is never longer than the one of `half_lives` it begins with, so
+            that the first heads are short-term memories and the last ones long-term.
         gates_see_keys: gates are functions of the token and of each head's key, which tells what came before
             it; otherwise of the token alone.
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
@@ -96,6 +99,7 @@ class NeuralMemory(nn.Module):
         max_step_size: float | None = None,
         half_lives: tuple[float, float] = (SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE),
         induction_init: bool = False,
+        bounded_half_lives: bool = False,
         gates_see_keys: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -135,7 +139,8 @@ class NeuralMemory(nn.Module):
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
         self.max_step_size = max_step_size
         # Modules of their own, so that others may look at what goes in and comes out.
-        self.forget_gate, self.step_size_gate = nn.Softplus(), nn.Sigmoid()
+        self.forget_gate = DecayRate(half_lives if bounded_half_lives else None)
+        self.step_size_gate = nn.Sigmoid()
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
@@ -185,11 +190,9 @@ class NeuralMemory(nn.Module):
     @torch.no_grad()
     def set_half_lives(self, shortest: float, longest: float) -> None:
         """Have the heads forget with half-lives log-spaced from one to the other, in tokens."""
-        heads = self.num_heads
-        spread = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
-        half_lives = shortest * (longest / shortest) ** spread
+        half_lives = spaced_half_lives(self.num_heads, shortest, longest)
         # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
-        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives.double())).unsqueeze(-1)
+        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives)).unsqueeze(-1)
 
     @property
     def base(self) -> tuple[Tensor, ...] | None:
