@@ -9,6 +9,7 @@ import torch
 
 from titans.evaluate import keep_memory_only, score
 from titans.experiments.demo import same_size_config, surprise_of, verdict_on
+from titans.experiments.hidden_fact import HiddenFact, Reply
 from titans.experiments.recollection import Recollection, recollect, shuffled_lines
 from titans.experiments.report import DemoResult, TrainedModel, write_report
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
@@ -83,12 +84,16 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     result = DemoResult(
         "setting", "machine", (trained, trained), "note", found, "why", verdict_on(found), passage,
         np.linspace(0, 2, len(passage)), "a <sample>", 0.8,
+        HiddenFact("The key <is> 7.", "The key?", "7", (Reply(1_000_000, "8"),), 50.0, 4096), "of a model",
     )  # fmt: skip
     write_report(result, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page and "<script" not in page
     assert "a &lt;sample&gt;" in page and "&lt;</span>" in page and "2.9500" in page and "-0.2000" in page
+    assert (
+        "The key &lt;is&gt; 7." in page and "8 (wrong, it is 7)" in page and "1,000,000 bytes later" in page
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 

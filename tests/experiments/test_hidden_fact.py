@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from titans.data import byte_tokenizer
-from titans.experiments.hidden_fact import hide_and_ask
+from titans.experiments.hidden_fact import Reply, hide_and_ask
 from titans.hf import TitansConfig, TitansForCausalLM
 
 
@@ -17,11 +15,13 @@ def test_the_text_is_read_with_the_fact_in_it_and_the_answer_judged():
     model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="lmm", **sizes)).eval()
     text = b"There and back again. " * 200
     read = []
-    found = hide_and_ask(model, byte_tokenizer(), text, progress=read.append)
-    assert read[-1] == len(text) + len(found.statement) + 1
-    assert found.num_bytes == len(text) - 1005 and found.state_bytes > 1000 and found.seconds > 0
-    assert found.answer in found.statement and len(found.told) > 0 and not found.is_right
-    assert replace(found, told=f" {found.answer}. And").is_right
-    assert not replace(found, told=f"1{found.answer}").is_right
-    other = hide_and_ask(model, byte_tokenizer(), text[:1500], task="word", seed=1)
+    found = hide_and_ask(model, byte_tokenizer(), text, (100, 3000), progress=read.append)
+    assert read[-1] == 3000 and [reply.num_bytes for reply in found.replies] == [100, 3000]
+    assert found.state_bytes > 1000 and found.seconds > 0 and found.answer in found.statement
+    assert all(reply.told and not found.is_right(reply) for reply in found.replies)
+    assert found.is_right(Reply(1, f" {found.answer}. And"))
+    assert not found.is_right(Reply(1, f"1{found.answer}"))
+    # To be asked changes nothing for the reader.
+    assert hide_and_ask(model, byte_tokenizer(), text, (3000,)).replies == found.replies[1:]
+    other = hide_and_ask(model, byte_tokenizer(), text, (500,), task="word", seed=1)
     assert other.answer != found.answer and other.question.endswith("is:")

@@ -18,19 +18,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from titans.cli.progress import ReadingProgress
 from titans.data import Document, byte_tokenizer, hold_out, load_corpus
+from titans.experiments.hidden_fact import HiddenFact, hide_and_ask
 from titans.experiments.recollection import Recollection, recollect, shuffled_lines
 from titans.experiments.report import DemoResult, TrainedModel, write_report
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.stream import Session
 from titans.train import TrainingRun, TrainSettings
 from titans.train.progress import ProgressLine
+from titans.zoo import load
 
 CORPUS = "shakespeare"
 PASSAGE_LENGTH = 1500
 SAMPLE_LENGTH = 500
 TEMPERATURE = 0.8
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256
+# Which of the models that come with the library is asked for a fact, in which books, behind how many bytes.
+REMEMBERING, BOOKS, DISTANCES = "titans-lmm-tiny", "bible", (1_000, 10_000, 100_000, 1_000_000)
 
 
 def say(text: str) -> None:
@@ -131,6 +136,7 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
     torch.manual_seed(0)
     sample = session.generate(max_new_tokens=SAMPLE_LENGTH, do_sample=True, temperature=TEMPERATURE)
     assert isinstance(sample, str)
+    hidden = ask_behind_books()
     minutes = (time.perf_counter() - began) / 60
     return DemoResult(
         setting=f"Two models of the tiny preset, trained on {steps * BATCH_SIZE * SEQUENCE_LENGTH:,} bytes "
@@ -151,7 +157,28 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
         surprise=surprise_of(model, first[-8192:], passage),
         sample=sample,
         temperature=TEMPERATURE,
+        hidden=hidden,
+        hidden_note=f"Asked of {REMEMBERING}, which comes with the library and never read these books; its "
+        "card says how often it is right.",
     )
+
+
+def ask_behind_books() -> HiddenFact:
+    """Tell a trained model a fact, have it read a million bytes of books, and ask on the way."""
+    model, tokenizer = load(REMEMBERING)
+    text = b"\n".join(document.data for document in load_corpus(BOOKS))
+    say(f"\nA fact, then {DISTANCES[-1]:,} bytes of the {BOOKS}, read by {REMEMBERING}")
+    with ReadingProgress(DISTANCES[-1]) as progress:
+        hidden = hide_and_ask(
+            model, tokenizer, text, DISTANCES, progress=lambda read: progress.update(read, read)
+        )
+    say(f"  told:     {hidden.statement}")
+    say(f"  asked:    {hidden.question}")
+    for reply in hidden.replies:
+        verdict = "right" if hidden.is_right(reply) else f"wrong: {hidden.answer}"
+        say(f"  behind {reply.num_bytes:>9,} bytes: {reply.told.strip()} ({verdict})")
+    say(f"  in {hidden.seconds:.0f} s, with {hidden.state_bytes:,} bytes of state")
+    return hidden
 
 
 def verdict_on(found: Recollection) -> str:

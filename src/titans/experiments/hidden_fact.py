@@ -1,11 +1,11 @@
-"""Hide a fact at the beginning of a long text, read all of it, and ask."""
+"""Hide a fact at the beginning of a long text, read on, and ask for it on the way."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,49 +21,60 @@ if TYPE_CHECKING:
 _BEFORE = 1000
 
 
+class Reply(NamedTuple):
+    """What the model told when so many bytes lay between the fact and the question."""
+
+    num_bytes: int
+    told: str
+
+
 @dataclass(frozen=True)
 class HiddenFact:
-    """What was hidden, asked, answered and told; bytes read after the fact, seconds, and bytes of state."""
+    """What was hidden and asked, the right answer, the replies in order, seconds, and bytes of state."""
 
     statement: str
     question: str
     answer: str
-    told: str
-    num_bytes: int
+    replies: tuple[Reply, ...]
     seconds: float
     state_bytes: int
 
-    @property
-    def is_right(self) -> bool:
-        return self.told.strip().startswith(self.answer)
+    def is_right(self, reply: Reply) -> bool:
+        return reply.told.strip().startswith(self.answer)
 
 
 def hide_and_ask(
     model: TitansForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     text: bytes,
+    distances: Sequence[int],
     task: str = "number",
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> HiddenFact:
-    """Say a fact of a task near the text's beginning, read on to its end, and have the model answer.
+    """Say a fact near the beginning of the text, read on, and have the model answer on the way.
 
-    progress: called with the number of bytes read.
+    Args:
+        distances: bytes from the fact to each question, ascending. The reader itself never sees a question.
+        progress: called with the number of bytes read.
     """
     needles = make_needles(TASKS[task], np.random.default_rng(seed))
     (statement,), (question,), (answer,) = needles.statements, needles.questions, needles.answers
     at = text.index(b" ", _BEFORE) + 1
     session, began = Session(model, tokenizer), time.perf_counter()
-    session.feed(text[:at] + statement.encode() + text[at:], progress=progress)
-    session.feed(question)
-    told = session.generate(max_new_tokens=len(answer) + 1, do_sample=False)
-    assert isinstance(told, str)
-    return HiddenFact(
-        statement.strip(),
-        question.strip(),
-        answer,
-        told,
-        len(text) - at,
-        time.perf_counter() - began,
-        session.stats().state_bytes,
-    )
+    session.feed(text[:at] + statement.encode())
+    replies, place = [], at
+    for distance in distances:
+        read = place - at
+        session.feed(
+            text[place : at + distance],
+            progress=None if progress is None else lambda taken, read=read: progress(read + taken),
+        )
+        place = at + distance
+        asked = session.fork()
+        asked.feed(question)
+        told = asked.generate(max_new_tokens=len(answer) + 1, do_sample=False)
+        assert isinstance(told, str)
+        replies.append(Reply(distance, told))
+    seconds, size = time.perf_counter() - began, session.stats().state_bytes
+    return HiddenFact(statement.strip(), question.strip(), answer, tuple(replies), seconds, size)

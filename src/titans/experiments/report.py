@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from titans.experiments.hidden_fact import HiddenFact
 from titans.experiments.recollection import PIECE_LENGTH, Recollection
 
 _STYLE = """
@@ -57,6 +58,8 @@ class DemoResult:
     surprise: np.ndarray
     sample: str
     temperature: float
+    hidden: HiddenFact
+    hidden_note: str
 
 
 def write_report(result: DemoResult, path: Path) -> None:
@@ -94,6 +97,9 @@ def write_report(result: DemoResult, path: Path) -> None:
         "<p>‖M(k) − v‖² before each byte is written: how wrong the memory was about it, over layers and "
         "heads, relative to each one's mean. <span class=key></span> little to much</p>",
         _heat(result.passage, result.surprise),
+        "<h2>A fact, and how long it lasts</h2>",
+        *_asked(result.hidden),
+        f"<p class=note>{html.escape(result.hidden_note)}</p>",
         "<h2>A sample</h2>",
         f"<p class=note>After reading the held-out text, at temperature {result.temperature}:</p>",
         f"<pre>{html.escape(result.sample)}</pre>",
@@ -116,6 +122,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+
+
+def _asked(hidden: HiddenFact) -> list[str]:
+    rows = [["told", hidden.statement], ["asked", hidden.question]]
+    for reply in hidden.replies:
+        verdict = "right" if hidden.is_right(reply) else f"wrong, it is {hidden.answer}"
+        rows.append([f"{reply.num_bytes:,} bytes later", f"{reply.told.strip()} ({verdict})"])
+    rows.append(["read in", f"{hidden.seconds:.0f} s"])
+    rows.append(["kept of all that", f"{hidden.state_bytes:,} bytes"])
+    body = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return [f"<table>{body}</table>"]
 
 
 def _heat(passage: bytes, surprise: np.ndarray) -> str:
