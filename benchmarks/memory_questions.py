@@ -7,9 +7,10 @@
 flood: a fact, then books or random bytes. repetition: a fact said several times, at several spacings. twice:
 the context read once or twice. books: facts in plays that were trained on, in plays that were not, in the
 Bible. genre: a hundred facts of one kind and one of another. overwritten: what is read after the fact forgets
-nothing, writes a tenth, or nothing, in all layers or in one. gating: writes skipped below a quantile of
-surprise, or at random (not of MAC, which writes segment by segment). Nothing is trained. Finished ones are
-kept in benchmarks/results/memory_questions.json; tables and pictures go to docs/results.
+nothing, writes a tenth, or nothing, in all layers or in one. where: one head's memory put back, or another
+text's. gating: writes skipped below a quantile of surprise, or at random (not of MAC, which writes segment by
+segment). Nothing is trained. Finished ones are kept in benchmarks/results/memory_questions.json; tables and
+pictures go to docs/results.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import os
 import platform
 import sys
@@ -31,12 +33,14 @@ import torch
 import torch.nn.functional as F
 from kept import known
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from titans import zoo
 from titans.data import Document, hold_out, load_corpus
 from titans.data.needles import TASKS, Needles, make_needles
 from titans.evaluate.ask import answered, read
 from titans.evaluate.needle import wilson
+from titans.memory import MemoryState
 from titans.nn import NeuralMemory
 
 RESULTS = Path(__file__).parent / "results" / "memory_questions.json"
@@ -278,6 +282,48 @@ def overwritten(subject: Subject) -> Iterator[Row]:
             yield {"arm": arm, "x": length, **subject.asked(cache, needles)}
 
 
+def where(subject: Subject) -> Iterator[Row]:
+    """Which head holds the fact? One head's memory put back to what it was when the fact had been told, or
+    exchanged for what it was then in another text."""
+    books, needles = text_of("bible"), facts("number")
+    told = fitted([b + said(n) for b, n in zip(slices(books, 1024, 1), needles, strict=True)], 512)
+    with_fact = read(subject.model, stacked(told))[1]
+    memories = [module for module in subject.model.modules() if isinstance(module, NeuralMemory)]
+    for length in (8192, 32768):
+        after = read(subject.model, stacked(slices(books, length, 7)), copy.deepcopy(with_fact), CONTEXT)[1]
+        yield {"arm": "as it is", "x": length, **subject.asked(after, needles)}
+        for layer, head in itertools.product(range(len(memories)), range(memories[0].num_heads)):
+            for arm, rows in (("put back", 0), ("another text's", 1)):
+                cache = with_head_of(after, with_fact, layer, head, rows)
+                name = f"layer {layer}, head {head} {arm}"
+                yield {"arm": name, "x": length, **subject.asked(cache, needles)}
+
+
+def with_head_of(cache: Any, other: Any, layer: int, head: int, rows: int) -> Any:
+    """A copy of the cache with one head's memory from another, whose rows are moved on by so many."""
+    count = itertools.count()
+
+    def exchange(mine: Any, theirs: Any) -> Any:
+        if not isinstance(mine, MemoryState) or next(count) != layer:
+            return mine
+        pairs = (zip(*each, strict=True) for each in zip(tensors_of(mine), tensors_of(theirs), strict=True))
+        new = [tuple(one_head(a, b.roll(rows, 0), head) for a, b in pair) for pair in pairs]
+        return MemoryState(*new, mine.position)
+
+    exchanged = copy.deepcopy(cache)
+    is_memory = {"is_leaf": lambda state: isinstance(state, MemoryState)}
+    exchanged.store(pytree.tree_map(exchange, cache.states, other.states, **is_memory), 0)
+    return exchanged
+
+
+def tensors_of(memory: MemoryState) -> tuple[tuple[Tensor, ...], ...]:
+    return memory.weights, memory.momentum, memory.anchor
+
+
+def one_head(mine: Tensor, theirs: Tensor, head: int) -> Tensor:
+    return torch.cat([mine[:, :head], theirs[:, head : head + 1], mine[:, head + 1 :]], 1)
+
+
 QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {
     "flood": (flood, "bytes after the fact"),
     "repetition": (repetition, "times said, 16,384 bytes before the question"),
@@ -285,6 +331,7 @@ QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {
     "books": (books, "bytes after the fact"),
     "genre": (genre, "facts of the usual kind"),
     "overwritten": (overwritten, "bytes after the fact"),
+    "where": (where, "bytes after the fact"),
     "gating": (gating, f"share of writes skipped, of {CONTEXT:,} bytes"),
 }
 
@@ -295,6 +342,22 @@ def correlation(subject: Subject) -> float:
     pair = (nats.flatten(), levels_of(surprises)[:, 1:].flatten())
     ranks = [x.argsort().argsort().double() for x in pair]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def table(title: str, cell: dict[tuple[str, int], Row], arms: list[str], places: list[int]) -> list[str]:
+    """Arms side by side, or below each other where they are many."""
+
+    def told(arm: str, x: int) -> str:
+        r = cell[arm, x]
+        surprise = f", surprise {r['surprise']:.2f}" if "surprise" in r else ""
+        return f"{100 * r['share']:.0f} ({100 * r['low']:.0f}–{100 * r['high']:.0f}){surprise}"
+
+    if len(arms) <= 2 * len(places):
+        head, rows = arms, [[f"{x:,}", *(told(arm, x) for arm in arms)] for x in places]
+    else:
+        head, rows = [f"{x:,}" for x in places], [[arm, *(told(arm, x) for x in places)] for arm in arms]
+    lines = [[title, *head], ["---"] * (len(head) + 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def report() -> None:
@@ -323,19 +386,8 @@ def report() -> None:
         for axis, (name, kept) in zip(axes[0], sorted(of_models.items()), strict=True):
             rows = kept["rows"]
             arms, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("arm", "x"))
-            lines += [
-                "",
-                f"| {name}: {axis_name} | " + " | ".join(arms) + " |",
-                "|---" * (len(arms) + 1) + "|",
-            ]
             cell = {(row["arm"], row["x"]): row for row in rows}
-            for x in places:
-                told = [
-                    f"{100 * r['share']:.0f} ({100 * r['low']:.0f}–{100 * r['high']:.0f})"
-                    + (f", surprise {r['surprise']:.2f}" if "surprise" in r else "")
-                    for r in (cell[arm, x] for arm in arms)
-                ]
-                lines.append(f"| {x:,} | " + " | ".join(told) + " |")
+            lines += ["", *table(f"{name}: {axis_name}", cell, arms, places)]
             for arm in arms:
                 points = [cell[arm, x] for x in places]
                 axis.plot([str(x) for x in places], [100 * p["share"] for p in points], "o-", label=arm)
