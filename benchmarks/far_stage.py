@@ -91,7 +91,7 @@ def main() -> int:
     haystack = "\n".join(d.data.decode("utf-8", "replace") for d in load_corpus("bible"))
     for seed in SEEDS:
         folder = arguments.output / str(seed)
-        dense, near, far = (
+        dense, near, far, _ = (
             replace(stage, seed=stage.seed + 10 * seed) for stage in stages("lmm", folder, threads=1)
         )
         for stage in (dense, near):

@@ -44,7 +44,7 @@ def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(recall, "stages", lambda v, o, p, g, **_: stages(v, o, p, g, **small))
     monkeypatch.setattr(sys, "argv", ["recall", "--variant", "lmm", "--output", str(tmp_path)])
     assert recall.main() == 0
-    files = [tmp_path / name / "model.safetensors" for name in ("dense", "near", "far")]
+    files = [tmp_path / name / "model.safetensors" for name in ("dense", "near", "far", "hold")]
     for before, after in pairwise(map(load_file, files)):
         assert before.keys() == after.keys()
         moved = max((after[name] - before[name]).abs().max().item() for name in before)

@@ -256,7 +256,7 @@ def _fact(generator: np.random.Generator, words: list[str]) -> tuple[str, str, s
     subject = pick(SUBJECTS).format(thing=thing, name=name)
     link = pick(LINKS)
     kind = generator.random()
-    if kind < 0.6:
+    if kind < 0.45:
         value = digits(int(generator.integers(3, 9)))(generator, False)
     elif kind < 0.9:
         value = pseudo_word(generator, False, int(generator.integers(2, 6)))
