@@ -23,7 +23,7 @@ _MOST_BYTES = 4_000_000
 class Inspect:
     """Read a text and show what surprised the memory, what it holds, and where it helped.
 
-    Example: titans inspect book.txt --checkpoint titans-lmm-tiny -o book.html
+    Example: titans inspect titans-lmm-tiny book.txt -o book.html
 
     Writes one page that needs no network (the whole text is in it), and beside it a picture of the same name.
     Every passage is also read with the memory of another text and with none, to see what memory did for it.

@@ -37,8 +37,8 @@ def seen_keys(model: TitansForCausalLM, num_tokens: int) -> list[SeenKeys]:
     """Which keys the attention layers of a model read over one call of num_tokens.
 
     A query reads a key where its attention output has a gradient with respect to what the key's token
-    projected, with every other way from one to the other cut. Takes as many backward passes as tokens; read
-    two segments or windows, in a model of a small width.
+    projected, with every other way from one to the other cut. Takes a backward pass for
+    each token and layer; read two or three segments or windows.
 
     Returns:
         One for each attention layer, in order; none for a model without attention.

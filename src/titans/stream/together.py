@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache
+from titans.memory import MemoryState
+from titans.memory.state import map_state
+from titans.nn.full_attention import FullAttentionState
 from titans.stream.saved import initial_states
 from titans.stream.session import PIECE_LENGTH, Session, reading
 from titans.stream.text import token_ids
@@ -31,6 +35,8 @@ def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
         ValueError: for sessions of several models or one given twice, for another number of texts, or for a
             text that `feed` refuses; then nothing was read.
     """
+    if isinstance(texts, (str, bytes)):
+        raise ValueError(f"texts is one {type(texts).__name__}: give a sequence with a text for each session")
     if len(texts) != len(sessions):
         raise ValueError(f"texts has {len(texts)} entries: give one for each of the {len(sessions)} sessions")
     if len({id(session) for session in sessions}) < len(sessions):
@@ -38,11 +44,11 @@ def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
     if len({id(session.model) for session in sessions}) > 1:
         raise ValueError("sessions has sessions of several models: feed those of one model at a time")
     left = [
-        token_ids(text, session.tokenizer, session.model.config.vocab_size).long()
+        token_ids(text, session.tokenizer, session.model.config.vocab_size)
         for session, text in zip(sessions, texts, strict=True)
     ]
     while rows := [row for row, ids in enumerate(left) if len(ids)]:
-        _read([sessions[row] for row in rows], [left[row][:PIECE_LENGTH] for row in rows])
+        _read([sessions[row] for row in rows], [left[row][:PIECE_LENGTH].long() for row in rows])
         for row in rows:
             left[row] = left[row][PIECE_LENGTH:]
 
@@ -68,9 +74,8 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
             )
         surprises = output.surprises or ()
         for row, cache in enumerate(caches):
-            # Each its own copy, so that a session does not keep the others' memories alive.
-            mine = pytree.tree_map(lambda x, row=row: x[row : row + 1].clone(), together.states)
-            cache.store(mine, len(unread[row]), unread[row][None])
+            count = len(unread[row])
+            cache.store(_row_of(together.states, row, model.config.chunk_size), count, ids[[row], :count])
     seconds = (time.perf_counter() - began) / len(sessions)
     for row, (session, cache) in enumerate(zip(sessions, caches, strict=True)):
         of_row = [s[row, : len(unread[row])].mean(-1).float() for s in surprises]
@@ -89,3 +94,19 @@ def _stacked(states: list[Any]) -> Any:
         return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
 
     return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure[0])
+
+
+def _row_of(states: Any, row: int, chunk_size: int) -> Any:
+    """One row's states as it would hold them alone: nothing of the others is kept alive."""
+
+    def alone(state: Any) -> Any:
+        if not isinstance(state, (MemoryState, FullAttentionState)):
+            return state[[row]]
+        mine = map_state(lambda x: x[[row]], state)
+        if isinstance(mine, FullAttentionState):
+            slots = int(mine.position)
+            return replace(mine, keys=mine.keys[:, :slots].clone(), values=mine.values[:, :slots].clone())
+        # At a chunk's end the weights are their own anchor.
+        return mine if int(mine.position) % chunk_size else replace(mine, anchor=mine.weights)
+
+    return pytree.tree_map(alone, states, is_leaf=lambda x: isinstance(x, (MemoryState, FullAttentionState)))
