@@ -120,8 +120,9 @@ def report() -> None:
             task: [cell for row in rows.values() for cell in row] for task, rows in tables.items() if rows
         }
         if maps:
-            draw_heat_maps(REPORT / f"recall-{label}.png", maps, label)
-            lines += ["", f"![{label}](recall-{label}.png)"]
+            picture = f"recall-{label.replace(' ', '-')}.png"
+            draw_heat_maps(REPORT / picture, maps, label)
+            lines += ["", f"![{label}]({picture})"]
     (REPORT / "recall.md").write_text("\n".join(lines) + "\n")
 
 
