@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from titans.cli.progress import ReadingProgress
 from titans.data import Document, byte_tokenizer, hold_out, load_corpus
 from titans.experiments.hidden_fact import HiddenFact, hide_and_ask
 from titans.experiments.recollection import Recollection, recollect, shuffled_lines
@@ -124,7 +123,7 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
         f"first half of {other.name}": halves(other)[0],
         "nothing": b"",
     }
-    found = recollect(model, pasts, second, _ticker())
+    found = recollect(model, pasts, second, _ticker("bytes of each arm"))
     for arm, bits in zip(found.arms, found.bits_per_byte, strict=True):
         say(f"  {bits:.4f} bits/byte after {arm}")
     verdict = verdict_on(found)
@@ -168,10 +167,8 @@ def ask_behind_books() -> HiddenFact:
     model, tokenizer = load(REMEMBERING)
     text = b"\n".join(document.data for document in load_corpus(BOOKS))
     say(f"\nA fact, then {DISTANCES[-1]:,} bytes of the {BOOKS}, read by {REMEMBERING}")
-    with ReadingProgress(DISTANCES[-1]) as progress:
-        hidden = hide_and_ask(
-            model, tokenizer, text, DISTANCES, progress=lambda read: progress.update(read, read)
-        )
+    tick = _ticker("bytes")
+    hidden = hide_and_ask(model, tokenizer, text, DISTANCES, progress=lambda read: tick(read, DISTANCES[-1]))
     say(f"  told:     {hidden.statement}")
     say(f"  asked:    {hidden.question}")
     for reply in hidden.replies:
@@ -194,7 +191,7 @@ def verdict_on(found: Recollection) -> str:
     return "; ".join(parts) + ". One play, one seed: a demonstration, not a measurement."
 
 
-def _ticker() -> Callable[[int, int], None]:
+def _ticker(what: str) -> Callable[[int, int], None]:
     began, last = time.perf_counter(), 0.0
 
     def told(done: int, total: int) -> None:
@@ -203,7 +200,7 @@ def _ticker() -> Callable[[int, int], None]:
         if done and now - last > 5:
             last, rate = now, done / (now - began)
             left = (total - done) / rate
-            say(f"  {done:,}/{total:,} bytes of each arm · {rate:,.0f} bytes/s · {left:.0f} s left")
+            say(f"  {done:,}/{total:,} {what} · {rate:,.0f} bytes/s · {left:.0f} s left")
 
     return told
 
