@@ -398,7 +398,9 @@ def report() -> None:
                     alpha=0.12,
                 )
             axis.set(title=name, xlabel=axis_name, ylabel="% right", ylim=(-3, 103))
-            axis.legend(frameon=False, fontsize=8)
+            # Many names would hide the lines.
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(arms) > 8 else {}
+            axis.legend(frameon=False, fontsize=8, **beside)
         figure.savefig(REPORT / f"memory-{question}.png", dpi=130)
         plt.close(figure)
         lines += ["", f"![{question}](memory-{question}.png)"]
