@@ -69,8 +69,13 @@ def answered(
             logits, mine = _call(model, ids[-1].unsqueeze(1), mine)
             ids.append(logits.argmax(-1))
         told = tokenizer.batch_decode(torch.stack(ids, 1))
-        right[chosen] = [text.strip().startswith(answer) for text, answer in zip(told, wanted, strict=True)]
+        right[chosen] = [is_answer(text, answer) for text, answer in zip(told, wanted, strict=True)]
     return right
+
+
+def is_answer(told: str, answer: str) -> bool:
+    """Whether what was generated begins with the answer."""
+    return told.strip().startswith(answer)
 
 
 def _call(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

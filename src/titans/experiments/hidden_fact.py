@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from titans.data.needles import TASKS, make_needles
+from titans.evaluate.ask import is_answer
 from titans.stream import Session
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class HiddenFact:
     state_bytes: int
 
     def is_right(self, reply: Reply) -> bool:
-        return reply.told.strip().startswith(self.answer)
+        return is_answer(reply.told, self.answer)
 
 
 def hide_and_ask(

@@ -63,7 +63,8 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
     surprises: Sequence[Tensor] = ()
     if ids.shape[1]:
         together = TitansCache(model.config)
-        together.store(_stacked([cache.states or initial_states(model) for cache in caches]), 0)
+        fresh = initial_states(model) if any(cache.states is None for cache in caches) else None
+        together.store(_stacked([cache.states or fresh for cache in caches]), 0)
         with reading(model):
             output = model(
                 input_ids=ids,

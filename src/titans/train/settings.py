@@ -16,8 +16,7 @@ SETTINGS_FILE = "training.json"
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
     "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "answer_weight", "refrains",
-    "numbered_lines",
-    "write_cost", "start_from", "state_passing",
+    "numbered_lines", "write_cost", "start_from", "state_passing",
 )  # fmt: skip
 
 
