@@ -38,7 +38,7 @@ RECALLED, LOST = 0.9, 0.5
 
 def trained(length: int, folder: Path) -> Path:
     """The folder of the model that has read rows of this length."""
-    _, near, _ = stages("lmm", folder, threads=1)
+    _, near, *_ = stages("lmm", folder, threads=1)
     row = replace(
         near,
         output=folder / f"rows-{length}",

@@ -5,34 +5,39 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from titans.data.babi import KINDS, TEST_WORLD, TRAINING_WORLD, tell_story
+from titans.data.babi import KINDS, TEST_WORLD, tell_story, training_world
+
+NAMES = [f"{first}{last}" for first in "bdgklm" for last in ("arn", "ower", "ield", "oat")]
+TRAINING_WORLD = training_world(np.random.default_rng(0), NAMES)
 
 
-def answer_from(facts, question):
+def answer_from(world, facts, question):
     """Where things have been, from the sentences alone."""
     place, holder, seen = {}, {}, {}
     for fact in facts:
-        words = fact.strip(". ").split()
-        who, last = words[0], words[-1]
-        if last in (*TEST_WORLD.places, *TRAINING_WORLD.places):
+        who, verb = fact.strip(". ").split(" the ")[0].split(" ", 1)
+        last = fact.strip(". ").split()[-1]
+        if verb in world.telling.moves:
             place[who] = last
             for thing in (t for t, h in holder.items() if h == who):
                 seen[thing].append(last)
-        elif words[1] in ("dropped", "left", "put"):
+        elif verb in world.telling.drops:
             assert holder.pop(last) == who, "dropped what was not held"
         else:
-            assert last not in holder, "took what somebody holds"
+            assert verb in world.telling.takes and last not in holder, "took what somebody holds"
             holder[last] = who
             if last in seen:
                 assert seen[last][-1] == place[who], "took what lies elsewhere"
             seen.setdefault(last, [place[who]])
-    words = question.replace("?", "").split()
-    if words[2] != "the":
-        return place[words[2]]
-    if "before" not in question:
-        return seen[words[3]][-1]
-    assert seen[words[3]][-1] == words[6]
-    return seen[words[3]][-2]
+    words = set(question.replace("?", "").replace(".", "").replace(",", "").split())
+    if who := words & set(world.people):
+        return place[who.pop()]
+    (thing,) = words & set(world.things)
+    (after,) = words & set(world.places) or [None]
+    if after is None:
+        return seen[thing][-1]
+    assert seen[thing][-1] == after
+    return seen[thing][-2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,13 +48,19 @@ def test_a_reader_of_the_sentences_finds_the_answer(kind, world):
         story = tell_story(np.random.default_rng(seed), kind, world, num_facts=10)
         assert story == tell_story(np.random.default_rng(seed), kind, world, num_facts=10)
         assert len(story.facts) >= 10 and all(fact.endswith(". ") for fact in story.facts)
-        assert answer_from(story.facts, story.question) == story.answer
+        assert answer_from(world, story.facts, story.question) == story.answer
         answers.add(story.answer)
     assert answers == set(world.places)
 
 
-def test_the_worlds_share_nothing_and_a_story_needs_facts():
-    test, training = (set().union(*vars(world).values()) for world in (TEST_WORLD, TRAINING_WORLD))
-    assert not test & training
+def test_the_worlds_share_nothing_and_a_story_needs_facts_and_names():
+    told = [
+        set().union(world.people, world.places, world.things, *vars(world.telling).values())
+        for world in (TEST_WORLD, TRAINING_WORLD)
+    ]
+    assert not told[0] & told[1]
+    assert TRAINING_WORLD.places != training_world(np.random.default_rng(1), NAMES).places
     with pytest.raises(ValueError, match="num_facts=3: give at least 4"):
         tell_story(np.random.default_rng(0), "qa1", TEST_WORLD, 3)
+    with pytest.raises(ValueError, match="names: 16 given"):
+        training_world(np.random.default_rng(0), NAMES[:16])

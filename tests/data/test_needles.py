@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from titans.data.babi import TEST_WORLD
 from titans.data.needles import (
     FILLER,
     TASKS,
@@ -48,6 +49,8 @@ def test_training_uses_no_sentence_and_no_noun_of_a_test():
         "number",
         "word",
         "uuid",
+        *TEST_WORLD.places,
+        *TEST_WORLD.things,
     }
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from titans.data import byte_tokenizer
 from titans.data.needles import TASKS
+from titans.evaluate.ask import is_answer
 from titans.evaluate.heat_map import draw_heat_maps
 from titans.evaluate.needle import attention_reach, needle_table, wilson
 from titans.hf import TitansConfig
@@ -127,3 +128,19 @@ def test_any_causal_model_of_transformers_is_asked(task):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=4096, **sizes)).eval()
     cells = table(model, task, (500,), (0.5,), piece_length=200)
     assert len(cells) == 1 and cells[0].accuracy == 0 and not cells[0].beyond_attention
+
+
+@pytest.mark.parametrize(
+    ("told", "right"),
+    [
+        ("0502444", True),
+        (" 0502444. And", True),
+        ("0502444\n", True),
+        ("05024444", False),
+        ("0502444a", False),
+        ("050244", False),
+        ("It is 0502444", False),
+    ],
+)
+def test_an_answer_is_the_value_and_not_the_beginning_of_another(told, right):
+    assert is_answer(told, "0502444") is right

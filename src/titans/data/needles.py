@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titans.data.babi import KINDS, TEST_WORLD, TRAINING_WORLD, Kind, tell_story
+from titans.data.babi import KINDS, TEST_WORLD, Kind, tell_story, training_world
 
 Draw = Callable[[np.random.Generator, bool], str]
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _CONSONANTS, _VOWELS = "bdfghklmnprstvz", "aeiou"
 _STORIES = 0.2
 _WORDS_FROM = 2**20
+# Places and things of stories besides the text's words.
+_WORDS_OF_NO_TEXT = 64
 # One draw in so many is kept for tests.
 _HELD_OUT_IN = 4
 
@@ -137,6 +139,7 @@ LINKS = (
 # Things are words of the text itself, so that no noun gives away that something is to be recalled; not these.
 TEST_NOUNS = frozenset(
     {"magic", "special", "pass", "key", "number", "numbers", "word", "words", "uuid", "uuids"}
+    | {*TEST_WORLD.places, *TEST_WORLD.things}
 )
 
 
@@ -202,6 +205,7 @@ def state_facts(
     """
     inserted: list[tuple[int, str, str]] = []
     words = words_of(text)
+    names = sorted({*words, *(pseudo_word(generator, False) for _ in range(_WORDS_OF_NO_TEXT))})
     story_ends = 0
     for at in _moments(generator, len(text), spacing):
         gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), questions)).astype(int)
@@ -209,7 +213,8 @@ def state_facts(
         if at >= story_ends and generator.random() < _STORIES:
             story_ends = at + int(gaps[0])
             kind = KINDS[generator.integers(len(KINDS))]
-            story = tell_story(generator, kind, TRAINING_WORLD, int(generator.integers(4, 9)))
+            world = training_world(generator, names)
+            story = tell_story(generator, kind, world, int(generator.integers(4, 9)))
             places = np.sort(generator.integers(at, story_ends, len(story.facts))).tolist()
             inserted += [(place, fact, "") for place, fact in zip(places, story.facts, strict=True)]
             inserted.append((story_ends, story.question, story.answer))

@@ -9,7 +9,7 @@ import numpy as np
 from titans.data.needles import LINKS, words_of
 
 # Bytes of a refrain, log-uniform, and sentences that it repeats.
-SHORTEST, LONGEST, MOST_SENTENCES = 200, 4000, 5
+SHORTEST, LONGEST, MOST_SENTENCES = 200, 8000, 5
 _SENTENCE = re.compile(rb"[A-Z][^.!?\n]{10,80}[.!?]")
 
 

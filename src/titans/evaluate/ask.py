@@ -74,8 +74,9 @@ def answered(
 
 
 def is_answer(told: str, answer: str) -> bool:
-    """Whether what was generated begins with the answer."""
-    return told.strip().startswith(answer)
+    """Whether what was generated begins with the answer, and not with a longer word or number."""
+    rest = told.strip().removeprefix(answer)
+    return rest != told.strip() and not rest[:1].isalnum()
 
 
 def _call(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
