@@ -1,7 +1,7 @@
 """Little stories of who went where with what, after bAbI's tasks 1 to 3: facts for a long text. Seeded.
 
 Like bAbI, not bAbI: results are not comparable with those published for it. A test's words are bAbI's. Those
-of training are others, and new in every story: of ten fixed places a model learns the names instead of reading.
+of training are others, and new in every story: what there are ten of, a model learns by heart.
 """
 
 from __future__ import annotations
