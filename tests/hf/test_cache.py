@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -329,3 +331,16 @@ def test_the_header_tells_what_the_file_is(tmp_path):
     tensors, about = parts_of(path)
     assert json.loads(about["config"])["variant"] == "mal" and about["num_columns"] == "17"
     assert "[1].memory.memory.weights[0]" in tensors and "[0].window.keys" in tensors
+
+
+@every_variant
+def test_a_cache_that_nobody_holds_is_gone_at_once(variant):
+    gc.disable()
+    try:
+        cache = filled_cache(MODELS[variant], TEXT)
+        continued(MODELS[variant], cache)
+        gone = weakref.ref(cache)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()

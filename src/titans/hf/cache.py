@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +29,23 @@ _STATE_FIELDS = (
 )  # fmt: skip
 
 
-class TitansCacheLayer(CacheLayerMixin):
-    """One block's state, or None before the first token."""
+@dataclass
+class _Columns:
+    """How many a cache and all its layers have seen, and of these before the present call of `generate`."""
 
-    def __init__(self, cache: TitansCache) -> None:
+    seen: int = 0
+    before_call: int = 0
+
+
+class TitansCacheLayer(CacheLayerMixin):
+    """One block's state, or None before the first token.
+
+    It does not know its cache: two that know each other stay in memory until Python looks for cycles.
+    """
+
+    def __init__(self, columns: _Columns) -> None:
         super().__init__()
-        self.cache = cache
+        self.columns = columns
         self.state: Any = None
         self.is_initialized = True
 
@@ -47,7 +59,7 @@ class TitansCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.get_seq_length()
+        return self.columns.seen - self.columns.before_call
 
     def get_max_length(self) -> int:
         return -1
@@ -63,11 +75,15 @@ class TitansCache(Cache):
     layers: list[TitansCacheLayer]
 
     def __init__(self, config: TitansConfig) -> None:
-        super().__init__(layers=[TitansCacheLayer(self) for _ in range(config.num_hidden_layers)])
+        self._columns = _Columns()
+        super().__init__(layers=[TitansCacheLayer(self._columns) for _ in range(config.num_hidden_layers)])
         self.config = config
-        self.num_columns = 0
-        self._columns_before_call = 0
         self._newest_ids: Tensor | None = None
+
+    @property
+    def num_columns(self) -> int:
+        """Tokens seen, padding included."""
+        return self._columns.seen
 
     @property
     def states(self) -> tuple[Any, ...] | None:
@@ -86,7 +102,7 @@ class TitansCache(Cache):
             known = None if self.num_columns and self._newest_ids is None else ids
             parts = [x for x in (self._newest_ids, known) if x is not None]
             self._newest_ids = None if known is None else torch.cat(parts, 1)[:, -_NUM_NEWEST:].clone()
-        self.num_columns += num_columns
+        self._columns.seen += num_columns
 
     def is_beginning_of(self, ids: Tensor) -> bool:
         """Whether ids (batch, time) repeat what was seen, as far as the ids kept can tell, and go on."""
@@ -97,11 +113,11 @@ class TitansCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included, since `begin_call` (or ever)."""
-        return self.num_columns - self._columns_before_call
+        return self.layers[layer_idx].get_seq_length()
 
     def begin_call(self, fresh: bool) -> None:
         """Count columns from here (fresh) or from the start: `generate` slices ids and masks by the count."""
-        self._columns_before_call = self.num_columns if fresh else 0
+        self._columns.before_call = self.num_columns if fresh else 0
 
     def _map(self, function: Any) -> None:
         for layer in self.layers:
@@ -112,7 +128,7 @@ class TitansCache(Cache):
         """Forget everything."""
         for layer in self.layers:
             layer.state = None
-        self.num_columns = self._columns_before_call = 0
+        self._columns.seen = self._columns.before_call = 0
         self._newest_ids = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -151,7 +167,7 @@ class TitansCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             # States are never written in place, so sharing them is copying them.
             theirs.state = mine.state
-        other.num_columns, other._newest_ids = self.num_columns, self._newest_ids
+        other._columns.seen, other._newest_ids = self.num_columns, self._newest_ids
         return other
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
