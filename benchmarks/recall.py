@@ -73,12 +73,18 @@ def rows_of(found: Found, label: str, task: str) -> dict[int, list[NeedleCell]]:
     return {length: [NeedleCell(**cell) for cell in row] for length, row in cells.items()}
 
 
+def pooled(cells: list[NeedleCell]) -> tuple[int, int, bool]:
+    """Right answers and texts over the depths that attention does not reach, or over all, and which it is."""
+    beyond = [cell for cell in cells if cell.beyond_attention]
+    chosen = beyond or cells
+    return sum(c.correct for c in chosen), sum(c.samples for c in chosen), bool(beyond)
+
+
 def told(cells: list[NeedleCell]) -> str:
     """Accuracy over the depths that attention does not reach, or in italics over all where it reaches all."""
     if not cells:
         return ""
-    beyond = [cell for cell in cells if cell.beyond_attention]
-    samples, correct = (sum(getattr(c, name) for c in beyond or cells) for name in ("samples", "correct"))
+    correct, samples, beyond = pooled(cells)
     low, high = wilson(correct, samples)
     text = f"{100 * correct / samples:.0f} ({100 * low:.0f}–{100 * high:.0f})"
     return text if beyond else f"*{text}*"

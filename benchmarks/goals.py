@@ -1,0 +1,151 @@
+"""What was to be reached, and what was: the goals for recall and language with the figures of the other
+benchmarks' kept results, missed goals first.
+
+    python benchmarks/goals.py
+
+Measures nothing. The page goes to docs/results/README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kept import known
+from recall import pooled, rows_of, told
+from synthetic import PAPER
+
+from titans import zoo
+
+RESULTS = Path(__file__).parent / "results"
+REPORT = Path(__file__).parents[1] / "docs" / "results" / "README.md"
+# The last stages' rows.
+TRAINED = 2048
+MIB = 2**20
+# Task, how it is called, and for each length how many % are to be right.
+NEEDLES = (
+    ("passkey", "passkey in filler (S-NIAH-PK)", {TRAINED: 99, 64 * TRAINED: 95, MIB: 90}),
+    ("number", "number in a book (S-NIAH-N)", {TRAINED: 95, 16 * TRAINED: 90}),
+    ("word", "word in a book (S-NIAH-W)", {TRAINED: 95, 4 * TRAINED: 90}),
+    ("qa1", "who is where (bAbI-like qa1)", {MIB: 80}),
+)
+# What the same recipe makes of a variant without facts, by its label in language.json.
+PLAIN = {"titans-mag-tiny": "mag without facts", "titans-lmm-tiny": "lmm without facts"}
+
+
+class Goal(NamedTuple):
+    """Reached is None where nothing was measured."""
+
+    what: str
+    wanted: str
+    figures: str
+    reached: bool | None
+    command: str
+
+
+def load(name: str) -> dict[str, Any]:
+    with known(RESULTS / f"{name}.json") as found:
+        return dict(found)
+
+
+def needle_goals() -> Iterator[Goal]:
+    found = load("recall")
+    for task, called, wanted in NEEDLES:
+        for length, percent in wanted.items():
+            rows = {name: rows_of(found, name, task).get(length, []) for name in zoo.names()}
+            rows = {name: cells for name, cells in rows.items() if cells}
+            shares = [correct / samples for correct, samples, _ in map(pooled, rows.values())]
+            yield Goal(
+                f"{called}, {length:,} bytes",
+                f"≥ {percent} %",
+                ", ".join(f"{name} {told(cells)}" for name, cells in rows.items()),
+                100 * max(shares) >= percent if shares else None,
+                "recall.py",
+            )
+
+
+def language_goals() -> Iterator[Goal]:
+    found = load("language")
+    for name, label in PLAIN.items():
+        figures, reached = "", None
+        if name in found and label in found:
+            bits, plain = found[name]["plays"]["bits"], found[label]["plays"]["bits"]
+            figures, reached = (
+                f"{bits:.3f} against {plain:.3f}: {100 * (bits / plain - 1):+.1f} %",
+                bits <= 1.02 * plain,
+            )
+        yield Goal(
+            f"bits per byte of {name} beside the same recipe without facts",
+            "within 2 %",
+            figures,
+            reached,
+            "language.py",
+        )
+    runs = load("learning")
+
+    def mean(arm: str) -> float:
+        values = [run["windows"] for key, run in runs.items() if key.split("; ")[0] == arm]
+        return sum(values) / len(values)
+
+    for variant, beside in (("lmm", 4), ("mag", 5), ("mal", 5), ("mac", 5)):
+        ours, theirs = mean(variant), mean(f"transformer, {beside} layers")
+        yield Goal(
+            f"bits per byte of {variant} beside a transformer of as many parameters, 3 seeds",
+            "better",
+            f"{ours:.3f} against {theirs:.3f}: {100 * (ours / theirs - 1):+.1f} %",
+            ours < theirs,
+            "learning.py",
+        )
+
+
+def synthetic_goals() -> Iterator[Goal]:
+    found = load("synthetic")
+    for task, paper in PAPER.items():
+        kept = found.get(f"{task}, lmm, seed 0")
+        yield Goal(
+            f"MAD, {task}",
+            f"≥ {paper - 5:.1f} % (paper's Titans {paper:g})",
+            f"lmm {100 * kept['accuracy']:.1f}" if kept else "",
+            100 * kept["accuracy"] >= paper - 5 if kept else None,
+            "synthetic.py --only mad",
+        )
+    for pairs in (256, 512, 1024):
+        depths = [found.get(f"{pairs} pairs, depth {depth}, lmm, seed 0") for depth in (1, 2)]
+        both = [100 * kept["accuracy"] for kept in depths if kept]
+        yield Goal(
+            f"{pairs} pairs (MQAR): depth 2 beside depth 1 at equal state",
+            "better",
+            f"{both[1]:.1f} against {both[0]:.1f} %" if len(both) == 2 else "",
+            both[1] > both[0] if len(both) == 2 else None,
+            "synthetic.py --only pairs",
+        )
+
+
+def main() -> int:
+    goals = [*needle_goals(), *language_goals(), *synthetic_goals()]
+    lines = [
+        "# What was to be reached, and what was",
+        "",
+        "`python benchmarks/goals.py` makes this page of the results that the commands named have kept. A "
+        "token is a byte; % with 95 % interval, in italics where attention reaches all. What was tried for "
+        "what was missed: [decisions/recall.md](../decisions/recall.md). All figures: [recall](recall.md), "
+        "[language](language.md), [what a memory keeps](memory.md), [training length](training-length.md), "
+        "[learning](../../benchmarks/results/learning.md), "
+        "[MAD and pairs](../../benchmarks/results/synthetic.md).",
+    ]
+    for title, reached in (("Missed", False), ("Not measured", None), ("Reached", True)):
+        rows = [goal for goal in goals if goal.reached is reached]
+        if rows:
+            lines += ["", f"## {title}", "", "| goal | wanted | figures | command |", "|---|---|---|---|"]
+            lines += [
+                f"| {g.what} | {g.wanted} | {g.figures or '–'} | `python benchmarks/{g.command}` |"
+                for g in rows
+            ]
+    REPORT.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
