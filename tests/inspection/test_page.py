@@ -76,6 +76,9 @@ def test_the_page_is_whole_and_true(
     np.testing.assert_allclose(
         low + drawn * (high - low), np.clip(surprise, low, high), atol=(high - low) / 250
     )
+    for listed in data["lists"]:
+        places = sorted(token for token, *_ in listed["items"])
+        assert len(places) > 2 and np.diff(places).min() >= 512, "one passage is listed twice"
     known = np.array([own is not None for own in arrays["own"]])
     helped = names["helped, beside no memory"]
     gained = np.array([n - o for n, o in zip(arrays["none"], arrays["own"], strict=True) if o is not None])

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WINDOW, _PEAKS, _POINTS = 64, 5, 400
+# Stretches of a list are at least so many apart: one passage is one entry.
+_APART = 8
 # What is beyond is drawn as strongly as this quantile.
 _CLIP = 0.995
 
@@ -36,7 +38,9 @@ def write_page(
     surprise = found.surprise.mean(-1)
     channels = [
         _channel("surprise", surprise, "‖M(k) − v‖²", "Surprise: how wrong the memories were about each "
-                 "token before they learned it. What is dark is written most."),
+                 "token before they learned it, mean over layers and heads. How much of it they write is up "
+                 "to their step size (below). White is the least that occurs; what is beyond the scale is "
+                 "drawn like its end."),
         _channel("helped, beside no memory", found.helped, "nats", "Blue: the memory of what was read before "
                  "made this token likelier than no memory did. Red: it made it less likely.", signed=True),
         _channel("helped, beside another text's", found.helped_beside_another, "nats", "Blue: the memory of "
@@ -46,17 +50,23 @@ def write_page(
     ]  # fmt: skip
     data = {
         "title": title,
-        "about": about,
+        "about": about + ("; a token is a byte" if is_byte_tokenizer(tokenizer) else ""),
         "numbers": _numbers(found),
+        "numbers_meaning": "Nats per token: how unlikely the model found the text; less is better. In one "
+        "stream everything is carried on; for the others each passage of "
+        f"{found.passage_length:,} tokens begins with the memory named and nothing else: that of all before "
+        "it, that of as much of another text, or none.",
         "text": "".join(texts),
         # JavaScript counts in units of UTF-16.
         "lengths": _packed(np.array([len(text.encode("utf-16-le")) // 2 for text in texts], np.uint8)),
         "channels": channels,
         "lists": [
-            _peaks("Most surprising", 0, surprise, texts, "surprise"),
-            _peaks("Where the memory helped most", 1, found.helped, texts, "nats gained per token"),
-            _peaks("Where knowing this text helped most", 2, found.helped_beside_another, texts,
+            _peaks("Most surprising", "A memory that has read little is surprised by everything.", 0,
+                   surprise, texts, "surprise"),
+            _peaks("Where the memory helped most", "Beside no memory.", 1, found.helped, texts,
                    "nats gained per token"),
+            _peaks("Where this text's memory helped most", "Beside the memory of another text.", 2,
+                   found.helped_beside_another, texts, "nats gained per token"),
         ],
         "charts": _charts(found),
     }  # fmt: skip
@@ -114,13 +124,36 @@ def _windows(values: np.ndarray) -> np.ndarray:
     return np.where(known, filled, 0).sum(1) / np.maximum(known.sum(1), 1)
 
 
-def _peaks(title: str, channel: int, values: np.ndarray, texts: Sequence[str], unit: str) -> dict[str, Any]:
-    means, items = _windows(values), []
-    for window in np.argsort(-means, kind="stable")[:_PEAKS].tolist():
-        begin = window * _WINDOW
-        excerpt = " ".join("".join(texts[begin : begin + _WINDOW]).split())
-        items.append((begin, excerpt or "(blank)", f"{means[window]:.3g} {unit}, token {begin:,}"))
-    return {"title": title, "channel": channel, "items": items}
+def _peaks(
+    title: str, meaning: str, channel: int, values: np.ndarray, texts: Sequence[str], unit: str
+) -> dict[str, Any]:
+    """The stretches with the highest means, of each passage one."""
+    means, chosen = _windows(values), []
+    for window in np.argsort(-means, kind="stable").tolist():
+        if len(chosen) < _PEAKS and all(abs(window - other) >= _APART for other in chosen):
+            chosen.append(window)
+    items = [
+        (
+            window * _WINDOW,
+            _excerpt(texts, window * _WINDOW),
+            f"{means[window]:.3g} {unit}, token {window * _WINDOW:,}",
+        )
+        for window in chosen
+    ]
+    return {"title": title, "meaning": meaning, "channel": channel, "items": items}
+
+
+def _excerpt(texts: Sequence[str], begin: int) -> str:
+    """The stretch that begins there, to the ends of the words it cuts, if these are near."""
+
+    def begins_word(i: int) -> bool:
+        return i in (0, len(texts)) or texts[i - 1][-1:].isspace() or texts[i][:1].isspace()
+
+    end, near = min(begin + _WINDOW, len(texts)), _WINDOW // 4
+    first = next(filter(begins_word, range(begin, max(begin - near, 0) - 1, -1)), begin)
+    last = next(filter(begins_word, range(end, min(end + near, len(texts)) + 1)), end)
+    told = " ".join("".join(texts[first:last]).split())
+    return f"{'… ' if first else ''}{told}{' …' if last < len(texts) else ''}" if told else "(blank)"
 
 
 def _thinned(values: np.ndarray) -> list[float]:
@@ -141,10 +174,11 @@ def _charts(found: Inspection) -> list[dict[str, Any]]:
 
     half_lives = math.log(2) / -np.log1p(-np.clip(found.forget.astype(np.float64), 1e-12, 1 - 1e-12))
     return [
-        {"title": "How hard the memories write", "meaning": "The step size θ, mean over stretches.",
+        {"title": "How hard the memories write", "meaning": "The step size θ, mean over stretches; a "
+         "logarithmic scale.",
          "lines": lines(found.step_size), "logarithmic": True},
         {"title": "How slowly they forget", "meaning": "Tokens after which half is left, at the rate of each "
-         "stretch.", "lines": lines(half_lives), "logarithmic": True},
+         "stretch; a logarithmic scale.", "lines": lines(half_lives), "logarithmic": True},
         {"title": "How much they hold", "meaning": "Norm of the fast weights.",
          "lines": lines(found.memory_norm), "logarithmic": False},
     ]  # fmt: skip
