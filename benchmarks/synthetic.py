@@ -166,9 +166,9 @@ def planned(only: str, variants: list[str]) -> list[Run]:
     if only != "mad":
         for seed in SEEDS:
             for pairs in PAIRS:
-                batch = max(8192 // (4 * pairs), 4)
+                batch = max(8192 // (4 * pairs), 2)
                 for config in DEPTHS.values():
-                    runs.append(Run("pairs", "lmm", seed, 1000, batch, 3e-3, pairs, config))
+                    runs.append(Run("pairs", "lmm", seed, 400, batch, 3e-3, pairs, config))
     return runs
 
 
