@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 2048
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "memory_depth", "memory_expansion", "chunk_size", "segment_length", "sliding_window",
-    "num_persistent_tokens", "conv_kernel",
+    "num_persistent_tokens", "conv_kernel", "memory_local_chunk_sizes", "memory_shard_length",
 )  # fmt: skip
 
 

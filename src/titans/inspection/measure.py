@@ -16,9 +16,8 @@ from torch.utils import _pytree as pytree
 from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.memory import MemoryState
 from titans.nn import NeuralMemory
-from titans.stream.saved import find_states, initial_states
+from titans.stream.saved import carried_memories, initial_states
 from titans.stream.session import reading
 from titans.stream.text import token_ids
 
@@ -136,7 +135,7 @@ def _stream(
     decays, openings = ([torch.cat(each, 1)[0] for each in kind] for kind in gates)
     norms = [
         torch.stack([w[0].float().square().sum((-2, -1)) for w in state.weights]).sum(0).sqrt()
-        for state in find_states(MemoryState, cache.states)
+        for state in carried_memories(cache.states)
     ]
     found = {
         "surprise": torch.stack([s[0].float().mean(-1) for s in output.surprises], -1),
