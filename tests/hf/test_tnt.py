@@ -56,9 +56,13 @@ def test_a_cache_is_saved_copied_and_reordered(variant, tmp_path):
         expected = model(following, past_key_values=cache).logits
         assert torch.equal(model(following, past_key_values=loaded).logits, expected)
         assert torch.equal(model(following.flip(0), past_key_values=fork).logits, expected.flip(0))
-    other = small_config(variant, **{**TNT, "memory_local_chunk_sizes": [1, 4]})
-    with pytest.raises(ValueError, match=r"memory_local_chunk_sizes=\[2, 4\], the model has \[1, 4\]"):
-        TitansCache.load(tmp_path / "memory", other)
+    for field, old, new in (
+        ("memory_local_chunk_sizes", [2, 4], [1, 4]),
+        ("memory_shard_length", 8, 16),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            TitansCache.load(tmp_path / "memory", small_config(variant, **{**TNT, field: new}))
+        assert f"was written with {field}={old!r}, the model has {new!r}" in str(refusal.value)
 
 
 @every_variant

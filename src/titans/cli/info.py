@@ -179,7 +179,7 @@ def _show(about: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None)
     for name, value in about.items():
-        if name != "layers":
+        if name != "layers" and value is not None:
             shown = f"{value:,}" if isinstance(value, int) else str(value)
             table.add_row(name.replace("_", " "), shown)
     console = Console(stderr=True)

@@ -47,6 +47,7 @@ def gate_statistics(
 ) -> list[LayerGates]:
     """Read documents, each from the beginning, and describe the gates of every memory layer.
 
+    Of a layer with local memories they are the global one's.
     A chunk at a time, because step sizes are normalized at the weights with which a chunk begins.
 
     Args:

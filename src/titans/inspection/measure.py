@@ -31,7 +31,7 @@ class Inspection:
     ids: (n,). surprise: (n, layers), ‖M(k) − v‖² before the token is written, which is what its write
     descends, mean over heads; layers are those with a memory. forget, step_size: (n, layers, heads), the
     gates, mean over the layers of a head's network. memory_norm: (passages, layers, heads), Frobenius norm of
-    the fast weights at the end of each passage.
+    the fast weights at the end of each passage. Of a layer with local memories all are the global one's.
 
     loss: (n,), nats of each token, read in one stream; NaN at the first. own, other, none: (n,), the same
     with each passage read by itself, attention and filters empty at its beginning, from the memory that the

@@ -125,7 +125,7 @@ class MomentumRule:
 
 
 # Tokens in a block of `end_coefficients`: as much in tables of a block as in passing from block to block.
-_BLOCK = 64
+_BLOCK = 32
 
 
 def end_coefficients(
