@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import assume_aligned
-from titans.nn import NeuralMemory, TNTMemory
+from titans.nn import BLOCKS, BlockSettings, NeuralMemory, TNTMemory
 from titans.nn.key_space import towards_keys
 from titans.nn.learner import Learner
 
@@ -360,6 +360,15 @@ def test_rows_said_to_be_aligned_are_not_looked_at():
 def test_a_wrong_size_is_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         TNTMemory(HIDDEN, HEADS, DIM, **{"local_chunk_sizes": [4], "shard_length": 8, **sizes})
+
+
+def test_mac_refuses_local_memories():
+    settings = BlockSettings(
+        8, 1, 4, 16, 16, 16, 0, 1, 1, 1, 1e4, 1e-6, local_chunk_sizes=(4,), shard_length=8
+    )
+    assert isinstance(BLOCKS["mag"](settings).memory, TNTMemory)
+    with pytest.raises(ValueError, match=r"local_chunk_sizes=\(4,\): what this block writes"):
+        BLOCKS["mac"](settings)
 
 
 def test_the_state_of_another_memory_is_refused():
