@@ -14,8 +14,7 @@ from torch import Tensor
 from titans.evaluate import gate_statistics
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory import MemoryState, memory_scan
-from titans.nn import NeuralMemory
-from titans.nn import memory as memory_module
+from titans.nn import NeuralMemory, learner
 from titans.stream.saved import initial_states
 
 from .models import small_model, some_ids
@@ -129,7 +128,7 @@ def test_statistics_are_those_of_what_is_written(
         cache = TitansCache(model.config)
         cache.store(initial_states(model), 0)
         with monkeypatch.context() as patch:
-            patch.setattr(memory_module, "memory_scan", spy)
+            patch.setattr(learner, "memory_scan", spy)
             model(torch.from_numpy(ids.astype(np.int64))[None], past_key_values=cache)
         # Each layer reads the whole document before the next one does.
         edges = range(0, len(calls) + 1, len(calls) // 2)

@@ -38,13 +38,14 @@ def parts(config: TitansConfig) -> dict[str, int]:
     # What the text taught and what training did are normalised apart.
     reads = (2 if config.memory_decay_to_initial else 1) * width
     has_memory = config.has_memory
-    gates = 3 * heads * depth * (d + 1 + dim * config.memory_gates_see_keys)
+    memories = 1 + len(config.memory_local_chunk_sizes or ())
+    gates = 3 * memories * heads * depth * (d + 1 + dim * config.memory_gates_see_keys)
     return {
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
         "attention": layers * 4 * d * width * (config.variant != "lmm"),
         "memory": layers * (5 * d * width + 3 * width * conv + gates) * has_memory,
-        "initial memory": layers * (initial + norm + reads) * has_memory,
+        "initial memory": layers * (memories * (initial + norm) + reads) * has_memory,
         "recall": layers * (2 * d * width + width * conv + reads) * (config.variant == "mac"),
         "persistent tokens": layers * p * d * has_memory,
         "norms": d + layers * d * {"mag": 4, "mal": 3, "mac": 5}.get(config.variant, 2),
@@ -72,6 +73,13 @@ def table(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_the_parameters_of_the_formula(preset, variant):
     config = TitansConfig.from_preset(preset, variant=variant)
+    assert count(config) == sum(parts(config).values())
+
+
+@pytest.mark.parametrize("variant", ["mag", "mal", "lmm"])
+def test_the_formula_holds_with_local_memories(variant):
+    local = dict(memory_local_chunk_sizes=[4, 8], memory_shard_length=64, memory_norm=True)
+    config = TitansConfig.from_preset("tiny", variant=variant, **local, memory_gates_see_keys=True)
     assert count(config) == sum(parts(config).values())
 
 

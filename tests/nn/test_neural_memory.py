@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import memory_read
-from titans.nn import NeuralMemory
-from titans.nn import memory as memory_module
+from titans.nn import NeuralMemory, learner
 
 from ..tolerances import FLOAT64, assert_close
 
@@ -186,14 +185,14 @@ def test_the_memory_of_a_narrow_layer_is_float32(dtype):
 
 def test_gates_are_exact_under_autocast(monkeypatch):
     layer, x = layer_of({}).float(), tokens(2, 8, HIDDEN).float()
-    seen, scan = [], memory_module.memory_scan
+    seen, scan = [], learner.memory_scan
 
     def spy(network, queries, keys, values, *gates, **options):
         # Between the projections and the scan: the forget, momentum and step size of every token.
         seen.append(gates[:3])
         return scan(network, queries, keys, values, *gates, **options)
 
-    monkeypatch.setattr(memory_module, "memory_scan", spy)
+    monkeypatch.setattr(learner, "memory_scan", spy)
     expected, _ = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         narrow, state = layer(x)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from titans.data import CarryDataset
 from titans.hf import TitansForCausalLM
 from titans.memory.state import map_state
-from titans.train import TitansTrainer, TrainingRun, TrainSettings
+from titans.train import TitansTrainer, TrainingRun, TrainSettings, train
 from titans.train.optimizer import decayed_parameters, make_optimizer, make_schedule
 from titans.train.recipe import model_config
 
@@ -214,6 +215,23 @@ def test_training_goes_on_from_the_weights_of_another_run(settings: Make) -> Non
     )
     with pytest.raises(ValueError, match=r"model.safetensors is missing, damaged or of another model"):
         TrainingRun(settings(variant="lmm", start_from=run.settings.output))
+
+
+def test_a_second_stage_goes_on_with_finer_local_chunks(settings: Make) -> None:
+    schedule = {**settings().config, "memory_shard_length": 16, "chunk_size": 32}
+    first = settings(variant="lmm", config={**schedule, "memory_local_chunk_sizes": [8]}, steps=4)
+    first = replace(first, output=first.output / "first")
+    train(first)
+    finer = {**schedule, "memory_local_chunk_sizes": [2]}
+    second = TrainingRun(settings(variant="lmm", config=finer, steps=2, start_from=first.output))
+    trained = load_file(first.output / "model.safetensors")
+    for name, parameter in second.model.named_parameters():
+        assert name == "lm_head.weight" or torch.equal(parameter, trained[name])
+    assert second.model.config.memory_local_chunk_sizes == [2]
+    second.run()
+    more = {**schedule, "memory_local_chunk_sizes": [2, 4]}
+    with pytest.raises(ValueError, match="of another model"):
+        TrainingRun(replace(second.settings, config=more, output=first.output / "second"))
 
 
 def test_facts_are_said_in_the_text_that_is_trained_on_and_not_in_what_is_held_out(settings: Make) -> None:

@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 2048
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "memory_depth", "memory_expansion", "chunk_size", "segment_length", "sliding_window",
-    "num_persistent_tokens", "conv_kernel",
+    "num_persistent_tokens", "conv_kernel", "memory_local_chunk_sizes", "memory_shard_length",
 )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def _show(about: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None)
     for name, value in about.items():
-        if name != "layers":
+        if name != "layers" and value is not None:
             shown = f"{value:,}" if isinstance(value, int) else str(value)
             table.add_row(name.replace("_", " "), shown)
     console = Console(stderr=True)

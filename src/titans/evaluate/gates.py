@@ -47,7 +47,8 @@ def gate_statistics(
 ) -> list[LayerGates]:
     """Read documents, each from the beginning, and describe the gates of every memory layer.
 
-    A chunk at a time, because step sizes are normalized at the weights with which a chunk begins.
+    A chunk at a time, because step sizes are normalized at the weights with which a chunk begins. Of a layer
+    with local memories the gates are the global one's.
 
     Args:
         documents: token ids (n,) of each.

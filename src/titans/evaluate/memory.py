@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.nn import NeuralMemory
+from titans.nn.learner import Learner
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def frozen_memory(model: TitansForCausalLM) -> Iterator[None]:
     Raises:
         ValueError: for a model without a memory.
     """
-    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    memories = [module for module in model.modules() if isinstance(module, Learner)]
     if not memories:
         raise ValueError(f"variant={model.config.variant!r} has no memory that could be frozen")
     step_sizes = [memory.max_step_size for memory in memories]

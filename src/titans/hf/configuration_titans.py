@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
 from titans.nn.gate import COMBINATIONS
 from titans.nn.memory import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
+from titans.nn.tnt_memory import refuses
 
 # What the library itself hands to a configuration beside its fields.
 _LIBRARY_KEYS = {
@@ -45,6 +46,11 @@ class TitansConfig(PreTrainedConfig):
         memory_bounded_half_lives: no head ever forgets more slowly than at first.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
         memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
+        memory_local_chunk_sizes: chunks of local memories, which begin anew with every shard, so that shards
+            are read side by side: the TNT schedule, see `TNTMemory`. Then chunk_size is the global memory's,
+            hundreds of tokens. None for one memory ("mac" has no other). As many chunks of other sizes take
+            the same weights.
+        memory_shard_length: tokens of a shard; needed with local memories, a multiple of their chunks.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
         sliding_window: tokens a token attends to, itself included ("mag", "mal", "window").
@@ -83,6 +89,8 @@ class TitansConfig(PreTrainedConfig):
     memory_bounded_half_lives: bool = False
     memory_gates_see_keys: bool = False
     memory_combination: str = "gate"
+    memory_local_chunk_sizes: list[int] | None = None
+    memory_shard_length: int | None = None
     chunk_size: int = 16
     segment_length: int = 512
     sliding_window: int = 2048
@@ -106,6 +114,8 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"{unknown[0]}={kwargs[unknown[0]]!r} is not a field of TitansConfig: choose from {own}"
             )
+        # No local memories, said in one way.
+        self.memory_local_chunk_sizes = self.memory_local_chunk_sizes or None
         # Once more than the library does, which would wrap the reason in an error of its own kind.
         self.validate_architecture()
         if self.layer_types is None:
@@ -149,10 +159,26 @@ class TitansConfig(PreTrainedConfig):
                 f"memory_shortest_half_life={shortest}, memory_longest_half_life={longest}: give numbers "
                 "above 0, the second at least the first"
             )
+        self._validate_local_memories()
         if not self.rope_theta or not self.rms_norm_eps:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: give numbers above 0"
             )
+
+    def _validate_local_memories(self) -> None:
+        sizes, shard = self.memory_local_chunk_sizes, self.memory_shard_length
+        said = f"memory_local_chunk_sizes={sizes!r}, memory_shard_length={shard!r}"
+        if (sizes is None) is not (shard is None):
+            raise ValueError(f"{said}: give both or neither")
+        if sizes is None or shard is None:
+            return
+        if self.variant == "mac":
+            raise ValueError(
+                f"{said} with variant='mac': what it writes depends on what it has recalled segment by "
+                "segment, so no shard could be read beside another; give None for both, or another variant"
+            )
+        if (reason := refuses(sizes, shard)) is not None:
+            raise ValueError(f"memory_{reason}")
 
     @property
     def has_memory(self) -> bool:
@@ -161,6 +187,7 @@ class TitansConfig(PreTrainedConfig):
 
     def block_settings(self) -> BlockSettings:
         """The same sizes as the blocks take them."""
+        local = self.memory_local_chunk_sizes
         return BlockSettings(
             hidden_size=self.hidden_size,
             num_heads=self.num_attention_heads,
@@ -191,6 +218,8 @@ class TitansConfig(PreTrainedConfig):
                 "bounded_half_lives": self.memory_bounded_half_lives,
                 "gates_see_keys": self.memory_gates_see_keys,
             },
+            local_chunk_sizes=None if local is None else tuple(local),
+            shard_length=self.memory_shard_length,
         )
 
     @classmethod

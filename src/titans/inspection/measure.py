@@ -16,9 +16,8 @@ from torch.utils import _pytree as pytree
 from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.memory import MemoryState
 from titans.nn import NeuralMemory
-from titans.stream.saved import find_states, initial_states
+from titans.stream.saved import carried_memories, initial_states
 from titans.stream.session import reading
 from titans.stream.text import token_ids
 
@@ -32,7 +31,7 @@ class Inspection:
     ids: (n,). surprise: (n, layers), ‖M(k) − v‖² before the token is written, which is what its write
     descends, mean over heads; layers are those with a memory. forget, step_size: (n, layers, heads), the
     gates, mean over the layers of a head's network. memory_norm: (passages, layers, heads), Frobenius norm of
-    the fast weights at the end of each passage.
+    the fast weights at the end of each passage. Of a layer with local memories all are the global one's.
 
     loss: (n,), nats of each token, read in one stream; NaN at the first. own, other, none: (n,), the same
     with each passage read by itself, attention and filters empty at its beginning, from the memory that the
@@ -136,7 +135,7 @@ def _stream(
     decays, openings = ([torch.cat(each, 1)[0] for each in kind] for kind in gates)
     norms = [
         torch.stack([w[0].float().square().sum((-2, -1)) for w in state.weights]).sum(0).sqrt()
-        for state in find_states(MemoryState, cache.states)
+        for state in carried_memories(cache.states)
     ]
     found = {
         "surprise": torch.stack([s[0].float().mean(-1) for s in output.surprises], -1),

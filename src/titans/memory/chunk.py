@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     base: Weights | None
 
 
-class _Keys(NamedTuple):
+class KeyPass(NamedTuple):
     """The backward pass of the inner objective at the anchor.
 
     inputs: h_0 … h_{L-1}. outputs: W_l h_{l-1}. deltas: gradients with respect to these. scaled: D_l, the
@@ -74,7 +74,7 @@ class ChunkTape(NamedTuple):
     momentum: Weights
     anchor: Weights
     shared: bool
-    keys: _Keys
+    keys: KeyPass
     reads: list[_Read]
 
 
@@ -150,14 +150,22 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2), keepdim=True)
 
 
-def _key_pass(net: MemoryNetwork, chunk: Chunk, anchor: Weights) -> _Keys:
-    inputs, outputs = [chunk.keys], []
+def key_pass(
+    net: MemoryNetwork,
+    keys: Tensor,
+    values: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    anchor: Weights,
+) -> KeyPass:
+    """The gradients that keys and values (rows, width, head_dim) give at the anchor; autograd can follow."""
+    inputs, outputs = [keys], []
     for weight in anchor:
         outputs.append(torch.bmm(inputs[-1], weight.mT))
         inputs.append(ACTIVATIONS[net.activation](outputs[-1]) if len(outputs) < net.depth else outputs[-1])
     inputs.pop()
     delta, surprise, normalizers = _errors(
-        net, outputs[-1], chunk.keys, chunk.values, chunk.gain, chunk.bias, *_squares(net, inputs, anchor)
+        net, outputs[-1], keys, values, gain, bias, *_squares(net, inputs, anchor)
     )
     deltas = [delta]
     for weight, output in zip(reversed(anchor[1:]), reversed(outputs[:-1]), strict=True):
@@ -166,7 +174,7 @@ def _key_pass(net: MemoryNetwork, chunk: Chunk, anchor: Weights) -> _Keys:
     scaled = deltas
     if net.normalize_step:
         scaled = [d / n.unsqueeze(-1) for d, n in zip(deltas, normalizers, strict=True)]
-    return _Keys(inputs, outputs, deltas, scaled, normalizers, surprise)
+    return KeyPass(inputs, outputs, deltas, scaled, normalizers, surprise)
 
 
 def run_chunk(
@@ -174,7 +182,7 @@ def run_chunk(
 ) -> tuple[Tensor, Weights, Weights, ChunkTape]:
     """Reads of a chunk, and weights and momentum after its last token (not yet settled)."""
     total = net.total(anchor, chunk.base)
-    keys = _key_pass(net, chunk, total)
+    keys = key_pass(net, chunk.keys, chunk.values, chunk.gain, chunk.bias, total)
     hidden, reads, new_weights, new_momentum = chunk.queries, [], [], []
     for layer, (c, h, d) in enumerate(zip(chunk.coefficients, keys.inputs, keys.scaled, strict=True)):
         weight, moment = weights[layer], momentum[layer]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from titans.memory.anchored import scan_anchored_chunks
 from titans.memory.chunk import Weights
 from titans.memory.grouped import Marks, Slow, State, Tokens, scan_chunks
 from titans.memory.layout import Columns, common_phase, cut_columns
@@ -154,8 +155,13 @@ def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
 
 
 def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, MemoryState, Tensor]:
-    """Cut the rows into chunks, have these run, and put the answers back where the tokens were."""
+    """Cut the rows into chunks, have these run, and put the answers back where the tokens were.
+
+    Whatever `run` is, chunks that read their anchor are run by `scan_anchored_chunks`.
+    """
     batch, time, heads, _ = problem.keys.shape
+    if problem.read_anchor:
+        run = scan_anchored_chunks
     if time == 0:
         return torch.zeros_like(problem.queries), problem.state, problem.keys.new_zeros(batch, 0, heads)
     if problem.mask is None and problem.reset is None:

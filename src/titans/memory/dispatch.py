@@ -64,6 +64,7 @@ def memory_scan(
     norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
     initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
     base: Sequence[Tensor] | None = ..., backend: str = ..., return_surprise: Literal[False] = ...,
+    read_anchor: bool = ...,
 ) -> tuple[Tensor, MemoryState]: ...  # fmt: skip
 @overload
 def memory_scan(
@@ -72,6 +73,7 @@ def memory_scan(
     norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
     initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
     base: Sequence[Tensor] | None = ..., backend: str = ..., return_surprise: Literal[True],
+    read_anchor: bool = ...,
 ) -> tuple[Tensor, MemoryState, Tensor]: ...  # fmt: skip
 def memory_scan(
     net: MemoryNetwork,
@@ -93,6 +95,7 @@ def memory_scan(
     base: Sequence[Tensor] | None = None,
     backend: str = "auto",
     return_surprise: bool = False,
+    read_anchor: bool = False,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
     """Read a stretch of tokens: learn every key → value pair, and answer every query with what is known by
     then.
@@ -119,6 +122,9 @@ def memory_scan(
         backend: "auto", or a name in `BACKENDS`: "native", "chunkwise", "reference",
             "native_bfloat16" (products on bfloat16 operands).
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
+        read_anchor: answer with the weights the running chunk began with, y_t = M(q_t; W'), and not with
+            those just written. Then nothing grows with the square of `chunk_size`, which may be thousands;
+            every backend but the oracle runs the same code, `anchored.py`.
 
     Returns:
         Reads (batch, time, heads, head_dim) in the queries' dtype, 0 where masked, and the new state. State
@@ -152,6 +158,7 @@ def memory_scan(
             initial=None if initial is None else tuple(map(raised, initial)),
             initial_momentum=None if initial_momentum is None else tuple(map(raised, initial_momentum)),
             base=None if base is None else tuple(map(raised, base)),
+            read_anchor=read_anchor,
         )
         reads, new_state, surprise = choose_backend(backend, problem).scan(problem)
     reads = reads.to(queries.dtype)

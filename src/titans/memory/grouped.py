@@ -75,7 +75,7 @@ def _where(rows: Tensor, chosen: Weights, otherwise: Weights) -> Weights:
     return tuple(torch.where(rows[:, None, None], a, b) for a, b in zip(chosen, otherwise, strict=True))
 
 
-def _begin(marks: Marks, slow: Slow, state: State) -> State:
+def begin_chunk(marks: Marks, slow: Slow, state: State) -> State:
     """The state with which a chunk begins: rows that start afresh do so now."""
     if marks.fresh is None:
         return state
@@ -86,7 +86,9 @@ def _begin(marks: Marks, slow: Slow, state: State) -> State:
     )
 
 
-def _end(net: MemoryNetwork, marks: Marks, weights: Weights, momentum: Weights, anchor: Weights) -> State:
+def end_chunk(
+    net: MemoryNetwork, marks: Marks, weights: Weights, momentum: Weights, anchor: Weights
+) -> State:
     """The state a chunk leaves: where it is complete its weights settle and become the anchor."""
     if isinstance(marks.complete, Tensor):
         settled = net.settle(weights)
@@ -125,7 +127,7 @@ def scan_group(
     reads, surprises = [], []
     for n in range(tokens.keys.shape[0]):
         here = marks.at(n)
-        state = _begin(here, slow, state)
+        state = begin_chunk(here, slow, state)
         chunk = Chunk(
             tokens.queries[n],
             tokens.keys[n],
@@ -136,7 +138,7 @@ def scan_group(
             slow.base or None,
         )
         read, weights, momentum, tape = run_chunk(net, chunk, *state)
-        state = _end(net, here, weights, momentum, state.anchor)
+        state = end_chunk(net, here, weights, momentum, state.anchor)
         reads.append(read)
         surprises.append(tape.keys.surprise)
         if tapes is not None:
@@ -299,7 +301,7 @@ class _StateGradients:
         self.weights, self.momentum, self.anchor = weights, momentum, anchor
 
     def through_end(self, net: MemoryNetwork, marks: Marks, unsettled: Weights) -> None:
-        """Back through `_end`."""
+        """Back through `end_chunk`."""
         if marks.complete is False:
             return
         if marks.complete is True:
@@ -330,7 +332,7 @@ class _StateGradients:
             self.anchor = None
 
     def through_begin(self, marks: Marks, slow: _SlowGradients) -> None:
-        """Back through `_begin`."""
+        """Back through `begin_chunk`."""
         if marks.fresh is None:
             return
         fresh = marks.fresh[:, None, None]

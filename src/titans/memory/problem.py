@@ -20,6 +20,7 @@ class ScanProblem:
     gain, bias: (heads, 1, head_dim) or None. mask, reset: (batch, time) bool or None.
     base: (heads, out, in) each, added to the fast weights wherever the network is run, or None.
     initial, initial_momentum: (heads, out, in) each, or None; where `reset` starts a row afresh.
+    read_anchor: answer with the weights the chunk began with, not with those just written.
     """
 
     net: MemoryNetwork
@@ -38,6 +39,7 @@ class ScanProblem:
     initial: tuple[Tensor, ...] | None
     initial_momentum: tuple[Tensor, ...] | None
     base: tuple[Tensor, ...] | None
+    read_anchor: bool
 
     def fresh_state(self) -> MemoryState:
         """The state in which a reset leaves a row, for every row."""

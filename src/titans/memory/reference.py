@@ -61,8 +61,9 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
             weights.append(weight)
             momentum.append(moment)
 
-        # (15): read with the weights just written.
-        read = net(net.total(weights, base), query, gain, bias).squeeze(2)
+        # (15): read with the weights just written, or with those of (12).
+        knowing = state.anchor if problem.read_anchor else weights
+        read = net(net.total(knowing, base), query, gain, bias).squeeze(2)
         reads.append(torch.where(real[:, None, None], read, 0))
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 

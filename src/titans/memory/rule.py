@@ -32,6 +32,16 @@ class ChunkCoefficients(NamedTuple):
     momentum_steps: Tensor  # (…, time, 1)
 
 
+class EndCoefficients(NamedTuple):
+    """Of `ChunkCoefficients` what the state after the chunk takes, and what tokens read does not."""
+
+    end_weights: Tensor  # (…, 1, 1)
+    end_momentum: Tensor  # (…, 1, 1)
+    end_steps: Tensor  # (…, time, 1)
+    momentum_momentum: Tensor  # (…, 1, 1)
+    momentum_steps: Tensor  # (…, time, 1)
+
+
 class UpdateRule(Protocol):
     """One token's update, and the same rule in closed form over a chunk whose gradients are known up
     front."""
@@ -112,6 +122,69 @@ class MomentumRule:
             momentum_momentum=momentum_end[..., :1],
             momentum_steps=(momentum_end[..., 0, 1:] * step_size).unsqueeze(-1),
         )
+
+
+# Tokens in a block of `end_coefficients`: as much in tables of a block as in passing from block to block.
+_BLOCK = 32
+
+
+def end_coefficients(
+    rule: UpdateRule, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
+) -> EndCoefficients:
+    """The state after a chunk of any length, without the table of (time, time) that reads within it take.
+
+    The chunk is cut into blocks; what a block wrote passes through those behind it, which is linear.
+    Arguments as of `UpdateRule.coefficients`.
+    """
+    time, dtype = step_size.shape[-1], step_size.dtype
+    width = min(time, _BLOCK)
+    missing = -time % width
+    if missing and written is None:
+        written = torch.ones_like(step_size, dtype=torch.bool)
+
+    def blocks(x: Tensor) -> Tensor:
+        return F.pad(x, (0, missing)).unflatten(-1, (-1, width))
+
+    block = rule.coefficients(
+        blocks(forget),
+        blocks(momentum),
+        blocks(step_size),
+        None if written is None else blocks(written),
+    )
+    # In double precision until the end: products of many small numbers, which then vanish together.
+    change, moved, carried, steps, momentum_steps = (
+        x.double()
+        for x in (
+            block.end_weights,
+            block.end_momentum,
+            block.momentum_momentum,
+            block.end_steps,
+            block.momentum_steps,
+        )
+    )
+    # The blocks behind, as one: W ← W + later_change W + later_moved S, S ← later_carried S.
+    later_change = later_moved = torch.zeros_like(change[..., -1, :, :])
+    later_carried = torch.ones_like(later_change)
+    behind = []
+    for index in reversed(range(change.shape[-3])):
+        behind.append((later_change, later_moved, later_carried))
+        a, c, e = (x[..., index, :, :] for x in (change, moved, carried))
+        later_change, later_moved, later_carried = (
+            later_change + a + later_change * a,
+            c + later_change * c + later_moved * e,
+            later_carried * e,
+        )
+    change_behind, moved_behind, carried_behind = (
+        torch.stack(each[::-1], -3) for each in zip(*behind, strict=True)
+    )
+    end_steps = steps + change_behind * steps + moved_behind * momentum_steps
+    return EndCoefficients(
+        end_weights=later_change.to(dtype),
+        end_momentum=_rounded(later_moved, dtype),
+        end_steps=_rounded(end_steps, dtype).flatten(-3, -2)[..., :time, :],
+        momentum_momentum=_rounded(later_carried, dtype),
+        momentum_steps=_rounded(carried_behind * momentum_steps, dtype).flatten(-3, -2)[..., :time, :],
+    )
 
 
 UPDATE_RULES: dict[str, UpdateRule] = {"momentum": MomentumRule()}

@@ -2,5 +2,14 @@
 
 from titans.nn.blocks import BLOCKS, BlockContext, BlockSettings
 from titans.nn.memory import NeuralMemory, NeuralMemoryState
+from titans.nn.tnt_memory import TNTMemory, TNTMemoryState
 
-__all__ = ["BLOCKS", "BlockContext", "BlockSettings", "NeuralMemory", "NeuralMemoryState"]
+__all__ = [
+    "BLOCKS",
+    "BlockContext",
+    "BlockSettings",
+    "NeuralMemory",
+    "NeuralMemoryState",
+    "TNTMemory",
+    "TNTMemoryState",
+]

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.memory import MemoryNetwork, MemoryState
 from titans.memory.state import map_state, register_state, where_rows
 from titans.nn.conv import CausalConv
-from titans.nn.half_lives import DecayRate, spaced_half_lives
 from titans.nn.heads import UNIT, gated_answers, head_vectors
 from titans.nn.initial_weights import InitialWeights
+from titans.nn.learner import Learner, Stretch
 from titans.nn.norm import ReadNorm
-from titans.nn.packing import real_tokens, take
+from titans.nn.packing import real_tokens, take, zero_padding
 
 # Measured: docs/decisions/memory.md.
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1024.0, 1e6
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     gate: Tensor
 
 
-class NeuralMemory(nn.Module):
+class NeuralMemory(Learner):
     """Memorises its input at test time and answers from what it has memorised (section 3.1).
 
     q, k, v are projected, convolved and passed through SiLU; q and k are L2-normalised per head, and a v
@@ -77,6 +77,8 @@ class NeuralMemory(nn.Module):
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
     """
 
+    state_type: type[NeuralMemoryState] = NeuralMemoryState
+
     def __init__(
         self,
         hidden_size: int,
@@ -103,7 +105,6 @@ class NeuralMemory(nn.Module):
         gates_see_keys: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         for name, size in (
             ("hidden_size", hidden_size),
             ("num_heads", num_heads),
@@ -120,7 +121,7 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"max_momentum={max_momentum!r}: give a number in [0, 1)")
         if max_step_size is not None and not 0 <= max_step_size < math.inf:
             raise ValueError(f"max_step_size={max_step_size!r}: give None or a finite number of at least 0")
-        self.network = MemoryNetwork(
+        network = MemoryNetwork(
             head_dim,
             depth,
             expansion,
@@ -132,42 +133,33 @@ class NeuralMemory(nn.Module):
             row_limit,
             length_floor,
         )
-        self.decay_to_initial, self.induction_init, self.backend = decay_to_initial, induction_init, backend
-        self.half_lives = half_lives
-        self.num_heads, self.chunk_size, self.max_momentum = num_heads, chunk_size, max_momentum
         if max_step_size is None:
             max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
-        self.max_step_size = max_step_size
-        # Modules of their own, so that others may look at what goes in and comes out.
-        self.forget_gate = DecayRate(half_lives if bounded_half_lives else None)
-        self.step_size_gate = nn.Sigmoid()
+        super().__init__(
+            hidden_size,
+            num_heads,
+            network,
+            chunk_size,
+            decay_to_initial=decay_to_initial,
+            max_momentum=max_momentum,
+            max_step_size=max_step_size,
+            half_lives=half_lives,
+            bounded_half_lives=bounded_half_lives,
+            gates_see_keys=gates_see_keys,
+        )
+        self.induction_init, self.backend = induction_init, backend
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
-        self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
-        self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
-        self.gate_key_weight = (
-            nn.Parameter(torch.empty(3, num_heads, depth, head_dim)) if gates_see_keys else None
-        )
         self.initial_weights = InitialWeights(self.network, num_heads, empty=decay_to_initial)
-        self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
-        self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if norm else None
         self.read_norm = ReadNorm(num_heads, head_dim, decay_to_initial)
         self.output = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Gates with half-lives log-spaced over heads."""
-        nn.init.normal_(self.gate_weight, std=0.02)
-        if self.gate_key_weight is not None:
-            nn.init.normal_(self.gate_key_weight, std=0.02)
-        self.gate_bias.zero_()
-        self.gate_bias[2] = 1.0
-        self.set_half_lives(*self.half_lives)
-        if self.norm_weight is not None and self.norm_bias is not None:
-            nn.init.constant_(self.norm_weight, 0.5)
-            nn.init.zeros_(self.norm_bias)
+        """Gates with half-lives log-spaced over heads, and what has to agree for recall, if asked for."""
+        super().reset_parameters()
         if self.induction_init:
             self.begin_as_induction()
 
@@ -187,48 +179,18 @@ class NeuralMemory(nn.Module):
         of_values.zero_()
         of_values[:, -1] = 1
 
-    @torch.no_grad()
-    def set_half_lives(self, shortest: float, longest: float) -> None:
-        """Have the heads forget with half-lives log-spaced from one to the other, in tokens."""
-        half_lives = spaced_half_lives(self.num_heads, shortest, longest)
-        # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
-        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives)).unsqueeze(-1)
-
-    @property
-    def base(self) -> tuple[Tensor, ...] | None:
-        """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
-        return tuple(self.initial_weights) if self.decay_to_initial else None
-
-    def prior(self, queries: Tensor) -> Tensor | None:
-        """What a memory that has read nothing answers, (batch, time, heads, head_dim) in at least float32.
-
-        None where the fast weights are no offsets: what was there at first has been forgotten too.
-        """
-        if self.base is None:
-            return None
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        gain, bias = (
-            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
-        )
-        with torch.autocast(queries.device.type, enabled=False):
-            weights = [w.to(dtype) for w in self.base]
-            return self.network(weights, queries.to(dtype).transpose(1, 2), gain, bias).transpose(1, 2)
-
     def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
         """The state of rows that have read nothing but persistent (num_persistent, hidden_size), if any.
 
         These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
         """
-        weights = [w.unsqueeze(0) for w in self.initial_weights]
-        if self.decay_to_initial:
-            weights = [torch.zeros_like(w) for w in weights]
-        memory = MemoryState.initial(weights)
+        memory = self.empty_memory(1)
         if persistent is not None and len(persistent):
-            _, after = self.packed(persistent.unsqueeze(0), NeuralMemoryState(self._empty_tail(1), memory))
+            _, after = self.packed(persistent.unsqueeze(0), self._begin(self._empty_tail(1), memory))
             written = after.memory
             memory = MemoryState(written.weights, written.momentum, written.weights, memory.position)
         expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
-        return NeuralMemoryState(self._empty_tail(batch), expanded)
+        return self._begin(self._empty_tail(batch), expanded)
 
     def fresh_context(self, state: NeuralMemoryState) -> NeuralMemoryState:
         """What has been memorised, at the start of a new text: position 0, and nothing in the convolution.
@@ -239,7 +201,11 @@ class NeuralMemory(nn.Module):
         closed = self.network.settle(memory.weights)
         weights = where_rows(memory.position % self.chunk_size != 0, closed, memory.weights)
         fresh = MemoryState(weights, memory.momentum, weights, torch.zeros_like(memory.position))
-        return NeuralMemoryState(torch.zeros_like(state.tail), fresh)
+        return self._begin(torch.zeros_like(state.tail), fresh)
+
+    def _begin(self, tail: Tensor, memory: MemoryState) -> NeuralMemoryState:
+        """The state of rows at the beginning of a text."""
+        return NeuralMemoryState(tail, memory)
 
     def _empty_tail(self, batch: int) -> Tensor:
         return self.conv.initial_tail(batch, self.conv.weight.device, self.conv.weight.dtype)
@@ -295,7 +261,7 @@ class NeuralMemory(nn.Module):
                     f"{name} has shape {tuple(flags.shape)} and dtype {flags.dtype}: give "
                     f"{tuple(x.shape[:2])}, (batch, time), in torch.bool"
                 )
-        if state is not None and not isinstance(state, NeuralMemoryState):
+        if state is not None and type(state) is not self.state_type:
             raise ValueError(f"state is a {type(state).__name__}: give the state that the layer returned")
         if state is not None and state.tail.shape[0] != x.shape[0]:
             raise ValueError(f"state holds {state.tail.shape[0]} rows: give one for each of x's {x.shape[0]}")
@@ -331,44 +297,29 @@ class NeuralMemory(nn.Module):
         """The half of `packed` that goes from state to state: what was found, and the new state."""
         if state is None:
             state = self.initial_state(x.shape[0], persistent)
-        batch, time, _ = x.shape
-        real = real_tokens(lengths, time)
-        if real is not None:
-            x = torch.where(real.unsqueeze(-1), x, 0)
-        heads, head_dim = self.num_heads, self.network.head_dim
-
-        qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
-        (queries, keys, values), tail = head_vectors(
-            self.conv, qkv, state.tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset
-        )
-        forget, momentum, step_size = self._gates(x, keys)
+        stretch, gate, tail = self._stretch(x, state.tail, lengths, reset)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
-        reads, memory, surprise = memory_scan(
-            self.network,
-            queries,
-            keys,
-            values,
-            forget,
-            momentum,
-            step_size,
-            state.memory,
-            self.chunk_size,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-            base=self.base,
-            mask=real,
-            reset=reset,
-            initial=None if fresh is None else [w[0] for w in fresh.weights],
-            initial_momentum=None if fresh is None else [m[0] for m in fresh.momentum],
-            backend=self.backend,
-            return_surprise=True,
-        )
+        reads, memory, surprise = self.scan(stretch, state.memory, fresh, self.backend)
         if surprises is not None:
             surprises.append(surprise)
+        return Found(reads, stretch.queries, gate), NeuralMemoryState(tail, memory)
+
+    def _stretch(
+        self, x: Tensor, tail: Tensor, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Stretch, Tensor, Tensor]:
+        """Packed rows as the memory takes them, the gate on its answers, and the convolution's new tail."""
+        time = x.shape[1]
+        real = real_tokens(lengths, time)
+        x = zero_padding(x, real)
+        heads, head_dim = self.num_heads, self.network.head_dim
+        qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
+        (queries, keys, values), tail = head_vectors(
+            self.conv, qkv, tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset
+        )
         if reset is not None and lengths is not None:
             ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
             tail = torch.where(ended[:, None, None], 0, tail)
-        return Found(reads, queries, gate), NeuralMemoryState(tail, memory)
+        return Stretch(x, queries, keys, values, real, reset), gate, tail
 
     def answer(self, found: Found) -> Tensor:
         """The other half, which knows no order: (batch, time, hidden_size)."""
@@ -405,23 +356,3 @@ class NeuralMemory(nn.Module):
         unit_keys = unit_keys.to(anchor[0].dtype).transpose(1, 2)
         normalizers = self.network.step_normalizers_at(anchor, unit_keys, gain)
         return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)
-
-    def _gates(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32.
-
-        x: (batch, time, hidden_size). keys: (batch, time, heads, head_dim), unit vectors.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            raw = F.linear(x.to(dtype), self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())
-            raw = raw.view(*x.shape[:2], *self.gate_bias.shape)
-            if self.gate_key_weight is not None:
-                # On the scale of a normalised token.
-                scaled = keys.to(dtype) * keys.shape[-1] ** 0.5
-                raw = raw + torch.einsum("bthd,ghld->btghl", scaled, self.gate_key_weight.to(dtype))
-            forget, momentum, step_size = raw.unbind(2)
-            return (
-                -torch.expm1(-self.forget_gate(forget)),
-                self.max_momentum * torch.sigmoid(momentum),
-                self.max_step_size * self.step_size_gate(step_size),
-            )

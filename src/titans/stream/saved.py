@@ -20,7 +20,7 @@ from titans.hf.cache import saved_sizes
 from titans.hf.state_file import damaged_header, open_state_file
 from titans.memory import MemoryState
 from titans.memory.state import State
-from titans.nn import NeuralMemory
+from titans.nn import NeuralMemory, NeuralMemoryState
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,11 @@ def find_states(kind: type[State], states: object) -> list[State]:
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
+def carried_memories(states: object) -> list[MemoryState]:
+    """What each layer has learned and carries along; not what memories hold that begin anew with a shard."""
+    return [state.memory for state in find_states(NeuralMemoryState, states)]
+
+
 @torch.no_grad()
 def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -> SessionStats:
     """Statistics of a cache of one row; without the model nothing is known of a fresh one."""
@@ -135,13 +140,11 @@ def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -
         return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
 
     initial = None if model is None else initial_states(model)
-    now, modules = (
-        find_states(MemoryState, cache.states or initial),
-        [] if model is None else list(model.modules()),
-    )
+    now = carried_memories(cache.states or initial)
+    modules = [] if model is None else list(model.modules())
     changes: list[float | None] = [None] * len(now)
     learners = [module for module in modules if isinstance(module, NeuralMemory)]
-    for index, (learner, fresh) in enumerate(zip(learners, find_states(MemoryState, initial), strict=True)):
+    for index, (learner, fresh) in enumerate(zip(learners, carried_memories(initial), strict=True)):
         difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
         changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, learner.base))
     layers = (

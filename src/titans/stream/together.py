@@ -76,7 +76,7 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
         surprises = output.surprises or ()
         for row, cache in enumerate(caches):
             count = len(unread[row])
-            cache.store(_row_of(together.states, row, model.config.chunk_size), count, ids[[row], :count])
+            cache.store(_row_of(together.states, row), count, ids[[row], :count])
     seconds = (time.perf_counter() - began) / len(sessions)
     for row, (session, cache) in enumerate(zip(sessions, caches, strict=True)):
         of_row = [s[row, : len(unread[row])].mean(-1).float() for s in surprises]
@@ -97,7 +97,7 @@ def _stacked(states: list[Any]) -> Any:
     return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure[0])
 
 
-def _row_of(states: Any, row: int, chunk_size: int) -> Any:
+def _row_of(states: Any, row: int) -> Any:
     """One row's states as it would hold them alone: nothing of the others is kept alive."""
 
     def alone(state: Any) -> Any:
@@ -108,6 +108,7 @@ def _row_of(states: Any, row: int, chunk_size: int) -> Any:
             slots = int(mine.position)
             return replace(mine, keys=mine.keys[:, :slots].clone(), values=mine.values[:, :slots].clone())
         # At a chunk's end the weights are their own anchor.
-        return mine if int(mine.position) % chunk_size else replace(mine, anchor=mine.weights)
+        shared = all(map(torch.equal, mine.anchor, mine.weights))
+        return replace(mine, anchor=mine.weights) if shared else mine
 
     return pytree.tree_map(alone, states, is_leaf=lambda x: isinstance(x, (MemoryState, FullAttentionState)))

@@ -79,11 +79,11 @@ def check(settings: TrainSettings) -> None:
     if settings.cuda_graph:
         if not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and there is none: leave it out")
-        whole = math.lcm(config.chunk_size, config.segment_length)
+        whole = math.lcm(config.chunk_size, config.segment_length, config.memory_shard_length or 1)
         if settings.sequence_length % whole:
             raise ValueError(
                 f"cuda_graph with sequence_length={settings.sequence_length}: give a multiple of {whole}, so "
-                "that every step begins with a chunk and a segment"
+                "that every step begins with a chunk, a segment and a shard"
             )
     for corpus in filter(None, (settings.data, settings.eval_data)):
         if not (corpus in list_corpora() or corpus.startswith("hf:") or Path(corpus).exists()):

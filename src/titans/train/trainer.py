@@ -335,7 +335,7 @@ class TitansTrainer(Trainer):
 
 
 def load_weights(model: TitansForCausalLM, folder: Path) -> None:
-    """Read the weights of a model of the same configuration.
+    """Read the weights of a model of the same shapes; chunk sizes, which shape none, may be others.
 
     Raises:
         ValueError: naming the file, if it is missing, damaged or of another model.

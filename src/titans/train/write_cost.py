@@ -5,7 +5,7 @@ however slowly it forgets. What a token written now takes from a token asked abo
 invisible in a row of training; a price on writing stands for it. Only the slower half of the heads pays, and
 not for statements that the training text asks about and their answers: a price on these too is cheapest to
 escape by writing nothing at all. The faster heads are free to learn from everything, for the next word's
-sake.
+sake, and so are local memories, which forget with every shard.
 """
 
 from __future__ import annotations

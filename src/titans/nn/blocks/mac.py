@@ -51,6 +51,11 @@ class MACBlock(nn.Module):
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         s = settings
+        if s.local_chunk_sizes is not None:
+            raise ValueError(
+                f"local_chunk_sizes={s.local_chunk_sizes!r}: what this block writes depends on what it has "
+                "recalled segment by segment, so no shard could be read beside another; give None"
+            )
         self.segment_length = s.segment_length
         self.persistent = s.persistent_tokens()
         self.norm = RMSNorm(s.hidden_size, s.norm_eps)

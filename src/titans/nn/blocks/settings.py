@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from titans.nn.gate import COMBINATIONS, MemoryGate, MemorySum
 from titans.nn.memory import NeuralMemory
+from titans.nn.tnt_memory import TNTMemory
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class BlockSettings:
     """Sizes of one token-mixing block; every variant takes what it needs.
 
     memory_options: further keyword arguments of `NeuralMemory`.
+    local_chunk_sizes, shard_length: those of a `TNTMemory`, whose global memory's chunks chunk_size then are;
+        None for a `NeuralMemory`.
     """
 
     hidden_size: int
@@ -33,10 +36,12 @@ class BlockSettings:
     norm_eps: float
     memory_combination: str = "gate"
     memory_options: dict[str, Any] = field(default_factory=dict)
+    local_chunk_sizes: tuple[int, ...] | None = None
+    shard_length: int | None = None
 
     def memory(self) -> NeuralMemory:
         """A memory of these sizes."""
-        return NeuralMemory(
+        sizes = (
             self.hidden_size,
             self.num_heads,
             self.head_dim,
@@ -44,6 +49,13 @@ class BlockSettings:
             self.memory_expansion,
             self.chunk_size,
             self.conv_kernel,
+        )
+        if self.local_chunk_sizes is None or self.shard_length is None:
+            return NeuralMemory(*sizes, **self.memory_options)
+        return TNTMemory(
+            *sizes,
+            local_chunk_sizes=self.local_chunk_sizes,
+            shard_length=self.shard_length,
             **self.memory_options,
         )
 

@@ -1,0 +1,380 @@
+"""Global and local memories against the equations, token by token, and however a text is cut and folded."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from titans.memory import assume_aligned
+from titans.nn import BLOCKS, BlockSettings, NeuralMemory, TNTMemory
+from titans.nn.key_space import towards_keys
+from titans.nn.learner import Learner
+
+from ..tolerances import FLOAT64, assert_close
+from .naive import conv
+
+HIDDEN, HEADS, DIM = 6, 2, 4
+FORMS = {
+    "default": dict(chunk_size=4, local_chunk_sizes=[2], shard_length=4),
+    "two local memories": dict(chunk_size=5, local_chunk_sizes=[1, 3], shard_length=6, gates_see_keys=True),
+    "many shards in a chunk": dict(chunk_size=16, local_chunk_sizes=[3], shard_length=6, conv_kernel=1),
+    "a shard of many chunks": dict(chunk_size=3, local_chunk_sizes=[4], shard_length=12, depth=3),
+    "linear, plain": dict(
+        chunk_size=4, local_chunk_sizes=[2], shard_length=8, depth=1, normalize_step=False,
+        row_limit=None, max_step_size=0.1,
+    ),
+    "the paper's form": dict(
+        chunk_size=4, local_chunk_sizes=[2], shard_length=8, activation="gelu", residual=True, norm=True,
+        normalize_step=False, row_limit=None, decay_to_initial=False, max_step_size=0.01,
+    ),
+}  # fmt: skip
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def layer_of(form, seed=0):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        layer = TNTMemory(HIDDEN, HEADS, DIM, **{"expansion": 2, **form}).double()
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Oracle:
+    """One memory of one row: equations (12) to (15), the inner gradient by autograd."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner, self.count = learner, 0
+        start = [w.clone() for w in learner.initial_weights]
+        self.base = start if learner.decay_to_initial else [torch.zeros_like(w) for w in start]
+        self.weights = [w - b for w, b in zip(start, self.base, strict=True)]
+        self.momentum = [torch.zeros_like(w) for w in start]
+        self.anchor = self.weights
+
+    def answer(self, fast, vector):
+        """M(vector) of every head, (heads, head_dim)."""
+        total = [w + b for w, b in zip(fast, self.base, strict=True)]
+        affine = (
+            None if p is None else p[:, None] for p in (self.learner.norm_weight, self.learner.norm_bias)
+        )
+        return self.learner.network(total, vector[:, None], *affine)[:, 0]
+
+    def prior(self, vector):
+        return self.answer([0] * len(self.base), vector)
+
+    def write(self, x, key, value):
+        learner, net = self.learner, self.learner.network
+        at = [w if w.requires_grad else w.clone().requires_grad_() for w in self.anchor]
+        surprise = torch.autograd.grad((self.answer(at, key) - value).square().sum(), at, create_graph=True)
+        logits = (learner.gate_weight @ x).view(3, HEADS, net.depth) + learner.gate_bias
+        if learner.gate_key_weight is not None:
+            logits = logits + (learner.gate_key_weight @ key[None, :, :, None])[..., 0] * DIM**0.5
+        alpha = 1 - torch.exp(-F.softplus(logits[0]))
+        eta = learner.max_momentum * torch.sigmoid(logits[1])
+        theta = learner.max_step_size * torch.sigmoid(logits[2])
+        if net.normalize_step:
+            total = [w + b for w, b in zip(at, self.base, strict=True)]
+            gain = None if learner.norm_weight is None else learner.norm_weight[:, None]
+            theta = theta / torch.cat(net.step_normalizers_at(total, key[:, None], gain), 1)
+        for n in range(net.depth):
+            a, e, step = (gate[:, n, None, None] for gate in (alpha, eta, theta))
+            self.momentum[n] = e * self.momentum[n] - step * surprise[n]
+        self.weights = [
+            (1 - alpha[:, n, None, None]) * w + self.momentum[n] for n, w in enumerate(self.weights)
+        ]
+        self.count += 1
+        if self.count % learner.chunk_size == 0:
+            self.weights = self.anchor = list(net.settle(self.weights))
+
+
+def rms(x, norm):
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def by_the_equations(layer, x, reset=None, persistent=None):
+    """One row (time, hidden_size): outputs, the global memory, the local ones, P and the position."""
+    reset, outputs = [False] * len(x) if reset is None else reset, []
+
+    def vectors(x, reset):
+        projected = F.linear(x, layer.input.weight)
+        filtered, _ = conv(projected[:, : 3 * HEADS * DIM], layer.conv.weight, reset)
+        q, k, v = F.silu(filtered).view(len(x), 3, HEADS, DIM).unbind(1)
+        v = v * (DIM**0.5 / v.norm(dim=-1, keepdim=True)).clamp(max=1)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, F.silu(projected[:, 3 * HEADS * DIM :])
+
+    def begin():
+        memory = Oracle(layer)
+        if persistent is not None:
+            _, keys, values, _ = vectors(persistent, [False] * len(persistent))
+            for token, key, value in zip(persistent, keys, values, strict=True):
+                memory.write(token, key, value)
+            memory.anchor, memory.count = memory.weights, 0
+        return memory, [Oracle(m) for m in layer.local], torch.zeros(HEADS, DIM, DIM, dtype=x.dtype)
+
+    memory, local, key_sum = begin()
+    for t, (query, key, value, gate) in enumerate(zip(*vectors(x, reset), strict=True)):
+        if reset[t]:
+            memory, local, key_sum = begin()
+        if memory.count % layer.shard_length == 0:
+            local, key_sum = [Oracle(m) for m in layer.local], torch.zeros_like(key_sum)
+        read, prior = memory.answer(memory.anchor, query), memory.prior(query)
+        memory.write(x[t], key, value)
+        key_sum = key_sum + key[:, :, None] * key[:, None, :]
+        asked = F.normalize((key_sum @ query[:, :, None])[..., 0], dim=-1)
+        for each in local:
+            each.write(x[t], key, value)
+            read = read + each.answer(each.weights, asked)
+            prior = prior + each.prior(asked)
+        norm = layer.read_norm
+        y = (
+            rms(read, norm.taught)
+            if norm.prior is None
+            else rms(read - prior, norm.taught) + rms(prior, norm.prior)
+        )
+        outputs.append(layer.output.weight @ (y.flatten() * gate))
+    return torch.stack(outputs), memory, local, key_sum
+
+
+def assert_state(state, row, expected):
+    _, memory, local, key_sum = expected
+    found = [state.memory, *state.local.memories]
+    for name in ("weights", "momentum", "anchor"):
+        for known, oracle in zip(found, [memory, *local], strict=True):
+            for a, b in zip(getattr(known, name), getattr(oracle, name), strict=True):
+                assert_close(a[row], b, FLOAT64, name)
+    assert_close(state.local.key_sum[row], key_sum, FLOAT64, "key sum")
+    assert all(m.position[row] == memory.count for m in found)
+
+
+def assert_same_states(actual, expected):
+    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        assert_close(a.detach(), b.detach(), FLOAT64, "state")
+
+
+# Logits of forget and momentum, (2, heads), far enough out for gates of exactly 0 and 1.
+GATES = {
+    "learned": None,
+    "open": [[1e3, 1e3], [1e3, 1e3]],
+    "shut": [[-1e3, -1e3], [-1e3, -1e3]],
+    "one of two": [[1e3, -1e3], [-1e3, 1e3]],
+}
+
+
+@every_form
+@pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
+def test_it_is_the_equations_token_by_token(form, gates):
+    """Outputs, state and the gradient of every parameter, of whole rows and of rows with masked tokens."""
+    layer, x, persistent = layer_of(form), tokens(2, 26, HIDDEN), tokens(2, HIDDEN, seed=5)
+    for learner in (layer, *layer.local):
+        if gates is not None:
+            learner.max_momentum = 1.0
+            nn.init.zeros_(learner.gate_bias)
+            learner.gate_bias.data[:2] += torch.tensor(gates).unsqueeze(-1)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def gradients(rows):
+        return torch.autograd.grad(sum((y * tokens(*y.shape, seed=3)).sum() for y in rows), parameters)
+
+    everywhere = torch.ones(2, 26, dtype=torch.bool)
+    some = torch.rand(2, 26, generator=torch.Generator().manual_seed(1)) < 0.8
+    for mask in (everywhere, some):
+        whole = mask is everywhere
+        y, state = layer(
+            x.masked_fill(~mask[..., None], torch.nan), mask=None if whole else mask, persistent=persistent
+        )
+        expected = [by_the_equations(layer, x[b, mask[b]], persistent=persistent) for b in range(2)]
+        for row in range(2):
+            assert_close(y[row, mask[row]], expected[row][0], FLOAT64, "outputs")
+            assert_state(state, row, expected[row])
+        found = gradients([y[row, mask[row]] for row in range(2)])
+        for name, a, b in zip(names, found, gradients([each[0] for each in expected]), strict=True):
+            assert_close(a, b, FLOAT64, f"gradient of {name}")
+
+
+flags = st.lists(st.lists(st.booleans(), min_size=17, max_size=17), min_size=2, max_size=2)
+
+
+@every_form
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(mask=flags, reset=flags, cuts=st.lists(st.integers(0, 17), max_size=4), seed=st.integers(0, 99))
+def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, seed):
+    """And one call is every row's stretches between resets, alone, without their masked tokens."""
+    layer, x = layer_of(form), tokens(2, 17, HIDDEN, seed=seed)
+    mask, persistent = torch.tensor(mask), tokens(2, HIDDEN, seed=5)
+    reset = torch.tensor(reset) & (torch.rand(2, 17, generator=torch.Generator().manual_seed(seed)) < 0.3)
+    x = x.masked_fill(~mask[..., None], torch.nan)
+    whole, state = layer(x, mask=mask, reset=reset, persistent=persistent)
+    assert whole.isfinite().all() and not whole[~mask].any()
+    parts, running = [], None
+    for begin, end in pairwise([0, *sorted(cuts), 17]):
+        cut = slice(begin, end)
+        y, running = layer(x[:, cut], running, mask[:, cut], reset[:, cut], persistent=persistent)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole, FLOAT64, "outputs")
+    assert_same_states(running, state)
+    for row in range(2):
+        begins = [0, *reset[row].nonzero().flatten().tolist()]
+        for begin, end in zip(begins, [*begins[1:], 17], strict=True):
+            real = mask[row, begin:end]
+            alone, last = layer(x[row, begin:end][real][None], persistent=persistent)
+            assert_close(whole[row, begin:end][real], alone[0], FLOAT64, "row alone")
+        assert_same_states(pytree.tree_map(lambda leaf, row=row: leaf[row : row + 1], state), last)
+
+
+@every_form
+@pytest.mark.parametrize("pieces", [[1] * 29, [5, 24], [29]])
+def test_whole_shards_side_by_side_are_shards_one_after_the_other(form, pieces):
+    """Outputs, state, and the gradients of all parameters and of the input."""
+    layer, x = layer_of(form), tokens(2, 29, HIDDEN).requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def read(lengths, flags=None):
+        state, parts = None, []
+        for piece in x.split(lengths, 1):
+            y, state = layer(piece, state, reset=None if flags is None else flags[:, : piece.shape[1]])
+            parts.append(y)
+        y = torch.cat(parts, 1)
+        return y, state, torch.autograd.grad((y * tokens(*y.shape, seed=3)).sum(), leaves)
+
+    folded = read(pieces)
+    # With flags that say nothing every part of a shard is gathered.
+    apart = read([29], torch.zeros(2, 29, dtype=torch.bool))
+    assert_close(folded[0], apart[0], FLOAT64, "outputs")
+    assert_same_states(folded[1], apart[1])
+    for a, b in zip(folded[2], apart[2], strict=True):
+        assert b.any(), "a parameter is dead"
+        assert_close(a, b, FLOAT64, "gradients")
+
+
+def test_shards_are_read_side_by_side():
+    """Five whole shards of two rows are ten rows of one, the rest goes by itself."""
+    layer, seen = layer_of(FORMS["default"]), []
+    layer.local[0].step_size_gate.register_forward_hook(lambda _, __, gate: seen.append(gate.shape[:2]))
+    _, state = layer(tokens(2, 22, HIDDEN))
+    layer(tokens(2, 11, HIDDEN), state)
+    assert seen == [(10, 4), (2, 2), (2, 2), (4, 4), (2, 1)]
+
+
+@every_form
+def test_no_token_reaches_back_and_each_reaches_on(form):
+    layer, x = layer_of(form), tokens(1, 20, HIDDEN)
+    before, _ = layer(x)
+    for t in range(20):
+        other = x.clone()
+        other[:, t] = tokens(HIDDEN, seed=t + 1)
+        after, _ = layer(other)
+        assert torch.equal(after[:, :t], before[:, :t]) and (after[:, t] - before[:, t]).abs().max() > 1e-6
+
+
+def test_local_memories_forget_a_shard_and_the_global_one_does_not():
+    """A token moves answers beyond its shard and its chunk, and none of them through a local memory."""
+    layer = layer_of(dict(chunk_size=4, local_chunk_sizes=[2], shard_length=4, conv_kernel=1))
+    x = tokens(1, 12, HIDDEN)
+    other = torch.cat([tokens(1, 1, HIDDEN, seed=1), x[:, 1:]], 1)
+    moved = (layer(other)[0] - layer(x)[0]).abs().amax((0, 2))
+    assert (moved > 1e-6).all()
+    layer.max_step_size = 0.0
+    moved = (layer(other)[0] - layer(x)[0]).abs().amax((0, 2))
+    assert (moved[:4] > 1e-6).all() and not moved[4:].any()
+
+
+def test_a_query_turns_towards_the_keys_seen_so_far():
+    queries, keys = (F.normalize(tokens(2, 150, 2, 3, seed=n), dim=-1) for n in range(2))
+    start = tokens(2, 2, 3, 3, seed=2)
+    start = start @ start.mT
+    turned, key_sum = towards_keys(queries, keys, start)
+    outer = keys.unsqueeze(-1) * keys.unsqueeze(-2)
+    sums = start.unsqueeze(1) + outer.cumsum(1)
+    expected = F.normalize((sums @ queries.unsqueeze(-1)).squeeze(-1), dim=-1)
+    assert_close(turned, expected, FLOAT64, "queries")
+    assert_close(key_sum, sums[:, -1], FLOAT64, "key sum")
+    # What no key had a part in is gone: a plane of keys, and queries in it.
+    flat = keys * torch.tensor([1.0, 1.0, 0.0]).double()
+    assert not towards_keys(queries, flat, 0 * start)[0][..., 2].any()
+
+
+def test_smaller_local_chunks_take_the_same_weights():
+    form = FORMS["default"]
+    layer = layer_of(form)
+    finer = TNTMemory(HIDDEN, HEADS, DIM, expansion=2, **{**form, "local_chunk_sizes": [1]}).double()
+    finer.load_state_dict(layer.state_dict())
+    x = tokens(1, 9, HIDDEN)
+    assert_close(finer(x)[0][0], by_the_equations(finer, x[0])[0], FLOAT64, "outputs")
+    assert (finer(x)[0] - layer(x)[0]).abs().max() > 1e-6
+    assert finer.local[0].max_step_size == 4 * layer.max_step_size == 2 * layer.local[0].max_step_size
+
+
+@every_form
+def test_a_fresh_context_keeps_what_the_global_memory_has_learned(form):
+    layer, x = layer_of(form), tokens(1, 9, HIDDEN)
+    _, state = layer(x)
+    fresh, initial = layer.fresh_context(state), layer.initial_state(1)
+    assert_same_states(fresh.local, initial.local)
+    assert fresh.memory.position.tolist() == [0] and not fresh.tail.any()
+    assert any(w.any() for w in fresh.memory.weights)
+    assert (layer(x, fresh)[0] - layer(x)[0]).abs().max() > 1e-6
+
+
+def test_narrow_layers_keep_what_they_learn_in_float32():
+    layer = layer_of(FORMS["default"]).to(torch.bfloat16)
+    x = tokens(2, 9, HIDDEN).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+    assert y.dtype == state.tail.dtype == torch.bfloat16
+    leaves = pytree.tree_leaves(dataclasses.replace(state, tail=None))
+    assert {leaf.dtype for leaf in leaves} == {torch.float32, torch.int64}
+
+
+def test_rows_said_to_be_aligned_are_not_looked_at():
+    """Which a CUDA graph needs: at a position where a look would cut the stretch elsewhere."""
+    layer, x = layer_of(FORMS["default"]), tokens(2, 8, HIDDEN)
+    _, state = layer(x)
+    elsewhere = pytree.tree_map(lambda leaf: leaf if leaf.is_floating_point() else leaf + 1, state)
+    with assume_aligned():
+        assert_close(layer(x, elsewhere)[0], layer(x, state)[0], FLOAT64, "outputs")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(local_chunk_sizes=[]), r"local_chunk_sizes=\[\]: give whole numbers"),
+        (dict(local_chunk_sizes=[0]), r"local_chunk_sizes=\[0\]"),
+        (dict(local_chunk_sizes=[2.0]), r"local_chunk_sizes=\[2.0\]"),
+        (dict(local_chunk_sizes=[2, 3]), r"shard_length=8: give a multiple of all of \[2, 3\]"),
+        (dict(shard_length=0), "shard_length=0"),
+        (dict(chunk_size=0), "chunk_size=0"),
+    ],
+)
+def test_a_wrong_size_is_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        TNTMemory(HIDDEN, HEADS, DIM, **{"local_chunk_sizes": [4], "shard_length": 8, **sizes})
+
+
+def test_mac_refuses_local_memories():
+    settings = BlockSettings(
+        8, 1, 4, 16, 16, 16, 0, 1, 1, 1, 1e4, 1e-6, local_chunk_sizes=(4,), shard_length=8
+    )
+    assert isinstance(BLOCKS["mag"](settings).memory, TNTMemory)
+    with pytest.raises(ValueError, match=r"local_chunk_sizes=\(4,\): what this block writes"):
+        BLOCKS["mac"](settings)
+
+
+def test_the_state_of_another_memory_is_refused():
+    layer, plain = layer_of(FORMS["default"]), NeuralMemory(HIDDEN, HEADS, DIM).double()
+    x = tokens(1, 3, HIDDEN)
+    with pytest.raises(ValueError, match="state is a NeuralMemoryState"):
+        layer(x, plain.initial_state(1))
+    with pytest.raises(ValueError, match="state is a TNTMemoryState"):
+        plain(x, layer.initial_state(1))
