@@ -117,7 +117,10 @@ TASKS: dict[str, NeedleTask] = {
 
 
 class Told(NamedTuple):
-    """A text with facts in it, and begin and end of every answer and of every statement."""
+    """A text with facts in it, and begin and end of every answer and of every statement.
+
+    The full stop behind an answer is part of it: where a value ends has to be remembered too.
+    """
 
     text: bytes
     answers: list[tuple[int, int]]
@@ -230,7 +233,7 @@ def state_facts(
         begin = len(told)
         told += sentence.encode()
         if answer:
-            answers.append((len(told), len(told) + len(answer)))
+            answers.append((len(told), len(told) + len(answer) + 1))
             told += answer.encode() + b". "
         else:
             statements.append((begin, len(told)))
