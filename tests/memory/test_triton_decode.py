@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from titans.memory import triton as backend
@@ -146,6 +147,18 @@ def test_other_networks_are_refused(changes: dict[str, object]) -> None:
 def test_gradients_take_the_path_that_has_them() -> None:
     call = problem(chunk_size=16, time=4)
     assert_same(everything(call, "triton", [1, 2]), everything(call, "reference"), FLOAT64)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@torch.no_grad()
+def test_so_do_tangents() -> None:
+    call = problem(chunk_size=16, time=1)
+    found = []
+    with fwAD.dual_level():
+        dual = call.change(keys=fwAD.make_dual(call.leaves["keys"], torch.ones_like(call.leaves["keys"])))
+        for name in ("triton", "reference"):
+            found.append(fwAD.unpack_dual(dual.scan(name)[0]).tangent)
+    assert_close(*found, FLOAT64, "the tangent")
 
 
 @pytest.mark.usefixtures("decoded")
