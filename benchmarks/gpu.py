@@ -1,4 +1,4 @@
-"""On a CUDA device: every backend against the float64 oracle, then layer and model throughput.
+"""On a CUDA device: every backend against the float64 oracle, then throughput of layers, decoding and models.
 
     python benchmarks/gpu.py                        # prints the table
     python benchmarks/gpu.py --output results.md    # and writes it
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans.memory import BACKENDS, MemoryNetwork, MemoryState, memory_scan
+from titans.memory import BACKENDS, MemoryNetwork, MemoryState, assume_aligned, memory_scan
 
 # Of float32, for products that are float32 too, as they are while it is checked.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
@@ -70,15 +70,53 @@ def problem(
     return {name: x.to(device, dtype) for name, x in tensors.items()}
 
 
-def scan(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
-    """Reads of a memory whose fast weights are offsets."""
-    inputs = [tensors[n] for n in ("queries", "keys", "values", "forget", "momentum", "step_size")]
-    state = MemoryState.initial([tensors[f"weight_{layer}"] for layer in range(net.depth)])
+def begin(net: MemoryNetwork, tensors: dict[str, Tensor]) -> MemoryState:
+    return MemoryState.initial([tensors[f"weight_{layer}"] for layer in range(net.depth)])
+
+
+def stretch(
+    net: MemoryNetwork,
+    tensors: dict[str, Tensor],
+    chunk_size: int,
+    backend: str,
+    state: MemoryState,
+    cut: slice = slice(None),
+) -> tuple[Tensor, MemoryState]:
+    """Reads of some tokens, and the state after them, of a memory whose fast weights are offsets."""
+    inputs = [tensors[n][:, cut] for n in ("queries", "keys", "values", "forget", "momentum", "step_size")]
     return memory_scan(
         net, *inputs, state, chunk_size, norm_weight=tensors.get("norm_weight"),
         norm_bias=tensors.get("norm_bias"), base=[tensors[f"base_{layer}"] for layer in range(net.depth)],
         backend=backend,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+
+
+def scan(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
+    """Reads of all tokens at once."""
+    return stretch(net, tensors, chunk_size, backend, begin(net, tensors))[0]
+
+
+@torch.no_grad()
+def decode(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
+    """Reads of all tokens, one call for each."""
+    state, reads = begin(net, tensors), []
+    for t in range(tensors["queries"].shape[1]):
+        read, state = stretch(net, tensors, chunk_size, backend, state, slice(t, t + 1))
+        reads.append(read)
+    return torch.cat(reads, 1)
+
+
+def recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A call as a CUDA graph: what replays it, and what the replay writes to."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = run()
+    return graph.replay, answer
 
 
 def check(device: str) -> list[str]:
@@ -115,6 +153,30 @@ def check(device: str) -> list[str]:
             lines.append(f"| {backend} | {str(dtype)[6:]} | {name} | {error:.1e} | {verdict} |")
     if ran != set(BACKENDS):
         lines += ["", f"Not for this device: {', '.join(sorted(set(BACKENDS) - ran))}."]
+    return lines
+
+
+def check_decoding(device: str) -> list[str]:
+    """The same of reads alone, token by token by the kernels for that, as they are and recorded."""
+    lines = []
+    for net in (
+        MODELS_NETWORK,
+        MemoryNetwork(128, 2, 4, norm=False, unit_rows=True),
+        MemoryNetwork(64, 1, norm=False, residual=False, normalize_step=True, row_limit=1.0),
+    ):
+        exact = decode(net, problem(net, 2, 48, 2, torch.float64, "cpu"), 16, "reference")
+        tensors = problem(net, 2, 48, 2, torch.float32, device)
+
+        def run(net: MemoryNetwork = net, tensors: dict[str, Tensor] = tensors) -> Tensor:
+            return decode(net, tensors, 16, "triton")
+
+        replay, answer = recorded(run)
+        replay()
+        for name, reads in (("", run()), (", recorded", answer)):
+            error = float((reads.cpu() - exact).abs().max() / exact.abs().max())
+            verdict = "ok" if error <= TOLERANCE[torch.float32] else "WRONG"
+            size = f"{net.head_dim}, depth {net.depth}, expansion {net.expansion}"
+            lines.append(f"| triton, decoding{name} | float32 | {size} | {error:.1e} | {verdict} |")
     return lines
 
 
@@ -155,6 +217,39 @@ def layer_rows(deadline: float) -> Iterator[str]:
             f"{batch} × {time_steps} | {tokens / forward * 1000:,.0f} | {tokens / total * 1000:,.0f} | "
             f"{operations * tokens / forward / 1e9:.2f} |"
         )
+
+
+def decode_rows(deadline: float) -> Iterator[str]:
+    """Tokens per second of one memory layer, token by token, as it is and recorded."""
+    for net, batch, heads in (
+        (MODELS_NETWORK, 1, 4),
+        (MODELS_NETWORK, 64, 4),
+        (MemoryNetwork(64, 2, 4, norm=False, row_limit=8.0), 1, 12),
+        (MemoryNetwork(128, 2, 4, norm=False, row_limit=8.0), 64, 4),
+        (MemoryNetwork(64, 1, norm=False, row_limit=8.0), 64, 12),
+    ):
+        tensors = problem(net, batch, 32, heads, torch.float32, "cuda")
+        moved = 7 * 4 * batch * heads * sum(out * inp for out, inp in net.weight_shapes)
+        for backend in ("triton", "chunkwise"):
+            if time.monotonic() > deadline:
+                return
+
+            def run(
+                net: MemoryNetwork = net, tensors: dict[str, Tensor] = tensors, backend: str = backend
+            ) -> Tensor:
+                return decode(net, tensors, 16, backend)
+
+            took = milliseconds(run) / 32
+            # The plain path looks at the position, unless it is told one: then no chunk ends, and its time is
+            # that of a token all the same.
+            with assume_aligned():
+                replayed = milliseconds(recorded(run)[0]) / 32
+            rate = f"{moved / replayed / 1e6:,.0f}" if backend == "triton" else "–"
+            yield (
+                f"| {heads} × {net.head_dim}, depth {net.depth}, expansion {net.expansion} | {backend} "
+                f"| {batch} | {batch / took * 1000:,.0f} | {batch / replayed * 1000:,.0f} | "
+                f"{1000 * replayed:.1f} | {rate} |"
+            )
 
 
 def layer_milliseconds(
@@ -254,7 +349,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     # The check needs real float32 products; the timings below take what the device offers.
     torch.backends.cuda.matmul.allow_tf32 = False
-    checked = check("cuda")
+    checked = check("cuda") + check_decoding("cuda")
     lines: list[str] = []
 
     def say(*more: str) -> None:
@@ -284,6 +379,16 @@ def main() -> int:
         "|---|---|---|---|---|---|---|",
     )
     for row in layer_rows(deadline):
+        say(row)
+    say(
+        "",
+        "Decoding: a memory layer token by token, float32, without gradients. Tokens per second as it is, "
+        "and recorded as a CUDA graph of 32 tokens; what the kernel has to move, per second:",
+        "",
+        "| layer | backend | batch | as it is | recorded | µs a token, recorded | GB/s |",
+        "|---|---|---|---|---|---|---|",
+    )
+    for row in decode_rows(deadline):
         say(row)
     say(
         "",

@@ -21,26 +21,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from titans.memory.triton import decode, kernels
 from titans.memory.triton import filter as filters
-from titans.memory.triton import kernels
 
-WHOLE = ("num_chunks", "num_rows", "group", "from_time", "time", "channels")
-SCAN = dict(
-    CHUNK=16, HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, GELU=False, FLOOR=1.0, RADIUS=8.0
-)  # fmt: skip
+TYPES = {"mask": "*u8", "position": "*i64", "new_position": "*i64"} | dict.fromkeys(
+    ("num_chunks", "num_rows", "group", "from_time", "time", "channels", "heads", "chunk_size"), "i32"
+)
+MEMORY = dict(HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, FLOOR=1.0, RADIUS=8.0)
+SCAN = dict(MEMORY, CHUNK=16, GELU=False)
 FILTER = dict(WIDTH=16, CHANNELS=64)
 
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> tuple[str, ...]:
     """Registers, bytes spilled (stores, loads) and bytes of shared memory of a kernel."""
     names = kernel.arg_names
-    kind = {name: "i32" if name in WHOLE else "*fp32" for name in names} | {n: "constexpr" for n in constants}
+    kind = {name: TYPES.get(name, "*fp32") for name in names} | {n: "constexpr" for n in constants}
     built = triton.compile(
         ASTSource(
             kernel,
             {name: kind[name] for name in names},
             constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name] == "*fp32"},
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name][0] == "*"},
         ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": 1},
@@ -66,7 +67,7 @@ def main() -> int:
     arguments = parser.parse_args()
     print(
         f"{datetime.date.today()}, triton {triton.__version__}; `python benchmarks/triton_kernels.py`; "
-        f"{arguments.precision}, chunks of 16, 8 warps (filters 4)\n\n"
+        f"{arguments.precision}, chunks of 16, 8 warps (filters 4); decoding one token, or a few masked\n\n"
         "| kernel | target | head_dim × hidden | registers | spill stores | spill loads | shared memory |\n"
         "|---|---|---|---|---|---|---|"
     )
@@ -80,6 +81,19 @@ def main() -> int:
                 cells = compiled(kernel, {**sizes, **more}, capability, 8)
                 name, size = kernel.__name__, f"{dim} × {hidden}"
                 print(f"| {name} | sm_{capability} | {size} | {' | '.join(cells)} |", flush=True)
+        for kernel, dim, units in (
+            (decode.one_layer_kernel, 64, 64),
+            (decode.one_layer_kernel, 128, 128),
+            (decode.two_layers_kernel, 64, 128),
+            (decode.two_layers_kernel, 64, 256),
+            (decode.two_layers_kernel, 128, 512),
+        ):
+            more = dict(HIDDEN=units, GELU=False) if kernel is decode.two_layers_kernel else {}
+            sizes = dict(MEMORY, DIM=dim, BLOCK=min(decode.TILE // dim, units), **more)
+            for tokens, length in (("1 token", dict(time=1, HAS_MASK=False)), ("a few", dict(HAS_MASK=True))):
+                cells = compiled(kernel, {**sizes, **length}, capability, 8)
+                name = f"{kernel.__name__}, {tokens}"
+                print(f"| {name} | sm_{capability} | {dim} × {units} | {' | '.join(cells)} |", flush=True)
         for kernel, more in (
             (filters._filter_kernel, dict(REVERSED=False, TIME=filters._TIME)),
             (filters._weight_kernel, dict(PADDED=16, SPAN=filters._SPAN, AT_ONCE=filters._AT_ONCE)),

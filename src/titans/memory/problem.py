@@ -41,6 +41,16 @@ class ScanProblem:
     base: tuple[Tensor, ...] | None
     read_anchor: bool
 
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd has to know of this scan."""
+        layered = (*self.state.weights, *self.state.momentum, *self.state.anchor, *(self.base or ()))
+        slow = (self.gain, self.bias, *(self.initial or ()), *(self.initial_momentum or ()))
+        tokens = (self.queries, self.keys, self.values, self.forget, self.momentum, self.step_size)
+        return torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*tokens, *layered, *slow)
+        )
+
     def fresh_state(self) -> MemoryState:
         """The state in which a reset leaves a row, for every row."""
         assert self.initial is not None

@@ -1,7 +1,8 @@
 """The fast path on a GPU: one kernel forward and one backward, a head's state in one processor throughout.
 
 What is run is `chunk.py`, for the networks and chunks that `refuses` lets through; chunks that are not whole,
-or begin afresh, or are masked, take the plain path. Needs the package triton.
+or begin afresh, or are masked, take the plain path. A few tokens that need no gradient have a kernel of their
+own, `decode.py`. Needs the package triton.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from titans.memory.state import MemoryState
 
 __all__ = ["refuses", "triton_scan"]
 
+# The longest stretch that is decoded token by token. A longer one may have chunks in it.
+FEW_TOKENS = 8
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
 _WARPS = 8
@@ -52,21 +55,48 @@ def refuses(problem: ScanProblem) -> str | None:
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if not interpreted() and not _is_new_enough(keys.device):
         return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
-    if net.depth != 2 or net.norm:
-        return "it knows networks of depth 2 without norm"
     if net.objective != "squared_error" or net.update_rule != "momentum":
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
+    if keys.dtype == torch.float64 and not interpreted():
+        return "it computes in float32, and the problem is in float64"
+    return hand_written_refuses() or (None if decodes(problem) else _refuses_chunks(problem))
+
+
+def _refuses_chunks(problem: ScanProblem) -> str | None:
+    net = problem.net
+    if net.depth != 2 or net.norm:
+        return "it knows networks of depth 2 without norm"
     hidden = net.head_dim * net.expansion
     for name, size, most in (
         ("chunk_size", problem.chunk_size, 16),
         ("head_dim", net.head_dim, 64),
         ("head_dim · expansion", hidden, 128),
     ):
-        if size & (size - 1) or not 16 <= size <= most:
+        if not _is_power_of_two(size, most):
             return f"{name} is {size}: it knows powers of two from 16 to {most}"
-    if keys.dtype == torch.float64 and not interpreted():
-        return "it computes in float32, and the problem is in float64"
-    return hand_written_refuses()
+    return None
+
+
+def decodes(problem: ScanProblem) -> bool:
+    """Whether the kernels for single tokens run a problem that the device can: any chunk, masked or not."""
+    net = problem.net
+    return (
+        1 <= problem.keys.shape[1] <= FEW_TOKENS
+        and not problem.needs_grad
+        # Tangents would be lost without a word.
+        and torch.autograd.forward_ad._current_level < 0
+        and problem.reset is None
+        and not problem.read_anchor
+        and net.depth <= 2
+        and not net.norm
+        and _is_power_of_two(net.head_dim, 128)
+        and (net.depth == 1 or _is_power_of_two(net.head_dim * net.expansion, 512))
+    )
+
+
+def _is_power_of_two(size: int, most: int) -> bool:
+    """From 16 on, the smallest tile of a tensor core."""
+    return 16 <= size <= most and not size & (size - 1)
 
 
 def runs_on(x: Tensor) -> bool:
@@ -86,6 +116,10 @@ def _is_new_enough(device: torch.device) -> bool:
 
 def triton_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    if decodes(problem):
+        from titans.memory.triton.decode import decode
+
+        return decode(problem)
 
     def run(
         net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State

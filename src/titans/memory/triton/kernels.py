@@ -10,81 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tile(rows: tl.constexpr, columns: tl.constexpr):
-    """Offsets of a contiguous (rows, columns) tile."""
-    return tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+from titans.memory.triton.elementary import (
+    _activation,
+    _bend,
+    _kappa,
+    _normalizer,
+    _normalizer_slopes,
+    _settle,
+    _slope,
+    _tile,
+    _unsettle,
+)
 
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _activation(x, GELU: tl.constexpr):
-    if GELU:
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    else:
-        return x * tl.sigmoid(x)
-
-
-@triton.jit
-def _slope(x, GELU: tl.constexpr):
-    """The activation's derivative."""
-    if GELU:
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
-    else:
-        gate = tl.sigmoid(x)
-        return gate * (1 + x * (1 - gate))
-
-
-@triton.jit
-def _bend(x, GELU: tl.constexpr):
-    """The activation's second derivative."""
-    if GELU:
-        return 0.3989422804014327 * tl.exp(-0.5 * x * x) * (2 - x * x)
-    else:
-        gate = tl.sigmoid(x)
-        return gate * (1 - gate) * (2 + x * (1 - 2 * gate))
-
-
-@triton.jit
-def _unsettle(settled, scale, grad, radius):
-    """`MemoryNetwork.settle_backward` from what it left."""
-    along = tl.sum(settled * grad, 1) / (radius * radius)
-    through = scale[:, None] * (grad - settled * along[:, None])
-    return tl.where((scale < 1)[:, None], through, grad)
-
-
-@triton.jit
-def _settle(weight, radius):
-    """Rows longer than `radius` shortened to it, and what each row was multiplied by."""
-    length = tl.sqrt(tl.sum(weight * weight, 1))
-    scale = tl.where(length > radius, radius / tl.maximum(length, radius), 1.0)
-    return weight * scale[:, None], scale
-
-
-@triton.jit
-def _kappa(total2, floor):
-    """The squared slope of layer 2, 1.13² (‖W_2‖² + out_2 floor²)."""
-    return 1.2769 * (tl.sum(tl.sum(total2 * total2, 1), 0) + total2.shape[0] * floor)
-
-
-@triton.jit
-def _normalizer(square, factor, floor):
-    """`MemoryNetwork.step_normalizers` of a layer from ‖h‖², (CHUNK,), and all else that multiplies it."""
-    return 2 * tl.maximum(factor * tl.maximum(square, floor), 1e-6)
-
-
-@triton.jit
-def _normalizer_slopes(square, factor, floor, grad):
-    """Its gradients with respect to ‖h‖² and to the factor."""
-    floored = tl.maximum(square, floor)
-    grad = tl.where(factor * floored >= 1e-6, 2 * grad, 0)
-    return tl.where(square >= floor, grad * factor, 0), tl.sum(grad * floored, 0)
 
 
 @triton.jit
@@ -183,8 +124,10 @@ def forward_kernel(
             tl.store(tape_above + here * CHUNK * HIDDEN + wide, above)
             tl.store(tape_delta + here * CHUNK * DIM + token, d2)
         if NORMALIZE:
-            d1 /= _normalizer(tl.sum(k * k, 1), 2 * _kappa(total2, FLOOR), FLOOR)[:, None]
-            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR)[:, None]
+            d1 /= _normalizer(tl.sum(k * k, 1), 2 * _kappa(tl.sum(total2 * total2, 1), FLOOR), FLOOR, 2)[
+                :, None
+            ]
+            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR, 2)[:, None]
 
         q = tl.load(queries + here * CHUNK * DIM + token)
         out, w1 = _layer_forward(
@@ -336,7 +279,7 @@ def backward_kernel(
         hidden = _activation(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
         d2 = tl.load(tape_delta + here * CHUNK * DIM + token)
         if NORMALIZE:
-            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR)[:, None]
+            d2 /= _normalizer(tl.sum(hidden * hidden, 1), 2.0, FLOOR, 2)[:, None]
         r = _activation(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
         go = tl.load(grad_reads + here * CHUNK * DIM + token)
         gr, gh, gd2 = _layer_backward(
@@ -357,8 +300,8 @@ def backward_kernel(
         d1 = tl.load(tape_above + here * CHUNK * HIDDEN + wide)
         d1 *= _slope(tl.load(tape_outputs + here * CHUNK * HIDDEN + wide), GELU)
         if NORMALIZE:
-            kappa = 2 * _kappa(total2, FLOOR)
-            d1 /= _normalizer(tl.sum(k * k, 1), kappa, FLOOR)[:, None]
+            kappa = 2 * _kappa(tl.sum(total2 * total2, 1), FLOOR)
+            d1 /= _normalizer(tl.sum(k * k, 1), kappa, FLOOR, 2)[:, None]
         g1 = gr * _slope(tl.load(tape_read + here * CHUNK * HIDDEN + wide), GELU)
         q = tl.load(queries + here * CHUNK * DIM + token)
         gq, gk, gd1 = _layer_backward(
@@ -383,8 +326,8 @@ def backward_kernel(
         gt = total2 * 0
         if NORMALIZE:
             key_square, hidden_square = tl.sum(k * k, 1), tl.sum(hidden * hidden, 1)
-            gd1 /= _normalizer(key_square, kappa, FLOOR)[:, None]
-            gd2 /= _normalizer(hidden_square, 2.0, FLOOR)[:, None]
+            gd1 /= _normalizer(key_square, kappa, FLOOR, 2)[:, None]
+            gd2 /= _normalizer(hidden_square, 2.0, FLOOR, 2)[:, None]
             gsquare, gkappa = _normalizer_slopes(key_square, kappa, FLOOR, -tl.sum(gd1 * d1, 1))
             gk += 2 * k * gsquare[:, None]
             gt += total2 * (4 * 1.2769 * gkappa)
