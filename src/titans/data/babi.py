@@ -1,7 +1,8 @@
 """Little stories of who went where with what, after bAbI's tasks 1 to 3: facts for a long text. Seeded.
 
 Like bAbI, not bAbI: results are not comparable with those published for it. A test's words are bAbI's. Those
-of training are others, and new in every story: what there are ten of, a model learns by heart.
+of training are others, and new in every story: what there are ten of, a model learns by heart. Places and
+things are made up there; words of the text would teach a memory to write any word (docs/decisions/recall.md).
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 _CONSONANTS, _VOWELS = "bdfghklmnprstvz", "aeiou"
 _STORIES = 0.2
 _WORDS_FROM = 2**20
-# Places and things of stories besides the text's words.
-_WORDS_OF_NO_TEXT = 64
+# Places and things there are in the stories of one text.
+_NAMES = 512
 # One draw in so many is kept for tests.
 _HELD_OUT_IN = 4
 
@@ -208,7 +208,7 @@ def state_facts(
     """
     inserted: list[tuple[int, str, str]] = []
     words = words_of(text)
-    names = sorted({*words, *(pseudo_word(generator, False) for _ in range(_WORDS_OF_NO_TEXT))})
+    names = sorted({pseudo_word(generator, False) for _ in range(_NAMES)})
     story_ends = 0
     for at in _moments(generator, len(text), spacing):
         gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), questions)).astype(int)
