@@ -119,7 +119,7 @@ def memory_scan(
         initial_momentum: (heads, out, in) for each layer; zero by default.
         base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
             run with their sum, so that what is forgotten decays towards `base` and not towards 0.
-        backend: "auto", or a name in `BACKENDS`: "native", "chunkwise", "reference",
+        backend: "auto", or a name in `BACKENDS`: "native", "triton", "chunkwise", "reference",
             "native_bfloat16" (products on bfloat16 operands).
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
         read_anchor: answer with the weights the running chunk began with, y_t = M(q_t; W'), and not with
