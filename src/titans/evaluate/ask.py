@@ -75,8 +75,8 @@ def answered(
 
 def is_answer(told: str, answer: str) -> bool:
     """Whether what was generated begins with the answer, and not with a longer word or number."""
-    rest = told.strip().removeprefix(answer)
-    return rest != told.strip() and not rest[:1].isalnum()
+    told = told.strip()
+    return told.startswith(answer) and not told[len(answer) :][:1].isalnum()
 
 
 def _call(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
