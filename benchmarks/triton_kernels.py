@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time, without a GPU: registers, spills and shared memory of each.
 
-    python benchmarks/triton_kernels.py                # sm_90 and sm_80; a minute
-    python benchmarks/triton_kernels.py --precision tf32x3
+    python benchmarks/triton_kernels.py                # sm_90 and sm_80; ten minutes
+    python benchmarks/triton_kernels.py --precision bf16
 
 Needs the package triton (in the extra dev), whose ptxas is used.
 """
@@ -21,14 +21,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titans.memory.triton import decode, kernels
+from titans.memory.triton import backward, decode, forward, scan
 from titans.memory.triton import filter as filters
 
-TYPES = {"mask": "*u8", "position": "*i64", "new_position": "*i64"} | dict.fromkeys(
-    ("num_chunks", "num_rows", "group", "from_time", "time", "channels", "heads", "chunk_size"), "i32"
-)
+TYPES = {
+    "mask": "*u8", "fresh": "*u8", "complete": "*u8", "anchor_slot": "*i32", "position": "*i64",
+    "new_position": "*i64",
+} | dict.fromkeys(
+    (
+        "num_chunks", "num_rows", "num_units", "group", "from_time", "time", "channels", "heads",
+        "chunk_size",
+    ),
+    "i32",
+)  # fmt: skip
 MEMORY = dict(HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, FLOOR=1.0, RADIUS=8.0)
-SCAN = dict(MEMORY, CHUNK=16, GELU=False)
+SCAN = dict(MEMORY, EPS=1e-5, NORM=False, ALWAYS=False, GELU=False, MARKED=False)
+# depth, head_dim, hidden width, tokens in a chunk, more.
+SHAPES = (
+    (2, 64, 128, 16, {}),
+    (2, 64, 128, 16, dict(NORM=True, RESIDUAL=True, MARKED=True)),
+    (2, 64, 256, 16, {}),
+    (2, 128, 256, 16, {}),
+    (2, 64, 256, 32, {}),
+    (2, 64, 256, 64, {}),
+    (1, 64, 64, 16, {}),
+    (1, 128, 128, 16, {}),
+)
 FILTER = dict(WIDTH=16, CHANNELS=64)
 
 
@@ -63,24 +81,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--precision", default="tf32", choices=["tf32", "tf32x3"], help="of matrix products")
+    parser.add_argument(
+        "--precision", default="tf32", choices=["bf16", "tf32", "tf32x3"], help="of matrix products"
+    )
     arguments = parser.parse_args()
     print(
         f"{datetime.date.today()}, triton {triton.__version__}; `python benchmarks/triton_kernels.py`; "
-        f"{arguments.precision}, chunks of 16, 8 warps (filters 4); decoding one token, or a few masked\n\n"
+        f"{arguments.precision}, 8 warps (filters 4); scan in chunks; decoding one token, or a few masked\n\n"
         "| kernel | target | head_dim × hidden | registers | spill stores | spill loads | shared memory |\n"
         "|---|---|---|---|---|---|---|"
     )
     for capability in (90, 80):
-        for dim, hidden in ((64, 128), (64, 64), (32, 64)):
-            sizes = dict(SCAN, DIM=dim, HIDDEN=hidden, PRECISION=arguments.precision)
+        for depth, dim, hidden, chunk, options in SHAPES:
+            block = min(max(scan.TILE // dim, 16), hidden)
+            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block) | options
+            sizes["PRECISION"] = arguments.precision
+            name = f"chunks of {chunk}" + "".join(f", {option.lower()}" for option in options)
             for kernel, more in (
-                (kernels.forward_kernel, dict(TAPE=True, KEEP=False)),
-                (kernels.backward_kernel, {}),
+                (forward.forward_kernel, dict(TAPE=True, KEEP=False)),
+                (backward.backward_kernel, {}),
             ):
                 cells = compiled(kernel, {**sizes, **more}, capability, 8)
-                name, size = kernel.__name__, f"{dim} × {hidden}"
-                print(f"| {name} | sm_{capability} | {size} | {' | '.join(cells)} |", flush=True)
+                what = f"{kernel.__name__}, {name}"
+                print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)
         for kernel, dim, units in (
             (decode.one_layer_kernel, 64, 64),
             (decode.one_layer_kernel, 128, 128),

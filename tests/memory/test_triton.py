@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titans.memory import BACKENDS
-from titans.memory import triton as backend
 from titans.nn.conv import CausalConv
 
 from ..tolerances import FLOAT64, assert_close
@@ -33,32 +32,50 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
 
 
 @settings(
-    derandomize=True, deadline=None, max_examples=25,
+    derandomize=True, deadline=None, max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(
     seed=st.integers(0, 2**20),
-    time=st.integers(1, 60),
+    time=st.integers(1, 44),
+    depth=st.sampled_from([1, 2, 2]),
     expansion=st.sampled_from([1, 2]),
+    norm=st.sampled_from([dict(norm=False), dict(norm=True), dict(norm=True, affine=False)]),
     activation=st.sampled_from(["gelu", "silu"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
     rows=st.sampled_from([{}, dict(unit_rows=True), dict(row_limit=0.7)]),
     length_floor=st.sampled_from([0.0, 0.9]),
     base=st.booleans(),
+    chunk_size=st.sampled_from([5, 16, 16, 20]),
     position=st.sampled_from(["zero", "same", "apart"]),
-    mask=st.sampled_from(["none", "none", "random"]),
-    reset=st.sampled_from(["none", "none", "random"]),
+    mask=st.sampled_from(["none", "none", "random", "rows"]),
+    reset=st.sampled_from(["none", "none", "random", "last"]),
+    initial_momentum=st.booleans(),
 )
-def test_any_call(rows, **call) -> None:
-    agree(**call, **rows)
+def test_any_call(norm, rows, **call) -> None:
+    agree(**call, **norm, **rows)
 
 
+def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from titans.memory.triton import scan
+
+    monkeypatch.setattr(scan, "TILE", 256)
+    agree(expansion=4, norm=True, unit_rows=True, normalize_step=True, base=True)
+    agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
+    agree(chunk_size=64, time=130, heads=1)
+
+
+@pytest.mark.parametrize("marks", [{}, dict(reset="random", mask="random", position="apart", time=70)])
 @pytest.mark.parametrize("base", [False, True])
-def test_states_kept_in_groups_are_recomputed(monkeypatch: pytest.MonkeyPatch, base: bool) -> None:
-    monkeypatch.setattr(backend, "KEPT_BYTES", 0)
+def test_states_kept_in_groups_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch, base: bool, marks: dict[str, object]
+) -> None:
+    from titans.memory.triton import scan
+
+    monkeypatch.setattr(scan, "KEPT_BYTES", 0)
     # Three times as many inner updates as elsewhere.
-    agree(1e-8, time=16 * 7, base=base, row_limit=0.7, normalize_step=True)
+    agree(1e-8, **{**dict(time=16 * 7, base=base, row_limit=0.7, normalize_step=True), **marks})
 
 
 def test_a_carried_state_is_its_own_anchor_from_call_to_call() -> None:
@@ -74,11 +91,10 @@ def test_a_carried_state_is_its_own_anchor_from_call_to_call() -> None:
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        (dict(norm=True), "without norm"),
-        (dict(depth=1), "depth 2"),
-        (dict(chunk_size=8), "chunk_size is 8"),
+        (dict(depth=3), "depth 1 and 2, not 3"),
+        (dict(chunk_size=65), "chunk_size is 65"),
         (dict(head_dim=24), "head_dim is 24"),
-        (dict(head_dim=64, expansion=4), "expansion is 256"),
+        (dict(head_dim=16, expansion=3), "expansion is 48"),
     ],
 )
 def test_other_shapes_are_refused_with_the_reason(changes: dict[str, object], reason: str) -> None:

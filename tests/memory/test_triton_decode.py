@@ -137,7 +137,7 @@ def test_what_is_not_decoded(
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(norm=True), dict(depth=3), dict(head_dim=24), dict(expansion=3), dict(head_dim=128, expansion=8)],
+    [dict(depth=3), dict(head_dim=24), dict(expansion=3), dict(head_dim=128, expansion=8)],
 )
 def test_other_networks_are_refused(changes: dict[str, object]) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="refuses this call"):

@@ -22,21 +22,14 @@ from titans.memory.triton.elementary import (
     _kappa,
     _normalizer,
     _row_scale,
-    _settle,
     _slope,
     _tile,
+    _with_base,
 )
 
 # Numbers in a tile of weights. Twice as many spill, with so many pointers to hold.
 TILE = 2048
 _WARPS = 8
-
-
-@triton.jit
-def _with_base(fast, base, HAS_BASE: tl.constexpr):
-    if HAS_BASE:
-        fast += tl.load(base)
-    return fast
 
 
 @triton.jit
@@ -110,8 +103,8 @@ def one_layer_kernel(
                 out += tl.load(queries + part, real, 0.0)
             tl.store(reads + part, out)
             if RESCALE:
-                settled, _ = _settle(w, RADIUS)
-                w = tl.where(ends, settled, w)
+                scale, _ = _row_scale(tl.sum(w * w, 1), RADIUS, False)
+                w = tl.where(ends, w * scale[:, None], w)
             tl.store(new_weights1 + at, w)
             tl.store(new_anchor1 + at, tl.where(ends, w, tl.load(anchor1 + at)))
         tl.store(surprise + token, tl.sum(lost, 0))
@@ -204,8 +197,8 @@ def two_layers_kernel(
             )
             read = _activation(tl.sum(_with_base(w1, base1 + wide, HAS_BASE) * q[None, :], 1), GELU)
             if RESCALE:
-                settled, _ = _settle(w1, RADIUS)
-                w1 = tl.where(ends, settled, w1)
+                scale, _ = _row_scale(tl.sum(w1 * w1, 1), RADIUS, False)
+                w1 = tl.where(ends, w1 * scale[:, None], w1)
             tl.store(new_weights1 + wide, w1)
             tl.store(new_anchor1 + wide, tl.where(ends, w1, tl.load(anchor1 + wide)))
 
@@ -223,7 +216,7 @@ def two_layers_kernel(
         tl.store(reads + token * DIM + dim, out)
         if RESCALE:  # noqa: SIM102
             if ends:
-                scale = _row_scale(squares, RADIUS)
+                scale, _ = _row_scale(squares, RADIUS, False)
                 tl.debug_barrier()
                 for begin in range(0, HIDDEN, BLOCK):
                     tall = begin + down

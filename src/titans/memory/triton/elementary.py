@@ -1,4 +1,4 @@
-"""What the kernels of the scan share: the activations, how rows settle, and how steps are normalised.
+"""What the kernels of the scan share: products, activations, how rows settle, how steps are normalised.
 
 The names are those of `MemoryNetwork`, where each is explained.
 """
@@ -45,42 +45,74 @@ def _bend(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def _row_scale(square, radius):
-    """What shortens rows of that squared length to `radius`, where they are longer."""
+def _dot(a, b, PRECISION: tl.constexpr):
+    """A matrix product; PRECISION as `tl.dot` has it, or "bf16" for operands rounded to bfloat16."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _with_base(fast, base, HAS_BASE: tl.constexpr):
+    if HAS_BASE:
+        fast += tl.load(base)
+    return fast
+
+
+@triton.jit
+def _row_scale(square, radius, ALWAYS: tl.constexpr):
+    """What rows of that squared length are multiplied by when they settle, and 0 for those left alone."""
     length = tl.sqrt(square)
-    return tl.where(length > radius, radius / tl.maximum(length, radius), 1.0)
+    rescaled = length > 0 if ALWAYS else length > radius
+    scale = radius / tl.where(rescaled, length, 1.0)
+    return tl.where(rescaled, scale, 1.0), tl.where(rescaled, scale, 0.0)
 
 
 @triton.jit
-def _settle(weight, radius):
-    """Rows longer than `radius` shortened to it, and what each row was multiplied by."""
-    scale = _row_scale(tl.sum(weight * weight, 1), radius)
-    return weight * scale[:, None], scale
-
-
-@triton.jit
-def _unsettle(settled, scale, grad, radius):
-    """`MemoryNetwork.settle_backward` from what it left."""
-    along = tl.sum(settled * grad, 1) / (radius * radius)
-    through = scale[:, None] * (grad - settled * along[:, None])
-    return tl.where((scale < 1)[:, None], through, grad)
+def _unsettle(settled, scale, grad, along, radius):
+    """`MemoryNetwork.settle_backward` from what it left. scale: as `_row_scale` marks it. along: Σ settled
+    · grad of each whole row."""
+    through = scale[:, None] * (grad - settled * (along / (radius * radius))[:, None])
+    return tl.where((scale > 0)[:, None], through, grad)
 
 
 @triton.jit
 def _kappa(row_squares, floor):
     """The squared slope of a layer with these squared rows, 1.13² (‖W‖² + out floor²)."""
-    return 1.2769 * (tl.sum(row_squares, 0) + row_squares.shape[0] * floor)
+    return tl.sum(1.2769 * (row_squares + floor), 0)
+
+
+@triton.jit
+def _at_least(x, least):
+    # Not tl.maximum, which takes a number in float32 even where x is float64.
+    return tl.where(x < least, x * 0 + least, x)
 
 
 @triton.jit
 def _normalizer(square, factor, floor, depth):
     """`MemoryNetwork.step_normalizers` of a layer from ‖h‖² of each token and all else that multiplies it."""
-    return depth * tl.maximum(factor * tl.maximum(square, floor), 1e-6)
+    return depth * _at_least(factor * _at_least(square, floor), 1e-6)
 
 
 @triton.jit
-def _normalizer_slopes(square, factor, floor, grad):
-    """Its gradients with respect to ‖h‖² and to the factor, of two layers."""
-    floored = tl.maximum(square, floor)
-    grad = tl.where(factor * floored >= 1e-6, 2 * grad, 0)
-    return tl.where(square >= floor, grad * factor, 0), tl.sum(grad * floored, 0)
+def _normalizer_slopes(square, factor, floor, depth, grad):
+    """Its gradients with respect to ‖h‖² and to the factor of each token."""
+    floored = _at_least(square, floor)
+    grad = tl.where(factor * floored >= 1e-6, depth * grad, 0)
+    return tl.where(square >= floor, grad * factor, 0), grad * floored
+
+
+@triton.jit
+def _normed(x, eps):
+    """Rows with mean 0 and mean square 1, and the factor, (rows,), that made it so."""
+    x -= (tl.sum(x, 1) / x.shape[1])[:, None]
+    scale = 1 / tl.sqrt(tl.sum(x * x, 1) / x.shape[1] + eps)
+    return x * scale[:, None], scale
+
+
+@triton.jit
+def _across(x, normed):
+    """Rows without their mean and without what lies along `normed`: what a LayerNorm lets through."""
+    along = tl.sum(x * normed, 1) / x.shape[1]
+    return x - (tl.sum(x, 1) / x.shape[1])[:, None] - normed * along[:, None]
