@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.checks import hand_written_refuses
-from titans.memory.chunkwise import scan_laid_out
+from titans.memory.chunkwise import chunkwise_scan, scan_laid_out
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
@@ -104,6 +104,9 @@ def triton_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
 
         return decode(problem)
 
+    if torch.autograd.forward_ad._current_level >= 0:
+        # The kernels have no tangents.
+        return chunkwise_scan(problem)
     from titans.memory.triton.scan import scan
 
     return scan_laid_out(problem, scan)

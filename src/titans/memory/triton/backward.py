@@ -178,8 +178,9 @@ def backward_kernel(
         carried = tl.load(momentum_momentum + last)
         by_mixing = -_dot(g, tl.trans(d), PRECISION)
         grad_mixing = by_mixing * mix
-        deposit, deposit_past = tl.zeros([CHUNK, DIM], k.dtype), tl.zeros([CHUNK, DIM], k.dtype)
+        gd = tl.zeros([CHUNK, DIM], k.dtype)
         by_weigh, by_carry = tl.zeros([CHUNK], k.dtype), tl.zeros([CHUNK], k.dtype)
+        by_end, by_past = tl.zeros([CHUNK], k.dtype), tl.zeros([CHUNK], k.dtype)
         by_kept, by_moved, by_carried = (
             tl.zeros([DIM], k.dtype),
             tl.zeros([DIM], k.dtype),
@@ -203,7 +204,9 @@ def backward_kernel(
             gw = tl.load(grad_weights_down + at)
             if RESCALE:
                 gw = _unsettle(tl.load(weights_down + after + at), factors, gw, along, RADIUS)
-            deposit += _dot(hidden, tl.trans(gw), PRECISION)
+            deposit = _dot(hidden, tl.trans(gw), PRECISION)
+            by_end -= tl.sum(d * deposit, 1)
+            gd -= deposit * end
             gh -= _dot(d, gw, PRECISION) * end
             w = tl.load(weights_down + state + at)
             through = _dot(g, w, PRECISION)
@@ -216,7 +219,9 @@ def backward_kernel(
             gr += through * carry
             by_moved += tl.sum(gw * s, 1)
             gs = tl.load(grad_moments_down + at)
-            deposit_past += _dot(hidden, tl.trans(gs), PRECISION)
+            deposit = _dot(hidden, tl.trans(gs), PRECISION)
+            by_past -= tl.sum(d * deposit, 1)
+            gd -= deposit * past
             gh -= _dot(d, gs, PRECISION) * past
             by_carried += tl.sum(gs * s, 1)
             gs = gs * carried + gw * moved
@@ -236,10 +241,10 @@ def backward_kernel(
         tl.store(grad_read_steps + last * CHUNK * CHUNK + square, by_mixing * similarity)
         tl.store(grad_end_weights + last, tl.sum(by_kept, 0))
         tl.store(grad_end_momentum + last, tl.sum(by_moved, 0))
-        tl.store(grad_end_steps + last * CHUNK + step, -tl.sum(d * deposit, 1))
+        tl.store(grad_end_steps + last * CHUNK + step, by_end)
         tl.store(grad_momentum_momentum + last, tl.sum(by_carried, 0))
-        tl.store(grad_momentum_steps + last * CHUNK + step, -tl.sum(d * deposit_past, 1))
-        gd = -_dot(tl.trans(similarity * mix), g, PRECISION) - deposit * end - deposit_past * past
+        tl.store(grad_momentum_steps + last * CHUNK + step, by_past)
+        gd -= _dot(tl.trans(similarity * mix), g, PRECISION)
         grad_factor = tl.zeros([CHUNK], k.dtype)
         grad_squares = grad_factor
         if NORMALIZE:
