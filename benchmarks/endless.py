@@ -4,7 +4,7 @@
     python benchmarks/endless.py --models titans-lmm-tiny --most 2000000
 
 One reader a model takes in ten million distinct bytes: the Bible, Shakespeare's plays, the sources of
-Python's standard library. Its memory is saved at every million, and the same command goes on from there. Of
+Python's standard library. Its memory is kept at every million, and the same command goes on from there. Of
 the memories of 10⁵, 10⁶ and 10⁷ bytes two things are asked: how well is a held-out play predicted, and is a
 number found that was told 64 KiB before? Everything is kept in benchmarks/results/endless.json.
 """
@@ -38,6 +38,8 @@ RESULTS = Path(__file__).parent / "results" / "endless.json"
 REPORT = RESULTS.with_suffix(".md")
 MILLION = 1_000_000
 EARLY, MARKS = 100_000, (100_000, MILLION, 10 * MILLION)
+# Read and saved at a time, as `titans memorize --save-every` does: what that takes is known early then.
+STRETCH = 50_000
 PLAY_BYTES, BACK, NEEDLE_BYTES, ROWS = 65_536, 65_536, 128, 40
 
 
@@ -75,10 +77,12 @@ def stream(name: str, text: bytes, folder: Path, threads: int) -> None:
             # The first stretch of a process is short: what it needs is known then.
             size = EARLY if early is None else MILLION - begin % MILLION
             began = time.perf_counter()
-            session.feed(
-                text[begin : begin + size],
-                progress=lambda done, start=begin: progress.update(start + done, start + done, name),
-            )
+            for at in range(begin, min(begin + size, len(text)), STRETCH):
+                session.feed(
+                    text[at : min(at + STRETCH, begin + size)],
+                    progress=lambda done, start=at: progress.update(start + done, start + done, name),
+                )
+                session.save(folder / "latest")
             seconds = time.perf_counter() - began
             session.save(folder / f"{session.num_tokens}.memory")
             early = early or peak()
