@@ -34,7 +34,7 @@ SAMPLE_LENGTH = 500
 TEMPERATURE = 0.8
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256
 # Which of the models that come with the library is asked for a fact, in which books, behind how many bytes.
-REMEMBERING, BOOKS, DISTANCES = "titans-lmm-tiny", "bible", (1_000, 10_000, 100_000, 1_000_000)
+REMEMBERING, BOOKS, DISTANCES = "titans-mag-tiny", "bible", (1_000, 10_000, 100_000, 1_000_000)
 
 
 def say(text: str) -> None:
