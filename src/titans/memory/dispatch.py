@@ -137,6 +137,21 @@ def memory_scan(
         net, queries, keys, values, forget, momentum, step_size, state, chunk_size,
         norm_weight, norm_bias, mask, reset, initial, initial_momentum, base,
     )  # fmt: skip
+    scan = _untraced_scan() if torch.compiler.is_compiling() else _scan
+    reads, new_state, surprise = scan(
+        net, queries, keys, values, forget, momentum, step_size, state, chunk_size,
+        norm_weight, norm_bias, mask, reset, initial, initial_momentum, base, backend, read_anchor,
+    )  # fmt: skip
+    return (reads, new_state, surprise) if return_surprise else (reads, new_state)
+
+
+def _scan(
+    net: MemoryNetwork, queries: Tensor, keys: Tensor, values: Tensor, forget: Tensor, momentum: Tensor,
+    step_size: Tensor, state: MemoryState, chunk_size: int, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, mask: Tensor | None, reset: Tensor | None, initial: Sequence[Tensor] | None,
+    initial_momentum: Sequence[Tensor] | None, base: Sequence[Tensor] | None, backend: str, read_anchor: bool,
+) -> tuple[Tensor, MemoryState, Tensor]:  # fmt: skip
+    """`memory_scan` of checked arguments: promote, choose a backend, run."""
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _compute_dtype(queries, keys, values, *state.weights)
 
@@ -161,8 +176,20 @@ def memory_scan(
             read_anchor=read_anchor,
         )
         reads, new_state, surprise = choose_backend(backend, problem).scan(problem)
-    reads = reads.to(queries.dtype)
-    return (reads, new_state, surprise) if return_surprise else (reads, new_state)
+    return reads.to(queries.dtype), new_state, surprise
+
+
+_untraced: Callable[..., tuple[Tensor, MemoryState, Tensor]] | None = None
+
+
+def _untraced_scan() -> Callable[..., tuple[Tensor, MemoryState, Tensor]]:
+    """`_scan` as torch.compile takes it: whole, its graph broken there. Traced, it would be the oracle, token
+    by token, for minutes."""
+    global _untraced
+    if _untraced is None:
+        # Not where it is defined: that would load the compiler for everyone.
+        _untraced = torch.compiler.disable(_scan)
+    return _untraced
 
 
 def memory_read(
