@@ -16,6 +16,8 @@ VECTORS = ("queries", "keys", "values")
 GATES = ("forget", "momentum", "step_size")
 TOKENS = (*VECTORS, *GATES)
 STATE = ("weights", "momentum", "anchor")
+# For a backend that knows no narrower heads.
+NARROWEST = 1
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def make_problem(
         network: fields of `MemoryNetwork`.
     """
     rng = torch.Generator().manual_seed(seed)
+    head_dim = max(head_dim, NARROWEST)
     net = MemoryNetwork(head_dim=head_dim, **network)  # type: ignore[arg-type]
 
     def normal(*shape: int) -> Tensor:

@@ -61,7 +61,9 @@ def _moved(
     """A tile of weights and its momentum after the chunk. d: (CHUNK, its rows). h: (CHUNK, its columns)."""
     step = layer * CHUNK + tl.arange(0, CHUNK)
     written = _dot(tl.trans(d * tl.load(end_steps + step)[:, None]), h, PRECISION)
-    w += w * tl.load(end_weights + layer) + s * tl.load(end_momentum + layer) - written
+    # In this order: where all is forgotten, nothing is left to round.
+    w += w * tl.load(end_weights + layer) + s * tl.load(end_momentum + layer)
+    w -= written
     written = _dot(tl.trans(d * tl.load(momentum_steps + step)[:, None]), h, PRECISION)
     return w, s * tl.load(momentum_momentum + layer) - written
 
