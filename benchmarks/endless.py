@@ -139,6 +139,8 @@ def report() -> None:
     for name in sorted({key.split(", ")[0] for key in found}):
         reads = [(int(key.split(", ")[2]), value) for key, value in found.items() if f"{name}, read" in key]
         reads = [(tokens, at) for tokens, at in reads if tokens == EARLY or tokens % MILLION == 0]
+        if not reads:
+            continue
         lines += [
             "",
             f"## {name}",

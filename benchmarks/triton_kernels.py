@@ -93,10 +93,10 @@ def main() -> int:
     )
     for capability in (90, 80):
         for depth, dim, hidden, chunk, options in SHAPES if capability == 90 else SHAPES[:1]:
-            block = min(max(scan.TILE // dim, 16), hidden)
+            block = scan.block_of(chunk, hidden)
             sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block) | options
             sizes["PRECISION"] = arguments.precision
-            name = f"chunks of {chunk}" + "".join(f", {option.lower()}" for option in options)
+            name = f"depth {depth}, chunks of {chunk}" + "".join(f", {option.lower()}" for option in options)
             for kernel, more in (
                 (forward.forward_kernel, dict(TAPE=True, KEEP=False)),
                 (backward.backward_kernel, {}),

@@ -24,7 +24,7 @@ from titans.memory.triton.elementary import (
     _unsettle,
     _with_base,
 )
-from titans.memory.triton.forward import _objective
+from titans.memory.triton.forward import _objective, _outer
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def backward_kernel(
             gr = _dot(grad_mixing, hidden, PRECISION)
             if HAS_BASE:
                 gr += _dot(g, tl.load(base_down + at), PRECISION)
-                _add(grad_base_down + at, _dot(tl.trans(g), read, PRECISION))
+                _add(grad_base_down + at, _outer(g, read, True, PRECISION))
             gw = tl.load(grad_weights_down + at)
             if RESCALE:
                 gw = _unsettle(tl.load(weights_down + after + at), factors, gw, along, RADIUS)
@@ -225,9 +225,9 @@ def backward_kernel(
             gh -= _dot(d, gs, PRECISION) * past
             by_carried += tl.sum(gs * s, 1)
             gs = gs * carried + gw * moved
-            tl.store(grad_moments_down + at, gs + _dot(tl.trans(g * carry), read, PRECISION))
+            tl.store(grad_moments_down + at, gs + _outer(g * carry, read, True, PRECISION))
             gw += gw * kept
-            tl.store(grad_weights_down + at, gw + _dot(tl.trans(g * weigh), read, PRECISION))
+            tl.store(grad_weights_down + at, gw + _outer(g * weigh, read, True, PRECISION))
             tl.store(work_hidden + begin + wide, gh)
             if DEPTH == 2:
                 tl.store(work_read + begin + wide, gr * _slope(raw, GELU))
@@ -298,7 +298,7 @@ def backward_kernel(
                 tl.store(work_delta + begin + wide, d_up)
                 if HAS_BASE:
                     gq += _dot(g_up, tl.load(base_up + at), PRECISION)
-                    _add(grad_base_up + at, _dot(tl.trans(g_up), q, PRECISION))
+                    _add(grad_base_up + at, _outer(g_up, q, False, PRECISION))
                 gw = tl.load(grad_weights_up + at)
                 if RESCALE:
                     lengths = tl.load(scales_up + here * HIDDEN + begin + tl.arange(0, BLOCK))
@@ -326,9 +326,9 @@ def backward_kernel(
                 gk -= _dot(d_up, gs, PRECISION) * past
                 by_carried += tl.sum(gs * s, 1)
                 gs = gs * carried + gw * moved
-                tl.store(grad_moments_up + at, gs + _dot(tl.trans(g_up * carry), q, PRECISION))
+                tl.store(grad_moments_up + at, gs + _outer(g_up * carry, q, False, PRECISION))
                 gw += gw * kept
-                tl.store(grad_weights_up + at, gw + _dot(tl.trans(g_up * weigh), q, PRECISION))
+                tl.store(grad_weights_up + at, gw + _outer(g_up * weigh, q, False, PRECISION))
 
                 if NORMALIZE:
                     gd_up /= divisor[:, None]
@@ -337,7 +337,7 @@ def backward_kernel(
                 delta = tl.load(work_tokens + 2 * CHUNK * DIM + token)
                 ga = gd_up * slope
                 by_delta += _dot(ga, tl.trans(total), PRECISION)
-                found = _dot(tl.trans(delta), ga, PRECISION)
+                found = _outer(delta, ga, True, PRECISION)
                 _add(grad_anchor_down + into, found)
                 if HAS_BASE:
                     _add(grad_base_down + into, found)
@@ -396,7 +396,7 @@ def backward_kernel(
             else:
                 hidden = tl.load(keys + tokens + begin + wide)
             gh = _dot(gf, total, PRECISION) + 2 * hidden * grad_squares[:, None]
-            found = _dot(tl.trans(gf), hidden, PRECISION)
+            found = _outer(gf, hidden, True, PRECISION)
             if NORMALIZE and DEPTH == 2:
                 found += 2.5538 * total * grad_kappa
             _add(grad_anchor_down + into, found)
@@ -405,7 +405,7 @@ def backward_kernel(
             rest = tl.load(work_hidden + begin + wide)
             if DEPTH == 2:
                 gz = gh * _slope(outputs, GELU) + rest
-                found = _dot(tl.trans(gz), k, PRECISION)
+                found = _outer(gz, k, False, PRECISION)
                 _add(grad_anchor_up + at, found)
                 if HAS_BASE:
                     _add(grad_base_up + at, found)

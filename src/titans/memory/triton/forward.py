@@ -53,18 +53,27 @@ def _objective(
 
 
 @triton.jit
+def _outer(d, h, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """Σ of the tokens' outer products d hᵀ. TURNED: where h is the narrower one (docs/triton.md, spills)."""
+    if TURNED:
+        return tl.trans(_dot(tl.trans(h), d, PRECISION))
+    else:
+        return _dot(tl.trans(d), h, PRECISION)
+
+
+@triton.jit
 def _moved(
     w, s, d, h, layer,
     end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of weights and its momentum after the chunk. d: (CHUNK, its rows). h: (CHUNK, its columns)."""
     step = layer * CHUNK + tl.arange(0, CHUNK)
-    written = _dot(tl.trans(d * tl.load(end_steps + step)[:, None]), h, PRECISION)
+    written = _outer(d * tl.load(end_steps + step)[:, None], h, TURNED, PRECISION)
     # In this order: where all is forgotten, nothing is left to round.
     w += w * tl.load(end_weights + layer) + s * tl.load(end_momentum + layer)
     w -= written
-    written = _dot(tl.trans(d * tl.load(momentum_steps + step)[:, None]), h, PRECISION)
+    written = _outer(d * tl.load(momentum_steps + step)[:, None], h, TURNED, PRECISION)
     return w, s * tl.load(momentum_momentum + layer) - written
 
 
@@ -223,7 +232,8 @@ def forward_kernel(
                 read -= _dot(mixing_up, d_up, PRECISION)
                 w, s = _moved(
                     w, s, d_up, k, layer,
-                    end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, PRECISION,
+                    end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, False,
+                    PRECISION,
                 )  # fmt: skip
                 if RESCALE:
                     factors, kept = _row_scale(tl.sum(w * w, 1), RADIUS, ALWAYS)
@@ -249,7 +259,8 @@ def forward_kernel(
                 out += _dot(read, tl.trans(tl.load(base_down + at)), PRECISION)
             w, s = _moved(
                 w, s, d, hidden, last,
-                end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, PRECISION,
+                end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, True,
+                PRECISION,
             )  # fmt: skip
             tl.store(weights_down + after + at, w)
             tl.store(moments_down + after + at, s)

@@ -28,8 +28,8 @@ from titans.memory.triton.forward import forward_kernel
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
-# Numbers in a tile of weights.
-TILE = 4096
+# Hidden units at a time, at most. See `block_of`.
+WIDEST_BLOCK = 64
 _WARPS = 8
 _PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
@@ -69,17 +69,24 @@ def scan(
     gain, bias, steepness = _affine(net, slow, tokens.keys)
     flat = (
         *tokens[:3], *coefficients_of(net, tokens, marks), gain, bias, steepness, *slow.base,
-        *(slow.initial if marked is not None else ()), *(slow.initial_momentum if marked is not None else ()),
-        *state.weights, *state.momentum, *(state.anchor if marked is not None else ()),
+        *slow.initial, *slow.initial_momentum, *state.weights, *state.momentum,
+        *(() if marked is None else state.anchor),
     )  # fmt: skip
-    plan = _Plan(net, marked, bool(slow.base), bool(slow.initial) and marked is not None)
-    found = _Scan.apply(plan, *(x.contiguous() for x in flat))
-    reads, surprise, *end = found
+    plan = _Plan(net, marked, bool(slow.base), bool(slow.initial))
+    reads, surprise, *end = _Scan.apply(plan, *(x.contiguous() for x in flat))
     depth = net.depth
     weights, momentum = tuple(end[:depth]), tuple(end[depth : 2 * depth])
     closed = marked is None or marks.complete is True
     anchor = weights if closed else tuple(end[2 * depth :])
     return reads[:, :, :width], surprise[:, :, :width], State(weights, momentum, anchor)
+
+
+def block_of(chunk: int, hidden: int) -> int:
+    """Hidden units at a time: more than tokens, and fewer than features where it can be.
+
+    So that no product of tokens or weights is square or high (docs/triton.md, spills).
+    """
+    return min(2 * chunk, WIDEST_BLOCK, hidden)
 
 
 def _marked(keys: Tensor, marks: Marks, anchored: bool) -> _Marks:
@@ -126,7 +133,7 @@ class _Plan(NamedTuple):
             CHUNK=keys.shape[2],
             DIM=dim,
             HIDDEN=hidden,
-            BLOCK=min(max(TILE // dim, 16), hidden),
+            BLOCK=block_of(keys.shape[2], hidden),
             DEPTH=net.depth,
             HAS_BASE=self.has_base,
             NORM=net.norm,
