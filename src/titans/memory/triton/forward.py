@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from titans.memory.triton.elementary import (
-    _across,
     _activation,
     _dot,
     _kappa,
@@ -27,29 +26,7 @@ from titans.memory.triton.elementary import (
     _tile,
     _with_base,
 )
-
-
-@triton.jit
-def _objective(
-    features, keys, values, gain, bias, EPS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr
-):
-    """M(k) − v, its squared length's gradient with respect to the features f(k), and LayerNorm(f) with its
-    factors.
-
-    features, keys, values: (CHUNK, DIM). gain, bias: (DIM,).
-    """
-    if NORM:
-        normed, scale = _normed(features, EPS)
-        error = normed * gain[None, :] + bias[None, :] - values
-    else:
-        normed, scale = features, tl.sum(features, 1)
-        error = features - values
-    if RESIDUAL:
-        error += keys
-    delta = 2 * error
-    if NORM:
-        delta = scale[:, None] * _across(delta * gain[None, :], normed)
-    return error, delta, normed, scale
+from titans.memory.triton.objective import _objective
 
 
 @triton.jit
