@@ -31,7 +31,7 @@ from titans.evaluate.needle import NeedleCell, cells_of, needle_table, wilson
 RESULTS = Path(__file__).parent / "results" / "recall.json"
 REPORT = Path(__file__).parents[1] / "docs" / "results"
 # Texts of each length, over all depths: 200 where a sample takes seconds, fewer where it takes minutes.
-SAMPLES = {512: 200, 2048: 200, 8192: 200, 32768: 50, 131072: 20, 1048576: 5}
+SAMPLES = {512: 200, 2048: 200, 8192: 200, 32768: 50, 131072: 20, 1048576: 20}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)
 CHOSEN_TASKS = ("passkey", "number", "word", "uuid", "qa1")
 
