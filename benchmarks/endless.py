@@ -84,7 +84,7 @@ def stream(name: str, text: bytes, folder: Path, threads: int) -> None:
                 )
                 session.save(folder / "latest")
             seconds = time.perf_counter() - began
-            session.save(folder / f"{session.num_tokens}.memory")
+            (folder / "latest").rename(folder / f"{session.num_tokens}.memory")
             early = early or peak()
             with known(RESULTS) as found:
                 found[f"{name}, read, {session.num_tokens}"] = {

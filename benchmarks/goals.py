@@ -33,8 +33,6 @@ NEEDLES = (
 )
 # What the same recipe makes of a variant without facts, by its label in language.json.
 PLAIN = {"titans-mag-tiny": "mag without facts", "titans-lmm-tiny": "lmm without facts"}
-
-
 # Of fewer texts a share says nothing about a goal.
 FEWEST = 20
 
