@@ -33,6 +33,48 @@ def _add(into, grad):
     tl.store(into, tl.load(into) + grad)
 
 
+@triton.jit
+def _moved_backward(
+    x, h, d, g, gw, gx, gh, gd, by_weigh, by_carry, by_end, by_past, by_kept, by_moved, by_carried, layer,
+    read_weights, read_momentum, end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps,
+    weights, moments, grad_weights, grad_moments,
+    CHUNK: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Back through a tile of weights that x has read and that moved by d hᵀ (`_moved`), gradients in memory.
+
+    x, h: (CHUNK, its columns). d, g: (CHUNK, its rows), g the gradient of what was read. gw: of the tile the
+    chunk has left. gx, gh, gd and by_…: what is added to, the gradients of x, h, d and the coefficients.
+    """
+    step = layer * CHUNK + tl.arange(0, CHUNK)
+    weigh, carry = tl.load(read_weights + step)[:, None], tl.load(read_momentum + step)[:, None]
+    end, past = tl.load(end_steps + step)[:, None], tl.load(momentum_steps + step)[:, None]
+    deposit = _dot(h, tl.trans(gw), PRECISION)
+    by_end -= tl.sum(d * deposit, 1)
+    gd -= deposit * end
+    gh -= _dot(d, gw, PRECISION) * end
+    w = tl.load(weights)
+    through = _dot(g, w, PRECISION)
+    by_weigh += tl.sum(x * through, 1)
+    gx += through * weigh
+    by_kept += tl.sum(gw * w, 1)
+    s = tl.load(moments)
+    through = _dot(g, s, PRECISION)
+    by_carry += tl.sum(x * through, 1)
+    gx += through * carry
+    by_moved += tl.sum(gw * s, 1)
+    gs = tl.load(grad_moments)
+    deposit = _dot(h, tl.trans(gs), PRECISION)
+    by_past -= tl.sum(d * deposit, 1)
+    gd -= deposit * past
+    gh -= _dot(d, gs, PRECISION) * past
+    by_carried += tl.sum(gs * s, 1)
+    gs = gs * tl.load(momentum_momentum + layer) + gw * tl.load(end_momentum + layer)
+    tl.store(grad_moments, gs + _outer(g * carry, x, TURNED, PRECISION))
+    gw += gw * tl.load(end_weights + layer)
+    tl.store(grad_weights, gw + _outer(g * weigh, x, TURNED, PRECISION))
+    return gx, gh, gd, by_weigh, by_carry, by_end, by_past, by_kept, by_moved, by_carried
+
+
 @triton.jit(do_not_specialize=["num_chunks", "num_units"])
 def backward_kernel(
     queries, keys, values,
@@ -140,13 +182,7 @@ def backward_kernel(
             for begin in range(0, num_units, BLOCK):
                 at = begin + down
                 along += tl.sum(tl.load(weights_down + after + at) * tl.load(grad_weights_down + at), 1)
-        weigh = tl.load(read_weights + last * CHUNK + step)[:, None]
-        carry = tl.load(read_momentum + last * CHUNK + step)[:, None]
         mix = tl.load(read_steps + last * CHUNK * CHUNK + square)
-        end = tl.load(end_steps + last * CHUNK + step)[:, None]
-        past = tl.load(momentum_steps + last * CHUNK + step)[:, None]
-        kept, moved = tl.load(end_weights + last), tl.load(end_momentum + last)
-        carried = tl.load(momentum_momentum + last)
         by_mixing = -_dot(g, tl.trans(d), PRECISION)
         grad_mixing = by_mixing * mix
         gd = tl.zeros([CHUNK, DIM], k.dtype)
@@ -175,30 +211,15 @@ def backward_kernel(
             gw = tl.load(grad_weights_down + at)
             if RESCALE:
                 gw = _unsettle(tl.load(weights_down + after + at), factors, gw, along, RADIUS)
-            deposit = _dot(hidden, tl.trans(gw), PRECISION)
-            by_end -= tl.sum(d * deposit, 1)
-            gd -= deposit * end
-            gh -= _dot(d, gw, PRECISION) * end
-            w = tl.load(weights_down + state + at)
-            through = _dot(g, w, PRECISION)
-            by_weigh += tl.sum(read * through, 1)
-            gr += through * weigh
-            by_kept += tl.sum(gw * w, 1)
-            s = tl.load(moments_down + state + at)
-            through = _dot(g, s, PRECISION)
-            by_carry += tl.sum(read * through, 1)
-            gr += through * carry
-            by_moved += tl.sum(gw * s, 1)
-            gs = tl.load(grad_moments_down + at)
-            deposit = _dot(hidden, tl.trans(gs), PRECISION)
-            by_past -= tl.sum(d * deposit, 1)
-            gd -= deposit * past
-            gh -= _dot(d, gs, PRECISION) * past
-            by_carried += tl.sum(gs * s, 1)
-            gs = gs * carried + gw * moved
-            tl.store(grad_moments_down + at, gs + _outer(g * carry, read, True, PRECISION))
-            gw += gw * kept
-            tl.store(grad_weights_down + at, gw + _outer(g * weigh, read, True, PRECISION))
+            gr, gh, gd, by_weigh, by_carry, by_end, by_past, by_kept, by_moved, by_carried = _moved_backward(
+                read, hidden, d, g, gw, gr, gh, gd, by_weigh, by_carry, by_end, by_past, by_kept, by_moved,
+                by_carried, last,
+                read_weights, read_momentum, end_weights, end_momentum, end_steps, momentum_momentum,
+                momentum_steps,
+                weights_down + state + at, moments_down + state + at, grad_weights_down + at,
+                grad_moments_down + at,
+                CHUNK, True, PRECISION,
+            )  # fmt: skip
             tl.store(work_hidden + begin + wide, gh)
             if DEPTH == 2:
                 tl.store(work_read + begin + wide, gr * _slope(raw, GELU))
@@ -229,13 +250,7 @@ def backward_kernel(
         if DEPTH == 2:
             q = tl.load(queries + tokens + token)
             gq = tl.zeros([CHUNK, DIM], k.dtype)
-            weigh = tl.load(read_weights + layer * CHUNK + step)[:, None]
-            carry = tl.load(read_momentum + layer * CHUNK + step)[:, None]
             mix = tl.load(read_steps + layer * CHUNK * CHUNK + square)
-            end = tl.load(end_steps + layer * CHUNK + step)[:, None]
-            past = tl.load(momentum_steps + layer * CHUNK + step)[:, None]
-            kept, moved = tl.load(end_weights + layer), tl.load(end_momentum + layer)
-            carried = tl.load(momentum_momentum + layer)
             similarity = _dot(q, tl.trans(k), PRECISION)
             mixing = similarity * mix
             by_weigh, by_carry = tl.zeros([CHUNK], k.dtype), tl.zeros([CHUNK], k.dtype)
@@ -276,30 +291,17 @@ def backward_kernel(
                     settled = tl.load(weights_up + after + at)
                     gw = _unsettle(settled, lengths, gw, tl.sum(settled * gw, 1), RADIUS)
                 gd_up = -_dot(tl.trans(mixing), g_up, PRECISION)
-                deposit_up = _dot(k, tl.trans(gw), PRECISION)
-                by_end -= tl.sum(d_up * deposit_up, 1)
-                gd_up -= deposit_up * end
-                gk -= _dot(d_up, gw, PRECISION) * end
-                w = tl.load(weights_up + state + at)
-                through = _dot(g_up, w, PRECISION)
-                by_weigh += tl.sum(q * through, 1)
-                gq += through * weigh
-                by_kept += tl.sum(gw * w, 1)
-                s = tl.load(moments_up + state + at)
-                through = _dot(g_up, s, PRECISION)
-                by_carry += tl.sum(q * through, 1)
-                gq += through * carry
-                by_moved += tl.sum(gw * s, 1)
-                gs = tl.load(grad_moments_up + at)
-                deposit_up = _dot(k, tl.trans(gs), PRECISION)
-                by_past -= tl.sum(d_up * deposit_up, 1)
-                gd_up -= deposit_up * past
-                gk -= _dot(d_up, gs, PRECISION) * past
-                by_carried += tl.sum(gs * s, 1)
-                gs = gs * carried + gw * moved
-                tl.store(grad_moments_up + at, gs + _outer(g_up * carry, q, False, PRECISION))
-                gw += gw * kept
-                tl.store(grad_weights_up + at, gw + _outer(g_up * weigh, q, False, PRECISION))
+                gq, gk, gd_up, by_weigh, by_carry, by_end, by_past, by_kept, by_moved, by_carried = (
+                    _moved_backward(
+                        q, k, d_up, g_up, gw, gq, gk, gd_up, by_weigh, by_carry, by_end, by_past, by_kept,
+                        by_moved, by_carried, layer,
+                        read_weights, read_momentum, end_weights, end_momentum, end_steps, momentum_momentum,
+                        momentum_steps,
+                        weights_up + state + at, moments_up + state + at, grad_weights_up + at,
+                        grad_moments_up + at,
+                        CHUNK, False, PRECISION,
+                    )
+                )  # fmt: skip
 
                 if NORMALIZE:
                     gd_up /= divisor[:, None]
