@@ -99,13 +99,17 @@ def report() -> None:
     with known(RESULTS) as found:
         found = dict(found)
     labels = sorted({key.split(", ")[0] for key in found})
+    totals: dict[int, list[int]] = {length: [] for length in SAMPLES}
+    for cells in (one["cells"] for one in found.values()):
+        totals[cells[0]["length"]].append(sum(cell["samples"] for cell in cells))
+    fewest = {length: min(counts) for length, counts in totals.items() if counts}
     lines = [
         "# How far the models recall",
         "",
         "`python benchmarks/recall.py`: answers generated and exact, % with 95 % interval, needles at depths "
         f"{', '.join(f'{100 * depth:.0f}' for depth in DEPTHS)} %; only those that attention does not reach "
-        "are counted (in italics: it reaches all). A token is a byte. Texts for each number: "
-        + ", ".join(f"{count} of {length:,}" for length, count in SAMPLES.items())
+        "are counted (in italics: it reaches all). A token is a byte. Texts for each number, at least: "
+        + ", ".join(f"{count} of {length:,}" for length, count in fewest.items())
         + ".",
     ]
     REPORT.mkdir(parents=True, exist_ok=True)

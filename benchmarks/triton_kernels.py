@@ -50,27 +50,38 @@ SHAPES = (
 FILTER = dict(WIDTH=16, CHANNELS=64)
 
 
-def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> tuple[str, ...]:
-    """Registers, bytes spilled (stores, loads) and bytes of shared memory of a kernel."""
+def signature(kernel: Any, constants: dict[str, Any]) -> tuple[list[str], dict[str, str], dict[Any, Any]]:
+    """Names of a kernel's arguments, their types, and what the compiler may rely on: aligned pointers."""
     names = kernel.arg_names
     kind = {name: TYPES.get(name, "*fp32") for name in names} | {n: "constexpr" for n in constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name][0] == "*"}
+    return names, {name: kind[name] for name in names}, aligned
+
+
+def run_tool(name: str, source: bytes, *options: str) -> str:
+    """What a program that comes with triton says of a file."""
+    program = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(source)
+        file.flush()
+        command = [program, *options, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> tuple[str, ...]:
+    """Registers, bytes spilled (stores, loads) and bytes of shared memory of a kernel."""
+    names, kinds, attributes = signature(kernel, constants)
     built = triton.compile(
         ASTSource(
-            kernel,
-            {name: kind[name] for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name][0] == "*"},
+            kernel, kinds, constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs=attributes,
         ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": 1},
-    )
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(built.asm["ptx"])
-        source.flush()
-        architecture = f"sm_{capability}{'a' if capability == 90 else ''}"
-        command = [assembler, "-v", f"-arch={architecture}", "-o", "/dev/null", source.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    )  # fmt: skip
+    architecture = f"sm_{capability}{'a' if capability == 90 else ''}"
+    said = run_tool("ptxas", built.asm["ptx"].encode(), "-v", f"-arch={architecture}", "-o", "/dev/null")
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
     assert spills is not None and registers is not None, said
@@ -93,14 +104,14 @@ def main() -> int:
     )
     for capability in (90, 80):
         for depth, dim, hidden, chunk, options in SHAPES if capability == 90 else SHAPES[:1]:
-            block = scan.block_of(chunk, hidden)
-            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block) | options
+            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk) | options
             sizes["PRECISION"] = arguments.precision
             name = f"depth {depth}, chunks of {chunk}" + "".join(f", {option.lower()}" for option in options)
             for kernel, more in (
                 (forward.forward_kernel, dict(TAPE=True, KEEP=False)),
                 (backward.backward_kernel, {}),
             ):
+                more["BLOCK"] = scan.block_of(chunk, dim, hidden, kernel is backward.backward_kernel)
                 cells = compiled(kernel, {**sizes, **more}, capability, 8)
                 what = f"{kernel.__name__}, {name}"
                 print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)

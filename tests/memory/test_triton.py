@@ -60,7 +60,7 @@ def test_any_call(norm, rows, **call) -> None:
 def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     from titans.memory.triton import scan
 
-    monkeypatch.setattr(scan, "WIDEST_BLOCK", 16)
+    monkeypatch.setattr(scan, "block_of", lambda *_: 16)
     agree(expansion=4, norm=True, unit_rows=True, normalize_step=True, base=True)
     agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
     agree(chunk_size=64, time=130, heads=1)

@@ -1,0 +1,147 @@
+"""Which tile is fastest? Barriers and instructions of a chunk by hidden units at a time and warps.
+
+    python benchmarks/triton_tiles.py            # counted in the machine code for sm_90, without a GPU
+    python benchmarks/triton_tiles.py --timed    # and timed, on a CUDA device
+
+A kernel's chunk is a chain: what a barrier waits for, and what four schedulers issue. Predicted: 150 cycles
+for a barrier with all around it, and instructions at one a cycle and scheduler, at 1.75 GHz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from gpu import layer_milliseconds, problem
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_kernels import SCAN, run_tool, signature
+
+from titans.memory import MemoryNetwork
+from titans.memory.triton import backward, forward, scan
+
+BARRIER_CYCLES, SCHEDULERS, MEGAHERTZ = 150, 4, 1750
+# Programs that fill an H100 all but four processors.
+PROGRAMS = 128
+SHAPES = ((64, 128, 16), (64, 256, 16), (64, 256, 64))
+BLOCKS, WARPS = (32, 64, 128, 256), (4, 8, 16)
+
+
+class Counts(NamedTuple):
+    """What a warp does in a chunk."""
+
+    instructions: float
+    barriers: float
+    spills: float
+
+    def microseconds(self, warps: int) -> float:
+        cycles = self.barriers * BARRIER_CYCLES + self.instructions * warps / SCHEDULERS
+        return cycles / MEGAHERTZ
+
+
+def counted(kernel: Any, constants: dict[str, Any], warps: int) -> Counts:
+    """Of the loop over chunks, whose inner loops run once for each block of hidden units."""
+    names, kinds, attributes = signature(kernel, constants)
+    built = triton.compile(
+        ASTSource(
+            kernel, kinds, constexprs={(names.index(name),): v for name, v in constants.items()},
+            attrs=attributes,
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )  # fmt: skip
+    code, loops = parsed(run_tool("nvdisasm", built.asm["cubin"], "-c"))
+    outer = max(loops, key=len)
+    times = {i: 1 for i in outer}
+    for inner in loops:
+        if inner != outer and inner.start >= outer.start and inner.stop <= outer.stop:
+            times |= dict.fromkeys(inner, constants["HIDDEN"] // constants["BLOCK"])
+
+    def total(*operations: str) -> float:
+        return sum(n for i, n in times.items() if not operations or code[i] in operations)
+
+    return Counts(total(), total("BAR"), total("LDL", "STL"))
+
+
+def parsed(text: str) -> tuple[list[str], list[range]]:
+    """Operations in order, and the loops among them: from the label that a branch goes back to, to it."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\S+?)[.\s;](.*)", line):
+            target = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
+            if instruction[1] == "BRA" and target and labels.get(target[1], len(code)) < len(code):
+                loops.append(range(labels[target[1]], len(code) + 1))
+            code.append(instruction[1])
+    return code, loops
+
+
+def timed(dim: int, hidden: int, chunk: int, block: int, warps: int) -> tuple[float, float]:
+    """Microseconds of a chunk, forward and backward, with a processor for almost every program."""
+    net = MemoryNetwork(
+        dim, 2, hidden // dim, activation="silu", residual=False, norm=False, normalize_step=True,
+        row_limit=8.0,
+    )  # fmt: skip
+    tensors = problem(net, PROGRAMS // 2, 128 * chunk, 2, torch.float32, "cuda")
+    before = scan.block_of, scan._WARPS
+    scan.block_of, scan._WARPS = lambda *_: block, warps
+    try:
+        ahead, both = layer_milliseconds(net, tensors, chunk, "triton")
+    finally:
+        scan.block_of, scan._WARPS = before
+    return 1000 * ahead / 128, 1000 * (both - ahead) / 128
+
+
+def rows(is_timed: bool) -> Iterator[str]:
+    for dim, hidden, chunk in SHAPES:
+        for block in (block for block in BLOCKS if block <= hidden):
+            for warps in WARPS:
+                sizes = dict(SCAN, DEPTH=2, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block)
+                sizes["PRECISION"] = "tf32"
+                took = timed(dim, hidden, chunk, block, warps) if is_timed else (None, None)
+                for goes_back, (kernel, more) in enumerate(
+                    ((forward.forward_kernel, dict(TAPE=True, KEEP=False)), (backward.backward_kernel, {}))
+                ):
+                    counts = counted(kernel, {**sizes, **more}, warps)
+                    taken = (scan.block_of(chunk, dim, hidden, bool(goes_back)), scan._WARPS)
+                    measured = took[goes_back]
+                    yield (
+                        f"| {'backward' if goes_back else 'forward'} | {dim} × {hidden} | {chunk} "
+                        f"| {block}{' *' if (block, warps) == taken else ''} | {warps} "
+                        f"| {counts.instructions:,.0f} | {counts.barriers:.0f} | {counts.spills:,.0f} "
+                        f"| {counts.microseconds(warps):.0f} "
+                        f"| {'' if measured is None else f'{measured:.0f}'} |"
+                    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--timed", action="store_true", help=f"on a CUDA device, {PROGRAMS} programs")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    device = f", {torch.cuda.get_device_name()}" if arguments.timed else ""
+    print(
+        f"{datetime.date.today()}, triton {triton.__version__}, sm_90{device}; "
+        f"`python benchmarks/triton_tiles.py{' --timed' if arguments.timed else ''}`; tf32, of a warp and "
+        "chunk; * is what the library takes\n\n"
+        "| kernel | head_dim × hidden | chunk | hidden at a time | warps | instructions | barriers | "
+        "of local memory | µs, predicted | µs |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for row in rows(arguments.timed):
+        print(row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
