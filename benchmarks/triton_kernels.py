@@ -104,14 +104,14 @@ def main() -> int:
     )
     for capability in (90, 80):
         for depth, dim, hidden, chunk, options in SHAPES if capability == 90 else SHAPES[:1]:
-            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk) | options
+            block = scan.block_of(chunk, hidden)
+            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block) | options
             sizes["PRECISION"] = arguments.precision
             name = f"depth {depth}, chunks of {chunk}" + "".join(f", {option.lower()}" for option in options)
             for kernel, more in (
                 (forward.forward_kernel, dict(TAPE=True, KEEP=False)),
                 (backward.backward_kernel, {}),
             ):
-                more["BLOCK"] = scan.block_of(chunk, dim, hidden, kernel is backward.backward_kernel)
                 cells = compiled(kernel, {**sizes, **more}, capability, 8)
                 what = f"{kernel.__name__}, {name}"
                 print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)

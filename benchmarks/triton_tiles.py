@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from gpu import layer_milliseconds, problem
+from gpu import scan as read
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_kernels import SCAN, run_tool, signature
@@ -28,7 +29,7 @@ from titans.memory.triton import backward, forward, scan
 
 BARRIER_CYCLES, SCHEDULERS, MEGAHERTZ = 150, 4, 1750
 # Programs that fill an H100 all but four processors.
-PROGRAMS = 128
+PROGRAMS, CHUNKS = 128, 128
 SHAPES = ((64, 128, 16), (64, 256, 16), (64, 256, 64))
 BLOCKS, WARPS = (32, 64, 128, 256), (4, 8, 16)
 
@@ -85,20 +86,25 @@ def parsed(text: str) -> tuple[list[str], list[range]]:
     return code, loops
 
 
-def timed(dim: int, hidden: int, chunk: int, block: int, warps: int) -> tuple[float, float]:
-    """Microseconds of a chunk, forward and backward, with a processor for almost every program."""
+def timed(dim: int, hidden: int, chunk: int, block: int, warps: int) -> tuple[float, float, str]:
+    """Microseconds of a chunk, forward and backward, with a processor for almost every program; and whether
+    reads are those of the torch path."""
     net = MemoryNetwork(
         dim, 2, hidden // dim, activation="silu", residual=False, norm=False, normalize_step=True,
         row_limit=8.0,
     )  # fmt: skip
-    tensors = problem(net, PROGRAMS // 2, 128 * chunk, 2, torch.float32, "cuda")
+    tensors = problem(net, PROGRAMS // 2, CHUNKS * chunk, 2, torch.float32, "cuda")
     before = scan.block_of, scan._WARPS
     scan.block_of, scan._WARPS = lambda *_: block, warps
     try:
         ahead, both = layer_milliseconds(net, tensors, chunk, "triton")
+        reads = read(net, tensors, chunk, "triton")
     finally:
         scan.block_of, scan._WARPS = before
-    return 1000 * ahead / 128, 1000 * (both - ahead) / 128
+    exact = read(net, tensors, chunk, "chunkwise")
+    error = float((reads - exact).abs().max() / exact.abs().max())
+    verdict = f"{error:.0e}{'' if error < 2e-2 else ' WRONG'}"
+    return 1000 * ahead / CHUNKS, 1000 * (both - ahead) / CHUNKS, verdict
 
 
 def rows(is_timed: bool) -> Iterator[str]:
@@ -107,19 +113,18 @@ def rows(is_timed: bool) -> Iterator[str]:
             for warps in WARPS:
                 sizes = dict(SCAN, DEPTH=2, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block)
                 sizes["PRECISION"] = "tf32"
-                took = timed(dim, hidden, chunk, block, warps) if is_timed else (None, None)
-                for goes_back, (kernel, more) in enumerate(
-                    ((forward.forward_kernel, dict(TAPE=True, KEEP=False)), (backward.backward_kernel, {}))
+                taken = (block, warps) == (scan.block_of(chunk, hidden), scan._WARPS)
+                *took, verdict = timed(dim, hidden, chunk, block, warps) if is_timed else (None, None, "")
+                for name, kernel, more, measured in (
+                    ("forward", forward.forward_kernel, dict(TAPE=True, KEEP=False), took[0]),
+                    ("backward", backward.backward_kernel, {}, took[1]),
                 ):
                     counts = counted(kernel, {**sizes, **more}, warps)
-                    taken = (scan.block_of(chunk, dim, hidden, bool(goes_back)), scan._WARPS)
-                    measured = took[goes_back]
                     yield (
-                        f"| {'backward' if goes_back else 'forward'} | {dim} × {hidden} | {chunk} "
-                        f"| {block}{' *' if (block, warps) == taken else ''} | {warps} "
+                        f"| {name} | {dim} × {hidden} | {chunk} | {block}{' *' if taken else ''} | {warps} "
                         f"| {counts.instructions:,.0f} | {counts.barriers:.0f} | {counts.spills:,.0f} "
                         f"| {counts.microseconds(warps):.0f} "
-                        f"| {'' if measured is None else f'{measured:.0f}'} |"
+                        f"| {'' if measured is None else f'{measured:.0f}'} | {verdict} |"
                     )
 
 
@@ -136,7 +141,7 @@ def main() -> int:
         f"`python benchmarks/triton_tiles.py{' --timed' if arguments.timed else ''}`; tf32, of a warp and "
         "chunk; * is what the library takes\n\n"
         "| kernel | head_dim × hidden | chunk | hidden at a time | warps | instructions | barriers | "
-        "of local memory | µs, predicted | µs |\n|---|---|---|---|---|---|---|---|---|---|"
+        "of local memory | µs, predicted | µs | error of reads |\n" + "|---" * 11 + "|"
     )
     for row in rows(arguments.timed):
         print(row, flush=True)

@@ -28,8 +28,8 @@ from titans.memory.triton.forward import forward_kernel
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
-# Hidden units at a time, at most, forward and backward. See `block_of`.
-WIDEST_FORWARD, WIDEST_BACKWARD = 128, 64
+# Hidden units at a time, at most. See `block_of`.
+WIDEST_BLOCK = 64
 _WARPS = 8
 _PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
@@ -81,14 +81,12 @@ def scan(
     return reads[:, :, :width], surprise[:, :, :width], State(weights, momentum, anchor)
 
 
-def block_of(chunk: int, dim: int, hidden: int, backward: bool) -> int:
-    """Hidden units at a time: as many as registers hold, since a chunk takes as long as it has barriers.
+def block_of(chunk: int, hidden: int) -> int:
+    """Hidden units at a time: more than tokens, and fewer than features where it can be.
 
-    `benchmarks/triton_tiles.py` counts them.
+    So that no product of tokens or weights is square or high (docs/triton.md, spills).
     """
-    if backward:
-        return min(WIDEST_BACKWARD, hidden)
-    return min(WIDEST_FORWARD // (1 if chunk <= 16 and dim <= 64 else 2), hidden)
+    return min(2 * chunk, WIDEST_BLOCK, hidden)
 
 
 def _marked(keys: Tensor, marks: Marks, anchored: bool) -> _Marks:
@@ -123,7 +121,7 @@ class _Plan(NamedTuple):
     has_base: bool
     has_initial: bool
 
-    def options(self, keys: Tensor, backward: bool) -> dict[str, Any]:
+    def options(self, keys: Tensor) -> dict[str, Any]:
         net = self.net
         dim, hidden = net.head_dim, net.weight_shapes[-1][1]
         # Products of float32 are as exact as the user has asked of PyTorch's own.
@@ -135,7 +133,7 @@ class _Plan(NamedTuple):
             CHUNK=keys.shape[2],
             DIM=dim,
             HIDDEN=hidden,
-            BLOCK=block_of(keys.shape[2], dim, hidden, backward),
+            BLOCK=block_of(keys.shape[2], hidden),
             DEPTH=net.depth,
             HAS_BASE=self.has_base,
             NORM=net.norm,
@@ -212,7 +210,7 @@ def _run(
         *_pair(initial, unused), *_pair(initial_momentum, unused),
         *_pair(weight_slots, unused), *_pair(moment_slots, unused), reads, surprise,
         *(x for part in kept for x in _pair(part, unused)), *tape,
-        chunks, rows, hidden, max(group, 1), TAPE=taped, KEEP=group > 1, **plan.options(keys, False),
+        chunks, rows, hidden, max(group, 1), TAPE=taped, KEEP=group > 1, **plan.options(keys),
     )  # fmt: skip
     end: list[Weights] = [tuple(x[-1] for x in weight_slots), tuple(x[-1] for x in moment_slots)]
     if marks is not None:
@@ -287,7 +285,7 @@ class _Scan(torch.autograd.Function):
                 *_pair(by_anchor if marks is not None else by_weights, unused),
                 *_pair(by_initial, unused), *_pair(by_initial_momentum, unused), *_pair(by_base, unused),
                 *by_affine, *(x[part] for x in by_inputs),
-                len(here[0]), rows, hidden, **some.options(inputs[1], True),
+                len(here[0]), rows, hidden, **some.options(inputs[1]),
             )  # fmt: skip
         return (
             None, *by_inputs, *by_affine, *by_base, *by_initial, *by_initial_momentum,
