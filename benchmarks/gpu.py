@@ -341,6 +341,33 @@ def step_rows(deadline: float) -> Iterator[str]:
         torch.cuda.empty_cache()
 
 
+# What is timed: a title, the columns, and what makes the rows until a deadline.
+SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
+    (
+        "Memory layer, float32 state, tokens per second (median of 5):",
+        "| layer | backend | operands | chunk | batch × time | forward | with backward | forward TFLOP/s |",
+        layer_rows,
+    ),
+    (
+        "Decoding: a memory layer token by token, float32, without gradients. Tokens per second as it is, "
+        "and recorded as a CUDA graph of 32 tokens; what the kernel has to move, per second:",
+        "| layer | backend | batch | as it is | recorded | µs a token, recorded | GB/s |",
+        decode_rows,
+    ),
+    (
+        "Training step of tiny models, tfloat32, memory carried: tokens per second as it is, and recorded as "
+        "a CUDA graph (`cuda_graph` in training); once: recording; error: of any gradient, by norm:",
+        "| model | batch × time | as it is | recorded | once | error |",
+        step_rows,
+    ),
+    (
+        "Training step under bfloat16 autocast, tokens per second (median of 3):",
+        "| model | batch × time | tokens/s | peak memory |",
+        model_rows,
+    ),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -376,54 +403,15 @@ def main() -> int:
     )
     if any("WRONG" in line for line in checked):
         return 1
-    end, sections = time.monotonic() + 60 * arguments.minutes, 4
-
-    def deadline() -> float:
-        """Each section has its share of the time that is left."""
-        nonlocal sections
-        sections -= 1
+    end = time.monotonic() + 60 * arguments.minutes
+    for number, (title, columns, rows) in enumerate(SECTIONS):
+        # Each has its share of the time that is left.
         now = time.monotonic()
-        return now + max(end - now, 0) / (sections + 1)
-
-    say(
-        "",
-        "Memory layer, float32 state, tokens per second (median of 5):",
-        "",
-        "| layer | backend | operands | chunk | batch × time | forward | with backward | forward TFLOP/s |",
-        "|---|---|---|---|---|---|---|---|",
-    )
-    for row in layer_rows(deadline()):
-        say(row)
-    torch.set_float32_matmul_precision("high")
-    say(
-        "",
-        "Decoding: a memory layer token by token, float32, without gradients. Tokens per second as it is, "
-        "and recorded as a CUDA graph of 32 tokens; what the kernel has to move, per second:",
-        "",
-        "| layer | backend | batch | as it is | recorded | µs a token, recorded | GB/s |",
-        "|---|---|---|---|---|---|---|",
-    )
-    for row in decode_rows(deadline()):
-        say(row)
-    say(
-        "",
-        "Training step of tiny models, tfloat32, memory carried: tokens per second as it is, and recorded as "
-        "a CUDA graph (`cuda_graph` in training); once: recording; error: of any gradient, by norm:",
-        "",
-        "| model | batch × time | as it is | recorded | once | error |",
-        "|---|---|---|---|---|---|",
-    )
-    for row in step_rows(deadline()):
-        say(row)
-    say(
-        "",
-        "Training step under bfloat16 autocast, tokens per second (median of 3):",
-        "",
-        "| model | batch × time | tokens/s | peak memory |",
-        "|---|---|---|---|",
-    )
-    for row in model_rows(deadline()):
-        say(row)
+        deadline = now + max(end - now, 0) / (len(SECTIONS) - number)
+        torch.set_float32_matmul_precision("high")
+        say("", title, "", columns, "|---" * (columns.count("|") - 1) + "|")
+        for row in rows(deadline):
+            say(row)
     return 0
 
 

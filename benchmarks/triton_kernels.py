@@ -50,12 +50,20 @@ SHAPES = (
 FILTER = dict(WIDTH=16, CHANNELS=64)
 
 
-def signature(kernel: Any, constants: dict[str, Any]) -> tuple[list[str], dict[str, str], dict[Any, Any]]:
-    """Names of a kernel's arguments, their types, and what the compiler may rely on: aligned pointers."""
+def built(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> Any:
+    """A kernel compiled by Triton for a target that need not be there."""
     names = kernel.arg_names
     kind = {name: TYPES.get(name, "*fp32") for name in names} | {n: "constexpr" for n in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name][0] == "*"}
-    return names, {name: kind[name] for name in names}, aligned
+    return triton.compile(
+        ASTSource(
+            kernel,
+            {name: kind[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kind[name][0] == "*"},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )
 
 
 def run_tool(name: str, source: bytes, *options: str) -> str:
@@ -71,21 +79,13 @@ def run_tool(name: str, source: bytes, *options: str) -> str:
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> tuple[str, ...]:
     """Registers, bytes spilled (stores, loads) and bytes of shared memory of a kernel."""
-    names, kinds, attributes = signature(kernel, constants)
-    built = triton.compile(
-        ASTSource(
-            kernel, kinds, constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs=attributes,
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": 1},
-    )  # fmt: skip
+    code = built(kernel, constants, capability, warps)
     architecture = f"sm_{capability}{'a' if capability == 90 else ''}"
-    said = run_tool("ptxas", built.asm["ptx"].encode(), "-v", f"-arch={architecture}", "-o", "/dev/null")
+    said = run_tool("ptxas", code.asm["ptx"].encode(), "-v", f"-arch={architecture}", "-o", "/dev/null")
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
     assert spills is not None and registers is not None, said
-    return registers[1], spills[1], spills[2], f"{built.metadata.shared:,}"
+    return registers[1], spills[1], spills[2], f"{code.metadata.shared:,}"
 
 
 def main() -> int:

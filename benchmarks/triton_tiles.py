@@ -20,9 +20,7 @@ import torch
 import triton
 from gpu import layer_milliseconds, problem
 from gpu import scan as read
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton_kernels import SCAN, run_tool, signature
+from triton_kernels import SCAN, built, run_tool
 
 from titans.memory import MemoryNetwork
 from titans.memory.triton import backward, forward, scan
@@ -48,16 +46,7 @@ class Counts(NamedTuple):
 
 def counted(kernel: Any, constants: dict[str, Any], warps: int) -> Counts:
     """Of the loop over chunks, whose inner loops run once for each block of hidden units."""
-    names, kinds, attributes = signature(kernel, constants)
-    built = triton.compile(
-        ASTSource(
-            kernel, kinds, constexprs={(names.index(name),): v for name, v in constants.items()},
-            attrs=attributes,
-        ),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": 1},
-    )  # fmt: skip
-    code, loops = parsed(run_tool("nvdisasm", built.asm["cubin"], "-c"))
+    code, loops = parsed(run_tool("nvdisasm", built(kernel, constants, 90, warps).asm["cubin"], "-c"))
     outer = max(loops, key=len)
     times = {i: 1 for i in outer}
     for inner in loops:
@@ -86,35 +75,44 @@ def parsed(text: str) -> tuple[list[str], list[range]]:
     return code, loops
 
 
-def timed(dim: int, hidden: int, chunk: int, block: int, warps: int) -> tuple[float, float, str]:
-    """Microseconds of a chunk, forward and backward, with a processor for almost every program; and whether
-    reads are those of the torch path."""
-    net = MemoryNetwork(
-        dim, 2, hidden // dim, activation="silu", residual=False, norm=False, normalize_step=True,
-        row_limit=8.0,
-    )  # fmt: skip
-    tensors = problem(net, PROGRAMS // 2, CHUNKS * chunk, 2, torch.float32, "cuda")
-    before = scan.block_of, scan._WARPS
-    scan.block_of, scan._WARPS = lambda *_: block, warps
-    try:
-        ahead, both = layer_milliseconds(net, tensors, chunk, "triton")
-        reads = read(net, tensors, chunk, "triton")
-    finally:
-        scan.block_of, scan._WARPS = before
-    exact = read(net, tensors, chunk, "chunkwise")
-    error = float((reads - exact).abs().max() / exact.abs().max())
-    verdict = f"{error:.0e}{'' if error < 2e-2 else ' WRONG'}"
-    return 1000 * ahead / CHUNKS, 1000 * (both - ahead) / CHUNKS, verdict
+class Shape:
+    """A layer on the device, with a processor for almost every program, and what the torch path reads."""
+
+    def __init__(self, dim: int, hidden: int, chunk: int) -> None:
+        self.net = MemoryNetwork(
+            dim, 2, hidden // dim, activation="silu", residual=False, norm=False, normalize_step=True,
+            row_limit=8.0,
+        )  # fmt: skip
+        self.chunk = chunk
+        self.tensors = problem(self.net, PROGRAMS // 2, CHUNKS * chunk, 2, torch.float32, "cuda")
+        self.exact = self._reads("chunkwise")
+
+    @torch.no_grad()
+    def _reads(self, backend: str) -> torch.Tensor:
+        return read(self.net, self.tensors, self.chunk, backend)
+
+    def timed(self, block: int, warps: int) -> tuple[float, float, str]:
+        """Microseconds of a chunk, forward and backward, and by how much the reads are off."""
+        before = scan.block_of, scan._WARPS
+        scan.block_of, scan._WARPS = lambda *_: block, warps
+        try:
+            ahead, both = layer_milliseconds(self.net, self.tensors, self.chunk, "triton")
+            error = float((self._reads("triton") - self.exact).abs().max() / self.exact.abs().max())
+        finally:
+            scan.block_of, scan._WARPS = before
+        verdict = f"{error:.0e}{'' if error < 2e-2 else ' WRONG'}"
+        return 1000 * ahead / CHUNKS, 1000 * (both - ahead) / CHUNKS, verdict
 
 
 def rows(is_timed: bool) -> Iterator[str]:
     for dim, hidden, chunk in SHAPES:
+        layer = Shape(dim, hidden, chunk) if is_timed else None
         for block in (block for block in BLOCKS if block <= hidden):
             for warps in WARPS:
                 sizes = dict(SCAN, DEPTH=2, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block)
                 sizes["PRECISION"] = "tf32"
                 taken = (block, warps) == (scan.block_of(chunk, hidden), scan._WARPS)
-                *took, verdict = timed(dim, hidden, chunk, block, warps) if is_timed else (None, None, "")
+                *took, verdict = (None, None, "") if layer is None else layer.timed(block, warps)
                 for name, kernel, more, measured in (
                     ("forward", forward.forward_kernel, dict(TAPE=True, KEEP=False), took[0]),
                     ("backward", backward.backward_kernel, {}, took[1]),
@@ -134,6 +132,8 @@ def main() -> int:
     )
     parser.add_argument("--timed", action="store_true", help=f"on a CUDA device, {PROGRAMS} programs")
     arguments = parser.parse_args()
+    if arguments.timed and not torch.cuda.is_available():
+        parser.error("--timed: there is no CUDA device here")
     torch.set_float32_matmul_precision("high")
     device = f", {torch.cuda.get_device_name()}" if arguments.timed else ""
     print(
