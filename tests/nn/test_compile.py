@@ -1,29 +1,46 @@
-"""Under torch.compile the memory runs as it does without, by a fast path: traced, it would be the oracle."""
+"""Under torch.compile a layer and a model are what they are without, in one unbroken graph."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from titans.memory import dispatch
-from titans.memory.dispatch import Backend
 from titans.nn import NeuralMemory
 
+from ..hf.models import SAME, random_ids, small_model
 from ..tolerances import FLOAT32, assert_close
 
+# The compiler looks at every tensor's.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at every tensor's
-def test_a_compiled_layer_is_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def traced(problem: object) -> None:
-        raise AssertionError("the oracle was taken")
 
-    monkeypatch.setitem(dispatch.BACKENDS, "reference", Backend(traced, lambda problem: None))
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_compiled_layer_is_the_layer(resets):
     torch.manual_seed(0)
-    layer, x = NeuralMemory(16, 1, head_dim=8, chunk_size=4), torch.randn(2, 9, 16)
+    layer, x = NeuralMemory(16, 1, head_dim=16, chunk_size=4), torch.randn(2, 9, 16)
+    flags = {"mask": torch.rand(2, 9) > 0.2, "reset": torch.rand(2, 9) > 0.8} if resets else {}
     found = []
-    for run in (layer, torch.compile(layer, backend="eager")):
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         _, state = run(x)
-        y, _ = run(x, state)
+        y, _ = run(x, state, **flags)
         found.append((y, *torch.autograd.grad(y.sum(), list(layer.parameters()))))
     for name, a, b in zip(("y", *dict(layer.named_parameters())), *found, strict=True):
         assert_close(b, a, FLOAT32, name)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "tnt"])
+def test_a_compiled_model_is_the_model(variant):
+    torch._dynamo.reset()
+    sizes = dict(num_hidden_layers=1)
+    if variant == "tnt":
+        sizes, variant = sizes | dict(memory_local_chunk_sizes=[2], memory_shard_length=6), "mag"
+    model, ids = small_model(variant, **sizes), random_ids(2, 11)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found = []
+    with torch.no_grad():
+        for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+            read = run(ids, attention_mask=mask, use_cache=True)
+            then = run(ids[:, :1], past_key_values=read.past_key_values)
+            found.append(torch.cat([read.logits[mask.bool()], then.logits[:, 0]]))
+    assert_close(found[1], found[0], SAME, "logits")

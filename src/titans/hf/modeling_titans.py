@@ -223,7 +223,8 @@ class TitansModel(TitansPreTrainedModel):
                 f"({batch}, {max(seen) + time}) with everything seen; 0 for padding"
             )
         real = attention_mask[:, attention_mask.shape[1] - time :].bool()
-        return None if bool(real.all()) else real
+        # A compiled graph cannot look, and takes a mask for one that hides something.
+        return real if torch.compiler.is_compiling() or not bool(real.all()) else None
 
 
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):

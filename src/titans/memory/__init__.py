@@ -21,7 +21,8 @@ surprise              ‖M(k_t) − v_t‖²           (12)        (batch, time,
 Read `reference.py` first: it is the method. `chunkwise.py` is the same function, fast.
 """
 
-from titans.memory.dispatch import BACKENDS, Backend, memory_read, memory_scan
+from titans.memory.backends import BACKENDS, Backend
+from titans.memory.dispatch import memory_read, memory_scan
 from titans.memory.layout import assume_aligned
 from titans.memory.network import MemoryNetwork
 from titans.memory.objective import OBJECTIVES

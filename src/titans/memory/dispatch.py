@@ -1,60 +1,19 @@
-"""The public calls: check, promote, choose a backend, run. A backend is one function and one verifier."""
+"""The public calls: check, promote, choose a backend, run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from titans.memory.checks import check_read, check_scan, hand_written_refuses
-from titans.memory.chunkwise import chunkwise_scan
-from titans.memory.native import native_bfloat16_scan, native_scan
-from titans.memory.native import refuses as native_refuses
-from titans.memory.native import refuses_bfloat16 as native_refuses_bfloat16
+from titans.memory.backends import choose_backend
+from titans.memory.checks import check_read, check_scan
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
-from titans.memory.reference import reference_scan
 from titans.memory.state import MemoryState, map_state
-from titans.memory.triton import refuses as triton_refuses
-from titans.memory.triton import triton_scan
-
-Scan = Callable[[ScanProblem], tuple[Tensor, MemoryState, Tensor]]
-
-
-class Backend(NamedTuple):
-    """A way to run a scan. `refuses` says in a sentence why it cannot run a problem, or returns None."""
-
-    scan: Scan
-    refuses: Callable[[ScanProblem], str | None]
-
-
-# In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {
-    "native": Backend(native_scan, native_refuses),
-    "triton": Backend(triton_scan, triton_refuses),
-    "chunkwise": Backend(chunkwise_scan, lambda problem: hand_written_refuses()),
-    "reference": Backend(reference_scan, lambda problem: None),
-    # After one that never refuses: less exact than asked for only where it is asked for.
-    "native_bfloat16": Backend(native_bfloat16_scan, native_refuses_bfloat16),
-}
-
-
-def choose_backend(name: str, problem: ScanProblem) -> Backend:
-    """The backend of that name, or for "auto" the first that does not refuse.
-
-    Raises:
-        ValueError: for an unknown name, or a named backend that refuses, with its reason.
-    """
-    if name == "auto":
-        return next(b for b in BACKENDS.values() if b.refuses(problem) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not known here: choose one of {['auto', *BACKENDS]}")
-    reason = BACKENDS[name].refuses(problem)
-    if reason is not None:
-        raise ValueError(f"backend={name!r} refuses this call: {reason}")
-    return BACKENDS[name]
+from titans.memory.traced import traced_scan
 
 
 @overload
@@ -137,21 +96,6 @@ def memory_scan(
         net, queries, keys, values, forget, momentum, step_size, state, chunk_size,
         norm_weight, norm_bias, mask, reset, initial, initial_momentum, base,
     )  # fmt: skip
-    scan = _untraced_scan() if torch.compiler.is_compiling() else _scan
-    reads, new_state, surprise = scan(
-        net, queries, keys, values, forget, momentum, step_size, state, chunk_size,
-        norm_weight, norm_bias, mask, reset, initial, initial_momentum, base, backend, read_anchor,
-    )  # fmt: skip
-    return (reads, new_state, surprise) if return_surprise else (reads, new_state)
-
-
-def _scan(
-    net: MemoryNetwork, queries: Tensor, keys: Tensor, values: Tensor, forget: Tensor, momentum: Tensor,
-    step_size: Tensor, state: MemoryState, chunk_size: int, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, mask: Tensor | None, reset: Tensor | None, initial: Sequence[Tensor] | None,
-    initial_momentum: Sequence[Tensor] | None, base: Sequence[Tensor] | None, backend: str, read_anchor: bool,
-) -> tuple[Tensor, MemoryState, Tensor]:  # fmt: skip
-    """`memory_scan` of checked arguments: promote, choose a backend, run."""
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _compute_dtype(queries, keys, values, *state.weights)
 
@@ -175,21 +119,12 @@ def _scan(
             base=None if base is None else tuple(map(raised, base)),
             read_anchor=read_anchor,
         )
-        reads, new_state, surprise = choose_backend(backend, problem).scan(problem)
-    return reads.to(queries.dtype), new_state, surprise
-
-
-_untraced: Callable[..., tuple[Tensor, MemoryState, Tensor]] | None = None
-
-
-def _untraced_scan() -> Callable[..., tuple[Tensor, MemoryState, Tensor]]:
-    """`_scan` as torch.compile takes it: whole, its graph broken there. Traced, it would be the oracle, token
-    by token, for minutes."""
-    global _untraced
-    if _untraced is None:
-        # Not where it is defined: that would load the compiler for everyone.
-        _untraced = torch.compiler.disable(_scan)
-    return _untraced
+        if torch.compiler.is_compiling():
+            reads, new_state, surprise = traced_scan(problem, backend)
+        else:
+            reads, new_state, surprise = choose_backend(backend, problem).scan(problem)
+    reads = reads.to(queries.dtype)
+    return (reads, new_state, surprise) if return_surprise else (reads, new_state)
 
 
 def memory_read(

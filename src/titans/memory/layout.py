@@ -28,7 +28,10 @@ def assume_aligned() -> Iterator[None]:
 
 
 def common_phase(position: Tensor, size: int) -> int | None:
-    """position % size, (batch,), where it is the same in every row, or None. Reads it on the host."""
+    """position % size, (batch,), where it is the same in every row, or None. Reads it on the host, or in a
+    compiled graph, where there are no values, is None."""
+    if torch.compiler.is_compiling():
+        return None
     if _aligned.get():
         return 0
     phases = set((position % size).tolist())
@@ -61,7 +64,7 @@ class Columns(NamedTuple):
 
 def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor | None = None) -> Columns:
     """Lay out a stretch; position (batch,) before it, real and reset (batch, time) bool. Reads sizes on the
-    host."""
+    host, or in a compiled graph without `reset` takes the largest they can be."""
     batch, time = real.shape
     count = real.sum(1)
     rank = real.cumsum(1) - real.long()
@@ -73,8 +76,11 @@ def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor |
     column = opens.cumsum(1) - 1
     slot = rank - torch.where(opens, rank, -1).cummax(1).values
 
-    num_columns = int(torch.where(real, column, -1).max()) + 1 if real.numel() else 0
-    width = int(torch.where(real, slot, -1).max()) + 1 if real.numel() else 0
+    if torch.compiler.is_compiling() and reset is None:
+        num_columns, width = (time + 2 * chunk_size - 2) // chunk_size, min(time, chunk_size)
+    else:
+        num_columns = int(torch.where(real, column, -1).max()) + 1 if real.numel() else 0
+        width = int(torch.where(real, slot, -1).max()) + 1 if real.numel() else 0
     place = torch.where(real, column * width + slot, num_columns * width)
     spill = num_columns * width + 1
 

@@ -28,6 +28,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     vectors.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.compiler.is_compiling():
+        # Compiled, sums of products are as fast, and complex numbers are not.
+        cos, sin = (table.to(wide.dtype).unsqueeze(-2) for table in (cos, sin))
+        a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
     turn = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype)).unsqueeze(-2)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * turn)
