@@ -171,9 +171,10 @@ def test_ctrl_c_saves_what_was_read(model_folder: Path, tmp_path: Path) -> None:
     text, memory = tmp_path / "endless.txt", tmp_path / "memory"
     text.write_bytes(ACT_4 * 200)
     command = [sys.executable, "-m", "titans", "memorize", model_folder, text, "-o", memory]
+    # Where the tests run in the background, the shell has the commands of these ignore the signal.
     program = (
-        "import sys; from titans.cli import main, progress; progress.SECONDS_BETWEEN_LINES = 0.0; "
-        "sys.exit(main(sys.argv[1:]))"
+        "import signal, sys; from titans.cli import main, progress; progress.SECONDS_BETWEEN_LINES = 0.0; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
     )
     command[1:3] = ["-c", program]
     process = subprocess.Popen(
