@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from titans.memory import BACKENDS
 
@@ -47,4 +48,4 @@ def test_what_is_promised_of_operators(options, monkeypatch):
     monkeypatch.setattr(torch.ops.titans, "scan", heard)
     make_problem(**options).require_grad().scan("chunkwise")
     monkeypatch.undo()
-    torch.library.opcheck(operator.default, calls[0])
+    library.opcheck(operator.default, calls[0])

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from titans.memory.backends import choose_backend
 from titans.memory.network import MemoryNetwork
@@ -86,7 +86,7 @@ def _fresh_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
-@torch.library.custom_op("titans::scan", mutates_args=(), schema=f"(Tensor[] flat, {_REST}) -> Tensor[]")
+@library.custom_op("titans::scan", mutates_args=(), schema=f"(Tensor[] flat, {_REST}) -> Tensor[]")
 def _scan(flat: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     return _apart(_run(flat, rest), flat)
 
@@ -97,7 +97,7 @@ def _(flat: Sequence[Tensor], there: Sequence[bool], *rest: Any) -> list[Tensor]
     return _fresh_like([flat[0], flat[0][..., 0], *flat[6 : 7 + 3 * depth]])
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "titans::scan_backward",
     mutates_args=(),
     schema=f"(Tensor[] grads, bool[] wanted, Tensor[] flat, {_REST}) -> Tensor[]",
