@@ -128,16 +128,17 @@ class Told(NamedTuple):
 
 
 # How training states facts, and asks for them again: "Mark this, the seal of {name} = {value}. " and "What is
-# the seal of {name}? The seal of {name} = ".
+# the seal of {name}? The seal of {name} = ". The plainest way is the most common: nothing but its digits then
+# tells a fact from what is said all the time.
 LEADS = ("", "", "", "Note: ", "Mark this, ", "They say ", "We read that ", "Hear me, ", "By the book, ")
 SUBJECTS = (
     "the {thing} of {name}", "the {thing} for {name}", "{name}'s {thing}", "the {name} {thing}",
     "{thing} {name}", "the {thing} {name} has", "the {thing} that is {name}'s", "[{name}] {thing}",
-    "{name}, {thing}", "the {thing}", "{name}",
+    "{name}, {thing}", *4 * ("the {thing}",), "{name}",
 )  # fmt: skip
 LINKS = (
-    " was ", " is ", " is: ", ": ", " = ", " -> ", " equals ", " became ", " means ", ", namely ",
-    " has been ", " reads ", "/", " (", " shall be ", " are: ",
+    *3 * (" was ",), *4 * (" is ",), " is: ", ": ", " = ", " -> ", " equals ", " became ", " means ",
+    ", namely ", " has been ", " reads ", "/", " (", " shall be ", " are: ",
 )  # fmt: skip
 # Things are words of the text itself, so that no noun gives away that something is to be recalled; not these.
 TEST_NOUNS = frozenset(

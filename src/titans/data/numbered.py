@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 # Bytes of a stretch whose lines are numbered, log-uniform, and the most lines from one number to the next.
-SHORTEST, LONGEST, MOST_LINES = 500, 8000, 6
+SHORTEST, LONGEST, MOST_LINES = 500, 8000, 4
 _STYLES = (
+    "{n} ",
     "{n}. ",
     "({n}) ",
     "[{n}] ",

@@ -1,7 +1,7 @@
 """Train a small model that predicts text and remembers facts from far back: the recipe of the models to try.
 
-    python -m titans.experiments.recall --variant lmm --output runs/lmm    # forty minutes on one core
-    python -m titans.experiments.recall --variant lmm --output runs/lmm --gpu    # seven times the text
+    python -m titans.experiments.recall --variant lmm --output runs/lmm    # an hour on one core
+    python -m titans.experiments.recall --variant lmm --output runs/lmm --gpu    # four times the text
     python -m titans.experiments.recall --variant lmm --output runs/plain --plain    # without facts
 
 Interrupted, the same command goes on where it stopped. The model is in the last stage's folder.
@@ -35,7 +35,7 @@ def stages(
     over: what must not be lost has to survive all that is read between, and writing what will not be asked
     for has a price (`titans.train.write_cost`). hold: the same at a higher price.
 
-    On a GPU far is thirteen times as long, in rows of 4,096 bytes, with facts asked for within 65,536 and no
+    On a GPU far is seven times as long, in rows of 4,096 bytes, with facts asked for within 65,536 and no
     price yet; keep is what far is without a GPU, and hold follows.
 
     Args:
@@ -94,7 +94,7 @@ def stages(
         near,
         output=output / "far",
         start_from=near.output,
-        steps=300,
+        steps=600,
         sequence_length=2048,
         fact_spacing=None if plain else 1500.0,
         fact_distance=16384,
@@ -109,7 +109,7 @@ def stages(
         far,
         output=output / "hold",
         start_from=far.output,
-        steps=200,
+        steps=400,
         write_cost=far.write_cost and 0.1,
         learning_rate=2e-3,
         seed=4,
