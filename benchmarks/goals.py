@@ -31,8 +31,8 @@ NEEDLES = (
     ("word", "word in a book (S-NIAH-W)", {TRAINED: 95, 4 * TRAINED: 90}),
     ("qa1", "who is where (bAbI-like qa1)", {MIB: 80}),
 )
-# What the same recipe makes of a variant without facts, by its label in language.json. Where it has read less,
-# the label says how much: the goal is missed all the more if it is missed so.
+# What the same recipe makes of a variant without facts, by its label in language.json. Where it has read
+# less, the label says how much: a goal missed so is missed all the more.
 PLAIN = {"titans-mag-tiny": "mag without facts, 11.5 million bytes", "titans-lmm-tiny": "lmm without facts"}
 # Of fewer texts a share says nothing about a goal.
 FEWEST = 20
