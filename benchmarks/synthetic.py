@@ -50,6 +50,8 @@ DEPTHS: dict[int, dict[str, int]] = {
     2: dict(memory_depth=2, num_attention_heads=2, head_dim=32, memory_expansion=2),
 }
 SEEDS = (0,)
+# After 2,000 steps compression is still being learned.
+STEPS = {"compression": 4000}
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def planned(only: str, variants: list[str]) -> list[Run]:
     if only != "pairs":
         for seed in SEEDS:
             for task in TASKS:
-                runs += [Run(task, variant, seed, 2000, 32, 2e-3) for variant in variants]
+                steps = STEPS.get(task, 2000)
+                runs += [Run(task, variant, seed, steps, 32, 2e-3) for variant in variants]
     if only != "mad":
         for seed in SEEDS:
             for pairs in PAIRS:
