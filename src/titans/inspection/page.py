@@ -38,15 +38,17 @@ def write_page(
     surprise = found.surprise.mean(-1)
     channels = [
         _channel("surprise", surprise, "‖M(k) − v‖²", "Surprise: how wrong the memories were about each "
-                 "token before they learned it, mean over layers and heads. How much of it they write is up "
-                 "to their step size (below). White is the least that occurs; what is beyond the scale is "
-                 "drawn like its end."),
+                 "token before they learned it (M is a memory, k and v are the key and the value that its "
+                 "layer makes of the token), mean over layers and heads. How much of it they write is up to their "
+                 "step size (below). Half of the tokens surprise less than the scale begins with; they are "
+                 "white."),
         _channel("helped, beside no memory", found.helped, "nats", "Blue: the memory of what was read before "
                  "made this token likelier than no memory did. Red: it made it less likely.", signed=True),
         _channel("helped, beside another text's", found.helped_beside_another, "nats", "Blue: the memory of "
                  "this text made the token likelier than the memory of another text of the same length did.",
                  signed=True),
-        _channel("loss", found.loss, "nats", "How unlikely the model found each token."),
+        _channel("loss", found.loss, "nats", "How unlikely the model found each token. The likelier half is "
+                 "white."),
     ]  # fmt: skip
     data = {
         "title": title,
@@ -56,6 +58,8 @@ def write_page(
         "stream everything is carried on; for the others each passage of "
         f"{found.passage_length:,} tokens begins with the memory named and nothing else: that of all before "
         "it, that of as much of another text, or none.",
+        "how_to_read": f"Click a passage to go there; its figure is the mean of {_WINDOW} tokens. The text "
+        "follows, coloured, then what the memories did meanwhile.",
         "text": "".join(texts),
         # JavaScript counts in units of UTF-16.
         "lengths": _packed(np.array([len(text.encode("utf-16-le")) // 2 for text in texts], np.uint8)),
@@ -94,7 +98,7 @@ def _channel(name: str, values: np.ndarray, unit: str, meaning: str, signed: boo
         low, high = 0.0, float(np.quantile(np.abs(known), _CLIP)) or 1.0
         scaled = 128 + 127 * np.clip(values / high, -1, 1)
     else:
-        low, high = float(known.min()), float(np.quantile(known, _CLIP))
+        low, high = float(np.median(known)), float(np.quantile(known, _CLIP))
         high = high if high > low else low + 1
         scaled = 255 * np.clip((values - low) / (high - low), 0, 1)
     scaled = np.where(np.isnan(values), 128.0 if signed else 0.0, scaled)
@@ -174,11 +178,12 @@ def _charts(found: Inspection) -> list[dict[str, Any]]:
 
     half_lives = math.log(2) / -np.log1p(-np.clip(found.forget.astype(np.float64), 1e-12, 1 - 1e-12))
     return [
-        {"title": "How hard the memories write", "meaning": "The step size θ, mean over stretches; a "
-         "logarithmic scale.",
+        {"title": "How hard the memories write", "meaning": "The step size θ, mean over stretches, on a "
+         "logarithmic scale: a peak is a token that is kept, at 0 nothing is.",
          "lines": lines(found.step_size), "logarithmic": True},
         {"title": "How slowly they forget", "meaning": "Tokens after which half is left, at the rate of each "
          "stretch; a logarithmic scale.", "lines": lines(half_lives), "logarithmic": True},
-        {"title": "How much they hold", "meaning": "Norm of the fast weights.",
+        {"title": "How much they hold", "meaning": "Norm of the fast weights: it rises while more is written "
+         "than forgotten.",
          "lines": lines(found.memory_norm), "logarithmic": False},
     ]  # fmt: skip
