@@ -39,9 +39,9 @@ def write_page(
     channels = [
         _channel("surprise", surprise, "‖M(k) − v‖²", "Surprise: how wrong the memories were about each "
                  "token before they learned it (M is a memory, k and v are the key and the value that its "
-                 "layer makes of the token), mean over layers and heads. How much of it they write is up to their "
-                 "step size (below). Half of the tokens surprise less than the scale begins with; they are "
-                 "white."),
+                 "layer makes of the token), mean over layers and heads. How much of it they write is up to "
+                 "their step size (below). Half of the tokens surprise less than the scale begins with; they "
+                 "are white."),
         _channel("helped, beside no memory", found.helped, "nats", "Blue: the memory of what was read before "
                  "made this token likelier than no memory did. Red: it made it less likely.", signed=True),
         _channel("helped, beside another text's", found.helped_beside_another, "nats", "Blue: the memory of "
