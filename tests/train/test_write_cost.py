@@ -34,10 +34,10 @@ def test_it_is_the_logarithm_of_the_odds_of_a_step_over_the_slower_half_of_the_h
         hook.remove()
     opened = torch.cat([step.flatten(0, 1) for step in steps])[:, 2:]  # of three heads the slowest
     expected = torch.log1p(math.exp(8) * opened / (1 - opened)).mean()
-    torch.testing.assert_close(write_cost(logits), expected)
+    torch.testing.assert_close(write_cost(logits, 8.0), expected)
     assert model(ids, use_cache=False) is not None and len(logits) == len(steps), "it looks within the block"
 
-    write_cost(logits[:1]).backward()
+    write_cost(logits[:1], 8.0).backward()
     forget, momentum, step_size = memories[0].gate_bias.grad
     assert (step_size[2] > 0).all() and step_size[:2].abs().max() == 0
     assert forget.abs().max() == momentum.abs().max() == 0
@@ -51,7 +51,7 @@ def test_a_baseline_pays_nothing() -> None:
     model = a_model("window")
     with collected_write_logits(model) as logits:
         model(torch.arange(8).view(1, 8), use_cache=False)
-    assert write_cost(logits) == 0
+    assert write_cost(logits, 8.0) == 0
 
 
 def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
@@ -59,7 +59,8 @@ def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
 ) -> None:
     found = []
     for price in (0.0, 0.5):
-        run = TrainingRun(settings(write_cost=price, output=settings().output.with_name(f"run-{price}")))
+        output = settings().output.with_name(f"run-{price}")
+        run = TrainingRun(settings(write_cost=price, write_cost_reach=5.0, output=output))
         run.settings.output.mkdir()
         trainer = run._trainer(None)
         run.model.train()
@@ -67,7 +68,7 @@ def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
         loss = trainer.compute_loss(run.model, batch)
         with collected_write_logits(run.model) as logits:
             run.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        found.append((loss.item(), write_cost(logits).item(), trainer.metrics._losses[-1]))
+        found.append((loss.item(), write_cost(logits, 5.0).item(), trainer.metrics._losses[-1]))
     (plain, price, reported), (paid, same, reported_too) = found
     assert price == pytest.approx(same) and price > 1
     assert paid == pytest.approx(plain + 0.5 * price, rel=1e-5)
@@ -81,12 +82,12 @@ def test_what_will_be_asked_for_pays_nothing(variant: str) -> None:
     with collected_write_logits(model) as logits:
         model(ids, use_cache=False)
     spared = torch.zeros(2, 40, dtype=torch.bool)
-    assert write_cost(logits, spared) == write_cost(logits)
+    assert write_cost(logits, 8.0, spared) == write_cost(logits, 8.0)
     persistent = [x for x in logits if len(x) == 1]
     of_all = sum(x[..., (x.shape[-2] + 1) // 2 :, :].numel() for x in logits)
     of_them = sum(x[..., (x.shape[-2] + 1) // 2 :, :].numel() for x in persistent)
-    rest = write_cost(persistent).item() * of_them / of_all
-    assert write_cost(logits, ~spared).item() == pytest.approx(rest, abs=1e-6)
+    rest = write_cost(persistent, 8.0).item() * of_them / of_all
+    assert write_cost(logits, 8.0, ~spared).item() == pytest.approx(rest, abs=1e-6)
     spared[1, 17:23] = True
-    paid = write_cost(logits, spared) + write_cost(logits, ~spared)
-    assert paid.item() == pytest.approx(write_cost(logits).item() + rest, rel=1e-5)
+    paid = write_cost(logits, 8.0, spared) + write_cost(logits, 8.0, ~spared)
+    assert paid.item() == pytest.approx(write_cost(logits, 8.0).item() + rest, rel=1e-5)

@@ -33,7 +33,8 @@ def stages(
     from each other; what a memory has to do is learned here, in minutes. near: fewer, within 1,024 bytes.
     far: text with a fact in every 1,500 bytes, asked for within 16,384, read in order with the memory carried
     over: what must not be lost has to survive all that is read between, and writing what will not be asked
-    for has a price (`titans.train.write_cost`). hold: the same at a higher price.
+    for has a price (`titans.train.write_cost`). hold: the same at a higher price, which steps of some
+    millionths pay too: in a million bytes they add up.
 
     On a GPU far is seven times as long, in rows of 4,096 bytes, with facts asked for within 65,536 and no
     price yet; keep is what far is without a GPU, and hold follows.
@@ -111,6 +112,7 @@ def stages(
         start_from=far.output,
         steps=400,
         write_cost=far.write_cost and 0.1,
+        write_cost_reach=12.0,
         learning_rate=2e-3,
         seed=4,
     )

@@ -215,6 +215,7 @@ class TrainingRun:
             state_passing=settings.state_passing,
             answer_weight=settings.answer_weight,
             write_cost=settings.write_cost,
+            write_cost_reach=settings.write_cost_reach,
             cuda_graph=settings.cuda_graph,
             eval_every=settings.eval_every,
             save_every=settings.save_every,

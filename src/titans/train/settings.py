@@ -16,7 +16,7 @@ SETTINGS_FILE = "training.json"
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
     "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "answer_weight", "refrains",
-    "numbered_lines", "write_cost", "start_from", "state_passing",
+    "numbered_lines", "write_cost", "write_cost_reach", "start_from", "state_passing",
 )  # fmt: skip
 
 
@@ -60,6 +60,8 @@ class TrainSettings:
     """Share of the training text that lies in stretches whose lines are numbered."""
     write_cost: float = 0.0
     """What the slower half of a memory's heads pay for writing, see `titans.train.write_cost`."""
+    write_cost_reach: float = 8.0
+    """Steps pay by their logarithm down to e to minus this of the largest; smaller ones next to nothing."""
     start_from: Path | None = None
     """Folder of a model to go on from, of the same configuration."""
     learning_rate: float | None = None
@@ -117,7 +119,8 @@ class TrainSettings:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
                 "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "answer_weight": math.inf,
-                "refrains": 0.9, "numbered_lines": 0.9, "write_cost": math.inf}  # fmt: skip
+                "refrains": 0.9, "numbered_lines": 0.9, "write_cost": math.inf,
+                "write_cost_reach": math.inf}  # fmt: skip
         for name, bound in most.items():
             value = getattr(self, name)
             if value is not None and not 0 <= value <= bound:

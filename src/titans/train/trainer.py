@@ -60,7 +60,7 @@ class TitansTrainer(Trainer):
         state_passing: fraction of the rows that begin with the memory another row has left in the step
             before, in place of an empty one; the text, and with it all else, is new.
         answer_weight: how much labels count that the examples' `answers` marks; others count 1.
-        write_cost: how much `titans.train.write_cost` counts beside them.
+        write_cost: how much `titans.train.write_cost` counts beside them. write_cost_reach: its `reach`.
         cuda_graph: record the step and replay it; padding is then read like text.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
         save_extras: called with the folder of every checkpoint, to put files beside the model.
@@ -79,6 +79,7 @@ class TitansTrainer(Trainer):
         state_passing: float = 0.0,
         answer_weight: float = 1.0,
         write_cost: float = 0.0,
+        write_cost_reach: float = 8.0,
         cuda_graph: bool = False,
         eval_every: int = 100,
         save_every: int = 100,
@@ -104,7 +105,8 @@ class TitansTrainer(Trainer):
         self.held_out = held_out
         self.metrics = metrics
         self.carry_memory, self.state_passing = carry_memory, state_passing
-        self.answer_weight, self.write_cost = answer_weight, write_cost
+        self.answer_weight = answer_weight
+        self.write_cost, self.write_cost_reach = write_cost, write_cost_reach
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
@@ -188,7 +190,8 @@ class TitansTrainer(Trainer):
             weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()
         if self.write_cost:
-            loss = loss + self.write_cost * write_cost(write_logits, inputs.get("facts")).to(loss.device)
+            cost = write_cost(write_logits, self.write_cost_reach, inputs.get("facts"))
+            loss = loss + self.write_cost * cost.to(loss.device)
         return loss, reported, logits, map_state(Tensor.detach, states) if self._passes_on else None
 
     def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:

@@ -19,10 +19,6 @@ from torch import Tensor, nn
 
 from titans.nn import NeuralMemory
 
-# Steps below e⁻⁸ of the largest are all but free. Up to there a gate is pushed down as hard when it is nearly
-# closed as when it is open: what counts far off is the order of magnitude.
-_FREE = 8.0
-
 
 @contextmanager
 def collected_write_logits(model: nn.Module) -> Iterator[list[Tensor]]:
@@ -40,15 +36,17 @@ def collected_write_logits(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def write_cost(logits: list[Tensor], spared: Tensor | None = None) -> Tensor:
-    """Mean over tokens, slower heads and layers of log(1 + e⁸ θ / (θ_max − θ)), a scalar; 0 without any.
+def write_cost(logits: list[Tensor], reach: float, spared: Tensor | None = None) -> Tensor:
+    """Mean over tokens, slower heads and layers of log(1 + eʳ θ / (θ_max − θ)), a scalar; 0 without any.
 
+    reach: r; steps below e⁻ʳ of the largest are all but free. Down to there a gate is pushed down as hard
+    when it is nearly closed as when it is open: what counts far off is the order of magnitude.
     spared: (batch, time) bool, tokens that pay nothing, because they are going to be asked for. Persistent
     tokens pay like all.
     """
     costs, place = [], 0
     for x in logits:
-        cost = F.softplus(x[..., (x.shape[-2] + 1) // 2 :, :] + _FREE)
+        cost = F.softplus(x[..., (x.shape[-2] + 1) // 2 :, :] + reach)
         if spared is not None and len(x) == len(spared):
             # A layer may read a stretch in pieces, the last of them filled up.
             end = place + x.shape[1]
