@@ -157,8 +157,9 @@ def books(subject: Subject) -> Iterator[Row]:
         text = text_of(corpus, part)  # type: ignore[arg-type]
         for length in (1024, 4096, 16384):
             needles = facts("number")
-            texts = [said(n) + after for n, after in zip(needles, slices(text, length, 7), strict=True)]
-            yield {"arm": arm, "x": length, **subject.share(fitted(texts, length), needles)}
+            after = slices(text, length, 7)
+            texts = [(said(n) + rest)[:length] for n, rest in zip(needles, after, strict=True)]
+            yield {"arm": arm, "x": length, **subject.share(texts, needles)}
 
 
 def genre(subject: Subject) -> Iterator[Row]:
@@ -211,8 +212,8 @@ def surprise_at(subject: Subject, texts: Sequence[bytes], places: Sequence[tuple
 def gating(subject: Subject) -> Iterator[Row]:
     """Read twice: for the surprises, then with the writes of less surprising tokens left out."""
     needles = facts("number")
-    texts = [said(n) + after for n, after in zip(needles, slices(text_of("bible"), CONTEXT, 11), strict=True)]
-    texts = fitted(texts, CONTEXT)
+    after = slices(text_of("bible"), CONTEXT, 11)
+    texts = [(said(n) + rest)[:CONTEXT] for n, rest in zip(needles, after, strict=True)]
     surprises, nats = look(subject, texts)
     generator = torch.Generator().manual_seed(0)
     for share in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
