@@ -33,7 +33,12 @@ NEEDLES = (
 )
 # What the same recipe makes of a variant without facts, by its label in language.json. Where it has read
 # less, the label says how much: a goal missed so is missed all the more.
-PLAIN = {"titans-mag-tiny": "mag without facts, 11.5 million bytes", "titans-lmm-tiny": "lmm without facts"}
+PLAIN = {
+    "titans-mag-tiny": "mag without facts, 11.5 million bytes",
+    "titans-lmm-tiny": "lmm without facts, on a GPU",
+    "titans-mac-tiny": "mac without facts",
+    "lmm of commit ef35388, one core": "lmm without facts",
+}
 # Of fewer texts a share says nothing about a goal.
 FEWEST = 20
 
