@@ -170,7 +170,7 @@ def genre(subject: Subject) -> Iterator[Row]:
             asked = facts("word" if odd else "number", seed=1)
             generator = np.random.default_rng(count)
             texts, places = [], []
-            for row, (n, around) in enumerate(zip(asked, slices(text, 64 * 100, 9), strict=True)):
+            for row, (n, around) in enumerate(zip(asked, slices(text, 64 * 128, 9), strict=True)):
                 others = [
                     said(make_needles(TASKS["number"], np.random.default_rng([2, row, i])))
                     for i in range(count)
@@ -181,9 +181,9 @@ def genre(subject: Subject) -> Iterator[Row]:
                 texts.append(b"".join(parts) + around[64 * len(told) :])
                 places.append((len(b"".join(parts[:at])) + 64, len(said(n))))
             shortest = min(map(len, texts))
-            places = [(at - len(t) + shortest, size) for (at, size), t in zip(places, texts, strict=True)]
-            measured = subject.share(fitted(texts, shortest), asked)
-            surprise = surprise_at(subject, fitted(texts, shortest), places)
+            texts = [whole[:shortest] for whole in texts]
+            measured = subject.share(texts, asked)
+            surprise = surprise_at(subject, texts, places)
             arm = "odd one out" if odd else "one of them"
             yield {"arm": arm, "x": count, "surprise": surprise, **measured}
 
@@ -205,7 +205,7 @@ def levels_of(surprises: Sequence[Tensor]) -> Tensor:
 def surprise_at(subject: Subject, texts: Sequence[bytes], places: Sequence[tuple[int, int]]) -> float:
     """Mean surprise inside the given places over that of the whole texts, layers and heads alike."""
     levels = levels_of(look(subject, texts)[0])
-    inside = [levels[row, max(at, 0) : at + size].mean() for row, (at, size) in enumerate(places)]
+    inside = [levels[row, at : at + size].mean() for row, (at, size) in enumerate(places)]
     return torch.stack(inside).mean().item()
 
 
