@@ -101,6 +101,12 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, chan
 
 def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> None:
     train(settings(steps=3))
+    file = settings().output / "checkpoint-3" / "training.json"
+    before_a_field_existed = json.loads(file.read_text())
+    del before_a_field_existed["write_cost_reach"]
+    file.write_text(json.dumps(before_a_field_existed))
+    with pytest.raises(ValueError, match=r"write_cost_reach=9.0, but .*checkpoint-3"):
+        train(settings(steps=5, resume=True, write_cost_reach=9.0))
     result = train(settings(steps=5, resume=True))
     assert [step for step, _ in result.losses] == [3, 5]
     with pytest.raises(ValueError, match=r"batch_size=2, but .*checkpoint-5 was trained with batch_size=4"):

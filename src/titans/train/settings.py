@@ -164,7 +164,8 @@ class TrainSettings:
             ValueError: naming the first field that differs, or if the settings file is damaged.
         """
         try:
-            saved = json.loads((folder / SETTINGS_FILE).read_text())
+            # A run from before a field existed had its default.
+            saved = TrainSettings(data="").to_json() | json.loads((folder / SETTINGS_FILE).read_text())
             differing = [name for name in _FIXED if saved[name] != self.to_json()[name]]
         except (KeyError, TypeError, json.JSONDecodeError):
             raise ValueError(
