@@ -63,22 +63,17 @@ def needle_goals() -> Iterator[Goal]:
     for task, called, wanted in NEEDLES:
         for length, percent in wanted.items():
             cells = {name: rows_of(found, name, task) for name in zoo.names()}
-            figures = {name: told(rows[length]) for name, rows in cells.items() if length in rows}
-            share = best(cells, length)
-            if share is None:
-                # What is not known nearby is not looked for far off.
-                nearer = max((n for rows in cells.values() for n in rows if n < length), default=0)
-                share = best(cells, nearer)
-                share = share if share is not None and share < percent / 100 else None
-                figures |= {
-                    name: f"{told(rows[nearer])} behind {nearer:,} already"
-                    for name, rows in cells.items()
-                    if share is not None and nearer in rows
-                }
+            lengths = {n for rows in cells.values() for n in rows if n <= length}
+            at = max((n for n in lengths if best(cells, n) is not None), default=length)
+            share = best(cells, at)
+            # What is not known nearby is not looked for far off; what is, may be lost there.
+            if at < length and share is not None and 100 * share >= percent:
+                at, share = length, None
+            already = f" behind {at:,} already" if at < length else ""
             yield Goal(
                 f"{called}, {length:,} bytes",
                 f"≥ {percent} %",
-                ", ".join(f"{name} {figure}" for name, figure in figures.items()),
+                ", ".join(f"{name} {told(rows[at])}{already}" for name, rows in cells.items() if at in rows),
                 100 * share >= percent if share is not None else None,
                 "recall.py",
             )

@@ -96,6 +96,11 @@ def said(needles: Needles) -> bytes:
     return needles.statements[0].encode()
 
 
+def told_before(needles: Sequence[Needles], text: bytes, length: int, seed: int) -> list[bytes]:
+    """Each fact and a slice of the text behind it, of one length together."""
+    return [(said(n) + rest)[:length] for n, rest in zip(needles, slices(text, length, seed), strict=True)]
+
+
 def fitted(before: Sequence[bytes], length: int) -> list[bytes]:
     """Of one length, by leaving out of their beginnings what is too much."""
     return [text[len(text) - length :] for text in before]
@@ -157,9 +162,7 @@ def books(subject: Subject) -> Iterator[Row]:
         text = text_of(corpus, part)  # type: ignore[arg-type]
         for length in (1024, 4096, 16384):
             needles = facts("number")
-            after = slices(text, length, 7)
-            texts = [(said(n) + rest)[:length] for n, rest in zip(needles, after, strict=True)]
-            yield {"arm": arm, "x": length, **subject.share(texts, needles)}
+            yield {"arm": arm, "x": length, **subject.share(told_before(needles, text, length, 7), needles)}
 
 
 def genre(subject: Subject) -> Iterator[Row]:
@@ -212,8 +215,7 @@ def surprise_at(subject: Subject, texts: Sequence[bytes], places: Sequence[tuple
 def gating(subject: Subject) -> Iterator[Row]:
     """Read twice: for the surprises, then with the writes of less surprising tokens left out."""
     needles = facts("number")
-    after = slices(text_of("bible"), CONTEXT, 11)
-    texts = [(said(n) + rest)[:CONTEXT] for n, rest in zip(needles, after, strict=True)]
+    texts = told_before(needles, text_of("bible"), CONTEXT, 11)
     surprises, nats = look(subject, texts)
     generator = torch.Generator().manual_seed(0)
     for share in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
