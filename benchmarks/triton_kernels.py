@@ -25,8 +25,8 @@ from titans.memory.triton import backward, decode, forward, scan
 from titans.memory.triton import filter as filters
 
 TYPES = {
-    "mask": "*u8", "fresh": "*u8", "complete": "*u8", "anchor_slot": "*i32", "position": "*i64",
-    "new_position": "*i64",
+    "mask": "*u8", "reset": "*u8", "fresh": "*u8", "complete": "*u8", "anchor_slot": "*i32",
+    "position": "*i64", "new_position": "*i64",
 } | dict.fromkeys(
     (
         "num_chunks", "num_rows", "num_units", "group", "from_time", "time", "channels", "heads",
@@ -34,8 +34,11 @@ TYPES = {
     ),
     "i32",
 )  # fmt: skip
-MEMORY = dict(HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, FLOOR=1.0, RADIUS=8.0)
-SCAN = dict(MEMORY, EPS=1e-5, NORM=False, ALWAYS=False, GELU=False, MARKED=False)
+MEMORY = dict(
+    HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, FLOOR=1.0, RADIUS=8.0, EPS=1e-5, NORM=False,
+    ALWAYS=False, GELU=False,
+)  # fmt: skip
+SCAN = dict(MEMORY, MARKED=False)
 # depth, head_dim, hidden width, tokens in a chunk, more.
 SHAPES = (
     (2, 64, 128, 16, {}),
@@ -46,6 +49,16 @@ SHAPES = (
     (2, 64, 256, 64, {}),
     (1, 64, 64, 16, {}),
     (1, 128, 128, 16, {}),
+)
+# depth, head_dim, hidden width, more.
+DECODED = (
+    (1, 64, 64, {}),
+    (1, 128, 128, {}),
+    (2, 64, 128, {}),
+    (2, 64, 128, dict(NORM=True, RESIDUAL=True)),
+    (2, 64, 256, {}),
+    (2, 128, 512, {}),
+    (2, 128, 512, dict(NORM=True, RESIDUAL=True)),
 )
 FILTER = dict(WIDTH=16, CHANNELS=64)
 
@@ -98,7 +111,8 @@ def main() -> int:
     arguments = parser.parse_args()
     print(
         f"{datetime.date.today()}, triton {triton.__version__}; `python benchmarks/triton_kernels.py`; "
-        f"{arguments.precision}, 8 warps (filters 4); scan in chunks; decoding one token, or a few masked\n\n"
+        f"{arguments.precision}, 8 warps (filters 4); scan in chunks; decoding one token, "
+        "or a few with masks and resets\n\n"
         "| kernel | target | head_dim × hidden | registers | spill stores | spill loads | shared memory |\n"
         "|---|---|---|---|---|---|---|"
     )
@@ -115,19 +129,15 @@ def main() -> int:
                 cells = compiled(kernel, {**sizes, **more}, capability, 8)
                 what = f"{kernel.__name__}, {name}"
                 print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)
-        for kernel, dim, units in (
-            (decode.one_layer_kernel, 64, 64),
-            (decode.one_layer_kernel, 128, 128),
-            (decode.two_layers_kernel, 64, 128),
-            (decode.two_layers_kernel, 64, 256),
-            (decode.two_layers_kernel, 128, 512),
-        ):
-            more = dict(HIDDEN=units, GELU=False) if kernel is decode.two_layers_kernel else {}
-            sizes = dict(MEMORY, DIM=dim, BLOCK=min(decode.TILE // dim, units), **more)
-            for tokens, length in (("1 token", dict(time=1, HAS_MASK=False)), ("a few", dict(HAS_MASK=True))):
-                cells = compiled(kernel, {**sizes, **length}, capability, 8)
-                name = f"{kernel.__name__}, {tokens}"
-                print(f"| {name} | sm_{capability} | {dim} × {units} | {' | '.join(cells)} |", flush=True)
+        for depth, dim, hidden, options in DECODED:
+            sizes = dict(MEMORY, DEPTH=depth, DIM=dim, HIDDEN=hidden, BLOCK=min(decode.TILE // dim, hidden))
+            for tokens, length in (
+                ("1 token", dict(time=1, HAS_MASK=False, HAS_RESET=False)),
+                ("a few", dict(HAS_MASK=True, HAS_RESET=True)),
+            ):
+                cells = compiled(decode.decode_kernel, {**sizes, **options, **length}, capability, 8)
+                name = f"decode_kernel, depth {depth}, {tokens}" + "".join(f", {o.lower()}" for o in options)
+                print(f"| {name} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)
         for kernel, more in (
             (filters._filter_kernel, dict(REVERSED=False, TIME=filters._TIME)),
             (filters._weight_kernel, dict(PADDED=16, SPAN=filters._SPAN, AT_ONCE=filters._AT_ONCE)),

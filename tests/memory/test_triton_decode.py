@@ -67,6 +67,10 @@ NORMALIZED = dict(base=True, normalize_step=True, length_floor=0.875)
         (256, dict(expansion=2, activation="silu", residual=False, mask="random", row_limit=0.7)),
         (512, dict(expansion=4, **NORMALIZED, row_limit=0.7, chunk_size=5, heads=3)),
         (2048, dict(expansion=2, base=True, normalize_step=True, mask="random", unit_rows=True)),
+        (64, dict(depth=1, norm=True, **NORMALIZED, mask="random", reset="random", unit_rows=True)),
+        (2048, dict(depth=1, norm=True, affine=False, residual=False, reset="last", initial_momentum=True)),
+        (256, dict(norm=True, expansion=2, **NORMALIZED, mask="random", reset="random", unit_rows=True)),
+        (2048, dict(norm=True, expansion=1, mask="rows", reset="random", initial_momentum=True)),
     ],
 )
 def test_it_is_the_oracle(
@@ -117,7 +121,6 @@ def test_a_state_is_a_value_and_masked_tokens_leave_every_bit_of_it() -> None:
 @pytest.mark.parametrize(
     "changes, options",
     [
-        (dict(reset="random"), {}),
         (dict(), dict(read_anchor=True)),
         (dict(time=backend.FEW_TOKENS + 1), {}),
         (dict(time=0), {}),

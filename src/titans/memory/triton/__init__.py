@@ -68,10 +68,8 @@ def decodes(problem: ScanProblem) -> bool:
         and not problem.needs_grad
         # Tangents would be lost without a word.
         and torch.autograd.forward_ad._current_level < 0
-        and problem.reset is None
         and not problem.read_anchor
         and net.depth <= 2
-        and not net.norm
         and _is_power_of_two(net.head_dim, 128)
         and (net.depth == 1 or _is_power_of_two(net.head_dim * net.expansion, 512))
     )

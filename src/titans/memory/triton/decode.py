@@ -1,6 +1,6 @@
 """One token at a time, without a gradient: one program for each head of each row reads, learns and answers.
 
-The equations are those of `reference.py`, with the names of `kernels.py`. A product with one token is a sum
+The equations are those of `reference.py`, with the names of `forward.py`. A product with one token is a sum
 over a tile, and of weights there is a tile of each kind in registers, however wide the memory. Whether a
 token ends its chunk is for the device to find out: the host waits for nothing, so that a step of decoding can
 be recorded as a CUDA graph.
@@ -15,17 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans.memory.network import NORM_EPS
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState, map_state
 from titans.memory.triton.elementary import (
     _activation,
     _kappa,
     _normalizer,
+    _normed,
     _row_scale,
     _slope,
     _tile,
     _with_base,
 )
+from titans.memory.triton.objective import _objective
 
 # Numbers in a tile of weights. Twice as many spill, with so many pointers to hold.
 TILE = 2048
@@ -33,198 +36,172 @@ _WARPS = 8
 
 
 @triton.jit
-def _gates(forget, momentum, step_size, at, real):
-    """Of one layer; a masked token, all of whose numbers are 0, keeps everything (and see `_learn`)."""
-    alpha = tl.load(forget + at, real, 0.0)
-    eta = tl.load(momentum + at, real, 1.0)
-    theta = tl.load(step_size + at, real, 0.0)
-    return alpha, eta, theta
-
-
-@triton.jit
-def _learn(d, h, real, alpha, eta, theta, weights, moments, new_moments):
+def _learn(d, h, real, forget, momentum, step_size, weights, moments, new_moments):
     """A tile of weights after a token has been written; the momentum goes from memory to memory.
 
-    d, h: the token's gradient is their outer product. The pointers are those of the tile.
+    d, h: the token's gradient is their outer product. The pointers are those of the tile. A masked token, all
+    of whose numbers are 0, keeps everything.
     """
-    s = eta * tl.load(moments) - (theta * d)[:, None] * h[None, :]
+    s = momentum * tl.load(moments) - (step_size * d)[:, None] * h[None, :]
     tl.store(new_moments, s)
     w = tl.load(weights)
-    # Not (1 − alpha) w, which in float32 loses the alpha of a slow gate. Momentum moves the weights whatever
+    # Not (1 − forget) w, which in float32 loses the alpha of a slow gate. Momentum moves the weights whatever
     # the gates, so with a masked token it is not added.
-    return (w - alpha * w) + tl.where(real, s, 0.0)
+    return (w - forget * w) + tl.where(real, s, 0.0)
 
 
 @triton.jit
-def one_layer_kernel(
-    queries, keys, values, forget, momentum, step_size, mask, position,
-    base1, weights1, moments1, anchor1,
-    reads, surprise, new_position, new_weights1, new_moments1, new_anchor1,
+def decode_kernel(
+    queries, keys, values, forget, momentum, step_size, mask, reset, gain, bias, position,
+    base_up, base_down, initial_up, initial_down, initial_moments_up, initial_moments_down,
+    weights_up, weights_down, moments_up, moments_down, anchor_up, anchor_down,
+    reads, surprise, new_position, new_weights_up, new_weights_down, new_moments_up, new_moments_down,
+    new_anchor_up, new_anchor_down,
     time, heads, chunk_size,
-    FLOOR: tl.constexpr, RADIUS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BASE: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
+    EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_BASE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr,
+    RESCALE: tl.constexpr, ALWAYS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """A linear memory: what a token finds, writes and reads of a row of weights is of that row alone."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, head = row // heads, row % heads
-    size, dim, rows, tile = DIM * DIM, tl.arange(0, DIM), tl.arange(0, BLOCK), _tile(BLOCK, DIM)
-    base1 += head * size
-    weights1 += row * size
-    moments1 += row * size
-    anchor1 += row * size
-    new_weights1 += row * size
-    new_moments1 += row * size
-    new_anchor1 += row * size
-    place = tl.load(position + batch)
-    for t in range(time):
-        token = (batch * time + t) * heads + head
-        real = True
-        if HAS_MASK:
-            real = tl.load(mask + batch * time + t) != 0
-        alpha, eta, theta = _gates(forget, momentum, step_size, token, real)
-        k = tl.load(keys + token * DIM + dim, real, 0.0)
-        q = tl.load(queries + token * DIM + dim, real, 0.0)
-        place += tl.where(real, 1, 0)
-        ends = (place % chunk_size == 0) & real
-        if NORMALIZE:
-            theta /= _normalizer(tl.sum(k * k, 0), 2.0, FLOOR, 1)
-        lost = tl.zeros([BLOCK], k.dtype)
-        for begin in range(0, DIM, BLOCK):
-            at = begin * DIM + tile
-            part = token * DIM + begin + rows
-            total = _with_base(tl.load(anchor1 + at), base1 + at, HAS_BASE)
-            error = tl.sum(total * k[None, :], 1) - tl.load(values + part, real, 0.0)
-            if RESIDUAL:
-                error += tl.load(keys + part, real, 0.0)
-            lost += error * error
-            w = _learn(2 * error, k, real, alpha, eta, theta, weights1 + at, moments1 + at, new_moments1 + at)
-            out = tl.sum(_with_base(w, base1 + at, HAS_BASE) * q[None, :], 1)
-            if RESIDUAL:
-                out += tl.load(queries + part, real, 0.0)
-            tl.store(reads + part, out)
-            if RESCALE:
-                scale, _ = _row_scale(tl.sum(w * w, 1), RADIUS, False)
-                w = tl.where(ends, w * scale[:, None], w)
-            tl.store(new_weights1 + at, w)
-            tl.store(new_anchor1 + at, tl.where(ends, w, tl.load(anchor1 + at)))
-        tl.store(surprise + token, tl.sum(lost, 0))
-        weights1, moments1, anchor1 = new_weights1, new_moments1, new_anchor1
-        # What one thread has written of the state another may read next.
-        tl.debug_barrier()
-    if head == 0:
-        tl.store(new_position + batch, place)
-
-
-@triton.jit
-def two_layers_kernel(
-    queries, keys, values, forget, momentum, step_size, mask, position,
-    base1, base2, weights1, weights2, moments1, moments2, anchor1, anchor2,
-    reads, surprise, new_position, new_weights1, new_weights2, new_moments1, new_moments2, new_anchor1,
-    new_anchor2,
-    time, heads, chunk_size,
-    FLOOR: tl.constexpr, RADIUS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BASE: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr,
-    RESCALE: tl.constexpr, GELU: tl.constexpr,
-):  # fmt: skip
-    """Two passes over the hidden units, BLOCK at a time: rows of W_1 and columns of W_2.
+    """Two passes over the hidden units, BLOCK at a time: rows of W_up and columns of W_down.
 
     The first asks the anchor for the token's value; the second, knowing the error, writes and reads each unit
-    once. Where a chunk ends, rows of W_2 are whole only after it.
+    once. Where a chunk ends, rows of W_down are whole only after it. A linear memory is a W_down alone.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
-    size, dim = HIDDEN * DIM, tl.arange(0, DIM)
-    up, down = _tile(BLOCK, DIM), dim[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
-    base1 += head * size
-    base2 += head * size
-    weights1 += row * size
-    weights2 += row * size
-    moments1 += row * size
-    moments2 += row * size
-    anchor1 += row * size
-    anchor2 += row * size
-    new_weights1 += row * size
-    new_weights2 += row * size
-    new_moments1 += row * size
-    new_moments2 += row * size
-    new_anchor1 += row * size
-    new_anchor2 += row * size
+    size, dim, unit = HIDDEN * DIM, tl.arange(0, DIM), tl.arange(0, BLOCK)
+    up, down = _tile(BLOCK, DIM), dim[:, None] * HIDDEN + unit[None, :]
+    base_down += head * size
+    initial_down += head * size
+    initial_moments_down += head * size
+    weights_down += row * size
+    moments_down += row * size
+    anchor_down += row * size
+    new_weights_down += row * size
+    new_moments_down += row * size
+    new_anchor_down += row * size
+    if DEPTH == 2:
+        base_up += head * size
+        initial_up += head * size
+        initial_moments_up += head * size
+        weights_up += row * size
+        moments_up += row * size
+        anchor_up += row * size
+        new_weights_up += row * size
+        new_moments_up += row * size
+        new_anchor_up += row * size
+    shift, offset = tl.zeros([DIM], tl.float32), tl.zeros([DIM], tl.float32)
+    if NORM:
+        shift, offset = tl.load(gain + head * DIM + dim), tl.load(bias + head * DIM + dim)
     place = tl.load(position + batch)
     for t in range(time):
+        if HAS_RESET:  # noqa: SIM102
+            if tl.load(reset + batch * time + t) != 0:
+                place = place * 0
+                weights_down, moments_down, anchor_down = initial_down, initial_moments_down, initial_down
+                if DEPTH == 2:
+                    weights_up, moments_up, anchor_up = initial_up, initial_moments_up, initial_up
         token = (batch * time + t) * heads + head
         real = True
         if HAS_MASK:
             real = tl.load(mask + batch * time + t) != 0
-        alpha1, eta1, theta1 = _gates(forget, momentum, step_size, 2 * token, real)
-        alpha2, eta2, theta2 = _gates(forget, momentum, step_size, 2 * token + 1, real)
+        gate = DEPTH * token + DEPTH - 1
+        theta_down = tl.load(step_size + gate, real, 0.0)
         k = tl.load(keys + token * DIM + dim, real, 0.0)
         place += tl.where(real, 1, 0)
         ends = (place % chunk_size == 0) & real
 
         # Surprise at the anchor.
-        error = tl.zeros([DIM], k.dtype)
+        features = tl.zeros([DIM], k.dtype)
         squares = tl.zeros([DIM], k.dtype)
         hidden_squares = tl.zeros([BLOCK], k.dtype)
         for begin in range(0, HIDDEN, BLOCK):
-            wide, tall = begin * DIM + up, begin + down
-            total1 = _with_base(tl.load(anchor1 + wide), base1 + wide, HAS_BASE)
-            hidden = _activation(tl.sum(total1 * k[None, :], 1), GELU)
-            total2 = _with_base(tl.load(anchor2 + tall), base2 + tall, HAS_BASE)
-            error += tl.sum(total2 * hidden[None, :], 1)
+            if DEPTH == 2:
+                at = begin * DIM + up
+                total = _with_base(tl.load(anchor_up + at), base_up + at, HAS_BASE)
+                hidden = _activation(tl.sum(total * k[None, :], 1), GELU)
+            else:
+                hidden = tl.load(keys + token * DIM + begin + unit, real, 0.0)
+            at = begin + down
+            total = _with_base(tl.load(anchor_down + at), base_down + at, HAS_BASE)
+            features += tl.sum(total * hidden[None, :], 1)
             if NORMALIZE:
-                squares += tl.sum(total2 * total2, 1)
+                squares += tl.sum(total * total, 1)
                 hidden_squares += hidden * hidden
-        error -= tl.load(values + token * DIM + dim, real, 0.0)
-        if RESIDUAL:
-            error += k
-        tl.store(surprise + token, tl.sum(error * error, 0))
-        d2 = 2 * error
+        v = tl.load(values + token * DIM + dim, real, 0.0)
+        error, delta, normed, scale = _objective(
+            features[None, :], k[None, :], v[None, :], shift, offset, EPS, NORM, RESIDUAL
+        )
+        tl.store(surprise + token, tl.where(real, tl.sum(tl.sum(error * error, 1), 0), 0.0))
+        d_down = tl.sum(delta, 0)
+        if DEPTH == 2:
+            theta_up = tl.load(step_size + gate - 1, real, 0.0)
         if NORMALIZE:
-            theta1 /= _normalizer(tl.sum(k * k, 0), 2 * _kappa(squares, FLOOR), FLOOR, 2)
-            theta2 /= _normalizer(tl.sum(hidden_squares, 0), 2.0, FLOOR, 2)
+            factor = 2.0
+            if NORM:
+                steepest = tl.max(tl.abs(shift), 0) * tl.sum(scale, 0)
+                factor = 2 * steepest * steepest
+            theta_down /= _normalizer(tl.sum(hidden_squares, 0), factor, FLOOR, DEPTH)
+            if DEPTH == 2:
+                theta_up /= _normalizer(tl.sum(k * k, 0), factor * _kappa(squares, FLOOR), FLOOR, DEPTH)
 
+        alpha_down = tl.load(forget + gate, real, 0.0)
+        eta_down = tl.load(momentum + gate, real, 1.0)
         q = tl.load(queries + token * DIM + dim, real, 0.0)
         out = tl.zeros([DIM], k.dtype)
         squares = tl.zeros([DIM], k.dtype)
         for begin in range(0, HIDDEN, BLOCK):
-            wide, tall = begin * DIM + up, begin + down
-            total1 = _with_base(tl.load(anchor1 + wide), base1 + wide, HAS_BASE)
-            outputs = tl.sum(total1 * k[None, :], 1)
-            total2 = _with_base(tl.load(anchor2 + tall), base2 + tall, HAS_BASE)
-            d1 = tl.sum(total2 * d2[:, None], 0) * _slope(outputs, GELU)
-            w1 = _learn(
-                d1, k, real, alpha1, eta1, theta1, weights1 + wide, moments1 + wide, new_moments1 + wide
-            )
-            read = _activation(tl.sum(_with_base(w1, base1 + wide, HAS_BASE) * q[None, :], 1), GELU)
+            into = begin + down
+            if DEPTH == 2:
+                alpha_up = tl.load(forget + gate - 1, real, 0.0)
+                eta_up = tl.load(momentum + gate - 1, real, 1.0)
+                at = begin * DIM + up
+                total = _with_base(tl.load(anchor_up + at), base_up + at, HAS_BASE)
+                outputs = tl.sum(total * k[None, :], 1)
+                total = _with_base(tl.load(anchor_down + into), base_down + into, HAS_BASE)
+                d_up = tl.sum(total * d_down[:, None], 0) * _slope(outputs, GELU)
+                w = _learn(
+                    d_up, k, real, alpha_up, eta_up, theta_up, weights_up + at, moments_up + at,
+                    new_moments_up + at,
+                )  # fmt: skip
+                read = _activation(tl.sum(_with_base(w, base_up + at, HAS_BASE) * q[None, :], 1), GELU)
+                if RESCALE:
+                    factors = _row_scale(tl.sum(w * w, 1), RADIUS, ALWAYS)[0]
+                    w = tl.where(ends, w * factors[:, None], w)
+                tl.store(new_weights_up + at, w)
+                tl.store(new_anchor_up + at, tl.where(ends, w, tl.load(anchor_up + at)))
+                hidden = _activation(outputs, GELU)
+            else:
+                hidden = tl.load(keys + token * DIM + begin + unit, real, 0.0)
+                read = tl.load(queries + token * DIM + begin + unit, real, 0.0)
+            w = _learn(
+                d_down, hidden, real, alpha_down, eta_down, theta_down, weights_down + into,
+                moments_down + into, new_moments_down + into,
+            )  # fmt: skip
+            out += tl.sum(_with_base(w, base_down + into, HAS_BASE) * read[None, :], 1)
             if RESCALE:
-                scale, _ = _row_scale(tl.sum(w1 * w1, 1), RADIUS, False)
-                w1 = tl.where(ends, w1 * scale[:, None], w1)
-            tl.store(new_weights1 + wide, w1)
-            tl.store(new_anchor1 + wide, tl.where(ends, w1, tl.load(anchor1 + wide)))
-
-            hidden = _activation(outputs, GELU)
-            w2 = _learn(
-                d2, hidden, real, alpha2, eta2, theta2, weights2 + tall, moments2 + tall, new_moments2 + tall
-            )
-            out += tl.sum(_with_base(w2, base2 + tall, HAS_BASE) * read[None, :], 1)
-            if RESCALE:
-                squares += tl.sum(w2 * w2, 1)
-            tl.store(new_weights2 + tall, w2)
-            tl.store(new_anchor2 + tall, tl.where(ends, w2, tl.load(anchor2 + tall)))
+                squares += tl.sum(w * w, 1)
+            tl.store(new_weights_down + into, w)
+            tl.store(new_anchor_down + into, tl.where(ends, w, tl.load(anchor_down + into)))
+        if NORM:
+            normed = tl.sum(_normed(out[None, :], EPS)[0], 0)
+            out = tl.where(real, normed * shift + offset, 0.0)
         if RESIDUAL:
             out += q
         tl.store(reads + token * DIM + dim, out)
         if RESCALE:  # noqa: SIM102
             if ends:
-                scale, _ = _row_scale(squares, RADIUS, False)
+                factors = _row_scale(squares, RADIUS, ALWAYS)[0]
                 tl.debug_barrier()
                 for begin in range(0, HIDDEN, BLOCK):
-                    tall = begin + down
-                    w2 = tl.load(new_weights2 + tall) * scale[:, None]
-                    tl.store(new_weights2 + tall, w2)
-                    tl.store(new_anchor2 + tall, w2)
-        weights1, moments1, anchor1 = new_weights1, new_moments1, new_anchor1
-        weights2, moments2, anchor2 = new_weights2, new_moments2, new_anchor2
+                    into = begin + down
+                    w = tl.load(new_weights_down + into) * factors[:, None]
+                    tl.store(new_weights_down + into, w)
+                    tl.store(new_anchor_down + into, w)
+        weights_down, moments_down, anchor_down = new_weights_down, new_moments_down, new_anchor_down
+        if DEPTH == 2:
+            weights_up, moments_up, anchor_up = new_weights_up, new_moments_up, new_anchor_up
         # What one thread has written of the state another may read next.
         tl.debug_barrier()
     if head == 0:
@@ -235,36 +212,58 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
     net, keys = problem.net, problem.keys
     batch, time, heads, dim = keys.shape
+    hidden, unused = net.weight_shapes[-1][1], keys.new_empty(1)
+
+    def pair(layers: tuple[Tensor, ...] | list[Tensor] | None) -> list[Tensor]:
+        """What the kernel calls up and down."""
+        there = [] if layers is None else [x.contiguous() for x in layers]
+        return [unused] * (2 - len(there)) + there
+
+    def flag(flags: Tensor | None) -> Tensor:
+        return unused if flags is None else flags.contiguous().view(torch.uint8)
+
+    def affine(slow: Tensor | None, otherwise: float) -> Tensor:
+        if not net.norm:
+            return unused
+        return keys.new_full((heads, dim), otherwise) if slow is None else slow.contiguous()
+
+    initial, initial_momentum = problem.initial, problem.initial_momentum
+    if problem.reset is None:
+        initial = initial_momentum = None
+    elif initial_momentum is None and initial is not None:
+        initial_momentum = tuple(torch.zeros_like(x) for x in initial)
     state = map_state(Tensor.contiguous, problem.state)
     tokens = (problem.queries, keys, problem.values, problem.forget, problem.momentum, problem.step_size)
-    parts = (*state.weights, *state.momentum, *state.anchor)
     # Whether anchor and weights have become one only the device knows, so they are two.
-    new = [torch.empty_like(x) for x in parts]
-    reads, surprise, unused = keys.new_empty(keys.shape), keys.new_empty(keys.shape[:3]), keys.new_empty(1)
+    new = [[torch.empty_like(x) for x in part] for part in (state.weights, state.momentum, state.anchor)]
+    reads, surprise = keys.new_empty(keys.shape), keys.new_empty(keys.shape[:3])
     position = torch.empty_like(state.position)
-    mask = unused if problem.mask is None else problem.mask.contiguous().view(torch.uint8)
-    base = [unused] * net.depth if problem.base is None else [x.contiguous() for x in problem.base]
-    kernel, units, more = one_layer_kernel, dim, {}
-    if net.depth == 2:
-        kernel, units = two_layers_kernel, net.expansion * dim
-        more = dict(HIDDEN=units, GELU=net.activation == "gelu")
-    launch: Any = kernel[(batch * heads,)]
+    launch: Any = decode_kernel[(batch * heads,)]
     launch(
-        *(x.contiguous() for x in tokens), mask, state.position, *base, *parts,
-        reads, surprise, position, *new,
+        *(x.contiguous() for x in tokens), flag(problem.mask), flag(problem.reset),
+        affine(problem.gain, 1.0), affine(problem.bias, 0.0), state.position,
+        *pair(problem.base), *pair(initial), *pair(initial_momentum),
+        *pair(state.weights), *pair(state.momentum), *pair(state.anchor),
+        reads, surprise, position, *(x for part in new for x in pair(part)),
         time, heads, problem.chunk_size,
+        EPS=NORM_EPS,
         FLOOR=net.length_floor**2,
         RADIUS=net._radius,
         DIM=dim,
-        BLOCK=min(TILE // dim, units),
+        HIDDEN=hidden,
+        BLOCK=min(TILE // dim, hidden),
+        DEPTH=net.depth,
         HAS_MASK=problem.mask is not None,
+        HAS_RESET=problem.reset is not None,
         HAS_BASE=problem.base is not None,
+        NORM=net.norm,
         RESIDUAL=net.residual,
         NORMALIZE=net.normalize_step,
         RESCALE=net._rescales,
-        **more,
+        ALWAYS=net.unit_rows and net.norm,
+        GELU=net.activation == "gelu",
         num_warps=_WARPS,
         num_stages=1,
     )  # fmt: skip
-    weights, momentum, anchor = (tuple(new[i : i + net.depth]) for i in range(0, len(new), net.depth))
+    weights, momentum, anchor = map(tuple, new)
     return reads, MemoryState(weights, momentum, anchor, position), surprise
