@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -85,3 +86,19 @@ def test_facts_are_said_before_they_are_asked_for_and_the_text_stays():
     words = iter(told.split())
     assert all(word in words for word in TEXT.decode().split()), "the text is not all there, in order"
     assert len(places) > 150 and 0.5 * len(TEXT) < len(told) - len(TEXT) < 1.5 * len(TEXT)
+
+
+def test_facts_alike_differ_in_name_and_value_alone():
+    told = state_facts(TEXT, rng(2), 400, farthest=300, alike=1.0)
+    said = [told.text[begin:end].decode() for begin, end in told.statements]
+    # Without invented words and numbers, which are the names and the values, the same sentence stands again.
+    frames = [
+        re.sub(r"\b([b-z][aeiou])+\b|[0-9a-f-]{36}|\d+", "_", sentence, flags=re.I) for sentence in said
+    ]
+    groups = [len(list(group)) for frame, group in itertools.groupby(frames) if "_" in frame]
+    assert 1 < max(groups) <= 5 and sum(count > 1 for count in groups) > 10
+    assert len(set(said)) == len(said)
+    alone = state_facts(TEXT, rng(2), 400, farthest=300)
+    assert len(told.statements) > 1.3 * len(alone.statements)
+    for begin, end in told.answers:
+        assert told.text[begin:end] in told.text[:begin]

@@ -11,6 +11,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ _STORIES = 0.2
 _WORDS_FROM = 2**20
 # Places and things there are in the stories of one text.
 _NAMES = 512
+# Facts in the same words, at most, and bytes from one of them to the next, at most.
+_MOST_ALIKE, _LONGEST_GAP = 5, 1000
 # One draw in so many is kept for tests.
 _HELD_OUT_IN = 4
 
@@ -196,6 +199,7 @@ def state_facts(
     nearest: int = 32,
     farthest: int = 256,
     questions: int = 3,
+    alike: float = 0.0,
 ) -> Told:
     """The text with facts said in it and asked for, and answered, again and again.
 
@@ -203,7 +207,9 @@ def state_facts(
         text: any text; it is cut at spaces only.
         spacing: bytes of text from one fact to the next, on average.
         nearest, farthest: bytes of text from a fact to where it is asked for, log-uniform.
-        questions: how often each fact is asked for.
+        questions: how often each fact is asked for; those of a group share them, each at least once.
+        alike: share of the facts about a name that begin a group of 2 to 5, which names and values alone tell
+            apart.
 
     One fact in five is a story of `titans.data.babi`, told over the distance and asked about once.
     """
@@ -223,8 +229,13 @@ def state_facts(
             inserted += [(place, fact, "") for place, fact in zip(places, story.facts, strict=True)]
             inserted.append((story_ends, story.question, story.answer))
         else:
-            said, asked, value = _fact(generator, words)
-            inserted += [(at, said, ""), *((at + int(gap), asked, value) for gap in gaps)]
+            facts = _facts(generator, words, alike)
+            times = max(questions // len(facts), 1)
+            for said, asked, value in facts:
+                inserted += [(at, said, ""), *((at + int(gap), asked, value) for gap in gaps[:times])]
+                if len(facts) > 1:
+                    at += int(np.exp(generator.uniform(0, np.log(_LONGEST_GAP))))
+                    gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), times)).astype(int)
     told, answers, statements, last = bytearray(), [], [], 0
     for at, sentence, answer in sorted(inserted, key=lambda one: one[0]):
         if at >= len(text):
@@ -254,26 +265,35 @@ def words_of(text: bytes) -> list[str]:
     return [word for word in words if word not in TEST_NOUNS] or ["thing"]
 
 
-def _fact(generator: np.random.Generator, words: list[str]) -> tuple[str, str, str]:
-    """A statement, its question, and the answer."""
+def _facts(generator: np.random.Generator, words: list[str], alike: float) -> list[tuple[str, str, str]]:
+    """Statement, question and answer of a fact, or of several in the same words."""
 
     def pick(options: tuple[str, ...] | list[str]) -> str:
         return options[int(generator.integers(len(options)))]
 
-    name = pseudo_word(generator, False, int(generator.integers(2, 5)))
+    def draw_name() -> str:
+        return pseudo_word(generator, False, int(generator.integers(2, 5)))
+
+    name = draw_name()
     thing = " ".join(pick(words) for _ in range(generator.integers(1, 4)))
-    subject = pick(SUBJECTS).format(thing=thing, name=name)
-    link = pick(LINKS)
-    kind = generator.random()
+    subject, link, kind = pick(SUBJECTS), pick(LINKS), generator.random()
+    draw: Draw = random_uuid
     if kind < 0.45:
-        value = digits(int(generator.integers(3, 9)))(generator, False)
+        draw = digits(int(generator.integers(3, 9)))
     elif kind < 0.9:
-        value = pseudo_word(generator, False, int(generator.integers(2, 6)))
-    else:
-        value = random_uuid(generator, False)
+        draw = partial(pseudo_word, syllables=int(generator.integers(2, 6)))
+    told = [(name, draw(generator, False))]
     opening = pick(("What is {}? ", "Again: ", "", "", "Do you know {}? "))
-    question = _sentence(opening.format(subject) + _sentence(subject) + link)
-    return _sentence(pick(LEADS) + subject + link) + value + ". ", question, value
+    lead = pick(LEADS)
+    if alike and "{name}" in subject and generator.random() < alike:
+        others = int(generator.integers(1, _MOST_ALIKE))
+        told += [(draw_name(), draw(generator, False)) for _ in range(others)]
+    facts = []
+    for name, value in told:
+        of = subject.format(thing=thing, name=name)
+        question = _sentence(opening.format(of) + _sentence(of) + link)
+        facts.append((_sentence(lead + of + link) + value + ". ", question, value))
+    return facts
 
 
 def _sentence(text: str) -> str:

@@ -136,7 +136,13 @@ def _as_told(
         text = with_refrains(document.data, generator, settings.refrains)
         one = Told(with_numbered_lines(text, generator, settings.numbered_lines), [], [])
         if settings.fact_spacing is not None:
-            one = state_facts(one.text, generator, settings.fact_spacing, farthest=settings.fact_distance)
+            one = state_facts(
+                one.text,
+                generator,
+                settings.fact_spacing,
+                farthest=settings.fact_distance,
+                alike=settings.facts_alike,
+            )
         told.append(Document(document.name, one.text))
         marks.append(np.zeros(len(one.text), dtype=np.uint8))
         for spans, mark in ((one.statements, STATEMENT), (one.answers, ANSWER)):

@@ -15,8 +15,8 @@ SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
-    "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "answer_weight", "refrains",
-    "numbered_lines", "write_cost", "write_cost_reach", "start_from", "state_passing",
+    "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "facts_alike", "answer_weight",
+    "refrains", "numbered_lines", "write_cost", "write_cost_reach", "start_from", "state_passing",
 )  # fmt: skip
 
 
@@ -52,6 +52,8 @@ class TrainSettings:
     """Say facts in the training text, one in so many bytes, and ask for them again; by default none."""
     fact_distance: int = 256
     """Most bytes of text from a fact to where it is asked for."""
+    facts_alike: float = 0.0
+    """Share of the facts about a name that up to four others follow in the same words."""
     answer_weight: float = 1.0
     """How many times as much as other bytes those of answers about facts count in the loss."""
     refrains: float = 0.0
@@ -118,8 +120,8 @@ class TrainSettings:
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
-                "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "answer_weight": math.inf,
-                "refrains": 0.9, "numbered_lines": 0.9, "write_cost": math.inf,
+                "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "facts_alike": 1,
+                "answer_weight": math.inf, "refrains": 0.9, "numbered_lines": 0.9, "write_cost": math.inf,
                 "write_cost_reach": math.inf}  # fmt: skip
         for name, bound in most.items():
             value = getattr(self, name)
