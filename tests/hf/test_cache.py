@@ -217,10 +217,10 @@ def test_a_wrong_header_is_refused(changes, message, tmp_path):
 # What neither shapes a state nor changes what it means to a model.
 FREE = {
     "vocab_size", "intermediate_size", "num_persistent_tokens", "memory_max_momentum",
-    "memory_max_step_size", "memory_induction_init", "memory_gates_see_keys", "memory_bounded_half_lives",
-    "memory_shortest_half_life", "memory_longest_half_life", "rms_norm_eps", "initializer_range",
-    "tie_word_embeddings", "use_cache", "layer_types", "pad_token_id", "bos_token_id", "eos_token_id",
-    "model_type", "keys_to_ignore_at_inference",
+    "memory_max_step_size", "memory_induction_init", "memory_gates_see_keys", "memory_gate_hidden_size",
+    "memory_bounded_half_lives", "memory_shortest_half_life", "memory_longest_half_life", "rms_norm_eps",
+    "initializer_range", "tie_word_embeddings", "use_cache", "layer_types", "pad_token_id", "bos_token_id",
+    "eos_token_id", "model_type", "keys_to_ignore_at_inference",
 }  # fmt: skip
 
 

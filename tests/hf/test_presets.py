@@ -40,6 +40,8 @@ def parts(config: TitansConfig) -> dict[str, int]:
     has_memory = config.has_memory
     memories = 1 + len(config.memory_local_chunk_sizes or ())
     gates = 3 * memories * heads * depth * (d + 1 + dim * config.memory_gates_see_keys)
+    seen = d + width * config.memory_gates_see_keys
+    gates += memories * config.memory_gate_hidden_size * (seen + 3 * heads * depth)
     return {
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
@@ -90,7 +92,8 @@ def test_the_formula_holds_with_local_memories(variant):
         dict(memory_depth=1, memory_norm=True, memory_decay_to_initial=False, tie_word_embeddings=False),
         dict(memory_depth=4, head_dim=6, num_attention_heads=5, conv_kernel=1, num_persistent_tokens=0),
         dict(memory_depth=3, memory_expansion=1, intermediate_size=7, conv_kernel=3),
-        dict(memory_gates_see_keys=True),
+        dict(memory_gates_see_keys=True, memory_gate_hidden_size=7),
+        dict(memory_gate_hidden_size=5),
     ],
 )
 def test_the_formula_holds_for_any_sizes(variant, changes):

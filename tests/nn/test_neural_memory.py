@@ -23,7 +23,7 @@ FORMS = [
     dict(),
     dict(depth=1, residual=False, norm=False, normalize_step=False, unit_rows=False, max_step_size=0.1),
     dict(depth=3, activation="silu", conv_kernel=1, expansion=1),
-    dict(gates_see_keys=True),
+    dict(gates_see_keys=True, gate_hidden_size=5),
     dict(bounded_half_lives=True, half_lives=(20.0, 1e6)),
 ]
 NAMES = ["default", "linear", "three layers", "seen keys", "bounded"]
@@ -248,6 +248,18 @@ def test_the_logits_of_gates_move_by_what_each_heads_key_has_of_their_direction(
         moved = torch.logit(with_keys)[0, :, head, of_layer] - torch.logit(without)[0, :, head, of_layer]
         direction = layer.gate_key_weight[2, head, of_layer]
         assert_close(moved, keys[0, :, head] @ direction * 4**0.5, 1e-9, "logits")
+
+
+def test_a_hidden_layer_of_the_gates_adds_to_their_logits():
+    layer, x = layer_of(dict(gates_see_keys=True, gate_hidden_size=5)), tokens(1, 5, HIDDEN)
+    keys = nn.functional.normalize(tokens(1, 5, 2, 4), dim=-1)
+    hidden = nn.functional.silu(torch.cat([x, 2 * keys.flatten(2)], -1) @ layer.gate_up_weight.mT)
+    added = (hidden @ layer.gate_down_weight.mT).view(1, 5, 3, 2, 2)[:, :, 2]
+    with_layer = torch.logit(layer._gates(x, keys)[2] / layer.max_step_size)
+    with torch.no_grad():
+        layer.gate_down_weight.zero_()
+    without = torch.logit(layer._gates(x, keys)[2] / layer.max_step_size)
+    assert_close(with_layer - without, added, 1e-9, "logits")
 
 
 def test_a_frozen_layer_does_not_learn():

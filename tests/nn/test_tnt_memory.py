@@ -24,7 +24,9 @@ from .naive import conv
 HIDDEN, HEADS, DIM = 6, 2, 4
 FORMS = {
     "default": dict(chunk_size=4, local_chunk_sizes=[2], shard_length=4),
-    "two local memories": dict(chunk_size=5, local_chunk_sizes=[1, 3], shard_length=6, gates_see_keys=True),
+    "two local memories": dict(
+        chunk_size=5, local_chunk_sizes=[1, 3], shard_length=6, gates_see_keys=True, gate_hidden_size=3
+    ),
     "many shards in a chunk": dict(chunk_size=16, local_chunk_sizes=[3], shard_length=6, conv_kernel=1),
     "a shard of many chunks": dict(chunk_size=3, local_chunk_sizes=[4], shard_length=12, depth=3),
     "linear, plain": dict(

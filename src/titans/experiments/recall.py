@@ -50,6 +50,7 @@ def stages(
         config |= {
             "memory_induction_init": True,
             "memory_gates_see_keys": True,
+            "memory_gate_hidden_size": 64,
             # Keys see fifteen bytes, as four tokens of four would tell them.
             "conv_kernel": 16,
             # What is said once is written at up to a quarter.
@@ -86,6 +87,7 @@ def stages(
         fact_distance=1024,
         refrains=0.0 if plain else 0.15,
         numbered_lines=0.0 if plain else 0.25,
+        facts_alike=0.0 if plain else 0.5,
         learning_rate=4e-3,
         min_learning_rate=0.7,
         eval_every=200,

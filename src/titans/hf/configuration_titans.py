@@ -42,6 +42,7 @@ class TitansConfig(PreTrainedConfig):
             memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
         memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
         memory_gates_see_keys: gates of the token and of each head's key, not of the token alone.
+        memory_gate_hidden_size: units of a hidden layer in the gates, 0 for none, see `NeuralMemory`.
         memory_shortest_half_life, memory_longest_half_life: with which the heads forget at first, in tokens.
         memory_bounded_half_lives: no head ever forgets more slowly than at first.
         memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
@@ -88,6 +89,7 @@ class TitansConfig(PreTrainedConfig):
     memory_induction_init: bool = False
     memory_bounded_half_lives: bool = False
     memory_gates_see_keys: bool = False
+    memory_gate_hidden_size: int = 0
     memory_combination: str = "gate"
     memory_local_chunk_sizes: list[int] | None = None
     memory_shard_length: int | None = None
@@ -137,7 +139,7 @@ class TitansConfig(PreTrainedConfig):
             value = getattr(self, name)
             if kind == "bool" and type(value) is not bool:
                 raise ValueError(f"{name}={value!r}: give True or False")
-            least = 0 if name == "num_persistent_tokens" else 1
+            least = 0 if name in ("num_persistent_tokens", "memory_gate_hidden_size") else 1
             if kind == "int" and (type(value) is not int or value < least):
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
             if kind == "float" and (type(value) not in (int, float) or not 0 <= value < math.inf):
@@ -217,6 +219,7 @@ class TitansConfig(PreTrainedConfig):
                 "induction_init": self.memory_induction_init,
                 "bounded_half_lives": self.memory_bounded_half_lives,
                 "gates_see_keys": self.memory_gates_see_keys,
+                "gate_hidden_size": self.memory_gate_hidden_size,
             },
             local_chunk_sizes=None if local is None else tuple(local),
             shard_length=self.memory_shard_length,

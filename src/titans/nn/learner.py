@@ -58,6 +58,7 @@ class Learner(nn.Module):
         half_lives: tuple[float, float],
         bounded_half_lives: bool,
         gates_see_keys: bool,
+        gate_hidden_size: int,
     ) -> None:
         super().__init__()
         self.network, self.num_heads, self.chunk_size = network, num_heads, chunk_size
@@ -72,6 +73,11 @@ class Learner(nn.Module):
         self.gate_key_weight = (
             nn.Parameter(torch.empty(3, num_heads, depth, head_dim)) if gates_see_keys else None
         )
+        self.gate_up_weight = self.gate_down_weight = None
+        if gate_hidden_size:
+            seen = hidden_size + num_heads * head_dim * gates_see_keys
+            self.gate_up_weight = nn.Parameter(torch.empty(gate_hidden_size, seen))
+            self.gate_down_weight = nn.Parameter(torch.empty(3 * num_heads * depth, gate_hidden_size))
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
 
@@ -81,6 +87,9 @@ class Learner(nn.Module):
         nn.init.normal_(self.gate_weight, std=0.02)
         if self.gate_key_weight is not None:
             nn.init.normal_(self.gate_key_weight, std=0.02)
+        if self.gate_up_weight is not None and self.gate_down_weight is not None:
+            nn.init.normal_(self.gate_up_weight, std=self.gate_up_weight.shape[1] ** -0.5)
+            nn.init.zeros_(self.gate_down_weight)
         self.gate_bias.zero_()
         self.gate_bias[2] = 1.0
         self.set_half_lives(*self.half_lives)
@@ -162,12 +171,17 @@ class Learner(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            raw = F.linear(x.to(dtype), self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())
+            seen = x.to(dtype)
+            raw = F.linear(seen, self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())
             raw = raw.view(*x.shape[:2], *self.gate_bias.shape)
             if self.gate_key_weight is not None:
                 # On the scale of a normalised token.
                 scaled = keys.to(dtype) * keys.shape[-1] ** 0.5
                 raw = raw + torch.einsum("bthd,ghld->btghl", scaled, self.gate_key_weight.to(dtype))
+                seen = torch.cat([seen, scaled.flatten(2)], -1)
+            if self.gate_up_weight is not None and self.gate_down_weight is not None:
+                hidden = F.silu(F.linear(seen, self.gate_up_weight.to(dtype)))
+                raw = raw + F.linear(hidden, self.gate_down_weight.to(dtype)).view_as(raw)
             forget, momentum, step_size = raw.unbind(2)
             return (
                 -torch.expm1(-self.forget_gate(forget)),

@@ -74,6 +74,8 @@ class NeuralMemory(Learner):
             that the first heads are short-term memories and the last ones long-term.
         gates_see_keys: gates are functions of the token and of each head's key, which tells what came before
             it; otherwise of the token alone.
+        gate_hidden_size: units of a hidden layer through which all gates see the same once more, 0 for none:
+            a sum of what speaks for writing cannot tell "a digit, and behind 'is'" from either alone.
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
     """
 
@@ -103,6 +105,7 @@ class NeuralMemory(Learner):
         induction_init: bool = False,
         bounded_half_lives: bool = False,
         gates_see_keys: bool = False,
+        gate_hidden_size: int = 0,
         backend: str = "auto",
     ) -> None:
         for name, size in (
@@ -113,6 +116,8 @@ class NeuralMemory(Learner):
         ):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+        if type(gate_hidden_size) is not int or gate_hidden_size < 0:
+            raise ValueError(f"gate_hidden_size={gate_hidden_size!r}: give a whole number of at least 0")
         if not 0 < half_lives[0] <= half_lives[1] < math.inf:
             raise ValueError(f"half_lives={half_lives!r}: give two numbers above 0, the shorter one first")
         if induction_init and conv_kernel < 2:
@@ -146,6 +151,7 @@ class NeuralMemory(Learner):
             half_lives=half_lives,
             bounded_half_lives=bounded_half_lives,
             gates_see_keys=gates_see_keys,
+            gate_hidden_size=gate_hidden_size,
         )
         self.induction_init, self.backend = induction_init, backend
         width = num_heads * head_dim

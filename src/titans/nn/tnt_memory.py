@@ -58,6 +58,7 @@ class LocalMemory(Learner):
             half_lives=beside.half_lives,
             bounded_half_lives=beside.forget_gate.bounds is not None,
             gates_see_keys=beside.gate_key_weight is not None,
+            gate_hidden_size=0 if beside.gate_up_weight is None else len(beside.gate_up_weight),
         )
         self.initial_weights = InitialWeights(self.network, self.num_heads, empty=self.decay_to_initial)
         self.reset_parameters()

@@ -23,7 +23,10 @@ def decayed_parameters(model: nn.Module) -> list[str]:
         name
         for name, parameter in model.named_parameters()
         if id(parameter) not in embeddings
-        and (id(parameter) in projections or name.endswith(("gate_weight", "gate_key_weight")))
+        and (
+            id(parameter) in projections
+            or name.endswith(("gate_weight", "gate_key_weight", "gate_up_weight", "gate_down_weight"))
+        )
     ]
 
 
