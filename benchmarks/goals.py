@@ -148,7 +148,7 @@ def main() -> int:
         "# What was to be reached, and what was",
         "",
         "`python benchmarks/goals.py` makes this page of the results that the commands named have kept. A "
-        "token is a byte; % with 95 % interval, in italics where attention reaches all. What was tried for "
+        "token is a byte; % with 95 % interval, in italics where attention may reach any. What was tried for "
         "what was missed: [decisions/recall.md](../decisions/recall.md). All figures: [recall](recall.md), "
         "[language](language.md), [what a memory keeps](memory.md), [training length](training-length.md), "
         "[learning](../../benchmarks/results/learning.md), "

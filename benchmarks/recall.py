@@ -96,7 +96,7 @@ def pooled(cells: list[NeedleCell]) -> tuple[int, int, bool]:
 
 
 def told(cells: list[NeedleCell]) -> str:
-    """Accuracy over the depths that attention does not reach, or in italics over all where it reaches all."""
+    """Accuracy over the depths beyond attention, or in italics over all, where it may reach any."""
     if not cells:
         return ""
     correct, samples, beyond = pooled(cells)
@@ -120,7 +120,7 @@ def report() -> None:
         "`python benchmarks/recall.py`: answers generated and exact, % with 95 % interval, needles at depths "
         f"{', '.join(f'{100 * depth:.0f}' for depth in DEPTHS)} %, "
         "several facts anywhere; only those that attention does not reach "
-        "are counted (in italics: it reaches all). A token is a byte. Texts for each number, at least: "
+        "are counted (in italics: it may reach any). A token is a byte. Texts for each number, at least: "
         + ", ".join(f"{count} of {length:,}" for length, count in fewest.items())
         + ".",
     ]
