@@ -88,6 +88,7 @@ WRONG = [
     (dict(rope_theta="high"), "rope_theta='high': give a finite number"),
     (dict(head_dim=5), "head_dim=5: .*even"),
     (dict(num_persistent_tokens=-1), "num_persistent_tokens=-1"),
+    (dict(memory_gate_hidden_size=-1), "memory_gate_hidden_size=-1: give a whole number of at least 0"),
     (dict(memory_max_momentum=1.0), "memory_max_momentum=1.0"),
     (dict(memory_max_momentum=float("nan")), "memory_max_momentum=nan"),
     (dict(memory_max_step_size=-0.1), "memory_max_step_size=-0.1"),

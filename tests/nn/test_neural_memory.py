@@ -304,6 +304,7 @@ def test_a_wrong_argument_is_named(arguments, message):
         dict(chunk_size=0),
         dict(conv_kernel=0),
         dict(max_momentum=1),
+        dict(gate_hidden_size=-1),
         dict(max_step_size=-1),
         dict(half_lives=(1e6, 1e3)),
         dict(half_lives=(0.0, 1e3)),

@@ -280,6 +280,7 @@ def test_answers_count_as_often_as_they_are_told_to(settings: Make) -> None:
         ({"answer_weight": -1.0}, r"answer_weight=-1.0: give a number from 0 to inf"),
         ({"answer_weight": 2.0, "tokenizer": "gpt"}, r"answer_weight=2.0 with tokenizer='gpt'"),
         ({"refrains": 0.95}, r"refrains=0.95: give a number from 0 to 0.9"),
+        ({"facts_alike": 1.5}, r"facts_alike=1.5: give a number from 0 to 1"),
         ({"state_passing": 2.0}, r"state_passing=2.0: give a number from 0 to 1"),
         ({"state_passing": 0.5, "carry_memory": True}, r"carry_memory and state_passing both say"),
         ({"state_passing": 0.5, "variant": "transformer"}, r"state_passing with variant='transformer'"),
