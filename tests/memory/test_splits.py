@@ -106,8 +106,8 @@ def test_decoding(backend, options):
         for t in range(problem.time):
             read, state, _ = problem.scan(backend, state, slice(t, t + 1))
             found.append(read)
-            if backend != "reference" and (t + 1) % 4 == 0:
-                # Nothing is held twice.
+            if backend not in ("reference", "triton") and (t + 1) % 4 == 0:
+                # Nothing is held twice. (Of the kernel for tokens the device alone knows where a chunk ends.)
                 assert state.anchor[0] is state.weights[0]
     assert_close(torch.cat(found, 1), reads, FLOAT64, "reads")
     for name, leaf in parts(state).items():

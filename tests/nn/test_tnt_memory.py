@@ -83,6 +83,9 @@ class Oracle:
         logits = (learner.gate_weight @ x).view(3, HEADS, net.depth) + learner.gate_bias
         if learner.gate_key_weight is not None:
             logits = logits + (learner.gate_key_weight @ key[None, :, :, None])[..., 0] * DIM**0.5
+        if learner.gate_up_weight is not None:
+            hidden = F.silu(learner.gate_up_weight @ torch.cat([x, key.flatten() * DIM**0.5]))
+            logits = logits + (learner.gate_down_weight @ hidden).view(logits.shape)
         alpha = 1 - torch.exp(-F.softplus(logits[0]))
         eta = learner.max_momentum * torch.sigmoid(logits[1])
         theta = learner.max_step_size * torch.sigmoid(logits[2])
