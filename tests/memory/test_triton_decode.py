@@ -1,4 +1,4 @@
-"""The kernels for single tokens under Triton's interpreter, in float64, against the oracle."""
+"""The kernel for single tokens under Triton's interpreter, in float64, against the oracle."""
 
 from __future__ import annotations
 

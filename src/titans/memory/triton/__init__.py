@@ -61,7 +61,7 @@ def _refuses_chunks(problem: ScanProblem) -> str | None:
 
 
 def decodes(problem: ScanProblem) -> bool:
-    """Whether the kernels for single tokens run a problem that the device can: any chunk, mask and resets."""
+    """Whether the kernel for single tokens runs a problem that the device can: any chunk, mask and resets."""
     net = problem.net
     return (
         1 <= problem.keys.shape[1] <= FEW_TOKENS

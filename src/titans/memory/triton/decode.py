@@ -30,7 +30,7 @@ from titans.memory.triton.elementary import (
 )
 from titans.memory.triton.objective import _objective
 
-# Numbers in a tile of weights. Twice as many spill, with so many pointers to hold.
+# Numbers in a tile of weights. Twice as many spill (at 64 × 256), with so many pointers to hold.
 TILE = 2048
 _WARPS = 8
 
