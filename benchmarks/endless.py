@@ -5,8 +5,9 @@
 
 One reader a model takes in ten million distinct bytes: the Bible, Shakespeare's plays, the sources of
 Python's standard library. Its memory is kept at every million, and the same command goes on from there. Of
-the memories of 10⁵, 10⁶, 9 × 10⁶ (the books end 0.2 million later, then come sources) and 10⁷ bytes two things are asked: how
-well is a held-out play predicted, and is a number found that was told 64 KiB before? Everything is kept in benchmarks/results/endless.json.
+the memories of 10⁵, 10⁶, 9 × 10⁶ (the books end 0.2 million later) and 10⁷ bytes two things are asked: how
+well is a held-out play predicted, and is a number found that was told 64 KiB before? Everything is kept in
+benchmarks/results/endless.json.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What was to be reached, and what was: the goals for recall and language with the figures of the other
-benchmarks' kept results, missed goals first.
+"""What was to be reached, and what was: the goals for recall, endless streams and language with the figures
+of the other benchmarks' kept results, missed goals first.
 
     python benchmarks/goals.py
 
@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from endless import BACK, MARKS, MILLION, ROWS
 from kept import known
 from recall import pooled, rows_of, told
 from synthetic import PAPER
 
 from titans import zoo
+from titans.evaluate.needle import wilson
 
 RESULTS = Path(__file__).parent / "results"
 REPORT = Path(__file__).parents[1] / "docs" / "results" / "README.md"
@@ -119,6 +121,51 @@ def language_goals() -> Iterator[Goal]:
         )
 
 
+def endless_goals() -> Iterator[Goal]:
+    found = load("endless")
+    early, last = MARKS[0], MARKS[-1]
+    names = [name for name in zoo.names() if f"{name}, asked, {last}" in found]
+
+    def goal(what: str, wanted: str, figures: list[str], reached: list[bool]) -> Goal:
+        told = ", ".join(f"{name} {figure}" for name, figure in zip(names, figures, strict=True))
+        return Goal(what, wanted, told, all(reached) if names else None, "endless.py")
+
+    ends = [found[f"{name}, read, {last}"] for name in names]
+    grown = [100 * (end["peak"] / end["early_peak"] - 1) for end in ends]
+    yield goal(
+        f"peak resident memory, {early:,} to {last:,} tokens",
+        "grows by less than 1 %",
+        [f"{growth:+.1f} %" for growth in grown],
+        [growth < 1 for growth in grown],
+    )
+    first = [found[f"{name}, read, {MILLION}"] for name in names]
+    changed = [
+        100 * (end["tokens"] / end["seconds"] / (begin["tokens"] / begin["seconds"]) - 1)
+        for begin, end in zip(first, ends, strict=True)
+    ]
+    yield goal(
+        "tokens a second in the last million beside the first",
+        "within 10 %",
+        [f"{change:+.0f} %" for change in changed],
+        [change > -10 for change in changed],
+    )
+    asked = [[found[f"{name}, asked, {mark}"] for mark in (early, last)] for name in names]
+    bits = [[at["bits_per_byte"] for at in pair] for pair in asked]
+    yield goal(
+        f"bits per byte of a held-out play behind {last:,} tokens beside {early:,}",
+        "within 2 %",
+        [f"{after:.3f} beside {before:.3f}" for before, after in bits],
+        [after <= 1.02 * before for before, after in bits],
+    )
+    right = [[at["right"] for at in pair] for pair in asked]
+    yield goal(
+        f"numbers told {BACK:,} bytes before, behind {last:,} tokens beside {early:,}, of {ROWS}",
+        f"as many, within the interval of those behind {early:,}",
+        [f"{after} beside {before}" for before, after in right],
+        [after / ROWS >= wilson(before, ROWS)[0] for before, after in right],
+    )
+
+
 def synthetic_goals() -> Iterator[Goal]:
     found = load("synthetic")
     for task, paper in PAPER.items():
@@ -143,14 +190,15 @@ def synthetic_goals() -> Iterator[Goal]:
 
 
 def main() -> int:
-    goals = [*needle_goals(), *language_goals(), *synthetic_goals()]
+    goals = [*needle_goals(), *endless_goals(), *language_goals(), *synthetic_goals()]
     lines = [
         "# What was to be reached, and what was",
         "",
         "`python benchmarks/goals.py` makes this page of the results that the commands named have kept. A "
         "token is a byte; % with 95 % interval, in italics where attention may reach any. What was tried for "
         "what was missed: [decisions/recall.md](../decisions/recall.md). All figures: [recall](recall.md), "
-        "[language](language.md), [what a memory keeps](memory.md), [training length](training-length.md), "
+        "[ten million tokens](../../benchmarks/results/endless.md), [language](language.md), "
+        "[what a memory keeps](memory.md), [training length](training-length.md), "
         "[learning](../../benchmarks/results/learning.md), "
         "[MAD and pairs](../../benchmarks/results/synthetic.md).",
     ]
