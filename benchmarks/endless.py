@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ from titans.evaluate.perplexity import score
 RESULTS = Path(__file__).parent / "results" / "endless.json"
 REPORT = RESULTS.with_suffix(".md")
 MILLION = 1_000_000
-EARLY, MARKS = 100_000, (100_000, MILLION, 9 * MILLION, 10 * MILLION)
+EARLY = 100_000
+MARKS = (EARLY, MILLION, 9 * MILLION, 10 * MILLION)
 # Read and saved at a time, as `titans memorize --save-every` does: what that takes is known early then.
 STRETCH = 50_000
 PLAY_BYTES, BACK, NEEDLE_BYTES, ROWS = 65_536, 65_536, 128, 40
@@ -125,6 +127,16 @@ def ask(name: str, mark: int, folder: Path, play: bytes, book: bytes) -> None:
         found[key] = {"bits_per_byte": bits, "right": int(right.sum()), "rows": ROWS}
 
 
+def speed(at: dict[str, Any]) -> float:
+    """Tokens a second in the stretch that ends here."""
+    return at["tokens"] / at["seconds"]
+
+
+def growth(at: dict[str, Any]) -> float:
+    """By how many % the peak has grown since the first stretch of the same process."""
+    return 100 * (at["peak"] / at["early_peak"] - 1)
+
+
 def report() -> None:
     """A table for each model that has been read with."""
     with known(RESULTS) as found:
@@ -151,8 +163,8 @@ def report() -> None:
         lines += ["|---|---|---|---|---|---|---|"]
         for tokens, at in sorted(reads):
             lines.append(
-                f"| {tokens:,} | {at['tokens'] / at['seconds']:,.0f} | {at['peak'] / 1e6:.0f} | "
-                f"{100 * (at['peak'] / at['early_peak'] - 1):+.2f} % | {at['state_bytes']:,} | "
+                f"| {tokens:,} | {speed(at):,.0f} | {at['peak'] / 1e6:.0f} | "
+                f"{growth(at):+.2f} % | {at['state_bytes']:,} | "
                 f"{asked(found, name, tokens)} |"
             )
         lines += ["", f"{reads[-1][1]['date']}, {reads[-1][1]['machine']}"]
