@@ -27,31 +27,7 @@ from titans.memory.triton.elementary import (
     _with_base,
 )
 from titans.memory.triton.objective import _objective
-
-
-@triton.jit
-def _outer(d, h, TURNED: tl.constexpr, PRECISION: tl.constexpr):
-    """Σ of the tokens' outer products d hᵀ. TURNED: where h is the narrower one (docs/triton.md, spills)."""
-    if TURNED:
-        return tl.trans(_dot(tl.trans(h), d, PRECISION))
-    else:
-        return _dot(tl.trans(d), h, PRECISION)
-
-
-@triton.jit
-def _moved(
-    w, s, d, h, layer,
-    end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps,
-    CHUNK: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of weights and its momentum after the chunk. d: (CHUNK, its rows). h: (CHUNK, its columns)."""
-    step = layer * CHUNK + tl.arange(0, CHUNK)
-    written = _outer(d * tl.load(end_steps + step)[:, None], h, TURNED, PRECISION)
-    # In this order: where all is forgotten, nothing is left to round.
-    w += w * tl.load(end_weights + layer) + s * tl.load(end_momentum + layer)
-    w -= written
-    written = _outer(d * tl.load(momentum_steps + step)[:, None], h, TURNED, PRECISION)
-    return w, s * tl.load(momentum_momentum + layer) - written
+from titans.memory.triton.update import _moved
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_units"])
