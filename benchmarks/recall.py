@@ -34,6 +34,12 @@ REPORT = Path(__file__).parents[1] / "docs" / "results"
 # Texts of each length, over all depths: 200, and fewer on a CPU where a text takes it minutes.
 SAMPLES = {512: 200, 2048: 200, 8192: 200, 32768: 50, 131072: 20, 1048576: 20}
 MOST_SAMPLES = 200
+# Of the tasks below, those in the picture of all models.
+DRAWN_TASKS = {
+    "passkey": "passkey in filler (S-NIAH-PK)",
+    "number": "number in a book (S-NIAH-N)",
+    "word": "word in a book (S-NIAH-W)",
+}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)
 # Task of `titans.data.needles` and how many are told in the same words, of which one is asked for.
 CHOSEN_TASKS = {
@@ -105,8 +111,41 @@ def told(cells: list[NeedleCell]) -> str:
     return text if beyond else f"*{text}*"
 
 
+def draw_by_length(found: Found, labels: list[str]) -> None:
+    """Accuracy of each model over the length of what was read, a panel a task, with 95 % intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(DRAWN_TASKS), figsize=(11, 3.6), sharex=True, sharey=True, layout="constrained"
+    )
+    for axis, (task, name) in zip(axes, DRAWN_TASKS.items(), strict=True):
+        for label in labels:
+            shares = {n: pooled(cells)[:2] for n, cells in rows_of(found, label, task).items()}
+            if not shares:
+                continue
+            lengths = list(shares)
+            percent = [100 * right / texts for right, texts in shares.values()]
+            low, high = zip(*(wilson(right, texts) for right, texts in shares.values()), strict=True)
+            (line,) = axis.plot(lengths, percent, "o-", alpha=0.8, label=label)
+            axis.fill_between(
+                lengths, [100 * p for p in low], [100 * p for p in high], color=line.get_color(), alpha=0.12
+            )
+        axis.set(title=name, xlabel="bytes read", xscale="log", ylim=(-3, 103))
+        axis.set_xticks(list(SAMPLES), [f"{n:,}" for n in SAMPLES], rotation=30)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="% told back exactly")
+    axes[-1].legend(frameon=False, fontsize=8)
+    REPORT.mkdir(parents=True, exist_ok=True)
+    figure.savefig(REPORT / "recall.png", dpi=130)
+    plt.close(figure)
+
+
 def report() -> None:
-    """Tables of what is known, and a picture of each model's."""
+    """Tables of what is known, a picture of all models, and one of each."""
     with known(RESULTS) as found:
         found = dict(found)
     labels = sorted({key.split(", ")[0] for key in found})
@@ -123,8 +162,10 @@ def report() -> None:
         "are counted (in italics: it may reach any). A token is a byte. Texts for each number, at least: "
         + ", ".join(f"{count} of {length:,}" for length, count in fewest.items())
         + ".",
+        "",
+        "![Told back, by bytes read](recall.png)",
     ]
-    REPORT.mkdir(parents=True, exist_ok=True)
+    draw_by_length(found, labels)
     for task in CHOSEN_TASKS:
         tables = {label: rows_of(found, label, task) for label in labels}
         lengths = sorted({length for rows in tables.values() for length in rows})
