@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titans.train import Interrupted, NonFiniteError, TrainingRun, TrainSettings, train
+from titans.train.checkpoint import alone_in
 
 Make = Callable[..., TrainSettings]
 TIMES = ("elapsed", "tokens_per_second")
@@ -178,6 +179,19 @@ def test_what_a_killed_process_left_half_written_is_cleared(settings: Make) -> N
     unfinished.mkdir(parents=True)
     train(settings(steps=1))
     assert not unfinished.exists()
+
+
+def test_two_trainings_do_not_share_a_folder(settings: Make) -> None:
+    output = settings().output
+    late = TrainingRun(settings(steps=1))
+    output.mkdir(parents=True)
+    with alone_in(output), pytest.raises(ValueError, match="another process is training there"):
+        late.run()
+    assert not names(output)
+    train(settings(steps=1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        late.run()
+    assert curve(output)
 
 
 @pytest.mark.parametrize("variant", ["mag", "mal", "lmm", "transformer"])

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,35 @@ def checkpoints(output: Path) -> list[Path]:
         (int(m[1]), path) for path in output.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(found)]
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keeps a second training out of a folder, whose checkpoints it would take for unfinished ones.
+
+    Where the system has no locks, or the file system none, nothing is kept out.
+
+    Raises:
+        ValueError: if another process is training there.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"output={str(output)!r}: another process is training there: wait until it has ended, or "
+                    "give another folder"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

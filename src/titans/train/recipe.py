@@ -20,7 +20,7 @@ from transformers.utils import logging as library_logging
 
 from titans.data import list_corpora, load_corpus, load_tokenizer
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
-from titans.train.checkpoint import checkpoints, delete_unfinished, settle, write_json, writing
+from titans.train.checkpoint import alone_in, checkpoints, delete_unfinished, settle, write_json, writing
 from titans.train.examples import make_examples
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
 from titans.train.optimizer import make_optimizer, make_schedule
@@ -104,6 +104,11 @@ def check(settings: TrainSettings) -> None:
         raise ValueError(f"output={str(settings.output)!r} is a file: give a folder")
 
 
+def _newest(settings: TrainSettings) -> Path | None:
+    """The checkpoint to go on from, of settings that have been checked."""
+    return checkpoints(settings.output)[-1] if settings.resume else None
+
+
 class TrainingRun:
     """A run that is ready to start: data read, model built.
 
@@ -115,7 +120,7 @@ class TrainingRun:
     def __init__(self, settings: TrainSettings) -> None:
         check(settings)
         self.settings = settings
-        self.checkpoint = checkpoints(settings.output)[-1] if settings.resume else None
+        self.checkpoint = _newest(settings)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.tokenizer = load_tokenizer(settings.tokenizer)
@@ -147,13 +152,23 @@ class TrainingRun:
         """Train to the end; `on_log` is called with every object that goes into metrics.jsonl.
 
         Raises:
+            ValueError: if another process is training in the output folder.
             NonFiniteError: if the loss or the gradient is NaN or infinite.
             Interrupted: after SIGINT, once a checkpoint has been written.
             OSError: if the output folder cannot be written; the last good checkpoint is still there.
         """
+        output = self.settings.output
+        with writing(output / SETTINGS_FILE):
+            output.mkdir(parents=True, exist_ok=True)
+        with alone_in(output):
+            # Another process may have trained there since this one looked.
+            check(self.settings)
+            self.checkpoint = _newest(self.settings)
+            return self._run(on_log)
+
+    def _run(self, on_log: Callable[[dict[str, Any]], None] | None) -> TrainResult:
         settings = self.settings
         with writing(settings.output / SETTINGS_FILE):
-            settings.output.mkdir(parents=True, exist_ok=True)
             delete_unfinished(settings.output)
             if self.checkpoint is None:
                 (settings.output / METRICS_FILE).unlink(missing_ok=True)
