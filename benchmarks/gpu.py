@@ -11,341 +11,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-
-from titans.memory import BACKENDS, MemoryNetwork, MemoryState, assume_aligned, memory_scan
-
-# Of float32, for products that are float32 too, as they are while it is checked.
-TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16 operands": 5e-2}
-# That of the models, but for a floor that no key's length meets exactly, where it has two slopes.
-MODELS_NETWORK = MemoryNetwork(
-    64, 2, 2, activation="silu", residual=False, norm=False, normalize_step=True, row_limit=8.0,
-    length_floor=0.5,
-)  # fmt: skip
-
-
-def problem(
-    net: MemoryNetwork,
-    batch: int,
-    time_steps: int,
-    heads: int,
-    dtype: torch.dtype,
-    device: str,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Random unit keys and queries, gates inside their range, weights of unit rows."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def gate(highest: float) -> Tensor:
-        return highest * torch.rand(
-            batch, time_steps, heads, net.depth, generator=generator, dtype=torch.float64
-        )
-
-    unit = torch.nn.functional.normalize
-    tensors = {
-        "queries": unit(normal(batch, time_steps, heads, net.head_dim), dim=-1),
-        "keys": unit(normal(batch, time_steps, heads, net.head_dim), dim=-1),
-        "values": normal(batch, time_steps, heads, net.head_dim),
-        "forget": gate(0.01),
-        "momentum": gate(0.9),
-        "step_size": gate(0.05),
-    }
-    if net.norm:
-        tensors["norm_weight"] = torch.full((heads, net.head_dim), 0.5, dtype=torch.float64)
-        tensors["norm_bias"] = torch.zeros(heads, net.head_dim, dtype=torch.float64)
-    for layer, shape in enumerate(net.weight_shapes):
-        tensors[f"weight_{layer}"] = unit(normal(batch, heads, *shape), dim=-1)
-        tensors[f"base_{layer}"] = unit(normal(heads, *shape), dim=-1)
-    return {name: x.to(device, dtype) for name, x in tensors.items()}
-
-
-def begin(net: MemoryNetwork, tensors: dict[str, Tensor]) -> MemoryState:
-    return MemoryState.initial([tensors[f"weight_{layer}"] for layer in range(net.depth)])
-
-
-def stretch(
-    net: MemoryNetwork,
-    tensors: dict[str, Tensor],
-    chunk_size: int,
-    backend: str,
-    state: MemoryState,
-    cut: slice = slice(None),
-) -> tuple[Tensor, MemoryState]:
-    """Reads of some tokens, and the state after them, of a memory whose fast weights are offsets."""
-    inputs = [tensors[n][:, cut] for n in ("queries", "keys", "values", "forget", "momentum", "step_size")]
-    return memory_scan(
-        net, *inputs, state, chunk_size, norm_weight=tensors.get("norm_weight"),
-        norm_bias=tensors.get("norm_bias"), base=[tensors[f"base_{layer}"] for layer in range(net.depth)],
-        backend=backend,
-    )  # fmt: skip
-
-
-def scan(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
-    """Reads of all tokens at once."""
-    return stretch(net, tensors, chunk_size, backend, begin(net, tensors))[0]
-
-
-@torch.no_grad()
-def decode(net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str) -> Tensor:
-    """Reads of all tokens, one call for each."""
-    state, reads = begin(net, tensors), []
-    for t in range(tensors["queries"].shape[1]):
-        read, state = stretch(net, tensors, chunk_size, backend, state, slice(t, t + 1))
-        reads.append(read)
-    return torch.cat(reads, 1)
-
-
-def recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A call as a CUDA graph: what replays it, and what the replay writes to."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        answer = run()
-    return graph.replay, answer
-
-
-def check(device: str) -> tuple[list[str], list[str]]:
-    """Largest relative error of reads and gradients of every backend on the device, against the oracle; and
-    the backends that are not for it."""
-    lines, ran = [], {"reference"}
-    for net in (
-        MODELS_NETWORK,
-        MemoryNetwork(32, 2, 2, normalize_step=True, unit_rows=True),
-        MemoryNetwork(32, 1),
-        MemoryNetwork(16, 3, 2, activation="silu"),
-    ):
-        answers: dict[tuple[str, str], list[Tensor]] = {}
-        for backend, kind in [("oracle", "float64"), ("triton", "bfloat16 operands")] + [
-            (name, kind) for name in BACKENDS for kind in ("float64", "float32")
-        ]:
-            torch.set_float32_matmul_precision("medium" if kind == "bfloat16 operands" else "highest")
-            dtype = torch.float64 if kind == "float64" else torch.float32
-            place, name = ("cpu", "reference") if backend == "oracle" else (device, backend)
-            tensors = {n: x.requires_grad_() for n, x in problem(net, 2, 48, 2, dtype, place).items()}
-            try:
-                reads = scan(net, tensors, 16, name)
-            except ValueError:
-                continue
-            ran.add(backend)
-            weighting = torch.linspace(-1, 1, reads.numel(), dtype=torch.float64).view_as(reads).to(reads)
-            grads = torch.autograd.grad((reads * weighting).sum(), list(tensors.values()))
-            answers[backend, kind] = [x.detach().double().cpu() for x in (reads, *grads)]
-        exact = answers.pop(("oracle", "float64"))
-        for (backend, kind), found in answers.items():
-            error = max(
-                float((a - b).abs().max() / (b.abs().max() + 1e-12))
-                for a, b in zip(found, exact, strict=True)
-            )
-            verdict = "ok" if error <= TOLERANCE[kind] else "WRONG"
-            name = f"depth {net.depth}{'' if net.norm else ', no norm'}"
-            lines.append(f"| {backend} | {kind} | {name} | {error:.1e} | {verdict} |")
-    return lines, sorted(set(BACKENDS) - ran)
-
-
-def check_decoding(device: str) -> list[str]:
-    """The same of reads alone, token by token by the kernels for that, as they are and recorded."""
-    lines = []
-    for net in (
-        MODELS_NETWORK,
-        MemoryNetwork(128, 2, 4, norm=False, unit_rows=True),
-        MemoryNetwork(64, 1, norm=False, residual=False, normalize_step=True, row_limit=1.0),
-    ):
-        exact = decode(net, problem(net, 2, 48, 2, torch.float64, "cpu"), 16, "reference")
-        tensors = problem(net, 2, 48, 2, torch.float32, device)
-
-        def run(net: MemoryNetwork = net, tensors: dict[str, Tensor] = tensors) -> Tensor:
-            return decode(net, tensors, 16, "triton")
-
-        replay, answer = recorded(run)
-        replay()
-        for name, reads in (("", run()), (", recorded", answer)):
-            error = float((reads.cpu() - exact).abs().max() / exact.abs().max())
-            verdict = "ok" if error <= TOLERANCE["float32"] else "WRONG"
-            size = f"{net.head_dim}, depth {net.depth}, expansion {net.expansion}"
-            lines.append(f"| triton, decoding{name} | float32 | {size} | {error:.1e} | {verdict} |")
-    return lines
-
-
-def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
-    """Median time of a call on the device, after two to warm up."""
-    times = []
-    for repetition in range(repetitions + 2):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        if repetition >= 2:
-            times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times)
-
-
-def layer_rows(deadline: float) -> Iterator[str]:
-    """Tokens per second of one memory layer, forward and forward + backward."""
-    large = MemoryNetwork(64, 2, 4)
-    for net, batch, heads, backend, operands, chunk_size, time_steps in (
-        (MODELS_NETWORK, 64, 2, "triton", "tfloat32", 16, 2048),
-        (MODELS_NETWORK, 64, 2, "chunkwise", "tfloat32", 16, 2048),
-        (MODELS_NETWORK, 16, 2, "triton", "tfloat32", 16, 8192),
-        (large, 11, 12, "triton", "bfloat16", 16, 4096),
-        (large, 11, 12, "triton", "bfloat16", 64, 4096),
-        (large, 11, 12, "triton", "tfloat32", 16, 4096),
-        (large, 11, 12, "triton", "tfloat32", 64, 4096),
-        (large, 8, 12, "chunkwise", "tfloat32", 16, 2048),
-        (large, 8, 12, "chunkwise", "tfloat32", 64, 2048),
-        (large, 11, 12, "triton", "bfloat16", 64, 32768),
-    ):
-        if time.monotonic() > deadline:
-            return
-        torch.set_float32_matmul_precision("medium" if operands == "bfloat16" else "high")
-        tensors = problem(net, batch, time_steps, heads, torch.float32, "cuda")
-        forward, total = layer_milliseconds(net, tensors, chunk_size, backend)
-        hidden = net.expansion * 64
-        operations = heads * (22 * 64 * hidden + 4 * chunk_size * (64 + hidden) + 4 * chunk_size**2)
-        tokens = batch * time_steps
-        yield (
-            f"| {heads} × 64, expansion {net.expansion} | {backend} | {operands} | {chunk_size} | "
-            f"{batch} × {time_steps} | {tokens / forward * 1000:,.0f} | {tokens / total * 1000:,.0f} | "
-            f"{operations * tokens / forward / 1e9:.2f} |"
-        )
-
-
-def decode_rows(deadline: float) -> Iterator[str]:
-    """Tokens per second of one memory layer, token by token, as it is and recorded."""
-    for net, batch, heads in (
-        (MODELS_NETWORK, 1, 4),
-        (MODELS_NETWORK, 64, 4),
-        (MemoryNetwork(64, 2, 4, norm=False, row_limit=8.0), 1, 12),
-        (MemoryNetwork(128, 2, 4, norm=False, row_limit=8.0), 64, 4),
-        (MemoryNetwork(64, 1, norm=False, row_limit=8.0), 64, 12),
-    ):
-        tensors = problem(net, batch, 32, heads, torch.float32, "cuda")
-        moved = 7 * 4 * batch * heads * sum(out * inp for out, inp in net.weight_shapes)
-        for backend in ("triton", "chunkwise"):
-            if time.monotonic() > deadline:
-                return
-
-            def run(
-                net: MemoryNetwork = net, tensors: dict[str, Tensor] = tensors, backend: str = backend
-            ) -> Tensor:
-                return decode(net, tensors, 16, backend)
-
-            took = milliseconds(run) / 32
-            # The plain path looks at the position, unless it is told one: then no chunk ends, and its time is
-            # that of a token all the same.
-            with assume_aligned():
-                replayed = milliseconds(recorded(run)[0]) / 32
-            rate = f"{moved / replayed / 1e6:,.0f}" if backend == "triton" else "–"
-            yield (
-                f"| {heads} × {net.head_dim}, depth {net.depth}, expansion {net.expansion} | {backend} "
-                f"| {batch} | {batch / took * 1000:,.0f} | {batch / replayed * 1000:,.0f} | "
-                f"{1000 * replayed:.1f} | {rate} |"
-            )
-
-
-def layer_milliseconds(
-    net: MemoryNetwork, tensors: dict[str, Tensor], chunk_size: int, backend: str
-) -> tuple[float, float]:
-    with torch.no_grad():
-        forward = milliseconds(lambda: scan(net, tensors, chunk_size, backend))
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    return forward, milliseconds(lambda: scan(net, leaves, chunk_size, backend).sum().backward())
-
-
-def model_rows(deadline: float) -> Iterator[str]:
-    """Tokens per second of a training step of the 170M models in bfloat16, beside the transformer."""
-    from titans.hf import TitansConfig, TitansForCausalLM
-
-    for variant in ("transformer", "lmm", "mag", "mac", "mal"):
-        if time.monotonic() > deadline:
-            return
-        torch.manual_seed(0)
-        model = TitansForCausalLM(TitansConfig.from_preset("170m", variant=variant)).cuda()
-        ids = torch.randint(0, 32000, (2, 4096), device="cuda")
-
-        def step(model: TitansForCausalLM = model, ids: Tensor = ids) -> None:
-            with torch.autocast("cuda", torch.bfloat16):
-                model(ids, labels=ids).loss.backward()
-            model.zero_grad(set_to_none=True)
-
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            took = milliseconds(step, 3)
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            yield (f"| 170m {variant} | 2 × 4096 | {ids.numel() / took * 1000:,.0f} | {peak:.1f} GiB |")
-        except torch.OutOfMemoryError:
-            yield (f"| 170m {variant} | 2 × 4096 | out of memory | – |")
-        del model, step
-        torch.cuda.empty_cache()
-
-
-def step_row(variant: str, batch: int, time_steps: int) -> str:
-    """A tfloat32 training step of a tiny model, memory carried: as it is, and recorded and replayed."""
-    from titans.hf import TitansConfig, TitansForCausalLM
-    from titans.memory.state import map_state
-    from titans.train.recorded import RecordedStep
-
-    torch.manual_seed(0)
-    model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant=variant)).cuda()
-    ids = torch.randint(0, 256, (batch, time_steps), device="cuda")
-    states = tuple(layer.mixer.initial_state(batch) for layer in model.model.layers)
-    states = map_state(Tensor.detach, states)
-
-    def loss_of(inputs: dict[str, Tensor], states: Any) -> tuple[Tensor, Tensor, Any]:
-        ids = inputs["ids"]
-        output = model(ids, labels=ids, memory_states=states, return_memory_states=True)
-        return output.loss, output.loss.detach(), map_state(Tensor.detach, output.memory_states)
-
-    def gradients() -> list[Tensor]:
-        return [p.grad for p in model.parameters() if p.grad is not None]
-
-    def step() -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
-        loss_of({"ids": ids}, states)[0].backward()
-        return gradients()
-
-    exact, took = step(), milliseconds(step, 1)
-    began = time.perf_counter()
-    recorded = RecordedStep(model, loss_of, {"ids": ids}, states)
-    torch.cuda.synchronize()
-    once = time.perf_counter() - began
-    recorded({"ids": ids})
-    error = max(float((a - b).norm() / b.norm()) for a, b in zip(gradients(), exact, strict=True))
-    replayed = milliseconds(lambda: recorded({"ids": ids}), 3)
-    return (
-        f"| tiny {variant} | {batch} × {time_steps} | {ids.numel() / took * 1000:,.0f} | "
-        f"{ids.numel() / replayed * 1000:,.0f} | {once:.1f} s | {error:.0e} |"
-    )
-
-
-def step_rows(deadline: float) -> Iterator[str]:
-    """Rows of 2,048 tokens, as the models to try are trained."""
-    for variant, batch in (("lmm", 8), ("lmm", 64), ("mag", 64), ("mac", 64)):
-        if time.monotonic() > deadline:
-            return
-        yield step_row(variant, batch, 2048)
-        torch.cuda.empty_cache()
-
+from gpu_layers import check, check_decoding, decode_rows, layer_rows
+from gpu_models import decoding_rows, model_rows, step_rows
 
 # What is timed: a title, the columns, and what makes the rows until a deadline.
 SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
     (
         "Memory layer, float32 state, tokens per second (median of 5):",
-        "| layer | backend | operands | chunk | batch × time | forward | with backward | forward TFLOP/s |",
+        "| layer | backend | operands | chunk | batch × time | forward | with backward "
+        "| forward TFLOP/s | of bfloat16 peak | with backward |",
         layer_rows,
     ),
     (
@@ -361,9 +41,15 @@ SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
         step_rows,
     ),
     (
-        "Training step under bfloat16 autocast, tokens per second (median of 3):",
-        "| model | batch × time | tokens/s | peak memory |",
+        "Training step under bfloat16 autocast (median of 3), and how many times the transformer's it takes:",
+        "| model | batch × time | tokens/s | times | peak memory |",
         model_rows,
+    ),
+    (
+        "One token more of one row, bfloat16, as it is; a transformer's is a token behind 64 others, and in "
+        "each layer attention to as many keys:",
+        "| model | tokens before | ms | transformer, ms | times |",
+        decoding_rows,
     ),
 )
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from gpu import layer_milliseconds, problem
-from gpu import scan as read
+from gpu_layers import layer_milliseconds, problem
+from gpu_layers import scan as read
 from triton_kernels import SCAN, built, run_tool
 
 from titans.memory import MemoryNetwork
