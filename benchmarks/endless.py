@@ -146,8 +146,9 @@ def report() -> None:
         "",
         "`python benchmarks/endless.py`: one reader, distinct bytes, a token is a byte. Peak: what the "
         f"process had resident at most, and how much more than after its first {EARLY:,} tokens. Bits per "
-        f"byte of the first {PLAY_BYTES:,} bytes of a held-out play, read next; numbers told next and asked "
-        f"for {BACK:,} bytes later, % of {ROWS} with 95 % interval.",
+        f"byte of the first {PLAY_BYTES:,} bytes of a play held out of training, read next (it is "
+        "in the stream, too, in the seventh million); numbers told next and asked for "
+        f"{BACK:,} bytes later, % of {ROWS} with 95 % interval.",
     ]
     for name in sorted({key.split(", ")[0] for key in found}):
         reads = [(int(key.split(", ")[2]), value) for key, value in found.items() if f"{name}, read" in key]

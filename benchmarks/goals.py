@@ -191,9 +191,11 @@ def main() -> int:
     lines = [
         "# What was to be reached, and what was",
         "",
-        "`python benchmarks/goals.py` makes this page of the results that the commands named have kept. A "
-        "token is a byte; % with 95 % interval, in italics where attention may reach any. What was tried for "
-        "what was missed: [decisions/recall.md](../decisions/recall.md). All figures: [recall](recall.md), "
+        "`python benchmarks/goals.py` makes this page of what the commands named have measured. A recall "
+        "goal is reached if the best of the models reaches it. A token is a byte; % with 95 % interval, in "
+        "italics where attention may reach some of the facts. Of a commit, or before one: by the recipe of "
+        "then. What was tried for what was missed: [decisions/recall.md](../decisions/recall.md). All "
+        "figures: [recall](recall.md), "
         "[ten million tokens](../../benchmarks/results/endless.md), [language](language.md), "
         "[what a memory keeps](memory.md), [training length](training-length.md), "
         "[learning](../../benchmarks/results/learning.md), "

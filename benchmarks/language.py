@@ -74,13 +74,14 @@ def report() -> None:
     begins = sorted({begin for row in found.values() for begin, *_ in row["book"]["by_position"]})
     days = sorted({row["date"] for row in found.values()})
     machines = sorted({row["machine"] for row in found.values()})
+    attends = any(row["variant"] == "transformer" for row in found.values())
     lines = [
         "# How well the models predict text",
         "",
         f"`python benchmarks/language.py`, {' and '.join(days)}, {'; '.join(machines)}: bits per byte of "
         f"held-out plays, each in one stream, and of the first {BOOK_BYTES:,} bytes of the Bible in one "
-        "stream, all of it and from each position to the next; no model was trained on it. Full attention "
-        f"reads windows of {WINDOW:,} bytes, each afresh.",
+        "stream, all of it, and between the positions that head the columns; no model was trained on it."
+        + (f" Full attention reads windows of {WINDOW:,} bytes, each afresh." if attends else ""),
         "",
         "| model | parameters | plays | the Bible | " + " | ".join(f"{n:,}" for n in begins) + " |",
         "|---" * (4 + len(begins)) + "|",

@@ -4,13 +4,8 @@
     python benchmarks/memory_questions.py --questions flood twice  # these alone
     python benchmarks/memory_questions.py --models titans-lmm-tiny
 
-flood: a fact, then books or random bytes. repetition: a fact said several times, at several spacings. twice:
-the context read once or twice. books: facts in plays that were trained on, in plays that were not, in the
-Bible. genre: a hundred facts of one kind and one of another. overwritten: what is read after the fact forgets
-nothing, writes a tenth, or nothing, in all layers or in one. where: one head's memory put back, or another
-text's. gating: writes skipped below a quantile of surprise, or at random (not of MAC, which writes segment by
-segment). Nothing is trained. Finished ones are kept in benchmarks/results/memory_questions.json; tables and
-pictures go to docs/results.
+What each asks stands in QUESTIONS and in the report. Nothing is trained. Finished ones are kept in
+benchmarks/results/memory_questions.json; tables and pictures go to docs/results.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -325,17 +320,51 @@ def one_head(mine: Tensor, theirs: Tensor, head: int) -> Tensor:
     return torch.cat([mine[:, :head], theirs[:, head : head + 1], mine[:, head + 1 :]], 1)
 
 
-QUESTIONS: dict[str, tuple[Callable[[Subject], Iterator[Row]], str]] = {
-    "flood": (flood, "bytes after the fact"),
-    "repetition": (repetition, "times said, 16,384 bytes before the question"),
-    "twice": (twice, "bytes of context"),
-    "books": (books, "bytes after the fact"),
-    "genre": (genre, "facts of the usual kind"),
-    "overwritten": (overwritten, "bytes after the fact"),
-    "where": (where, "bytes after the fact"),
-    "gating": (gating, f"share of writes skipped, of {CONTEXT:,} bytes"),
+class Question(NamedTuple):
+    """ask: the measurements. axis: what their places are. meaning: what is asked, for the report."""
+
+    ask: Callable[[Subject], Iterator[Row]]
+    axis: str
+    meaning: str
+
+
+QUESTIONS = {
+    "flood": Question(flood, "bytes after the fact", "A fact, then books or random bytes."),
+    "repetition": Question(
+        repetition,
+        "times said, 16,384 bytes before the question",
+        "A fact said several times, at several spacings.",
+    ),
+    "twice": Question(twice, "bytes of context", "The context read once or twice before the question."),
+    "books": Question(
+        books,
+        "bytes after the fact",
+        "Facts told in plays that were trained on, in plays that were not, and in the Bible.",
+    ),
+    "genre": Question(
+        genre,
+        "facts of the usual kind",
+        "A number among many numbers, or a word among as many, is asked for. surprise: ‖M(k) − v‖² over its "
+        "statement, 1 being the mean of the text.",
+    ),
+    "overwritten": Question(
+        overwritten,
+        "bytes after the fact",
+        "What is read after the fact forgets nothing, writes a tenth or nothing, in all layers or in one.",
+    ),
+    "where": Question(
+        where,
+        "bytes after the fact",
+        "Before the question one head's memory is put back to what it was when the fact had been told, or "
+        "exchanged for what another text left in it then.",
+    ),
+    "gating": Question(
+        gating,
+        f"share of writes skipped, of {CONTEXT:,} bytes",
+        "Writes are skipped below a quantile of surprise, of how unlikely the model found the byte, or at "
+        "random. Not of MAC, which writes segment by segment.",
+    ),
 }
-AXES = {question: axis for question, (_, axis) in QUESTIONS.items()}
 
 
 def correlation(subject: Subject) -> float:
@@ -368,7 +397,7 @@ def main() -> int:
             if done or (question == "gating" and subject.model.config.variant == "mac"):
                 continue
             rows = []
-            for row in QUESTIONS[question][0](subject):
+            for row in QUESTIONS[question].ask(subject):
                 print(f"{key}: {row}", file=sys.stderr)
                 rows.append(row)
             result: dict[str, Any] = {"rows": rows, **about}
@@ -376,7 +405,7 @@ def main() -> int:
                 result["rank"] = correlation(subject)
             with known(RESULTS) as found:
                 found[key] = result
-            report(AXES, TEXTS)
+    report({name: (q.axis, q.meaning) for name, q in QUESTIONS.items()}, TEXTS)
     return 0
 
 

@@ -29,11 +29,12 @@ def table(title: str, cell: dict[tuple[str, int], Row], arms: list[str], places:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def report(axes_of: Mapping[str, str], texts: int) -> None:
+def report(questions: Mapping[str, tuple[str, str]], texts: int) -> None:
     """Tables and pictures of what is known.
 
     Args:
-        axes_of: what each question's places are, such as "bytes after the fact". texts: for each point.
+        questions: what the places of each are, such as "bytes after the fact", and what it asks. texts: for
+            each point.
     """
     import matplotlib
 
@@ -49,14 +50,14 @@ def report(axes_of: Mapping[str, str], texts: int) -> None:
         f"{texts} texts for each point, answers generated and exact, % with 95 % interval. Bytes are tokens.",
     ]
     REPORT.mkdir(parents=True, exist_ok=True)
-    for question, axis_name in axes_of.items():
+    for question, (axis_name, meaning) in questions.items():
         of_models = {key.split(", ")[0]: v for key, v in found.items() if key.split(", ")[1] == question}
         if not of_models:
             continue
         figure, axes = plt.subplots(
             1, len(of_models), figsize=(4.4 * len(of_models), 3.2), layout="constrained", squeeze=False
         )
-        lines += ["", f"## {question}"]
+        lines += ["", f"## {question}", "", meaning]
         for axis, (name, kept) in zip(axes[0], sorted(of_models.items()), strict=True):
             rows = kept["rows"]
             arms, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("arm", "x"))

@@ -102,7 +102,7 @@ def pooled(cells: list[NeedleCell]) -> tuple[int, int, bool]:
 
 
 def told(cells: list[NeedleCell]) -> str:
-    """Accuracy over the depths beyond attention, or in italics over all, where it may reach any."""
+    """Accuracy over the depths beyond attention, or in italics over all, where it may reach some."""
     if not cells:
         return ""
     correct, samples, beyond = pooled(cells)
@@ -144,23 +144,27 @@ def draw_by_length(found: Found, labels: list[str]) -> None:
     plt.close(figure)
 
 
+def _range(counts: list[int]) -> str:
+    fewest, most = min(counts), max(counts)
+    return str(most) if fewest == most else f"{fewest} to {most}"
+
+
 def report() -> None:
     """Tables of what is known, a picture of all models, and one of each."""
     with known(RESULTS) as found:
         found = dict(found)
     labels = sorted({key.split(", ")[0] for key in found})
     totals: dict[int, list[int]] = {length: [] for length in SAMPLES}
-    for cells in (one["cells"] for one in found.values()):
-        totals[cells[0]["length"]].append(sum(cell["samples"] for cell in cells))
-    fewest = {length: min(counts) for length, counts in totals.items() if counts}
+    for cells in ([NeedleCell(**cell) for cell in one["cells"]] for one in found.values()):
+        totals[cells[0].length].append(pooled(cells)[1])
     lines = [
         "# How far the models recall",
         "",
         "`python benchmarks/recall.py`: answers generated and exact, % with 95 % interval, needles at depths "
         f"{', '.join(f'{100 * depth:.0f}' for depth in DEPTHS)} %, "
-        "several facts anywhere; only those that attention does not reach "
-        "are counted (in italics: it may reach any). A token is a byte. Texts for each number, at least: "
-        + ", ".join(f"{count} of {length:,}" for length, count in fewest.items())
+        "several facts anywhere; only those that attention does not reach are counted (in italics: all, of "
+        "which it may reach some). A token is a byte. Texts for each number: "
+        + ", ".join(f"{_range(counts)} of {length:,}" for length, counts in totals.items() if counts)
         + ".",
         "",
         "![Told back, by bytes read](recall.png)",

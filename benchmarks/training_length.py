@@ -84,7 +84,7 @@ def report() -> None:
         "",
         f"`python benchmarks/training_length.py`, {about['date']}, {about['machine']}: LMM, {STEPS} steps "
         f"of {TOKENS_PER_STEP:,} bytes each, one seed; a number told at the beginning of a text, % recalled "
-        f"with 95 % interval, {TEXTS} texts for each cell, until less than {LOST:.0%} is left.",
+        f"with 95 % interval, {TEXTS} texts for each cell, longer ones while at least {LOST:.0%} are right.",
         "",
         "| bytes in a row | " + " | ".join(f"{n:,}" for n in read) + f" | longest with {RECALLED:.0%} |",
         "|---" * (len(read) + 2) + "|",

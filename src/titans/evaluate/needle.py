@@ -84,7 +84,10 @@ class Haystack:
 
 
 def attention_reach(config: Any) -> float:
-    """How many tokens back attention sees through all layers: what is further away only a memory knows."""
+    """How many tokens back attention sees through all layers: what is further away only a memory knows.
+
+    0 where there is no attention.
+    """
     variant = getattr(config, "variant", None)
     if variant == "lmm":
         return 0
@@ -158,6 +161,7 @@ def needle_table(
         if progress is not None:
             progress(done + tokens, total)
 
+    reach = attention_reach(model.config)
     found = []
     for length, depth in cells:
         correct, beyond = 0, True
@@ -168,7 +172,7 @@ def needle_table(
             correct += right
             done += len(rows) * length
             tell(0)
-            beyond = beyond and distance > attention_reach(model.config)
+            beyond = beyond and (reach == 0 or distance > reach)
         low, high = wilson(correct, samples)
         num_bytes = round(length * asker.haystack.bytes_per_token)
         found.append(
