@@ -67,10 +67,16 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.
     step = int(re.search(r"^titans: interrupted after step (\d+) of 100000; .*--resume$", said, re.M)[1])  # type: ignore[index]
     assert "Traceback" not in said
     assert [path.name for path in output.iterdir() if "checkpoint" in path.name] == [f"checkpoint-{step}"]
-    assert main(command(output, "--steps", str(step + 1), "--log-every", "1", "--resume")) == 0
+    # With the options of the run, of which one is changed.
+    assert main(["train", "--output", str(output), "--resume", "--steps", str(step + 1)]) == 0
     assert f"resuming from checkpoint-{step}" in capsys.readouterr().err
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, step + 2), step + 1]  # each step once, and the evaluation of the last
+    assert main(["train", "--output", str(output), "--resume", "--steps", "1"]) == 2
+    assert f"checkpoint-{step + 1} is past that" in capsys.readouterr().err
+    (output / "training.json").write_text("[")
+    assert main(["train", "--output", str(output), "--resume"]) == 2
+    assert "training.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

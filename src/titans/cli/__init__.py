@@ -64,13 +64,13 @@ def _parse(arguments: list[str]) -> Any:
     words = 2 if arguments[:1] == ["eval"] else 1
     name, options = " ".join(arguments[:words]), arguments[words:]
     if name in _COMMANDS:
-        from titans.cli.train import defaults_from_config_file
+        from titans.cli.train import defaults_of
 
         return tyro.cli(
             _command(name),
             args=options,
             prog=f"titans {name}",
-            default=defaults_from_config_file(options) if name == "train" else None,
+            default=defaults_of(options) if name == "train" else None,
         )
     if words == 2:
         raise UsageError(f"eval {arguments[1]}: choose one of {', '.join(_SUITES)}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.train.settings import TrainSettings, check_type, field_types
+from titans.train.settings import SETTINGS_FILE, TrainSettings, check_type, field_types
 
 
 def _parse_field(text: str) -> tuple[str, Any]:
@@ -44,7 +44,7 @@ class Train(TrainSettings):
 
     The output folder holds the model (for `titans generate`), its checkpoints, metrics.jsonl and curves.png.
     Ctrl-C finishes the step and writes a checkpoint; --resume goes on from the last one as if nothing had
-    happened.
+    happened, with the options of then where no others are given.
     """
 
     config: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
@@ -79,19 +79,43 @@ class Train(TrainSettings):
         return 0
 
 
-def defaults_from_config_file(arguments: list[str]) -> Train | None:
-    """The defaults that a --config-file among the arguments asks for, or None without one.
+def defaults_of(arguments: list[str]) -> Train | None:
+    """What options begin from: with --resume the settings of the run, and over them those of a --config-file.
 
     Raises:
-        UsageError: if it cannot be read, or names something that is no setting.
+        UsageError: if either cannot be read, or names something that is no setting.
     """
-    path = None
+    values = {}
+    if (path := _option(arguments, "--config-file")) is not None:
+        values = _from_config_file(Path(path))
+    if "--resume" in arguments:
+        folder = _option(arguments, "--output") or values.get("output", TrainSettings.output)
+        values = _of_the_run(Path(folder)) | values
+    return Train(**{"data": tyro.MISSING, **values}) if values else None
+
+
+def _option(arguments: list[str], option: str) -> str | None:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
-        if name in ("--config-file", "--config_file"):
-            path = Path(value if equals else following)
-    if path is None:
-        return None
+        if name.replace("_", "-") == option:
+            return value if equals else following
+    return None
+
+
+def _of_the_run(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        # The folder may have been moved.
+        values = {name: value for name, value in values.items() if name not in ("output", "resume")}
+    except (OSError, ValueError, AttributeError):
+        raise UsageError(f"{file} is damaged: copy that of the newest checkpoint over it") from None
+    return _checked(values, str(file))
+
+
+def _from_config_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -100,20 +124,24 @@ def defaults_from_config_file(arguments: list[str]) -> Train | None:
         raise UsageError(f"config_file={str(path)!r} cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"config_file={str(path)!r} holds no settings: write lines such as `steps: 300`")
+    return _checked(values, f"config_file={str(path)!r}")
+
+
+def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
     types = field_types()
     for name, value in values.items():
         if name not in types:
-            raise UsageError(f"config_file={str(path)!r} sets {name!r}: choose from {', '.join(types)}")
+            raise UsageError(f"{source} sets {name!r}: choose from {', '.join(types)}")
         try:
             values[name] = _from_yaml(value, types[name])
             check_type(name, values[name])
         except ValueError as error:
-            raise UsageError(f"config_file={str(path)!r}: {error}") from None
-    return Train(**{"data": tyro.MISSING, **values})
+            raise UsageError(f"{source}: {error}") from None
+    return values
 
 
 def _from_yaml(value: Any, types: tuple[type, ...]) -> Any:
-    """YAML has no paths and no tuples, and takes 1e-4 for text."""
+    """YAML has no paths and no tuples, and takes 1e-4 for text; JSON neither."""
     if isinstance(value, list) and tuple in types:
         return tuple(value)
     if isinstance(value, str) and Path in types:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 NUM_KEPT = 2
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _OPTIMIZER_FILE, _RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
 
 
@@ -28,10 +28,13 @@ def checkpoints(output: Path) -> list[Path]:
     """The checkpoints in an output folder, oldest first."""
     if not output.is_dir():
         return []
-    found = [
-        (int(m[1]), path) for path in output.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    found = [path for path in output.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many steps it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 @contextmanager

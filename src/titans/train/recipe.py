@@ -20,7 +20,15 @@ from transformers.utils import logging as library_logging
 
 from titans.data import list_corpora, load_corpus, load_tokenizer
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
-from titans.train.checkpoint import alone_in, checkpoints, delete_unfinished, settle, write_json, writing
+from titans.train.checkpoint import (
+    alone_in,
+    checkpoints,
+    delete_unfinished,
+    settle,
+    step_of,
+    write_json,
+    writing,
+)
 from titans.train.examples import make_examples
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
 from titans.train.optimizer import make_optimizer, make_schedule
@@ -95,6 +103,8 @@ def check(settings: TrainSettings) -> None:
                 f"resume: there is no checkpoint in output={str(settings.output)!r}; start without it"
             )
         settings.check_resumes(found[-1])
+        if step_of(found[-1]) > settings.steps:
+            raise ValueError(f"steps={settings.steps}: {found[-1]} is past that; give as many at least")
     elif found or (settings.output / "model.safetensors").exists():
         raise ValueError(
             f"output={str(settings.output)!r} already holds a run: set resume to continue it, or give "

@@ -45,7 +45,7 @@ class TrainSettings:
     carry_memory: bool = False
     """Consecutive steps read consecutive segments of a document, and the memory is carried over."""
     in_order: bool = False
-    """Rows read their documents in order, as with carry_memory, but every segment with a fresh state."""
+    """Rows read their documents in order, as when the memory is carried, but every row with a fresh state."""
     state_passing: float = 0.0
     """Fraction of the rows that begin with the memory another row has left in the step before."""
     fact_spacing: float | None = None
@@ -53,19 +53,19 @@ class TrainSettings:
     fact_distance: int = 256
     """Most bytes of text from a fact to where it is asked for."""
     facts_alike: float = 0.0
-    """Share of the facts about a name that up to four others follow in the same words."""
+    """Share of the facts about a name that are followed by one to four others in the same words."""
     answer_weight: float = 1.0
-    """How many times as much as other bytes those of answers about facts count in the loss."""
+    """How much a byte of an answer about a fact counts in the loss; other bytes count 1."""
     refrains: float = 0.0
-    """Share of the training text that is some of its sentences, said again and again."""
+    """Share of the training text in which a few sentences are said again and again."""
     numbered_lines: float = 0.0
     """Share of the training text that lies in stretches whose lines are numbered."""
     write_cost: float = 0.0
     """What the slower half of a memory's heads pay for writing, see `titans.train.write_cost`."""
     write_cost_reach: float = 8.0
-    """Steps pay by their logarithm down to e to minus this of the largest; smaller ones next to nothing."""
+    """How small a write still pays: down to e to minus this of the largest step."""
     start_from: Path | None = None
-    """Folder of a model to go on from, of the same configuration."""
+    """Folder of a model whose weights to begin with: of the same shapes; chunk sizes may be others."""
     learning_rate: float | None = None
     """Peak learning rate; by default the preset's."""
     warmup_steps: int | None = None
@@ -73,7 +73,7 @@ class TrainSettings:
     min_learning_rate: float = 0.1
     """Where the cosine ends, as a fraction of the peak."""
     weight_decay: float = 0.1
-    """Of the projections; norms, biases, embeddings and the memory's initial weights do not decay."""
+    """Weight decay of the projections; norms, biases, embeddings and initial memories have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two averaging constants."""
     max_grad_norm: float = 1.0
@@ -91,7 +91,7 @@ class TrainSettings:
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
     seed: int = 0
-    """Of the initial weights and the order of the examples."""
+    """Seed of the initial weights and the order of the examples."""
     dtype: str = "float32"
     """float32; tfloat32, whose products on a GPU have ten bits; or bfloat16: mixed precision, parameters and
     memory in float32."""
@@ -102,7 +102,8 @@ class TrainSettings:
     threads: int | None = None
     """CPU threads; by default PyTorch's choice."""
     resume: bool = False
-    """Continue from the last checkpoint in the output folder, exactly as if there had been no break."""
+    """Continue from the last checkpoint in the output folder, exactly as if there had been no break; options
+    that are not given are those of the run."""
 
     def check(self) -> None:
         """Find what can be found wrong without reading data.
