@@ -82,6 +82,8 @@ def test_a_killed_reading_goes_on_to_the_very_same_memory(
     held = Session.load(cut, model, byte_tokenizer()).num_tokens
     assert 150_000 <= held < 350_000
 
+    anew = titans(model_folder, *texts, "-o", cut)
+    assert anew.returncode == 2 and "holds a reading that was cut off: go on with --resume" in anew.stderr
     others = titans(model_folder, texts[0], "-o", cut, "--resume")
     assert others.returncode == 1 and "give the same files to go on" in others.stderr
     done = titans(model_folder, *texts, "-o", cut, "--resume", "--json")

@@ -401,7 +401,8 @@ def test_a_wrong_memory_is_one_line(
         ("eval perplexity MODEL --data BOOK --hold-out 1", 2, "hold_out=1.0"),
         ("eval perplexity MODEL --data BOOK --batch-size 0", 2, "batch_size=0"),
         ("eval needles MODEL --data BOOK", 2, "needles"),
-        ("eval needle MODEL --lengths 1q", 2, "1q"),
+        ("eval needle MODEL --lengths 1q", 2, "1q' is no number of tokens: write 4096"),
+        ("eval needle MODEL --depths 0,half", 2, "half' is no number: give numbers from 0 to 1"),
         ("eval needle MODEL --samples 0", 2, "samples=0: give a whole number"),
         ("eval needle MODEL --task word --haystack none", 1, "neither a file nor a folder"),
         ("eval needle titans-mac-huge", 1, "is not a folder"),
@@ -445,7 +446,7 @@ def test_a_terminal_gets_a_bar() -> None:
 def test_a_needle_is_asked_for(
     run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
 ) -> None:
-    sizes = ["--lengths", "250", "0.5k", "--depths", "0.2", "0.9", "--samples", "3"]
+    sizes = ["--lengths", "250,0.5k", "--depths", "0.2", "0.9", "--samples", "3"]
     text = ["--task", "number", "--haystack", book, "--plot", tmp_path / "map.png"]
     code, out, err = run("eval", "needle", "--checkpoint", model_folder, *text, *sizes, "--json")
     cells = json.loads(out)["cells"]

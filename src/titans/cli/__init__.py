@@ -39,6 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has closed it: nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "titans").partition(".")[0] == "titans":
+            raise
+        return _complain(
+            ValueError(
+                f"{error.name} is not installed: the command line needs pip install 'titans-ltm[train]'"
+            ),
+            "",
+            1,
+        )
     except UsageError as error:
         return _complain(error, "", 2)
     except (ValueError, OSError, ArithmeticError) as error:

@@ -26,7 +26,7 @@ class Generate:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it."""
+    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
     prompt: str = ""
     """Text to continue; may be empty where a memory is given."""
     memory: Path | None = None
@@ -42,7 +42,7 @@ class Generate:
     top_p: float | None = None
     """Choose among the likeliest tokens that together have this probability."""
     seed: int | None = None
-    """Of the choices; the same seed gives the same text."""
+    """Seed of the choices; the same one gives the same text."""
     greedy: bool = False
     """Always take the likeliest token."""
     json: bool = False

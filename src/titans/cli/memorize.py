@@ -51,8 +51,14 @@ class Memorize:
             raise UsageError(f"save_every={self.save_every}: give a whole number of at least 1")
         if self.resume and self.memory:
             raise UsageError("resume goes on from the output: leave memory out")
+        from titans.data.reading import is_unfinished
         from titans.data.sources import find_sources
 
+        if not self.resume and is_unfinished(self.output):
+            raise UsageError(
+                f"output={str(self.output)!r} holds a reading that was cut off: go on with --resume, or name "
+                "another file"
+            )
         with tempfile.TemporaryDirectory(prefix="titans-") as scratch:
             return self._read(find_sources(self.files, Path(scratch)))
 

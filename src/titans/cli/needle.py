@@ -19,24 +19,33 @@ if TYPE_CHECKING:
 _UNITS = {"k": 1024, "K": 1024, "M": 1024**2, "m": 1024**2}
 
 
-def _parse_length(text: str) -> int:
+def _tokens(text: str) -> int:
     unit = _UNITS.get(text[-1:], 0)
-    number = float(text[:-1] if unit else text) * (unit or 1)
+    try:
+        number = float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        number = 0
     if number < 1 or number != int(number):
-        raise ValueError(f"{text!r} is no number of tokens: write 4096, 4k or 1M")
+        raise UsageError(f"lengths: {text!r} is no number of tokens: write 4096, 4k or 1M")
     return int(number)
 
 
-Length = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="LENGTH",
-        instance_from_str=lambda texts: _parse_length(texts[0]),
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
+def _depth(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"depths: {text!r} is no number: give numbers from 0 to 1") from None
+
+
+def _listed(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[tuple[str, ...]]:
+    """Values with spaces or commas between them. What each means the command finds out: it can say more."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda texts: tuple(one for text in texts for one in text.split(",") if one),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    )
 
 
 @dataclass(frozen=True)
@@ -54,14 +63,14 @@ class EvalNeedle:
     task: Literal["passkey", "number", "word", "uuid", "qa1", "qa2", "qa3"] = "passkey"
     """passkey: five digits in repeated filler. number, word, uuid: these in natural text. qa1, qa2,
     qa3: where is a person, a thing, and where was it before? Like bAbI's, in natural text."""
-    lengths: tuple[Length, ...] = (1024, 4096, 16384)
+    lengths: Annotated[tuple[str, ...], _listed("LENGTH ...")] = ("1k", "4k", "16k")
     """Tokens from the beginning to the end of the question; 4k is 4096, 1M is 1048576."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: Annotated[tuple[str, ...], _listed("DEPTH ...")] = ("0", "0.25", "0.5", "0.75", "1")
     """Where the needle stands: 0 the beginning, 1 the end. Not used with several needles."""
     haystack: str = "bible"
-    """Corpus to hide it in: a text file, a folder of them, or excerpt, shakespeare, bible."""
+    """Corpus to hide it in, unless a passkey: a text file, a folder of them, excerpt, shakespeare, bible."""
     hold_out: float = 0.0
-    """Take only the documents that `titans train --hold-out` with the same number keeps away."""
+    """Take only the documents that `titans train --hold-out` with the same number keeps from training."""
     samples: int = 8
     """Texts for each length and depth."""
     keys: int = 1
@@ -73,7 +82,7 @@ class EvalNeedle:
     batch_size: int = 8
     """Texts read side by side."""
     seed: int = 0
-    """Of names, values and places."""
+    """Seed of names, values and places."""
     plot: Path | None = None
     """Draw the table as a picture into this file."""
     json: bool = False
@@ -86,6 +95,8 @@ class EvalNeedle:
                 raise UsageError(f"{name}={getattr(self, name)}: give a whole number of at least 1")
         if not self.lengths:
             raise UsageError("lengths: none given; name at least one")
+        lengths = [_tokens(text) for text in self.lengths]
+        depths = [_depth(text) for text in self.depths]
         check_output("plot", self.plot)
         model, tokenizer = load_checkpoint(self.checkpoint)
         from titans.cli.progress import ReadingProgress
@@ -99,14 +110,14 @@ class EvalNeedle:
             if self.hold_out:
                 documents = hold_out(documents, self.hold_out)[1]
             haystack = "\n".join(document.data.decode("utf-8", "replace") for document in documents)
-        planned = cells_of(TASKS[self.task], self.lengths, self.depths, self.keys, self.values)
+        planned = cells_of(TASKS[self.task], lengths, depths, self.keys, self.values)
         with ReadingProgress(self.samples * sum(length for length, _ in planned)) as progress:
             cells = needle_table(
                 model,
                 tokenizer,
                 self.task,
-                self.lengths,
-                self.depths,
+                lengths,
+                depths,
                 haystack=haystack,
                 samples=self.samples,
                 batch_size=self.batch_size,

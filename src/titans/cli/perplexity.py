@@ -24,7 +24,7 @@ class EvalPerplexity:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it."""
+    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
     data: tuple[str, ...]
     """Corpora, each a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare,
     bible."""

@@ -119,6 +119,15 @@ class Reading:
         self._piece_began = self.session.num_tokens
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is a memory whose reading was cut off."""
+    try:
+        with open_state_file(path) as file:
+            return _HEADER in file.about
+    except (OSError, ValueError):
+        return False
+
+
 def _show(
     progress: Callable[[float, str], None], name: str, done: int, piece: Piece, taken: int, count: int
 ) -> None:

@@ -52,4 +52,7 @@ def draw_inspection(path: Path, found: Inspection, title: str) -> None:
 def _means(values: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Middles and means of stretches of `step` tokens."""
     begins = np.arange(0, len(values), step)
-    return begins + step / 2, np.array([np.nanmean(values[i : i + step]) for i in begins])
+    stretches = [stretch[~np.isnan(stretch)] for stretch in np.split(values, begins[1:])]
+    return begins + step / 2, np.array(
+        [np.mean(stretch) if len(stretch) else np.nan for stretch in stretches]
+    )
