@@ -119,6 +119,17 @@ def test_a_wrong_configuration_is_refused(fields, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for kind in (AutoConfig, TitansConfig):
+        with pytest.raises(ValueError, match=message):
+            kind.from_pretrained(tmp_path, **fields)
+
+
+def test_a_saved_configuration_may_be_changed(tmp_path):
+    small_config("mac").save_pretrained(tmp_path)
+    changed = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=5, chunk_size=4, variant="lmm")
+    assert (changed.variant, changed.chunk_size, len(changed.layer_types)) == ("lmm", 4, 5)
+    assert TitansConfig.from_pretrained(tmp_path, other=1, return_unused_kwargs=True)[1] == {"other": 1}
 
 
 def test_an_unknown_preset_is_refused_with_those_that_exist():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from titans import Session
 from titans.hf import TitansCache, modeling_titans
 from titans.nn.blocks import BLOCKS
 
@@ -165,13 +166,38 @@ def test_a_mask_that_fits_neither_new_nor_all_tokens_is_refused(variant):
         mask = torch.ones(1, width, dtype=torch.int64)
         with pytest.raises(ValueError, match=rf"\(1, {width}\): give \(1, 6\), or \(1, 15\)"):
             greedy(model, ids, 2, past_key_values=cache, attention_mask=mask)
-    with pytest.raises(ValueError, match="no tokens are given"):
-        greedy(model, ids[:, :0], 2, past_key_values=cache)
+    for given in (dict(past_key_values=cache), {}):
+        with pytest.raises(ValueError, match="no tokens are given"):
+            greedy(model, ids[:, :0], 2, **given)
     with torch.no_grad():
         assert_near(
             model(ids, past_key_values=cache).logits,
             logits_of(model, torch.cat([random_ids(1, 9), ids], 1))[:, 9:],
         )
+
+
+def test_a_cache_that_is_given_is_used_whatever_the_configuration_says(variant):
+    model, ids, more = MODELS[variant], random_ids(1, 9), random_ids(1, 3, seed=1)
+    expected = greedy(model, torch.cat([ids, more], 1), 6)
+    forgetful = small_model(variant, use_cache=False)
+    assert torch.equal(greedy(forgetful, more, 6, past_key_values=filled_cache(model, ids)), expected)
+    session = Session(forgetful)
+    session.feed(torch.cat([ids, more], 1)[0])
+    assert torch.equal(session.generate(max_new_tokens=6, do_sample=False), expected)
+    with pytest.raises(ValueError, match="use_cache=False with past_key_values"):
+        greedy(model, more, 2, past_key_values=filled_cache(model, ids), use_cache=False)
+
+
+def test_what_is_no_cache_of_this_model_is_refused(variant):
+    ids = random_ids(1, 3)
+    for cache, message in (
+        (((),), "past_key_values is a tuple"),
+        (filled_cache(small_model(variant, chunk_size=4), ids), "made with chunk_size=4, the model has 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            greedy(MODELS[variant], ids, 2, past_key_values=cache)
+    with pytest.raises(ValueError, match="output_attentions=True: a memory has no attention map"):
+        greedy(MODELS[variant], ids, 2, output_attentions=True)
 
 
 @pytest.mark.parametrize("kind", ["static", "quantized", "paged", "dynamic", "offloaded"])

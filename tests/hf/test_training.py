@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from titans.hf import TitansForCausalLM
+from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory.state import map_state
 from titans.nn.blocks import BLOCKS
 
@@ -124,11 +124,13 @@ def test_reentrant_checkpointing_is_refused(variant):
     for enable in (model.gradient_checkpointing_enable, model.activation_checkpointing_enable):
         with pytest.raises(ValueError, match="use_reentrant=True gives wrong gradients"):
             enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=True gives wrong gradients"):
+        model.gradient_checkpointing_enable(use_reentrant=True)
     assert not model.is_activation_checkpointing
 
 
 def test_contradictory_arguments_are_refused(variant):
-    model, ids = small_model(variant), random_ids(2, 6)
+    model, ids = small_model(variant, chunk_size=4), random_ids(2, 6)
     cache = filled_cache(model, ids)
     embeddings = model.get_input_embeddings()(ids).detach()
     mask = torch.ones(2, 6, dtype=torch.int64)
@@ -148,6 +150,21 @@ def test_contradictory_arguments_are_refused(variant):
         ],
         "past_key_values is a DynamicCache": [dict(input_ids=ids, past_key_values=DynamicCache())],
         "past_key_values holds 2 rows, the input has 1": [dict(input_ids=ids[:1], past_key_values=cache)],
+        "the cache was made with chunk_size=3, the model has 4": [
+            dict(input_ids=ids, past_key_values=TitansCache(small_config(variant)))
+        ],
+        r"input_ids has shape \(6,\)": [dict(input_ids=ids[0])],
+        r"input_ids .* dtype torch.float64": [dict(input_ids=ids.double())],
+        "input_ids holds -1 to": [dict(input_ids=ids - ids.min() - 1)],
+        f"input_ids holds 0 to {VOCAB}: give ids from 0 to {VOCAB - 1}": [
+            dict(input_ids=torch.tensor([[0, VOCAB]]))
+        ],
+        r"inputs_embeds has shape \(2, 6, 5\)": [dict(inputs_embeds=embeddings[..., :5])],
+        "memory_states holds 1: give one for each of 2": [dict(input_ids=ids, memory_states=states[:1])],
+        r"restart has shape \(3,\)": [
+            dict(input_ids=ids, memory_states=states, restart=torch.ones(3, dtype=torch.bool))
+        ],
+        "restart .* dtype torch.float32": [dict(input_ids=ids, memory_states=states, restart=torch.ones(2))],
     }
     before = cache.states
     for message, calls in wrong.items():

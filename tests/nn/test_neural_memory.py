@@ -287,6 +287,7 @@ def test_it_stays_finite_over_a_long_monotone_stream():
         (lambda x, state: (x, state.memory), "state is a MemoryState"),
         (lambda x, state: (x[:1], state), "state holds 2 rows: give one for each of x's 1"),
         (lambda x, state: (x, None, torch.ones(2, 3, dtype=torch.bool)), r"mask has shape \(2, 3\)"),
+        (lambda x, state: (x.float(), None), "x is torch.float32 and the layer torch.float64"),
         (lambda x, state: (x, None, torch.ones(2, 5)), "mask .* dtype torch.float32"),
         (lambda x, state: (x, None, None, torch.ones(1, 5, dtype=torch.bool)), r"reset has shape \(1, 5\)"),
     ],
@@ -295,6 +296,17 @@ def test_a_wrong_argument_is_named(arguments, message):
     layer, x = layer_of({}), tokens(2, 5, HIDDEN)
     with pytest.raises(ValueError, match=message):
         layer(*arguments(x, layer.initial_state(2)))
+
+
+@pytest.mark.parametrize("other", [dict(conv_kernel=1), dict(conv_kernel=6), dict(num_heads=4)])
+@pytest.mark.parametrize("head_dim", [4, 16])
+def test_a_state_of_another_layer_is_refused(other, head_dim):
+    # With heads of 16 it is compiled code that would read beyond what there is.
+    sizes = dict(hidden_size=HIDDEN, num_heads=2, head_dim=head_dim)
+    x = torch.randn(2, 5, HIDDEN)
+    state = NeuralMemory(**{**sizes, **other})(x)[1]
+    with pytest.raises(ValueError, match="the state's convolution tail has shape"):
+        NeuralMemory(**sizes)(x, state)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ class TitansCache(Cache):
         """Count columns from here (fresh) or from the start: `generate` slices ids and masks by the count."""
         self._columns.before_call = self.num_columns if fresh else 0
 
+    def check_fits(self, config: TitansConfig) -> None:
+        """Whether a model of this configuration understands the states.
+
+        Raises:
+            ValueError: naming the first field that differs.
+        """
+        if config is not self.config:
+            for name in _STATE_FIELDS:
+                if getattr(self.config, name) != getattr(config, name):
+                    raise ValueError(
+                        f"the cache was made with {name}={getattr(self.config, name)!r}, the model has "
+                        f"{getattr(config, name)!r}: use the model it was made with"
+                    )
+
     def _map(self, function: Any) -> None:
         for layer in self.layers:
             layer.state = map_state(function, layer.state)

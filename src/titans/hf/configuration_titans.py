@@ -109,13 +109,7 @@ class TitansConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = _LIBRARY_KEYS | GenerationConfig._get_default_generation_params().keys()
-        unknown = sorted(k for k in kwargs if k not in known and not k.startswith("_"))
-        if unknown:
-            own = sorted(f.name for f in fields(type(self)) if f.name in TitansConfig.__annotations__)
-            raise ValueError(
-                f"{unknown[0]}={kwargs[unknown[0]]!r} is not a field of TitansConfig: choose from {own}"
-            )
+        _refuse_unknown(kwargs)
         # No local memories, said in one way.
         self.memory_local_chunk_sizes = self.memory_local_chunk_sizes or None
         # Once more than the library does, which would wrap the reason in an error of its own kind.
@@ -124,6 +118,22 @@ class TitansConfig(PreTrainedConfig):
             kind = _LAYER_TYPES.get(self.variant, "hybrid_sliding")
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from saved fields, and changes of them: `from_pretrained(folder, chunk_size=32)`.
+
+        Raises:
+            ValueError: for a field that is not known or outside its domain.
+        """
+        # The library would set them afterwards, unseen by any check, and drop those that it does not know.
+        changes = {name: kwargs.pop(name) for name in [*kwargs] if name in TitansConfig.__annotations__}
+        if changes.keys() & {"variant", "num_hidden_layers"}:
+            changes.setdefault("layer_types", None)
+        found = super().from_dict({**config_dict, **changes}, **kwargs)
+        if not kwargs.get("return_unused_kwargs", False):
+            _refuse_unknown({name: value for name, value in kwargs.items() if not hasattr(found, name)})
+        return found
 
     def validate_architecture(self) -> None:
         """Called by the library too, whenever a configuration is made, saved or loaded."""
@@ -235,6 +245,16 @@ class TitansConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known: choose one of {sorted(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def _refuse_unknown(values: dict[str, Any]) -> None:
+    known = _LIBRARY_KEYS | GenerationConfig._get_default_generation_params().keys()
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    if unknown:
+        own = sorted(f.name for f in fields(TitansConfig) if f.name in TitansConfig.__annotations__)
+        raise ValueError(
+            f"{unknown[0]}={values[unknown[0]]!r} is not a field of TitansConfig: choose from {own}"
+        )
 
 
 def _paper(num_layers: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:

@@ -96,14 +96,17 @@ class TitansPreTrainedModel(PreTrainedModel):
             parameter.copy_(value)
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        use_reentrant: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Turn on gradient checkpointing, of the non-re-entrant kind.
 
         Raises:
             ValueError: for use_reentrant=True, whose gradients through a carried state are silently wrong.
         """
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if use_reentrant or (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "use_reentrant=True gives wrong gradients through the memory's state: pass "
                 "use_reentrant=False"
@@ -157,13 +160,19 @@ class TitansModel(TitansPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None and memory_states is not None:
             raise ValueError("give past_key_values (inference) or memory_states (training), not both")
-        if past_key_values is not None and not isinstance(past_key_values, TitansCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}: a Titans model needs "
-                "TitansCache(config)"
-            )
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config)
+        x = self._embedded(input_ids, inputs_embeds)
         batch, time, _ = x.shape
+        if memory_states is not None and len(memory_states) != len(self.layers):
+            raise ValueError(
+                f"memory_states holds {len(memory_states)}: give one for each of {len(self.layers)} layers"
+            )
+        if restart is not None and (restart.shape != (batch,) or restart.dtype != torch.bool):
+            raise ValueError(
+                f"restart has shape {tuple(restart.shape)} and dtype {restart.dtype}: give ({batch},) in "
+                "torch.bool"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None and memory_states is None:
@@ -209,6 +218,31 @@ class TitansModel(TitansPreTrainedModel):
             surprises=None if surprises is None else tuple(unpack(s) for s in surprises),
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(batch, time, hidden_size); ValueError for another shape or type, and on a CPU for unknown ids."""
+        if input_ids is None:
+            assert inputs_embeds is not None
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give (batch, time, "
+                    f"hidden_size={self.config.hidden_size})"
+                )
+            return inputs_embeds
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
+                "time) in torch.int64"
+            )
+        # Looking makes a GPU wait.
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            least, most = input_ids.aminmax()
+            if least < 0 or most >= self.embed_tokens.num_embeddings:
+                raise ValueError(
+                    f"input_ids holds {int(least)} to {int(most)}: give ids from 0 to "
+                    f"{self.embed_tokens.num_embeddings - 1}, the vocabulary"
+                )
+        return self.embed_tokens(input_ids)
 
     @staticmethod
     def _real_tokens(
@@ -311,18 +345,27 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         (embeddings by their number). Without a mask every id is a real token, the padding id too.
 
         Raises:
-            ValueError: for a mask of any other length, or nothing to continue with.
+            ValueError: for a mask of any other length, nothing to continue with, a cache of another kind or
+                configuration, or a cache that is not to be used.
         """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         prompt = kwargs.get("inputs_embeds")
         if prompt is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
         generate: Callable[..., Any] = super().generate
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True: a memory has no attention map; see titans.inspection")
+        if cache is not None:
+            _check_cache(cache, self.config)
+            if kwargs.get("use_cache") is False:
+                raise ValueError("use_cache=False with past_key_values: leave one of them out")
+            # Whatever the configuration says: without it the library would read all ids again at every token.
+            kwargs["use_cache"] = True
         if prompt is None:
             return generate(inputs, *args, **kwargs)
         rows, given = prompt.shape[:2]
-        seen = cache.num_columns if isinstance(cache, TitansCache) else 0
-        if seen and not given:
+        seen = 0 if cache is None else cache.num_columns
+        if not given:
             raise ValueError("no tokens are given to continue with: give the last one, or more")
         if mask is None:
             # The library would take a token equal to the padding id for padding.
@@ -336,7 +379,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 f"({rows}, {seen + given}) with everything seen"
             )
         kwargs["attention_mask"] = mask[:, mask.shape[1] - given :]
-        if not isinstance(cache, TitansCache) or whole_text_again:
+        if cache is None or whole_text_again:
             return generate(inputs, *args, **kwargs)
         cache.begin_call(fresh=True)
         try:
@@ -345,8 +388,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             cache.begin_call(fresh=False)
 
     @staticmethod
-    def _repeats_what_was_seen(cache: Any, prompt: Tensor) -> bool:
-        if not isinstance(cache, TitansCache) or prompt.shape[1] <= cache.num_columns:
+    def _repeats_what_was_seen(cache: TitansCache | None, prompt: Tensor) -> bool:
+        if cache is None or prompt.shape[1] <= cache.num_columns:
             return False
         # Embeddings cannot be compared with ids: there the library's convention decides.
         return prompt.is_floating_point() or cache.is_beginning_of(prompt)
@@ -355,6 +398,14 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         """Refused: continuous batching works on pages of keys and values, and a memory has none."""
         _refuse_cache_kind("paged")
         raise AssertionError
+
+
+def _check_cache(cache: Any, config: TitansConfig) -> None:
+    if not isinstance(cache, TitansCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}: a Titans model needs TitansCache(config)"
+        )
+    cache.check_fits(config)
 
 
 def _refuse_cache_kind(name: str | None) -> None:

@@ -53,6 +53,7 @@ class CausalConv(nn.Module):
         x = zero_padding(x, real)
         if tail is None:
             tail = self.initial_tail(x.shape[0], x.device, x.dtype)
+        self.check_tail(x, tail)
         new_tail = self.next_tail(x, tail, lengths, reset)
         if time == 0:
             return x, new_tail
@@ -65,6 +66,19 @@ class CausalConv(nn.Module):
             same = stretch[:, width - 1 :] == stretch[:, width - 1 - back : -back]
             y = y + zero_padding(extended[:, width - 1 - back : -back], same) * column
         return zero_padding_(y, real), new_tail
+
+    def check_tail(self, x: Tensor, tail: Tensor) -> None:
+        """Whether a tail is one of this filter, for the rows of x.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        wanted = x.shape[0], self.kernel_size - 1, self.weight.shape[0]
+        if tuple(tail.shape) != wanted:
+            raise ValueError(
+                f"the state's convolution tail has shape {tuple(tail.shape)}, this layer's {wanted}: give a "
+                "state of the same layer, with as many rows as the input"
+            )
 
     def next_tail(
         self, x: Tensor, tail: Tensor, lengths: Tensor | None = None, reset: Tensor | None = None

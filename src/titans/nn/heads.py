@@ -32,9 +32,13 @@ def head_vectors(
         x: (batch, time, parts · heads · head_dim), packed rows.
         longest: for each part `UNIT`, or the length that no vector may exceed.
 
+    Raises:
+        ValueError: for a tail of another filter.
+
     Returns:
         For each part (batch, time, heads, head_dim), unit vectors in at least float32, and the new tail.
     """
+    conv.check_tail(x, tail)
     if "native" in BACKENDS and compiled.refuses(head_dim, x, tail, conv.weight) is None:
         vectors = compiled.filter_heads(x, tail, conv.weight, reset, lengths, longest, head_dim)
         return vectors, conv.next_tail(x, tail, lengths, reset)

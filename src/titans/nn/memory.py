@@ -261,6 +261,11 @@ class NeuralMemory(Learner):
         width = self.input.in_features
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, time, hidden_size={width})")
+        weight = self.input.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x is {x.dtype} and the layer {weight.dtype}: bring one to the other, or use autocast"
+            )
         for name, flags in (("mask", mask), ("reset", reset)):
             if flags is not None and (flags.shape != x.shape[:2] or flags.dtype != torch.bool):
                 raise ValueError(
