@@ -286,6 +286,13 @@ def test_answers_count_as_often_as_they_are_told_to(settings: Make) -> None:
         ({"state_passing": 0.5, "variant": "transformer"}, r"state_passing with variant='transformer'"),
         ({"cuda_graph": True, "state_passing": 0.5}, r"cuda_graph with state_passing=0.5"),
         ({"cuda_graph": True, "dtype": "bfloat16"}, r"cuda_graph with dtype='bfloat16'"),
+        (
+            {
+                "config": {"chunk_size": 64, "memory_local_chunk_sizes": [8], "memory_shard_length": 64},
+                "variant": "lmm",
+            },
+            r"with chunk_size=64 and local memories: the global memory is read from its second chunk on",
+        ),
         ({"resume": True}, r"resume: there is no checkpoint in output="),
         ({"data": "nowhere"}, r"corpus='nowhere' is neither a file nor a folder nor a built-in name"),
         ({"tokenizer": "./none"}, r"tokenizer='./none' could not be loaded"),

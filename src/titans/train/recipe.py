@@ -84,6 +84,13 @@ def check(settings: TrainSettings) -> None:
     """
     settings.check()
     config = model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
+    continues = settings.carry_memory or settings.state_passing
+    if config.memory_local_chunk_sizes and settings.sequence_length <= config.chunk_size and not continues:
+        raise ValueError(
+            f"sequence_length={settings.sequence_length} with chunk_size={config.chunk_size} and local "
+            "memories: the global memory is read from its second chunk on, and there would be none; give "
+            "longer rows, or carry_memory"
+        )
     if settings.cuda_graph:
         if not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and there is none: leave it out")
