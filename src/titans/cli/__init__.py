@@ -18,6 +18,7 @@ _COMMANDS = {
     "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity"),
     "eval needle": ("titans.cli.needle", "EvalNeedle"),
     "info": ("titans.cli.info", "Info"),
+    "bench": ("titans.cli.bench", "Bench"),
 }
 _SUITES = [name.removeprefix("eval ") for name in _COMMANDS if name.startswith("eval ")]
 
