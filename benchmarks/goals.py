@@ -36,7 +36,7 @@ NEEDLES = (
 # What the same recipe makes of a variant without facts, by its label in language.json. Where it has read
 # less, the label says how much: a goal missed so is missed all the more.
 PLAIN = {
-    "titans-mag-tiny": "mag before commit db9f157 without facts, 11.5 million bytes",
+    "titans-mag-tiny": "mag without facts",
     "titans-lmm-tiny": "lmm without facts, 11.5 million bytes",
     "titans-mac-tiny": "mac without facts",
     "lmm of commit ef35388, one core": "lmm without facts, 11.5 million bytes",
@@ -193,8 +193,8 @@ def main() -> int:
         "",
         "`python benchmarks/goals.py` makes this page of what the commands named have measured. A recall "
         "goal is reached if the best of the models reaches it. A token is a byte; % with 95 % interval, in "
-        "italics where attention may reach some of the facts. Of a commit, or before one: by the recipe of "
-        "then. What was tried for what was missed: [decisions/recall.md](../decisions/recall.md). All "
+        "italics where attention may reach some of the facts. Of a commit: by the recipe of then. "
+        "What was tried for what was missed: [decisions/recall.md](../decisions/recall.md). All "
         "figures: [recall](recall.md), "
         "[ten million tokens](../../benchmarks/results/endless.md), [language](language.md), "
         "[what a memory keeps](memory.md), [training length](training-length.md), "
