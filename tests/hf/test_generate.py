@@ -181,6 +181,8 @@ def test_a_cache_that_is_given_is_used_whatever_the_configuration_says(variant):
     expected = greedy(model, torch.cat([ids, more], 1), 6)
     forgetful = small_model(variant, use_cache=False)
     assert torch.equal(greedy(forgetful, more, 6, past_key_values=filled_cache(model, ids)), expected)
+    # Nor does a session mind how `generate` returns what it has found.
+    forgetful.generation_config.return_dict_in_generate = True
     session = Session(forgetful)
     session.feed(torch.cat([ids, more], 1)[0])
     assert torch.equal(session.generate(max_new_tokens=6, do_sample=False), expected)

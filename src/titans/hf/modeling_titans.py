@@ -234,15 +234,14 @@ class TitansModel(TitansPreTrainedModel):
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
                 "time) in torch.int64"
             )
-        # Looking makes a GPU wait.
-        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
             least, most = input_ids.aminmax()
-            if least < 0 or most >= self.embed_tokens.num_embeddings:
-                raise ValueError(
-                    f"input_ids holds {int(least)} to {int(most)}: give ids from 0 to "
-                    f"{self.embed_tokens.num_embeddings - 1}, the vocabulary"
-                )
-        return self.embed_tokens(input_ids)
+            raise ValueError(
+                f"input_ids holds {int(least)} to {int(most)}: give ids from 0 to "
+                f"{self.embed_tokens.num_embeddings - 1}, the vocabulary"
+            ) from None
 
     @staticmethod
     def _real_tokens(

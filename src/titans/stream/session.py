@@ -193,9 +193,9 @@ class Session:
         cache.batch_repeat_interleave(kwargs.get("num_beams") or settings.num_beams or 1)
         with reading(self.model):
             start = torch.tensor([[now.recent[-1]]], device=self.model.device)
-            # A tensor, whatever the model's generation config asks for.
-            options = {**kwargs, "return_dict_in_generate": False}
-            new = self.model.generate(start, past_key_values=cache, **options)[0, 1:]
+            found = self.model.generate(start, past_key_values=cache, **kwargs)
+        # More than the tokens where the generation config asks for it.
+        new = getattr(found, "sequences", found)[0, 1:]
         ids = tuple(new.tolist())
         if cache.batch_size == 1 and cache.num_columns == now.cache.num_columns + len(ids):
             self._now = replace(now, cache=cache, recent=(now.recent + ids)[-NUM_RECENT:])
