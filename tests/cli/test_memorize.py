@@ -63,8 +63,12 @@ def texts(tmp_path: Path) -> list[Path]:
 
 
 def test_a_killed_reading_goes_on_to_the_very_same_memory(
-    model_folder: Path, texts: list[Path], tmp_path: Path
+    model_folder: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refused(code: int, *arguments: object) -> str:
+        assert main(["memorize", str(model_folder), *map(str, arguments)]) == code
+        return capsys.readouterr().err
+
     whole, cut = tmp_path / "whole.memory", tmp_path / "cut.memory"
     expected = titans(model_folder, *texts, "-o", whole, "--json")
     assert expected.returncode == 0, expected.stderr
@@ -82,18 +86,15 @@ def test_a_killed_reading_goes_on_to_the_very_same_memory(
     held = Session.load(cut, model, byte_tokenizer()).num_tokens
     assert 150_000 <= held < 350_000
 
-    anew = titans(model_folder, *texts, "-o", cut)
-    assert anew.returncode == 2 and "holds a reading that was cut off: go on with --resume" in anew.stderr
-    others = titans(model_folder, texts[0], "-o", cut, "--resume")
-    assert others.returncode == 1 and "give the same files to go on" in others.stderr
+    assert "holds a reading that was cut off: go on with --resume" in refused(2, *texts, "-o", cut)
+    assert "give the same files to go on" in refused(1, texts[0], "-o", cut, "--resume")
     done = titans(model_folder, *texts, "-o", cut, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert_same_memory(cut, whole)
     found, wanted = json.loads(done.stdout), json.loads(expected.stdout)
     for name in ("tokens", "tokens_in_memory", "bytes", "mean_surprise", "peak", "files"):
         assert found[name] == wanted[name]
-    again = titans(model_folder, *texts, "-o", cut, "--resume")
-    assert again.returncode == 1 and "is complete: there is nothing to resume" in again.stderr
+    assert "is complete: there is nothing to resume" in refused(1, *texts, "-o", cut, "--resume")
 
 
 def test_what_was_interrupted_by_hand_goes_on_within_a_piece(
