@@ -126,13 +126,12 @@ class TitansCache(Cache):
         Raises:
             ValueError: naming the first field that differs.
         """
-        if config is not self.config:
-            for name in _STATE_FIELDS:
-                if getattr(self.config, name) != getattr(config, name):
-                    raise ValueError(
-                        f"the cache was made with {name}={getattr(self.config, name)!r}, the model has "
-                        f"{getattr(config, name)!r}: use the model it was made with"
-                    )
+        name = None if config is self.config else _first_difference(vars(self.config), config)
+        if name is not None:
+            raise ValueError(
+                f"the cache was made with {name}={getattr(self.config, name)!r}, the model has "
+                f"{getattr(config, name)!r}: use the model it was made with"
+            )
 
     def _map(self, function: Any) -> None:
         for layer in self.layers:
@@ -213,12 +212,11 @@ class TitansCache(Cache):
         """
         with open_state_file(path, device) as file:
             saved, num_columns = saved_sizes(file)
-            for name in _STATE_FIELDS:
-                if saved.get(name) != getattr(config, name):
-                    raise ValueError(
-                        f"{path} was written with {name}={saved.get(name)!r}, the model has "
-                        f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
-                    )
+            if (name := _first_difference(saved, config)) is not None:
+                raise ValueError(
+                    f"{path} was written with {name}={saved.get(name)!r}, the model has "
+                    f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
+                )
             template = _template(config)
             slots = _check_kinds(file, template)
             # Equal weights and anchors are one tensor, as they were; positions equal by chance are not.
@@ -227,6 +225,11 @@ class TitansCache(Cache):
         cache = cls(config)
         cache.store(states, num_columns)
         return cache
+
+
+def _first_difference(fields: dict[str, Any], config: TitansConfig) -> str | None:
+    """The first field in which another state is meant, or None."""
+    return next((name for name in _STATE_FIELDS if fields.get(name) != getattr(config, name)), None)
 
 
 def saved_sizes(file: StateFile) -> tuple[dict[str, Any], int]:

@@ -53,7 +53,8 @@ class CausalConv(nn.Module):
         x = zero_padding(x, real)
         if tail is None:
             tail = self.initial_tail(x.shape[0], x.device, x.dtype)
-        self.check_tail(x, tail)
+        else:
+            self.check_tail(x, tail)
         new_tail = self.next_tail(x, tail, lengths, reset)
         if time == 0:
             return x, new_tail

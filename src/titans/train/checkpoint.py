@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,15 @@ def alone_in(output: Path) -> Iterator[None]:
         return
     handle = os.open(output, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"output={str(output)!r}: another process is training there: wait until it has ended, or "
-                    "give another folder"
-                ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"output={str(output)!r}: another process is training there: wait until it has ended, or give "
+                "another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)
