@@ -57,8 +57,8 @@ def alone_in(output: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"output={str(output)!r}: another process is training there: wait until it has ended, or give "
-                "another folder"
+                f"output={str(output)!r}: another process is training there: wait until it has ended, or "
+                "give another folder"
             ) from error
         except OSError:
             pass  # a file system without locks
