@@ -11,7 +11,7 @@ from titans.memory import BACKENDS
 from titans.nn.conv import CausalConv
 
 from ..tolerances import FLOAT64, assert_close
-from .problems import assert_same, everything, make_problem
+from .problems import assert_same, everything, make_problem, parts
 
 pytest.importorskip("triton")
 
@@ -57,10 +57,54 @@ def test_any_call(norm, rows, **call) -> None:
     agree(**call, **norm, **rows)
 
 
+@settings(
+    derandomize=True, deadline=None, max_examples=16,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    resident=st.sampled_from([True, True, False]),
+    seed=st.integers(0, 2**20),
+    time=st.sampled_from([32, 64]),
+    depth=st.sampled_from([1, 2, 2]),
+    expansion=st.sampled_from([1, 2]),
+    norm=st.sampled_from([dict(norm=False), dict(norm=True)]),
+    activation=st.sampled_from(["gelu", "silu"]),
+    residual=st.booleans(),
+    normalize_step=st.booleans(),
+    rows=st.sampled_from([{}, dict(unit_rows=True), dict(row_limit=0.7)]),
+    base=st.booleans(),
+)
+def test_whole_chunks_in_registers_or_not(resident: bool, norm, rows, **call) -> None:
+    from titans.memory.triton import scan
+
+    launched = []
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int]):
+            launched.append(grid)
+            return kernel[grid]
+
+    kernel, whole = scan.resident_kernel, problem(**call, **norm, **rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "fits_registers", lambda *_: resident)
+        patch.setattr(scan, "resident_kernel", Noted())
+        # Behind the first chunk the weights are their own anchor.
+        found = everything(whole, "triton", [16])
+        assert len(launched) == resident
+        with torch.no_grad():
+            _, state, _ = whole.scan("triton", cut=slice(16))
+            reads, state, _ = whole.scan("triton", state, slice(16, None))
+    assert_same(found, everything(whole, "reference"), FLOAT64)
+    assert_close(reads, found[0]["reads"][:, 16:], FLOAT64, "reads without gradients")
+    for name, leaf in parts(state).items():
+        assert_close(leaf, found[0][name], FLOAT64, f"{name} without gradients")
+
+
 def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     from titans.memory.triton import scan
 
     monkeypatch.setattr(scan, "block_of", lambda *_: 16)
+    monkeypatch.setattr(scan, "fits_registers", lambda *_: False)
     agree(expansion=4, norm=True, unit_rows=True, normalize_step=True, base=True)
     agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
     agree(chunk_size=64, time=130, heads=1)
@@ -74,8 +118,11 @@ def test_states_kept_in_groups_are_recomputed(
     from titans.memory.triton import scan
 
     monkeypatch.setattr(scan, "KEPT_BYTES", 0)
+    # Either kernel keeps states.
+    monkeypatch.setattr(scan, "fits_registers", lambda *_: base)
+    call = problem(**{**dict(time=16 * 7, base=base, row_limit=0.7, normalize_step=True), **marks})
     # Three times as many inner updates as elsewhere.
-    agree(1e-8, **{**dict(time=16 * 7, base=base, row_limit=0.7, normalize_step=True), **marks})
+    assert_same(everything(call, "triton", [16]), everything(call, "reference"), 1e-8)
 
 
 def test_a_carried_state_is_its_own_anchor_from_call_to_call() -> None:

@@ -89,7 +89,7 @@ def backward_kernel(
         steep = tl.load(steepness + row)
         by_gain, by_bias, by_steepness = shift * 0, shift * 0, steep * 0
 
-    for back in range(num_chunks):
+    for back in tl.range(num_chunks, disable_licm=True):
         n = num_chunks - 1 - back
         here = n * num_rows + row
         layer = n * DEPTH * num_rows + row
@@ -132,7 +132,7 @@ def backward_kernel(
         along = tl.zeros([DIM], k.dtype)
         if RESCALE:
             factors = tl.load(scales_down + here * DIM + tl.arange(0, DIM))
-            for begin in range(0, num_units, BLOCK):
+            for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                 at = begin + down
                 along += tl.sum(tl.load(weights_down + after + at) * tl.load(grad_weights_down + at), 1)
         mix = tl.load(read_steps + last * CHUNK * CHUNK + square)
@@ -146,7 +146,7 @@ def backward_kernel(
             tl.zeros([DIM], k.dtype),
             tl.zeros([DIM], k.dtype),
         )
-        for begin in range(0, num_units, BLOCK):
+        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             at = begin + down
             g, d = tl.load(work_tokens + token), tl.load(work_tokens + CHUNK * DIM + token)
             if DEPTH == 2:
@@ -222,7 +222,7 @@ def backward_kernel(
                 key_squares = tl.sum(k * k, 1)
                 divisor = _normalizer(key_squares, factor * kappa, FLOOR, 2)
             by_delta = tl.zeros([CHUNK, DIM], k.dtype)
-            for begin in range(0, num_units, BLOCK):
+            for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                 at, into = begin * DIM + up, begin + down
                 k, q = tl.load(keys + tokens + token), tl.load(queries + tokens + token)
                 delta = tl.load(work_tokens + 2 * CHUNK * DIM + token)
@@ -272,7 +272,7 @@ def backward_kernel(
             gd += by_delta
             tl.debug_barrier()
             by_mixing = tl.zeros([CHUNK, CHUNK], k.dtype)
-            for begin in range(0, num_units, BLOCK):
+            for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                 d_up = tl.load(work_delta + begin + wide)
                 by_mixing -= _dot(tl.load(work_read + begin + wide), tl.trans(d_up), PRECISION)
             tl.store(grad_read_steps + layer * CHUNK * CHUNK + square, by_mixing * similarity)
@@ -312,7 +312,7 @@ def backward_kernel(
         if RESIDUAL:
             gk += by_error
         tl.debug_barrier()
-        for begin in range(0, num_units, BLOCK):
+        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             at, into = begin * DIM + up, begin + down
             gf, k = tl.load(work_tokens + token), tl.load(keys + tokens + token)
             total = _with_base(tl.load(weights_down + anchored + into), base_down + into, HAS_BASE)
@@ -348,7 +348,7 @@ def backward_kernel(
         if MARKED:
             begins = tl.load(fresh + here) != 0
             if tl.load(anchor_slot + here) == slot:
-                for begin in range(0, num_units, BLOCK):
+                for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                     at = begin * DIM + up
                     if DEPTH == 2:
                         _join(

@@ -73,7 +73,7 @@ def forward_kernel(
         shift = tl.load(gain + row * DIM + tl.arange(0, DIM))
         offset = tl.load(bias + row * DIM + tl.arange(0, DIM))
 
-    for n in range(num_chunks):
+    for n in tl.range(num_chunks, disable_licm=True):
         here = n * num_rows + row
         layer = n * DEPTH * num_rows + row
         last = layer + (DEPTH - 1) * num_rows
@@ -88,7 +88,7 @@ def forward_kernel(
             if TAPE:
                 anchored += tl.load(anchor_slot + here).to(tl.int64) * num_rows * size
             if tl.load(fresh + here) != 0:
-                for begin in range(0, num_units, BLOCK):
+                for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                     at = begin * DIM + up
                     if DEPTH == 2:
                         w = tl.load(initial_up + own + at)
@@ -103,7 +103,7 @@ def forward_kernel(
                 tl.debug_barrier()
         if KEEP and n % group == 0:
             into = ((n // group) * num_rows + row) * size
-            for begin in range(0, num_units, BLOCK):
+            for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                 at = begin * DIM + up
                 if DEPTH == 2:
                     tl.store(kept_weights_up + into + at, tl.load(weights_up + before + at))
@@ -119,7 +119,7 @@ def forward_kernel(
         k = tl.load(keys + tokens + token)
         features = tl.zeros([CHUNK, DIM], k.dtype)
         squares, row_squares = tl.zeros([CHUNK], k.dtype), tl.zeros([DIM], k.dtype)
-        for begin in range(0, num_units, BLOCK):
+        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             if DEPTH == 2:
                 at = begin * DIM + up
                 total = _with_base(tl.load(weights_up + anchored + at), base_up + at, HAS_BASE)
@@ -166,7 +166,7 @@ def forward_kernel(
             mixing_up = _dot(q, tl.trans(k), PRECISION) * tl.load(read_steps + layer * CHUNK * CHUNK + square)
         # The outputs above, which another thread may have written.
         tl.debug_barrier()
-        for begin in range(0, num_units, BLOCK):
+        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             at = begin + down
             if DEPTH == 2:
                 outputs = tl.load(tape_outputs + seen + begin + wide)
@@ -222,7 +222,7 @@ def forward_kernel(
         # In a loop of its own: beside a square product the compiler has every warp do all of the others.
         tl.debug_barrier()
         similarity = tl.zeros([CHUNK, CHUNK], k.dtype)
-        for begin in range(0, num_units, BLOCK):
+        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             if DEPTH == 2:
                 hidden = _activation(tl.load(tape_outputs + seen + begin + wide), GELU)
                 read = _activation(tl.load(tape_read + seen + begin + wide), GELU)
@@ -250,7 +250,7 @@ def forward_kernel(
                 tl.store(scales_down + here * DIM + tl.arange(0, DIM), kept)
             tl.debug_barrier()
             if closes:
-                for begin in range(0, num_units, BLOCK):
+                for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                     at = begin + down
                     w = tl.load(weights_down + after + at)
                     if RESCALE:

@@ -25,11 +25,14 @@ from titans.memory.grouped import (
 from titans.memory.network import NORM_EPS, MemoryNetwork
 from titans.memory.triton.backward import backward_kernel
 from titans.memory.triton.forward import forward_kernel
+from titans.memory.triton.resident import resident_kernel
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
 # Hidden units at a time, at most. See `block_of`.
 WIDEST_BLOCK = 64
+# Weights of a matrix that stays in registers. Two of them and their momentum fill half of a processor's.
+RESIDENT_SIZE = 64 * 128
 _WARPS = 8
 _PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
@@ -89,6 +92,16 @@ def block_of(chunk: int, hidden: int) -> int:
     return min(2 * chunk, WIDEST_BLOCK, hidden)
 
 
+def fits_registers(chunk: int, dim: int, hidden: int, precision: str) -> bool:
+    """Whether weights and momentum do, with the products beside them (docs/triton.md, registers)."""
+    return chunk == 16 and dim <= 64 and dim * hidden <= RESIDENT_SIZE and precision != "tf32x3"
+
+
+def _precision(device: torch.device) -> str:
+    """Products of float32 are as exact as the user has asked of PyTorch's own."""
+    return "ieee" if device.type == "cpu" else _PRECISIONS[torch.get_float32_matmul_precision()]
+
+
 def _marked(keys: Tensor, marks: Marks, anchored: bool) -> _Marks:
     chunks, rows = keys.shape[:2]
     fresh = marks.fresh
@@ -124,8 +137,6 @@ class _Plan(NamedTuple):
     def options(self, keys: Tensor) -> dict[str, Any]:
         net = self.net
         dim, hidden = net.head_dim, net.weight_shapes[-1][1]
-        # Products of float32 are as exact as the user has asked of PyTorch's own.
-        precision = _PRECISIONS[torch.get_float32_matmul_precision()]
         return dict(
             EPS=NORM_EPS,
             FLOOR=net.length_floor**2,
@@ -133,7 +144,6 @@ class _Plan(NamedTuple):
             CHUNK=keys.shape[2],
             DIM=dim,
             HIDDEN=hidden,
-            BLOCK=block_of(keys.shape[2], hidden),
             DEPTH=net.depth,
             HAS_BASE=self.has_base,
             NORM=net.norm,
@@ -142,10 +152,24 @@ class _Plan(NamedTuple):
             RESCALE=net._rescales,
             ALWAYS=net.unit_rows and net.norm,
             GELU=net.activation == "gelu",
-            MARKED=self.marks is not None,
-            PRECISION="ieee" if keys.device.type == "cpu" else precision,
+            PRECISION=_precision(keys.device),
             num_warps=_WARPS,
             num_stages=1,
+        )
+
+    def blocks(self, keys: Tensor) -> dict[str, Any]:
+        """Options of the kernels that go over the hidden units by blocks."""
+        hidden = self.net.weight_shapes[-1][1]
+        return dict(BLOCK=block_of(keys.shape[2], hidden), MARKED=self.marks is not None)
+
+    def is_resident(self, keys: Tensor) -> bool:
+        """Whether weights and momentum stay in registers from chunk to chunk."""
+        hidden = self.net.weight_shapes[-1][1]
+        return (
+            self.marks is None
+            and fits_registers(keys.shape[2], self.net.head_dim, hidden, _precision(keys.device))
+            # Without its products of whole groups of warps the compiler spills thousands of numbers.
+            and (keys.device.type == "cpu" or torch.cuda.get_device_capability(keys.device)[0] == 9)
         )
 
     def parts(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
@@ -203,15 +227,24 @@ def _run(
     if group > 1:
         parts = (weights, momentum, anchor)
         kept = [[x.new_empty(-(-chunks // group), *x.shape) for x in part] for part in parts]
-    fresh = [unused] * 3 if marks is None else list(marks)
-    launch: Any = forward_kernel[(rows,)]
-    launch(
-        *inputs, *affine, *_pair(base, unused), *fresh,
-        *_pair(initial, unused), *_pair(initial_momentum, unused),
-        *_pair(weight_slots, unused), *_pair(moment_slots, unused), reads, surprise,
-        *(x for part in kept for x in _pair(part, unused)), *tape,
-        chunks, rows, hidden, max(group, 1), TAPE=taped, KEEP=group > 1, **plan.options(keys),
-    )  # fmt: skip
+    options = plan.options(keys) | dict(TAPE=taped, KEEP=group > 1)
+    given = (*inputs, *affine, *_pair(base, unused))
+    slotted = (*_pair(weight_slots, unused), *_pair(moment_slots, unused))
+    kept_pairs = [_pair(part, unused) for part in kept]
+    if plan.is_resident(keys):
+        launch: Any = resident_kernel[(rows,)]
+        launch(
+            *given, *slotted, reads, surprise, *kept_pairs[0], *kept_pairs[1], *tape,
+            chunks, rows, max(group, 1), **options,
+        )  # fmt: skip
+    else:
+        launch_wide: Any = forward_kernel[(rows,)]
+        launch_wide(
+            *given, *([unused] * 3 if marks is None else marks),
+            *_pair(initial, unused), *_pair(initial_momentum, unused), *slotted, reads, surprise,
+            *kept_pairs[0], *kept_pairs[1], *kept_pairs[2], *tape,
+            chunks, rows, hidden, max(group, 1), **options, **plan.blocks(keys),
+        )  # fmt: skip
     end: list[Weights] = [tuple(x[-1] for x in weight_slots), tuple(x[-1] for x in moment_slots)]
     if marks is not None:
         at = torch.where(marks.complete[-1] != 0, chunks + 1, marks.slot[-1]) if taped else None
@@ -285,7 +318,7 @@ class _Scan(torch.autograd.Function):
                 *_pair(by_anchor if marks is not None else by_weights, unused),
                 *_pair(by_initial, unused), *_pair(by_initial_momentum, unused), *_pair(by_base, unused),
                 *by_affine, *(x[part] for x in by_inputs),
-                len(here[0]), rows, hidden, **some.options(inputs[1]),
+                len(here[0]), rows, hidden, **some.options(inputs[1]), **some.blocks(inputs[1]),
             )  # fmt: skip
         return (
             None, *by_inputs, *by_affine, *by_base, *by_initial, *by_initial_momentum,
