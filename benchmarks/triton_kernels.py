@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titans.memory.triton import backward, decode, forward, scan
+from titans.memory.triton import backward, decode, forward, resident, scan
 from titans.memory.triton import filter as filters
 
 TYPES = {
@@ -64,8 +64,9 @@ FILTER = dict(WIDTH=16, CHANNELS=64)
 
 
 def built(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> Any:
-    """A kernel compiled by Triton for a target that need not be there."""
+    """A kernel compiled by Triton for a target that need not be there. constants: what it has not is left out."""
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     kind = {name: TYPES.get(name, "*fp32") for name in names} | {n: "constexpr" for n in constants}
     return triton.compile(
         ASTSource(
@@ -121,13 +122,14 @@ def main() -> int:
             block = scan.block_of(chunk, hidden)
             sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block) | options
             sizes["PRECISION"] = arguments.precision
-            name = f"depth {depth}, chunks of {chunk}" + "".join(f", {option.lower()}" for option in options)
-            for kernel, more in (
-                (forward.forward_kernel, dict(TAPE=True, KEEP=False)),
-                (backward.backward_kernel, {}),
-            ):
-                cells = compiled(kernel, {**sizes, **more}, capability, 8)
-                what = f"{kernel.__name__}, {name}"
+            sizes |= dict(TAPE=True, KEEP=False)
+            kernels: list[Any] = [forward.forward_kernel, backward.backward_kernel]
+            if capability == 90 and scan.fits_registers(chunk, dim, hidden, arguments.precision):
+                kernels.append(resident.resident_kernel)
+            for kernel in kernels:
+                cells = compiled(kernel, sizes, capability, 8)
+                known = [option.lower() for option in options if option in kernel.arg_names]
+                what = ", ".join([kernel.__name__, f"depth {depth}", f"chunks of {chunk}", *known])
                 print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)
         for depth, dim, hidden, options in DECODED:
             sizes = dict(MEMORY, DEPTH=depth, DIM=dim, HIDDEN=hidden, BLOCK=min(decode.TILE // dim, hidden))

@@ -23,7 +23,7 @@ from gpu_layers import scan as read
 from triton_kernels import SCAN, built, run_tool
 
 from titans.memory import MemoryNetwork
-from titans.memory.triton import backward, forward, scan
+from titans.memory.triton import backward, forward, resident, scan
 
 BARRIER_CYCLES, SCHEDULERS, MEGAHERTZ = 150, 4, 1750
 # Programs that fill an H100 all but four processors.
@@ -91,15 +91,20 @@ class Shape:
     def _reads(self, backend: str) -> torch.Tensor:
         return read(self.net, self.tensors, self.chunk, backend)
 
-    def timed(self, block: int, warps: int) -> tuple[float, float, str]:
-        """Microseconds of a chunk, forward and backward, and by how much the reads are off."""
-        before = scan.block_of, scan._WARPS
-        scan.block_of, scan._WARPS = lambda *_: block, warps
+    def timed(self, block: int | None, warps: int) -> tuple[float, float, str]:
+        """Microseconds of a chunk, forward and backward, and by how much the reads are off.
+
+        block: None to go forward with the state in registers, and backward as the library does.
+        """
+        before = scan.block_of, scan.fits_registers, scan._WARPS
+        scan.fits_registers, scan._WARPS = lambda *_: block is None, warps
+        if block is not None:
+            scan.block_of = lambda *_: block
         try:
             ahead, both = layer_milliseconds(self.net, self.tensors, self.chunk, "triton")
             error = float((self._reads("triton") - self.exact).abs().max() / self.exact.abs().max())
         finally:
-            scan.block_of, scan._WARPS = before
+            scan.block_of, scan.fits_registers, scan._WARPS = before
         verdict = f"{error:.0e}{'' if error < 2e-2 else ' WRONG'}"
         return 1000 * ahead / CHUNKS, 1000 * (both - ahead) / CHUNKS, verdict
 
@@ -107,19 +112,25 @@ class Shape:
 def rows(is_timed: bool) -> Iterator[str]:
     for dim, hidden, chunk in SHAPES:
         layer = Shape(dim, hidden, chunk) if is_timed else None
-        for block in (block for block in BLOCKS if block <= hidden):
+        fits = scan.fits_registers(chunk, dim, hidden, "tf32")
+        for block in (*(block for block in BLOCKS if block <= hidden), *([None] if fits else [])):
             for warps in WARPS:
-                sizes = dict(SCAN, DEPTH=2, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block)
-                sizes["PRECISION"] = "tf32"
-                taken = (block, warps) == (scan.block_of(chunk, hidden), scan._WARPS)
+                sizes = dict(SCAN, DEPTH=2, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block or hidden)
+                sizes |= dict(PRECISION="tf32", TAPE=True, KEEP=False)
                 *took, verdict = (None, None, "") if layer is None else layer.timed(block, warps)
-                for name, kernel, more, measured in (
-                    ("forward", forward.forward_kernel, dict(TAPE=True, KEEP=False), took[0]),
-                    ("backward", backward.backward_kernel, {}, took[1]),
-                ):
-                    counts = counted(kernel, {**sizes, **more}, warps)
+                ways = [
+                    ("forward", forward.forward_kernel, took[0]),
+                    ("backward", backward.backward_kernel, took[1]),
+                ]
+                if block is None:
+                    ways = [("forward", resident.resident_kernel, took[0])]
+                for name, kernel, measured in ways:
+                    mine = None if fits and name == "forward" else scan.block_of(chunk, hidden)
+                    taken = (block, warps) == (mine, scan._WARPS)
+                    counts = counted(kernel, sizes, warps)
                     yield (
-                        f"| {name} | {dim} × {hidden} | {chunk} | {block}{' *' if taken else ''} | {warps} "
+                        f"| {name} | {dim} × {hidden} | {chunk} | {block or 'all, in registers'}"
+                        f"{' *' if taken else ''} | {warps} "
                         f"| {counts.instructions:,.0f} | {counts.barriers:.0f} | {counts.spills:,.0f} "
                         f"| {counts.microseconds(warps):.0f} "
                         f"| {'' if measured is None else f'{measured:.0f}'} | {verdict} |"
