@@ -64,7 +64,7 @@ FILTER = dict(WIDTH=16, CHANNELS=64)
 
 
 def built(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> Any:
-    """A kernel compiled by Triton for a target that need not be there. constants: what it has not is left out."""
+    """A kernel compiled by Triton for a target that need not be there. constants: with more than it has."""
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     kind = {name: TYPES.get(name, "*fp32") for name in names} | {n: "constexpr" for n in constants}
