@@ -149,6 +149,18 @@ def test_other_shapes_are_refused_with_the_reason(changes: dict[str, object], re
         problem(**changes).scan("triton")
 
 
+def test_a_small_device_has_room_for_small_tiles() -> None:
+    from titans.memory.triton import _refuses_tile
+
+    ampere, ada = 163 * 1024, 99 * 1024
+    assert _refuses_tile(64, 128, ampere) is None
+    assert _refuses_tile(32, 64, ada) is None
+    assert _refuses_tile(5, 128, ada) is None
+    reason = _refuses_tile(33, 64, ada)
+    assert reason is not None
+    assert "99 KiB of shared memory it knows chunks of up to 32 tokens" in reason
+
+
 def test_without_a_device_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="runs on a CUDA device"):

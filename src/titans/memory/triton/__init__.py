@@ -23,6 +23,8 @@ __all__ = ["refuses", "triton_scan"]
 # The longest stretch that is decoded token by token. A longer one may have chunks in it.
 FEW_TOKENS = 8
 LONGEST_CHUNK = 64
+# Bytes of shared memory in which any chunk has room, and tokens · head_dim that need no more than 99 KiB.
+AMPLE_MEMORY, SMALL_TILE = 160 * 1024, 32 * 64
 _INSTALLED = find_spec("triton") is not None
 
 
@@ -44,7 +46,15 @@ def refuses(problem: ScanProblem) -> str | None:
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
     if keys.dtype == torch.float64 and not interpreted():
         return "it computes in float32, and the problem is in float64"
-    return hand_written_refuses() or (None if decodes(problem) else _refuses_chunks(problem))
+    if reason := hand_written_refuses():
+        return reason
+    if decodes(problem):
+        return None
+    memory = AMPLE_MEMORY
+    if not interpreted():
+        device = torch.cuda.get_device_properties(keys.device)
+        memory = getattr(device, "shared_memory_per_block_optin", AMPLE_MEMORY)
+    return _refuses_chunks(problem) or _refuses_tile(problem.chunk_size, net.head_dim, memory)
 
 
 def _refuses_chunks(problem: ScanProblem) -> str | None:
@@ -58,6 +68,17 @@ def _refuses_chunks(problem: ScanProblem) -> str | None:
         if not _is_power_of_two(size, most):
             return f"{name} is {size}: it knows powers of two from 16 to {most}"
     return None
+
+
+def _refuses_tile(chunk_size: int, head_dim: int, memory: int) -> str | None:
+    """memory: bytes of shared memory that a block of the device may have."""
+    tokens = max(16, 1 << (chunk_size - 1).bit_length())
+    if memory >= AMPLE_MEMORY or tokens * head_dim <= SMALL_TILE:
+        return None
+    return (
+        f"chunk_size is {chunk_size} and head_dim {head_dim}: with {memory // 1024} KiB of shared memory it "
+        f"knows chunks of up to {SMALL_TILE // head_dim} tokens"
+    )
 
 
 def decodes(problem: ScanProblem) -> bool:
