@@ -17,7 +17,6 @@ import datetime
 import math
 import multiprocessing
 import platform
-import resource
 import sys
 import sysconfig
 import time
@@ -64,8 +63,12 @@ def distinct_bytes(count: int, without: bytes) -> bytes:
 
 
 def peak() -> int:
-    """Bytes that this process has had resident at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes that this process has had resident at most.
+
+    Not ru_maxrss, which begins with what its parent had.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def stream(name: str, text: bytes, folder: Path, threads: int) -> None:
