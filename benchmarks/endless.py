@@ -34,6 +34,7 @@ from titans.data.needles import TASKS, make_needles
 from titans.evaluate.ask import answered, read
 from titans.evaluate.needle import wilson
 from titans.evaluate.perplexity import score
+from titans.evaluate.throughput import peak_bytes
 
 RESULTS = Path(__file__).parent / "results" / "endless.json"
 REPORT = RESULTS.with_suffix(".md")
@@ -62,15 +63,6 @@ def distinct_bytes(count: int, without: bytes) -> bytes:
     return b"".join(books)[:count]
 
 
-def peak() -> int:
-    """Bytes that this process has had resident at most.
-
-    Not ru_maxrss, which begins with what its parent had.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def stream(name: str, text: bytes, folder: Path, threads: int) -> None:
     """Read on to the end of the text, keeping the memory and a line for every stretch."""
     torch.set_num_threads(threads)
@@ -92,12 +84,12 @@ def stream(name: str, text: bytes, folder: Path, threads: int) -> None:
                 session.save(folder / "latest")
             seconds = time.perf_counter() - began
             (folder / "latest").rename(folder / f"{session.num_tokens}.memory")
-            early = early or peak()
+            early = early or peak_bytes(torch.device("cpu"))
             with known(RESULTS) as found:
                 found[f"{name}, read, {session.num_tokens}"] = {
                     "tokens": session.num_tokens - begin,
                     "seconds": seconds,
-                    "peak": peak(),
+                    "peak": peak_bytes(torch.device("cpu")),
                     "early_peak": early,
                     "state_bytes": session.stats().state_bytes,
                     "date": str(datetime.date.today()),

@@ -110,7 +110,7 @@ def throughput(
     for name, work in _works(model, ids):
         say(name)
         taken[name] = _median_seconds(work.do, model.device, seconds)
-        peaks[name] = _peak_bytes(model.device)
+        peaks[name] = peak_bytes(model.device)
     say("matrix products")
     roofline = products_per_second(model.device, seconds)
     say("operations of one row")
@@ -204,7 +204,8 @@ def _median_seconds(do: Callable[[], object], device: torch.device, seconds: flo
     return statistics.median(taken)
 
 
-def _peak_bytes(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
+    """What this process has had allocated on a CUDA device, or else resident, at most; None if not told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -134,16 +134,19 @@ class _Plan(NamedTuple):
     has_base: bool
     has_initial: bool
 
+    @property
+    def hidden(self) -> int:
+        return self.net.weight_shapes[-1][1]
+
     def options(self, keys: Tensor) -> dict[str, Any]:
         net = self.net
-        dim, hidden = net.head_dim, net.weight_shapes[-1][1]
         return dict(
             EPS=NORM_EPS,
             FLOOR=net.length_floor**2,
             RADIUS=net._radius,
             CHUNK=keys.shape[2],
-            DIM=dim,
-            HIDDEN=hidden,
+            DIM=net.head_dim,
+            HIDDEN=self.hidden,
             DEPTH=net.depth,
             HAS_BASE=self.has_base,
             NORM=net.norm,
@@ -159,15 +162,13 @@ class _Plan(NamedTuple):
 
     def blocks(self, keys: Tensor) -> dict[str, Any]:
         """Options of the kernels that go over the hidden units by blocks."""
-        hidden = self.net.weight_shapes[-1][1]
-        return dict(BLOCK=block_of(keys.shape[2], hidden), MARKED=self.marks is not None)
+        return dict(BLOCK=block_of(keys.shape[2], self.hidden), MARKED=self.marks is not None)
 
     def is_resident(self, keys: Tensor) -> bool:
         """Whether weights and momentum stay in registers from chunk to chunk."""
-        hidden = self.net.weight_shapes[-1][1]
         return (
             self.marks is None
-            and fits_registers(keys.shape[2], self.net.head_dim, hidden, _precision(keys.device))
+            and fits_registers(keys.shape[2], self.net.head_dim, self.hidden, _precision(keys.device))
             # Without its products of whole groups of warps the compiler spills thousands of numbers.
             and (keys.device.type == "cpu" or torch.cuda.get_device_capability(keys.device)[0] == 9)
         )
@@ -202,10 +203,10 @@ def _run(
 
     group: 1 to keep the tape; more to keep the state before every `group` chunks; 0 to keep nothing.
     """
-    net, marks, keys = plan.net, plan.marks, inputs[1]
+    marks, keys = plan.marks, inputs[1]
     base, initial, initial_momentum, weights, momentum, anchor = layered
     chunks, rows, chunk, dim = keys.shape
-    hidden, taped, first = net.weight_shapes[-1][1], group == 1, int(marks is not None)
+    hidden, taped, first = plan.hidden, group == 1, int(marks is not None)
     unused = keys.new_empty(1)
 
     def slots(start: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -284,7 +285,7 @@ class _Scan(torch.autograd.Function):
         kept = _Kept(*([next(rest) for _ in range(size)] for size in ctx.sizes))
         base, initial, initial_momentum, weights, momentum, anchor = layered
         chunks, rows, chunk, dim = inputs[1].shape
-        depth, hidden, marks = plan.net.depth, plan.net.weight_shapes[-1][1], plan.marks
+        depth, hidden, marks = plan.net.depth, plan.hidden, plan.marks
         unused = inputs[1].new_empty(1)
 
         # Written in place, by one group of chunks after the other.
