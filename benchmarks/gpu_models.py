@@ -12,7 +12,7 @@ from gpu_layers import milliseconds
 from torch import Tensor
 
 from titans.hf import TitansConfig, TitansForCausalLM
-from titans.memory.state import map_state
+from titans.state import map_state
 from titans.train.recorded import RecordedStep
 
 # Local memories in chunks of 16 within shards that run side by side, beside a global one in large chunks.

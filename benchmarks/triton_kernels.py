@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titans.memory.triton import backward, decode, forward, resident, scan
-from titans.memory.triton import filter as filters
+from titans.memory.backends.triton import backward, decode, forward, resident, scan
+from titans.memory.backends.triton import filter as filters
 
 TYPES = {
     "mask": "*u8", "reset": "*u8", "fresh": "*u8", "complete": "*u8", "anchor_slot": "*i32",

@@ -23,7 +23,7 @@ from gpu_layers import scan as read
 from triton_kernels import SCAN, built, run_tool
 
 from titans.memory import MemoryNetwork
-from titans.memory.triton import backward, forward, resident, scan
+from titans.memory.backends.triton import backward, forward, resident, scan
 
 BARRIER_CYCLES, SCHEDULERS, MEGAHERTZ = 150, 4, 1750
 # Programs that fill an H100 all but four processors.

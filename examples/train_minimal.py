@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from titans import TitansConfig, TitansForCausalLM
 from titans.data import CarryDataset, byte_tokenizer, encode_document, hold_out, load_corpus
 from titans.evaluate import bits_per_byte
-from titans.memory.state import map_state
+from titans.state import map_state
 
 BATCH_ROWS, SEQUENCE_LENGTH, PEAK_LEARNING_RATE = 8, 128, 3e-3
 EVALUATED_BYTES = 4096

@@ -128,7 +128,7 @@ def _stream(layer: torch.nn.Module, case: Case) -> Step:
 
 def _transformer(case: Case, _: str) -> Step:
     if case["kind"] == "layer":
-        from titans.nn.full_attention import FullAttention
+        from titans.nn.attention.full import FullAttention
 
         layer = FullAttention(case["width"], case["width"] // HEAD_DIM, HEAD_DIM)
         return _layer_step(layer, case, lambda x: layer(x)[0])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from titans.data import byte_tokenizer
-from titans.data.pieces import read_pieces
+from titans.stream.reading.pieces import read_pieces
 
 TEXT = "to be or\nnot to be\n\nété tobe\n" + "aäa😀" * 9 + " to be\n"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from titans.evaluate import gate_statistics
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory import MemoryState, memory_scan
-from titans.nn import NeuralMemory, learner
+from titans.nn import NeuralMemory
+from titans.nn.memory import learner
 from titans.stream.saved import initial_states
 
 from .models import small_model, some_ids

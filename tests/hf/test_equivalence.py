@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache
-from titans.memory.state import map_state
 from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS
+from titans.state import map_state
 
 from .models import (
     CHUNK,

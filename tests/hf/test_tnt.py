@@ -12,7 +12,7 @@ from titans.evaluate.gates import gate_statistics
 from titans.evaluate.memory import frozen_memory
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
-from titans.nn.learner import Learner
+from titans.nn.memory.learner import Learner
 from titans.stream import Session, describe_memory, feed_together
 from titans.train.write_cost import collected_write_logits
 

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.memory.state import map_state
 from titans.nn.blocks import BLOCKS
+from titans.state import map_state
 
 from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 

@@ -3,7 +3,7 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from titans.memory.native import missing
+from titans.memory.backends.native import missing
 
 from . import problems
 

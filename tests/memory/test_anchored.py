@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 
 from titans.memory import BACKENDS, memory_read, memory_scan
-from titans.memory.rule import UPDATE_RULES, end_coefficients
+from titans.memory.rules import UPDATE_RULES, end_coefficients
 
 from ..tolerances import FLOAT64, assert_close
 from .problems import Problem, assert_same, everything, make_problem

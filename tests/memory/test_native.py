@@ -10,8 +10,8 @@ import subprocess
 import pytest
 import torch
 
-from titans.memory import native
-from titans.memory.native import build, missing
+from titans.memory.backends import native
+from titans.memory.backends.native import build, missing
 
 from .problems import everything, make_problem
 

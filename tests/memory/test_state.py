@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState
-from titans.memory.state import map_state, where_rows
+from titans.state import map_state, where_rows
 
 from .problems import make_problem, parts
 

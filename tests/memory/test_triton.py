@@ -75,7 +75,7 @@ def test_any_call(norm, rows, **call) -> None:
     base=st.booleans(),
 )
 def test_whole_chunks_in_registers_or_not(resident: bool, norm, rows, **call) -> None:
-    from titans.memory.triton import scan
+    from titans.memory.backends.triton import scan
 
     launched = []
 
@@ -101,7 +101,7 @@ def test_whole_chunks_in_registers_or_not(resident: bool, norm, rows, **call) ->
 
 
 def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from titans.memory.triton import scan
+    from titans.memory.backends.triton import scan
 
     monkeypatch.setattr(scan, "block_of", lambda *_: 16)
     monkeypatch.setattr(scan, "fits_registers", lambda *_: False)
@@ -115,7 +115,7 @@ def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_kept_in_groups_are_recomputed(
     monkeypatch: pytest.MonkeyPatch, base: bool, marks: dict[str, object]
 ) -> None:
-    from titans.memory.triton import scan
+    from titans.memory.backends.triton import scan
 
     monkeypatch.setattr(scan, "KEPT_BYTES", 0)
     # Either kernel keeps states.
@@ -150,7 +150,7 @@ def test_other_shapes_are_refused_with_the_reason(changes: dict[str, object], re
 
 
 def test_a_small_device_has_room_for_small_tiles() -> None:
-    from titans.memory.triton import _refuses_tile
+    from titans.memory.backends.triton import _refuses_tile
 
     ampere, ada = 163 * 1024, 99 * 1024
     assert _refuses_tile(64, 128, ampere) is None
@@ -170,7 +170,7 @@ def test_without_a_device_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 70, 65, 16), (1, 600, 8, 4), (1, 3, 40, 5)])
 def test_the_filter_is_the_convolution(shape: tuple[int, int, int, int]) -> None:
-    from titans.memory.triton.filter import causal_filter
+    from titans.memory.backends.triton.filter import causal_filter
 
     batch, time, channels, width = shape
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from titans.memory import triton as backend
+from titans.memory.backends import triton as backend
 from titans.nn import NeuralMemory
 
 from ..tolerances import FLOAT64, assert_close
@@ -76,7 +76,7 @@ NORMALIZED = dict(base=True, normalize_step=True, length_floor=0.875)
 def test_it_is_the_oracle(
     monkeypatch: pytest.MonkeyPatch, tile: int, changes: dict[str, object], cuts: Sequence[int]
 ) -> None:
-    from titans.memory.triton import decode
+    from titans.memory.backends.triton import decode
 
     monkeypatch.setattr(decode, "TILE", tile)
     call = problem(**changes)
@@ -129,7 +129,7 @@ def test_a_state_is_a_value_and_masked_tokens_leave_every_bit_of_it() -> None:
 def test_what_is_not_decoded(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], options: dict[str, object]
 ) -> None:
-    from titans.memory.triton import decode
+    from titans.memory.backends.triton import decode
 
     monkeypatch.setattr(decode, "decode", refusing("decode"))
     call = problem(**{"time": 3, "chunk_size": 16, **changes})

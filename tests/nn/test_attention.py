@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titans.nn import attend
-from titans.nn.full_attention import FullAttention, FullAttentionState
+from titans.nn.attention import attend
+from titans.nn.attention.full import FullAttention, FullAttentionState
+from titans.nn.attention.segment import SegmentAttention, SegmentState
+from titans.nn.attention.window import WindowAttention, WindowState
 from titans.nn.rotary import apply_rotary, rotary_tables
-from titans.nn.segment_attention import SegmentAttention, SegmentState
-from titans.nn.window_attention import WindowAttention, WindowState
 
 from . import naive
 from .packed import gradients, plans, random_rows, run_in_calls, totals

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from titans.memory import MemoryState, memory_read
 from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockContext, BlockSettings
-from titans.nn.gate import MemoryGate, MemorySum
+from titans.nn.combine import MemoryGate, MemorySum
 
 from ..tolerances import FLOAT64, assert_close
 

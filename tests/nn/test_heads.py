@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans.memory import BACKENDS
-from titans.memory.native import layer as compiled
-from titans.memory.native import missing
+from titans.memory.backends.native import layer as compiled
+from titans.memory.backends.native import missing
 from titans.nn.conv import CausalConv
-from titans.nn.heads import UNIT, gated_answers, head_vectors
+from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.norm import ReadNorm
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no compiled backend: {missing()}")

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import memory_read
-from titans.nn import NeuralMemory, learner
+from titans.nn import NeuralMemory
+from titans.nn.memory import learner
 
 from ..tolerances import FLOAT64, assert_close
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from titans.memory import assume_aligned
 from titans.nn import BLOCKS, BlockSettings, NeuralMemory, TNTMemory
-from titans.nn.key_space import towards_keys
-from titans.nn.learner import Learner
+from titans.nn.memory.learner import Learner
+from titans.nn.memory.tnt.key_space import towards_keys
 
 from ..tolerances import FLOAT64, assert_close
 from .naive import conv

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.memory import BACKENDS, assume_aligned, checks
-from titans.memory.state import map_state
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
+from titans.state import map_state
 from titans.train import TitansTrainer, TrainingRun, TrainSettings
 from titans.train.recorded import RecordedStep
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from titans.data import CarryDataset
 from titans.hf import TitansForCausalLM
-from titans.memory.state import map_state
+from titans.state import map_state
 from titans.train import TitansTrainer, TrainingRun, TrainSettings, train
 from titans.train.optimizer import decayed_parameters, make_optimizer, make_schedule
 from titans.train.recipe import model_config

@@ -53,9 +53,9 @@ class Inspect:
             raise UsageError(f"most={self.most}: give a whole number of at least 2")
         from titans.cli.progress import ReadingProgress
         from titans.data import encode_document, load_corpus
-        from titans.data.sources import find_sources
         from titans.inspection import draw_inspection, inspect_text, write_page
         from titans.stream import Session
+        from titans.stream.reading.sources import find_sources
 
         with tempfile.TemporaryDirectory(prefix="titans-") as scratch:
             if self.file.is_dir():

@@ -51,8 +51,8 @@ class Memorize:
             raise UsageError(f"save_every={self.save_every}: give a whole number of at least 1")
         if self.resume and self.memory:
             raise UsageError("resume goes on from the output: leave memory out")
-        from titans.data.reading import is_unfinished
-        from titans.data.sources import find_sources
+        from titans.stream.reading.reading import is_unfinished
+        from titans.stream.reading.sources import find_sources
 
         if not self.resume and is_unfinished(self.output):
             raise UsageError(
@@ -64,8 +64,8 @@ class Memorize:
 
     def _read(self, sources: list[Any]) -> int:
         from titans.cli.progress import ReadingProgress
-        from titans.data.reading import Reading
         from titans.stream import Session
+        from titans.stream.reading.reading import Reading
 
         model, tokenizer = load_checkpoint(self.checkpoint)
         start = self.output if self.resume else self.memory

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from titans.data.builtin import BUILTIN_CORPORA
 from titans.data.documents import Document
-
-TEXT_SUFFIXES = (".txt", ".md", ".text")
+from titans.stream.reading.sources import TEXT_SUFFIXES, files_below
 
 
 def list_corpora() -> dict[str, str]:
@@ -67,27 +65,6 @@ def _read(path: Path) -> bytes:
         raise ValueError(
             f"{path} could not be read ({error.strerror}); remove it or change its rights"
         ) from error
-
-
-def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with such names in a folder and its folders, in a fixed order, hidden ones left out.
-
-    Raises:
-        ValueError: if a folder cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename} could not be read ({error.strerror})") from error
-
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _datasets() -> Any:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.nn.learner import Learner
+from titans.nn.memory.learner import Learner
 
 
 @contextmanager

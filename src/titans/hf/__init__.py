@@ -1,8 +1,8 @@
 """Titans in the transformers library: configuration, models, cache; registered with the Auto classes."""
 
 from titans.hf.cache import TitansCache
-from titans.hf.configuration_titans import PEAK_LEARNING_RATES, PRESETS, TitansConfig
-from titans.hf.modeling_titans import TitansForCausalLM, TitansModel, TitansOutput
+from titans.hf.configuration import PEAK_LEARNING_RATES, PRESETS, TitansConfig
+from titans.hf.modeling import TitansForCausalLM, TitansModel, TitansOutput
 
 __all__ = [
     "PEAK_LEARNING_RATES",

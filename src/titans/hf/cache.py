@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from titans.hf.configuration_titans import TitansConfig
+from titans.hf.configuration import TitansConfig
 from titans.hf.state_file import Kind, StateFile, damaged_header, open_state_file, write_state_file
-from titans.memory.state import map_state, state_nbytes
+from titans.nn.attention.full import FullAttentionState
 from titans.nn.blocks import BLOCKS
-from titans.nn.full_attention import FullAttentionState
+from titans.state import map_state, state_nbytes
 
 _NUM_NEWEST = 16
 # Every field that decides what a state means; a file of another value is refused.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from titans.hf import TitansForCausalLM
-from titans.nn.full_attention import FullAttention
-from titans.nn.segment_attention import SegmentAttention
-from titans.nn.window_attention import WindowAttention
+from titans.nn.attention.full import FullAttention
+from titans.nn.attention.segment import SegmentAttention
+from titans.nn.attention.window import WindowAttention
 
 Kind = Literal["persistent", "context", "tokens"]
 _COLOURS: dict[Kind, str] = {"persistent": "#8a8f98", "context": "#d9822b", "tokens": "#2b6cb0"}

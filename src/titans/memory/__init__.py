@@ -18,15 +18,15 @@ here                  paper                     equation    shape
 surprise              ‖M(k_t) − v_t‖²           (12)        (batch, time, heads)
 ====================  ========================  ==========  ==================================
 
-Read `reference.py` first: it is the method. `chunkwise.py` is the same function, fast.
+Read `reference.py` first: it is the method. `chunkwise/` is the same function, fast.
 """
 
 from titans.memory.backends import BACKENDS, Backend
-from titans.memory.dispatch import memory_read, memory_scan
-from titans.memory.layout import assume_aligned
+from titans.memory.chunkwise.columns import assume_aligned
 from titans.memory.network import MemoryNetwork
-from titans.memory.objective import OBJECTIVES
-from titans.memory.rule import UPDATE_RULES
+from titans.memory.objectives import OBJECTIVES
+from titans.memory.rules import UPDATE_RULES
+from titans.memory.scan import memory_read, memory_scan
 from titans.memory.state import MemoryState
 
 __all__ = [

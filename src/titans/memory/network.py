@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.memory.objective import OBJECTIVES
-from titans.memory.rule import UPDATE_RULES
+from titans.memory.objectives import OBJECTIVES
+from titans.memory.rules import UPDATE_RULES
 
 NORM_EPS = 1e-5
 STEP_NORMALIZER_FLOOR = 1e-6
@@ -58,8 +58,8 @@ class MemoryNetwork:
         unit_rows: at each chunk end rescale the rows of every matrix to L2 norm 1 (without `norm`: only
             longer ones).
         row_limit: at each chunk end shorten the rows that are longer than this to it; None for no limit.
-        objective: name in `titans.memory.objective.OBJECTIVES`.
-        update_rule: name in `titans.memory.rule.UPDATE_RULES`.
+        objective: name in `titans.memory.objectives.OBJECTIVES`.
+        update_rule: name in `titans.memory.rules.UPDATE_RULES`.
 
     Raises:
         ValueError: for a value outside the domains above.

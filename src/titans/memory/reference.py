@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans.memory.objective import OBJECTIVES
+from titans.memory.objectives import OBJECTIVES
 from titans.memory.problem import ScanProblem
-from titans.memory.rule import UPDATE_RULES
-from titans.memory.state import MemoryState, where_rows
+from titans.memory.rules import UPDATE_RULES
+from titans.memory.state import MemoryState
+from titans.state import where_rows
 
 
 def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:

@@ -2,7 +2,7 @@
 
 from titans.nn.blocks import BLOCKS, BlockContext, BlockSettings
 from titans.nn.memory import NeuralMemory, NeuralMemoryState
-from titans.nn.tnt_memory import TNTMemory, TNTMemoryState
+from titans.nn.memory.tnt.layer import TNTMemory, TNTMemoryState
 
 __all__ = [
     "BLOCKS",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.memory.triton import runs_on as triton_runs_on
+from titans.memory.backends.triton import runs_on as triton_runs_on
 from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
 
 
@@ -112,7 +112,7 @@ class CausalConv(nn.Module):
             y = F.conv2d(image, weight.float()[:, None, None], groups=weight.shape[0])
             return y.squeeze(2).transpose(1, 2).to(extended.dtype)
         if triton_runs_on(extended):
-            from titans.memory.triton.filter import causal_filter
+            from titans.memory.backends.triton.filter import causal_filter
 
             return causal_filter(extended, weight)
         columns = weight.unbind(1)

@@ -19,8 +19,8 @@ from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import saved_sizes
 from titans.hf.state_file import damaged_header, open_state_file
 from titans.memory import MemoryState
-from titans.memory.state import State
 from titans.nn import NeuralMemory, NeuralMemoryState
+from titans.state import State
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache
 from titans.memory import MemoryState
-from titans.memory.state import map_state
-from titans.nn.full_attention import FullAttentionState
+from titans.nn.attention.full import FullAttentionState
+from titans.state import map_state
 from titans.stream.saved import initial_states
 from titans.stream.session import PIECE_LENGTH, Session, reading
 from titans.stream.text import token_ids

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from titans.memory.layout import assume_aligned
+from titans.memory.chunkwise.columns import assume_aligned
 
 Inputs = dict[str, Tensor]
 # Inputs and the states before them to the loss, what is reported of it, and the states after.

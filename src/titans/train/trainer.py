@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.memory.state import map_state
+from titans.state import map_state
 from titans.train import checkpoint as files
 from titans.train.examples import EpochAfterEpoch, HeldOut
 from titans.train.metrics import MetricsLog

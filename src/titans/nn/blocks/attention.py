@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from titans.nn.attention.full import FullAttention, FullAttentionState
 from titans.nn.blocks.settings import BlockContext, BlockSettings
-from titans.nn.full_attention import FullAttention, FullAttentionState
 from titans.nn.norm import RMSNorm
 
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
-from titans.memory.layout import common_phase, cut_columns
-from titans.memory.state import register_state, where_rows
+from titans.memory.chunkwise.columns import common_phase, cut_columns
+from titans.nn.attention.segment import SegmentAttention, SegmentState, SegmentTokens
 from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.conv import CausalConv
-from titans.nn.heads import UNIT, head_vectors
-from titans.nn.memory import Found, NeuralMemoryState
+from titans.nn.memory.heads import UNIT, head_vectors
+from titans.nn.memory.layer import Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import real_tokens, take, zero_padding
-from titans.nn.segment_attention import SegmentAttention, SegmentState, SegmentTokens
+from titans.state import register_state, where_rows
 
 
 @register_state

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from titans.memory.state import register_state
+from titans.nn.attention.window import WindowAttention, WindowState
 from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.memory import NeuralMemoryState
 from titans.nn.norm import RMSNorm
-from titans.nn.window_attention import WindowAttention, WindowState
+from titans.state import register_state
 
 
 @register_state

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titans.nn.gate import COMBINATIONS, MemoryGate, MemorySum
+from titans.nn.combine import COMBINATIONS, MemoryGate, MemorySum
 from titans.nn.memory import NeuralMemory
-from titans.nn.tnt_memory import TNTMemory
+from titans.nn.memory.tnt.layer import TNTMemory
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from titans.nn.attention.window import WindowAttention, WindowState
 from titans.nn.blocks.settings import BlockContext, BlockSettings
 from titans.nn.norm import RMSNorm
-from titans.nn.window_attention import WindowAttention, WindowState
 
 
 class WindowBlock(nn.Module):

@@ -1,0 +1,419 @@
+"""Titans models in the transformers library: `TitansModel`, `TitansForCausalLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from titans.hf.cache import TitansCache
+from titans.hf.configuration import TitansConfig
+from titans.nn.blocks import BLOCKS, BlockContext
+from titans.nn.mlp import SwiGLU
+from titans.nn.norm import RMSNorm
+from titans.nn.packing import real_tokens, take, zero_padding
+from titans.state import where_rows
+
+PREFILL_LENGTH = 2048
+
+
+@dataclass
+class TitansOutput(ModelOutput):
+    """What the models return.
+
+    loss: mean cross-entropy in nats, with `labels`. logits: (batch, time, vocab_size). last_hidden_state and
+    hidden_states: (batch, time, hidden_size). past_key_values: the cache. memory_states: the blocks' states,
+    inside the autograd graph. surprises: per memory layer (batch, time, heads), ‖M(k) − v‖² before the write.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: TitansCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    memory_states: tuple[Any, ...] | None = None
+    surprises: tuple[Tensor, ...] | None = None
+
+
+class TitansLayer(GradientCheckpointingLayer):
+    """One block of the chosen variant, then SwiGLU, each behind a norm and beside a residual."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.mixer = BLOCKS[config.variant](config.block_settings())
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, state: Any, restart: Tensor | None, context: BlockContext
+    ) -> tuple[Tensor, Any]:
+        """x (batch, time, hidden_size); state of this layer or None; rows (batch,) to start afresh or None.
+
+        The initial state is made here, where sharded parameters have been gathered. The state is an argument
+        and a result of the layer because gradient checkpointing drops any cache.
+        """
+        if state is None:
+            state = self.mixer.initial_state(x.shape[0])
+        elif restart is not None:
+            state = where_rows(restart, self.mixer.initial_state(x.shape[0]), state)
+        x, state = self.mixer(x, state, context)
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what the library may and may not do with these models."""
+
+    config: TitansConfig
+    config_class = TitansConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TitansLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what no checkpoint has filled, and nothing else."""
+        if all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
+            return
+        # All of them: a module may set what its children hold, too.
+        loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        elif isinstance(persistent := getattr(module, "persistent", None), nn.Parameter):
+            nn.init.normal_(persistent)
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        use_reentrant: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Turn on gradient checkpointing, of the non-re-entrant kind.
+
+        Raises:
+            ValueError: for use_reentrant=True, whose gradients through a carried state are silently wrong.
+        """
+        if use_reentrant or (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True gives wrong gradients through the memory's state: pass "
+                "use_reentrant=False"
+            )
+        self._activation_checkpointing_enable(
+            {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}, **kwargs
+        )
+
+
+class TitansModel(TitansPreTrainedModel):
+    """Embedding, blocks and final norm; state in, state out."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TitansLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        memory_states: tuple[Any, ...] | None = None,
+        restart: Tensor | None = None,
+        return_memory_states: bool = False,
+        output_surprise: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TitansOutput | tuple[Any, ...]:
+        """Read a stretch of tokens.
+
+        Args:
+            input_ids: (batch, time) int64, or `inputs_embeds` (batch, time, hidden_size).
+            attention_mask: (batch, time), or (batch, seen + time) with `past_key_values`; 0 marks padding,
+                anywhere. Only its last `time` columns are read.
+            past_key_values: what was read before, for inference; it is updated.
+            use_cache: return a cache; by default as configured, outside training.
+            memory_states: what was read before, for training; gradients flow through it.
+            restart: (batch,) bool, rows of `memory_states` that start afresh.
+            return_memory_states: return the blocks' states, inside the autograd graph.
+            output_surprise: return each memory's surprise at every token.
+
+        Raises:
+            ValueError: for contradictory or ill-shaped arguments.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None and memory_states is not None:
+            raise ValueError("give past_key_values (inference) or memory_states (training), not both")
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config)
+        x = self._embedded(input_ids, inputs_embeds)
+        batch, time, _ = x.shape
+        if memory_states is not None and len(memory_states) != len(self.layers):
+            raise ValueError(
+                f"memory_states holds {len(memory_states)}: give one for each of {len(self.layers)} layers"
+            )
+        if restart is not None and (restart.shape != (batch,) or restart.dtype != torch.bool):
+            raise ValueError(
+                f"restart has shape {tuple(restart.shape)} and dtype {restart.dtype}: give ({batch},) in "
+                "torch.bool"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None and memory_states is None:
+            past_key_values = TitansCache(self.config)
+        if past_key_values is not None:
+            if past_key_values.batch_size not in (-1, batch):
+                raise ValueError(
+                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat "
+                    "or select its rows first"
+                )
+            memory_states = past_key_values.states
+
+        real = self._real_tokens(attention_mask, batch, time, past_key_values)
+        lengths, rank = None, None
+        if real is not None:
+            # Everything stateful sees real tokens only, each row's moved to its front.
+            lengths, rank = real.sum(1), real.cumsum(1) - real.long()
+            x = take(x, torch.argsort(~real, dim=1, stable=True))
+            x = zero_padding(x, real_tokens(lengths, time))
+
+        def unpack(x: Tensor) -> Tensor:
+            return x if real is None or rank is None else torch.where(real.unsqueeze(-1), take(x, rank), 0)
+
+        surprises: list[Tensor] | None = [] if output_surprise else None
+        context = BlockContext(lengths, surprises)
+        hidden_states = [unpack(x)] if output_hidden_states else None
+        states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            before = None if memory_states is None else memory_states[index]
+            x, state = layer(x, before, restart, context)
+            states.append(state)
+            if hidden_states is not None:
+                hidden_states.append(unpack(x))
+        x = self.norm(unpack(x))
+
+        if past_key_values is not None:
+            past_key_values.store(tuple(states), time, input_ids)
+        output = TitansOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            memory_states=tuple(states) if return_memory_states else None,
+            surprises=None if surprises is None else tuple(unpack(s) for s in surprises),
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(batch, time, hidden_size); ValueError for another shape or type, and on a CPU for unknown ids."""
+        if input_ids is None:
+            assert inputs_embeds is not None
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give (batch, time, "
+                    f"hidden_size={self.config.hidden_size})"
+                )
+            return inputs_embeds
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
+                "time) in torch.int64"
+            )
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
+            least, most = input_ids.aminmax()
+            raise ValueError(
+                f"input_ids holds {int(least)} to {int(most)}: give ids from 0 to "
+                f"{self.embed_tokens.num_embeddings - 1}, the vocabulary"
+            ) from None
+
+    @staticmethod
+    def _real_tokens(
+        attention_mask: Tensor | None, batch: int, time: int, cache: TitansCache | None
+    ) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        seen = {0} if cache is None else {0, cache.get_seq_length(), cache.num_columns}
+        if tuple(attention_mask.shape) not in {(batch, n + time) for n in seen}:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: give ({batch}, {time}), or "
+                f"({batch}, {max(seen) + time}) with everything seen; 0 for padding"
+            )
+        real = attention_mask[:, attention_mask.shape[1] - time :].bool()
+        # A compiled graph cannot look, and takes a mask for one that hides something.
+        return real if torch.compiler.is_compiling() or not bool(real.all()) else None
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """A Titans model with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # The loss is a mean; without this the Trainer would rescale it under gradient accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        memory_states: tuple[Any, ...] | None = None,
+        restart: Tensor | None = None,
+        return_memory_states: bool = False,
+        output_surprise: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TitansOutput | tuple[Any, ...]:
+        """Logits of the next token; see `TitansModel.forward`.
+
+        Args:
+            labels: (batch, time) int64, the input ids again; shifted here, −100 is ignored.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            memory_states=memory_states,
+            restart=restart,
+            return_memory_states=return_memory_states,
+            output_surprise=output_surprise,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(output.last_hidden_state[:, keep]), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        # A new one: the library's outputs keep what was set before, and the order in which it was set.
+        output = TitansOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            memory_states=output.memory_states,
+            surprises=output.surprises,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The one hook through which our cache, chunked prefill and beam search work together."""
+        _refuse_cache_kind(generation_config.cache_implementation)
+        if generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TitansCache(self.config)
+        if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
+            generation_config.prefill_chunk_size = PREFILL_LENGTH
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; with a filled `past_key_values` the ids given are the new ones.
+
+        The library would need an attention mask over everything ever seen to continue, and drops tokens
+        silently without one. Here new ids alone are enough, with a mask of their own, over seen + new, or
+        none; the whole text again, with a mask, is recognised by the ids that the cache has seen last
+        (embeddings by their number). Without a mask every id is a real token, the padding id too.
+
+        Raises:
+            ValueError: for a mask of any other length, nothing to continue with, a cache of another kind or
+                configuration, or a cache that is not to be used.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is None:
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        generate: Callable[..., Any] = super().generate
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True: a memory has no attention map; see titans.inspection")
+        if cache is not None:
+            _check_cache(cache, self.config)
+            if kwargs.get("use_cache") is False:
+                raise ValueError("use_cache=False with past_key_values: leave one of them out")
+            # Whatever the configuration says: without it the library would read all ids again at every token.
+            kwargs["use_cache"] = True
+        if prompt is None:
+            return generate(inputs, *args, **kwargs)
+        rows, given = prompt.shape[:2]
+        seen = 0 if cache is None else cache.num_columns
+        if not given:
+            raise ValueError("no tokens are given to continue with: give the last one, or more")
+        if mask is None:
+            # The library would take a token equal to the padding id for padding.
+            mask = torch.ones(rows, given, dtype=torch.int64, device=prompt.device)
+            whole_text_again = False
+        else:
+            whole_text_again = mask.shape[-1] == given and self._repeats_what_was_seen(cache, prompt)
+        if tuple(mask.shape) not in {(rows, given), (rows, seen + given)}:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}: give ({rows}, {given}), or "
+                f"({rows}, {seen + given}) with everything seen"
+            )
+        kwargs["attention_mask"] = mask[:, mask.shape[1] - given :]
+        if cache is None or whole_text_again:
+            return generate(inputs, *args, **kwargs)
+        cache.begin_call(fresh=True)
+        try:
+            return generate(inputs, *args, **kwargs)
+        finally:
+            cache.begin_call(fresh=False)
+
+    @staticmethod
+    def _repeats_what_was_seen(cache: TitansCache | None, prompt: Tensor) -> bool:
+        if cache is None or prompt.shape[1] <= cache.num_columns:
+            return False
+        # Embeddings cannot be compared with ids: there the library's convention decides.
+        return prompt.is_floating_point() or cache.is_beginning_of(prompt)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: continuous batching works on pages of keys and values, and a memory has none."""
+        _refuse_cache_kind("paged")
+        raise AssertionError
+
+
+def _check_cache(cache: Any, config: TitansConfig) -> None:
+    if not isinstance(cache, TitansCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}: a Titans model needs TitansCache(config)"
+        )
+    cache.check_fits(config)
+
+
+def _refuse_cache_kind(name: str | None) -> None:
+    if name is not None:
+        raise ValueError(
+            f"cache_implementation={name!r}: a Titans model keeps its own TitansCache; leave this unset"
+        )
+
+
+AutoConfig.register("titans", TitansConfig)
+AutoModel.register(TitansConfig, TitansModel)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)

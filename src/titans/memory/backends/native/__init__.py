@@ -1,0 +1,167 @@
+"""The fast path as one compiled loop: a head's state stays in the core's cache from chunk to chunk.
+
+The same algorithm as `chunk.py` and `grouped.py`, which are the place to read it. The C++ beside this file is
+compiled on first use (`build.py`); `missing` says in a sentence why it cannot be.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.memory.backends.native.build import missing
+from titans.memory.checks import hand_written_refuses
+from titans.memory.chunkwise.groups import Arguments, Marks, Slow, State, Tokens, refuse_second_derivatives
+from titans.memory.chunkwise.scan import scan_laid_out
+from titans.memory.network import MemoryNetwork
+from titans.memory.problem import ScanProblem
+from titans.memory.state import MemoryState
+
+# Far above any useful chunk, and far below where a table's size would no longer fit its index.
+WIDEST_CHUNK = 4096
+
+__all__ = ["missing", "native_bfloat16_scan", "native_scan", "refuses", "refuses_bfloat16"]
+
+
+def refuses(problem: ScanProblem) -> str | None:
+    """Why the compiled loop cannot run this problem, or None."""
+    net = problem.net
+    if problem.keys.device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
+    if net.objective != "squared_error" or net.update_rule != "momentum":
+        return "it knows the objective 'squared_error' and the update rule 'momentum'"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "it knows no forward-mode derivatives; call it outside of dual_level()"
+    if min(problem.chunk_size, problem.keys.shape[1]) > WIDEST_CHUNK:
+        return f"it holds tables of chunk_size² numbers: give a chunk_size of at most {WIDEST_CHUNK}"
+    return hand_written_refuses() or missing()
+
+
+def refuses_bfloat16(problem: ScanProblem) -> str | None:
+    """Why the compiled loop cannot run this problem with operands in bfloat16, or None."""
+    reason = refuses(problem)
+    if reason is None and not torch.ops.titans_native.has_tiles():
+        return (
+            "it needs a processor with matrix tiles for bfloat16 (Intel AMX) and a system that permits them"
+        )
+    return reason
+
+
+def native_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
+    """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    return scan_laid_out(problem, functools.partial(_scan_chunks, False))
+
+
+def native_bfloat16_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
+    """`native_scan`, the operands of float32 matrix products being rounded to bfloat16.
+
+    Sums, state, gates and everything that is not a matrix product stay in float32, and so does a single token
+    without autograd. In float64 nothing is rounded. The error: docs/speed.md.
+    """
+    return scan_laid_out(problem, functools.partial(_scan_chunks, True))
+
+
+def _sizes(net: MemoryNetwork, narrow: bool) -> tuple[list[int], list[float]]:
+    """The network as `Network` of network.h has it."""
+    rescale = 0
+    if net.unit_rows or net.row_limit is not None:
+        rescale = 2 if net.unit_rows and net.norm else 1
+    hidden = net.head_dim * net.expansion
+    flags = (net.activation == "gelu", net.residual, net.norm, net.normalize_step)
+    numbers = [net.length_floor, 1.0 if net.row_limit is None else net.row_limit]
+    return [net.depth, net.head_dim, hidden, *map(int, flags), rescale, int(narrow)], numbers
+
+
+def _problem(
+    narrow: bool, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State
+) -> list[Any]:
+    """The arguments that both operators begin with."""
+    chunks, rows = tokens.keys.shape[:2]
+    complete = marks.complete
+    if not isinstance(complete, Tensor):
+        complete = torch.full((chunks, rows), complete, device=tokens.keys.device)
+
+    def each(tensors: Any) -> list[Tensor]:
+        return [x.contiguous() for x in tensors]
+
+    return [
+        *_sizes(net, narrow),
+        each(tokens),
+        *(None if x is None else x.contiguous() for x in (marks.filled, marks.fresh)),
+        complete.contiguous(),
+        *(None if x is None else x.contiguous() for x in (slow.gain, slow.bias)),
+        *map(each, (slow.initial, slow.initial_momentum, slow.base)),
+        each([*state.weights, *state.momentum, *state.anchor]),
+        state.is_anchored,
+    ]
+
+
+def _is_ragged(marks: Marks) -> bool:
+    """Rows differ in the chunks that they complete, so that their anchors have to be told apart."""
+    return isinstance(marks.complete, Tensor)
+
+
+def _split(results: list[Tensor], depth: int) -> State:
+    return State(*(tuple(results[i : i + depth]) for i in range(0, 3 * depth, depth)))
+
+
+def _scan_chunks(
+    narrow: bool, net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+) -> tuple[Tensor, Tensor, State]:
+    arguments = Arguments(net, marks, tokens, slow, state)
+    if arguments.needs_grad:
+        reads, surprise, *leaves = _NativeScan.apply(narrow, arguments, *arguments.flat)
+        return reads, surprise, _split(leaves, net.depth)
+    problem = _problem(narrow, net, marks, tokens, slow, state)
+    ragged = _is_ragged(marks)
+    reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, ragged)
+    if not ragged:
+        leaves += leaves[: net.depth] if marks.complete else state.anchor
+    return reads, surprise, _split(leaves, net.depth)
+
+
+class _NativeScan(torch.autograd.Function):
+    """A scan that keeps the state once per group of chunks and recomputes the inside of a group going
+    backward."""
+
+    @staticmethod
+    def forward(ctx: Any, narrow: bool, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        net, marks = arguments.net, arguments.marks
+        ctx.narrow, ctx.arguments, ctx.num_inputs = narrow, arguments, len(flat)
+        tokens, slow, state = arguments.unflatten(flat)
+        ctx.shared = state.is_anchored
+        ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
+        problem = _problem(narrow, net, marks, tokens, slow, state)
+        found = torch.ops.titans_native.scan(*problem, ctx.group, True, _is_ragged(marks))
+        outputs, starts = found[: 2 + 3 * net.depth], found[2 + 3 * net.depth :]
+        ctx.save_for_backward(*flat, *starts)
+        ctx.mark_non_differentiable(outputs[1])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        arguments: Arguments = ctx.arguments
+        refuse_second_derivatives("native")
+        net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
+        saved = ctx.saved_tensors
+        tokens, slow, state = arguments.unflatten(saved[: ctx.num_inputs])
+        if ctx.shared:
+            # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
+            state = state._replace(anchor=state.weights)
+        problem = _problem(ctx.narrow, net, marks, tokens, slow, state)
+        wanted = [x.contiguous() for x in (grads[0], *grads[2:])]
+        found = torch.ops.titans_native.scan_backward(*problem, ctx.group, saved[ctx.num_inputs :], wanted)
+        token_grads, (gain, bias), rest = found[:6], found[6:8], found[8:]
+        slow_grads = [
+            None if slow.gain is None else gain.unsqueeze(1),
+            None if slow.bias is None else bias.unsqueeze(1),
+            *rest[: -3 * depth],
+        ]
+        state_grads = list(rest[-3 * depth :])
+        if ctx.shared:
+            state_grads[-depth:] = [None] * depth
+        return (None, None, *token_grads, *slow_grads, *state_grads)

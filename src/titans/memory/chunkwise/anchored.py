@@ -1,0 +1,46 @@
+"""Chunks whose tokens are answered by the weights their chunk began with: for chunks of hundreds of tokens.
+
+What is written is the same as ever, and so is the state. But no token reads what its own chunk has written,
+so nothing here grows with the square of the chunk: a chunk is one pass of all its keys and one of all its
+queries at the anchor, and one product for each weight that moves. Derivation: docs/maths.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans.memory.chunkwise.chunk import key_pass
+from titans.memory.chunkwise.groups import Marks, Slow, State, Tokens, begin_chunk, end_chunk
+from titans.memory.network import MemoryNetwork
+from titans.memory.rules import UPDATE_RULES, EndCoefficients, end_coefficients
+
+
+def scan_anchored_chunks(
+    net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+) -> tuple[Tensor, Tensor, State]:
+    """Reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the state after them.
+
+    Plain torch throughout: a scan of large chunks has few of them, so autograd may keep all it likes.
+    """
+    written = None if marks.filled is None else marks.filled.unsqueeze(1)
+    coefficients = end_coefficients(
+        UPDATE_RULES[net.update_rule], tokens.forget, tokens.momentum, tokens.step_size, written
+    )
+    reads, surprises = [], []
+    for n in range(tokens.keys.shape[0]):
+        here = marks.at(n)
+        state = begin_chunk(here, slow, state)
+        anchor = net.total(state.anchor, slow.base or None)
+        reads.append(net(anchor, tokens.queries[n], slow.gain, slow.bias))
+        found = key_pass(net, tokens.keys[n], tokens.values[n], slow.gain, slow.bias, anchor)
+        surprises.append(found.surprise)
+        weights, momentum = [], []
+        for layer, (h, d) in enumerate(zip(found.inputs, found.scaled, strict=True)):
+            c = EndCoefficients(*(x[n, layer] for x in coefficients))
+            weight, moment = state.weights[layer], state.momentum[layer]
+            moved = weight + (weight * c.end_weights + moment * c.end_momentum)
+            weights.append(moved.baddbmm((d * c.end_steps).mT, h, alpha=-1))
+            momentum.append((moment * c.momentum_momentum).baddbmm((d * c.momentum_steps).mT, h, alpha=-1))
+        state = end_chunk(net, here, tuple(weights), tuple(momentum), state.anchor)
+    return torch.stack(reads), torch.stack(surprises).detach(), state

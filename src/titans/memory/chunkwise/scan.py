@@ -1,0 +1,175 @@
+"""The fast path in plain torch: rows cut into chunks, chunks in sequence, each a handful of matrix products.
+
+Read `chunk.py` for the algorithm and `groups.py` for what training keeps; here rows are laid out for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from titans.memory.chunkwise.anchored import scan_anchored_chunks
+from titans.memory.chunkwise.chunk import Weights
+from titans.memory.chunkwise.columns import Columns, common_phase, cut_columns
+from titans.memory.chunkwise.groups import Marks, Slow, State, Tokens, scan_chunks
+from titans.memory.network import MemoryNetwork
+from titans.memory.problem import ScanProblem
+from titans.memory.state import MemoryState
+
+# `grouped.scan_chunks` or what computes the same.
+ScanChunks = Callable[[MemoryNetwork, Tokens, Marks, Slow, State], tuple[Tensor, Tensor, State]]
+
+
+def _scan_columns(
+    problem: ScanProblem, run: ScanChunks, tokens: Tokens, marks: Marks, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
+    """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state (no
+    position)."""
+    net, (batch, _, heads, _) = problem.net, problem.keys.shape
+    rows = batch * heads
+
+    def per_row(x: Tensor) -> Tensor:
+        return x.expand(batch, *x.shape).reshape(rows, *x.shape[1:])
+
+    # An anchor that is the weights stays the same tensors, which spares a second set of them.
+    reshaped: dict[int, Tensor] = {}
+
+    def flat(weights: Weights) -> Weights:
+        return tuple(reshaped.setdefault(id(w), w.reshape(rows, *w.shape[2:])) for w in weights)
+
+    def by_head(weights: Weights) -> Weights:
+        return tuple(reshaped.setdefault(id(w), w.view(batch, heads, *w.shape[1:])) for w in weights)
+
+    initial: Weights = ()
+    initial_momentum: Weights = ()
+    if marks.fresh is not None:
+        fresh = problem.fresh_state()
+        initial, initial_momentum = flat(fresh.weights), flat(fresh.momentum)
+    gain, bias = (None if x is None else per_row(x) for x in (problem.gain, problem.bias))
+    slow = Slow(gain, bias, initial, initial_momentum, tuple(map(per_row, problem.base or ())))
+    start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
+    reads, surprise, parts = run(net, tokens, marks, slow, start)
+    weights, momentum, anchor = map(by_head, parts)
+    return reads, surprise, MemoryState(weights, momentum, anchor, state.position)
+
+
+def _by_chunk(x: Tensor, num_chunks: int) -> Tensor:
+    """(batch, chunks · width, heads, features) to (chunks, batch · heads, width, features)."""
+    batch, time, heads, features = x.shape
+    x = x.view(batch, num_chunks, time // num_chunks, heads, features)
+    return x.permute(1, 0, 3, 2, 4).reshape(num_chunks, batch * heads, time // num_chunks, features)
+
+
+def _by_time(x: Tensor, batch: int) -> Tensor:
+    """The inverse of `_by_chunk`."""
+    num_chunks, rows, width, features = x.shape
+    x = x.view(num_chunks, batch, rows // batch, width, features)
+    return x.permute(1, 0, 3, 2, 4).reshape(batch, num_chunks * width, rows // batch, features)
+
+
+def _tokens(problem: ScanProblem, select: Callable[[Tensor], Tensor], num_chunks: int) -> Tokens:
+    vectors = (problem.queries, problem.keys, problem.values)
+    gates = (problem.forget, problem.momentum, problem.step_size)
+    return Tokens(
+        *(_by_chunk(select(x), num_chunks) for x in vectors),
+        *(_by_chunk(select(x), num_chunks).permute(0, 3, 1, 2).contiguous() for x in gates),
+    )
+
+
+def _scan_aligned(problem: ScanProblem, run: ScanChunks, phase: int) -> tuple[Tensor, MemoryState, Tensor]:
+    """Every token real and every row at the same phase of its chunk: finish the open chunk, whole ones, the
+    rest."""
+    batch, time, heads, _ = problem.keys.shape
+    size, state = problem.chunk_size, problem.state
+    head = min((size - phase) % size, time)
+    body = (time - head) // size * size
+    reads, surprises = [], []
+    for begin, end, chunks in ((0, head, 1), (head, head + body, body // size), (head + body, time, 1)):
+        if begin == end:
+            continue
+        complete = (phase + end) % size == 0
+        tokens = _tokens(problem, lambda x, b=begin, e=end: x[:, b:e].contiguous(), chunks)
+        read, surprise, state = _scan_columns(problem, run, tokens, Marks(None, None, complete), state)
+        reads.append(_by_time(read, batch))
+        surprises.append(_by_time(surprise.unsqueeze(-1), batch).squeeze(-1))
+    position = problem.state.position + time
+    state = MemoryState(state.weights, state.momentum, state.anchor, position)
+    return torch.cat(reads, 1), state, torch.cat(surprises, 1)
+
+
+def _scan_ragged(
+    problem: ScanProblem, run: ScanChunks, columns: Columns
+) -> tuple[Tensor, MemoryState, Tensor]:
+    """Rows at different phases, masked tokens, resets: gather into columns, scan, put back."""
+    batch, time, heads, head_dim = problem.keys.shape
+    _, num_chunks, width = columns.filled.shape
+    state = problem.state
+    reads, surprises = torch.zeros_like(problem.queries), problem.keys.new_zeros(batch, time, heads)
+    if num_chunks:
+        source, filled = columns.source.flatten(1), columns.filled.flatten(1)
+
+        def gather(x: Tensor) -> Tensor:
+            index = source[..., None, None].expand(-1, -1, *x.shape[2:])
+            # Masked inputs may hold NaN, and an empty slot points at some token: neither may get through.
+            return torch.where(filled[..., None, None], x.gather(1, index), 0)
+
+        def per_row(x: Tensor) -> Tensor:
+            return x.transpose(0, 1).repeat_interleave(heads, 1)
+
+        marks = Marks(
+            per_row(columns.filled),
+            per_row(columns.fresh) if problem.reset is not None else None,
+            per_row(columns.complete),
+        )
+        read, surprise, state = _scan_columns(
+            problem, run, _tokens(problem, gather, num_chunks), marks, state
+        )
+        real = problem.mask if problem.mask is not None else torch.ones_like(columns.place, dtype=torch.bool)
+
+        def back(x: Tensor) -> Tensor:
+            x = _by_time(x, batch)
+            index = columns.place[..., None, None].expand(-1, -1, *x.shape[2:])
+            return torch.where(real[..., None, None], x.gather(1, index), 0)
+
+        reads, surprises = back(read), back(surprise.unsqueeze(-1)).squeeze(-1)
+    if problem.reset is not None:
+        fresh, after = problem.fresh_state(), columns.fresh_after[:, None, None, None]
+
+        def restart(new: Weights, old: Weights) -> Weights:
+            return tuple(torch.where(after, a, b) for a, b in zip(new, old, strict=True))
+
+        state = MemoryState(
+            restart(fresh.weights, state.weights),
+            restart(fresh.momentum, state.momentum),
+            restart(fresh.anchor, state.anchor),
+            columns.position,
+        )
+    return reads, MemoryState(state.weights, state.momentum, state.anchor, columns.position), surprises
+
+
+def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
+    """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    return scan_laid_out(problem, scan_chunks)
+
+
+def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, MemoryState, Tensor]:
+    """Cut the rows into chunks, have these run, and put the answers back where the tokens were.
+
+    Whatever `run` is, chunks that read their anchor are run by `scan_anchored_chunks`.
+    """
+    batch, time, heads, _ = problem.keys.shape
+    if problem.read_anchor:
+        run = scan_anchored_chunks
+    if time == 0:
+        return torch.zeros_like(problem.queries), problem.state, problem.keys.new_zeros(batch, 0, heads)
+    if problem.mask is None and problem.reset is None:
+        phase = common_phase(problem.state.position, problem.chunk_size)
+        if phase is not None:
+            return _scan_aligned(problem, run, phase)
+    real = problem.mask
+    if real is None:
+        real = torch.ones(batch, time, dtype=torch.bool, device=problem.keys.device)
+    columns = cut_columns(problem.state.position, real, problem.chunk_size, problem.reset)
+    return _scan_ragged(problem, run, columns)

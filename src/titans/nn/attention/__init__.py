@@ -1,0 +1,1 @@
+"""Attention: full, over a window, and over the segments of memory as context."""

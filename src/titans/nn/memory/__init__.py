@@ -1,0 +1,5 @@
+"""The long-term memory as layers: `NeuralMemory` here, its schedule for parallel shards in `tnt/`."""
+
+from titans.nn.memory.layer import NeuralMemory, NeuralMemoryState
+
+__all__ = ["NeuralMemory", "NeuralMemoryState"]

@@ -1,0 +1,63 @@
+"""From a projection to the vectors that a memory takes, and from its answers to a block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.memory import BACKENDS
+from titans.memory.backends.native import layer as compiled
+from titans.nn.conv import CausalConv
+from titans.nn.norm import ReadNorm, shorten, unit_queries
+
+# For `head_vectors`: not shortened to a length but brought to length 1.
+UNIT = 0.0
+
+
+def head_vectors(
+    conv: CausalConv,
+    x: Tensor,
+    tail: Tensor,
+    head_dim: int,
+    longest: Sequence[float],
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Convolve, pass through SiLU, and bring each head's vectors to their length.
+
+    Args:
+        conv: the filter; `tail`, `lengths` and `reset` are as there.
+        x: (batch, time, parts · heads · head_dim), packed rows.
+        longest: for each part `UNIT`, or the length that no vector may exceed.
+
+    Raises:
+        ValueError: for a tail of another filter.
+
+    Returns:
+        For each part (batch, time, heads, head_dim), unit vectors in at least float32, and the new tail.
+    """
+    if "native" in BACKENDS and compiled.refuses(head_dim, x, tail, conv.weight) is None:
+        # Compiled code would read beyond what there is; below, the filter looks itself.
+        conv.check_tail(x, tail)
+        vectors = compiled.filter_heads(x, tail, conv.weight, reset, lengths, longest, head_dim)
+        return vectors, conv.next_tail(x, tail, lengths, reset)
+    filtered, tail = conv(x, tail, lengths, reset)
+    parts = F.silu(filtered).unflatten(-1, (len(longest), -1, head_dim)).unbind(2)
+    return [
+        unit_queries(part) if limit == UNIT else shorten(part, limit)
+        for part, limit in zip(parts, longest, strict=True)
+    ], tail
+
+
+def gated_answers(norm: ReadNorm, reads: Tensor, prior: Tensor | None, gate: Tensor) -> Tensor:
+    """norm(reads, prior) · silu(gate): (batch, time, heads · head_dim) in the dtype of the gate.
+
+    reads, prior: (batch, time, heads, head_dim). gate: (batch, time, heads · head_dim).
+    """
+    if prior is not None and norm.prior is not None and "native" in BACKENDS:
+        weights = norm.taught.weight, norm.prior.weight
+        if compiled.refuses(reads.shape[-1], reads, prior, gate, *weights) is None:
+            return compiled.gated_answers(reads, prior, gate, *weights, norm.taught.eps)
+    return norm(reads, prior).flatten(-2).to(gate.dtype) * F.silu(gate)

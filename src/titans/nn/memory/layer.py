@@ -1,0 +1,369 @@
+"""The long-term memory as a layer: projections, short convolution, gates, and a scan that learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.memory import MemoryNetwork, MemoryState
+from titans.nn.conv import CausalConv
+from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
+from titans.nn.memory.initial_weights import InitialWeights
+from titans.nn.memory.learner import Learner, Stretch
+from titans.nn.norm import ReadNorm
+from titans.nn.packing import real_tokens, take, zero_padding
+from titans.state import map_state, register_state, where_rows
+
+# Measured: docs/decisions/memory.md.
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1024.0, 1e6
+
+
+@register_state
+@dataclass(frozen=True)
+class NeuralMemoryState:
+    """What a `NeuralMemory` carries.
+
+    tail: the convolution's last inputs, (batch, kernel − 1, channels). memory: what has been learned.
+    """
+
+    tail: Tensor
+    memory: MemoryState
+
+
+class Found(NamedTuple):
+    """What a stretch has read, before it is an answer.
+
+    reads, queries: (batch, time, heads, head_dim). gate: (batch, time, heads · head_dim).
+    """
+
+    reads: Tensor
+    queries: Tensor
+    gate: Tensor
+
+
+class NeuralMemory(Learner):
+    """Memorises its input at test time and answers from what it has memorised (section 3.1).
+
+    q, k, v are projected, convolved and passed through SiLU; q and k are L2-normalised per head, and a v
+    longer than √head_dim is shortened to that, so that no input can write without bound. Forget, momentum and
+    step size are functions of the token, one for each head and memory layer. The reads are normalised per
+    head (what the text taught apart from what was there before, see `ReadNorm`), gated by silu of a
+    projection, and projected back.
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads, head_dim: each head has a memory of its own.
+        depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit, length_floor: see
+            `MemoryNetwork`.
+        decay_to_initial: the fast weights are offsets on the learned initial ones, so that what is forgotten
+            decays towards these; otherwise they start there and decay towards 0, as in equation 13.
+        chunk_size: tokens that share one set of gradient weights.
+        conv_kernel: width of the causal convolution on q, k and v.
+        max_momentum: upper bound of the momentum gate.
+        max_step_size: upper bound of the step-size gate; by default
+            min(depth, 2) (1 − max_momentum) / chunk_size, with which a chunk that repeats one token corrects
+            its error at most once in each layer (docs/decisions/memory.md).
+        half_lives: with which the heads forget at first, log-spaced from one to the other, in tokens.
+        induction_init: begin as an associative memory of what followed what, see `begin_as_induction`.
+        bounded_half_lives: a head's half-life is never longer than the one of `half_lives` it begins with, so
+            that the first heads are short-term memories and the last ones long-term.
+        gates_see_keys: gates are functions of the token and of each head's key, which tells what came before
+            it; otherwise of the token alone.
+        gate_hidden_size: units of a hidden layer through which all gates see the same once more, 0 for none:
+            a sum of what speaks for writing cannot tell "a digit, and behind 'is'" from either alone.
+        backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
+    """
+
+    state_type: type[NeuralMemoryState] = NeuralMemoryState
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int = 64,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk_size: int = 16,
+        conv_kernel: int = 4,
+        *,
+        activation: str = "silu",
+        residual: bool = False,
+        norm: bool = False,
+        normalize_step: bool = True,
+        unit_rows: bool = False,
+        row_limit: float | None = 8.0,
+        length_floor: float = 1.0,
+        decay_to_initial: bool = True,
+        max_momentum: float = 0.5,
+        max_step_size: float | None = None,
+        half_lives: tuple[float, float] = (SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE),
+        induction_init: bool = False,
+        bounded_half_lives: bool = False,
+        gates_see_keys: bool = False,
+        gate_hidden_size: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        for name, size in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("chunk_size", chunk_size),
+            ("conv_kernel", conv_kernel),
+        ):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+        if type(gate_hidden_size) is not int or gate_hidden_size < 0:
+            raise ValueError(f"gate_hidden_size={gate_hidden_size!r}: give a whole number of at least 0")
+        if not 0 < half_lives[0] <= half_lives[1] < math.inf:
+            raise ValueError(f"half_lives={half_lives!r}: give two numbers above 0, the shorter one first")
+        if induction_init and conv_kernel < 2:
+            raise ValueError("induction_init=True looks one token back: give a conv_kernel of at least 2")
+        if not 0 <= max_momentum < 1:
+            raise ValueError(f"max_momentum={max_momentum!r}: give a number in [0, 1)")
+        if max_step_size is not None and not 0 <= max_step_size < math.inf:
+            raise ValueError(f"max_step_size={max_step_size!r}: give None or a finite number of at least 0")
+        network = MemoryNetwork(
+            head_dim,
+            depth,
+            expansion,
+            activation,
+            residual,
+            norm,
+            normalize_step,
+            unit_rows,
+            row_limit,
+            length_floor,
+        )
+        if max_step_size is None:
+            max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
+        super().__init__(
+            hidden_size,
+            num_heads,
+            network,
+            chunk_size,
+            decay_to_initial=decay_to_initial,
+            max_momentum=max_momentum,
+            max_step_size=max_step_size,
+            half_lives=half_lives,
+            bounded_half_lives=bounded_half_lives,
+            gates_see_keys=gates_see_keys,
+            gate_hidden_size=gate_hidden_size,
+        )
+        self.induction_init, self.backend = induction_init, backend
+        width = num_heads * head_dim
+        self.input = nn.Linear(hidden_size, 4 * width, bias=False)
+        self.conv = CausalConv(3 * width, conv_kernel)
+        self.initial_weights = InitialWeights(self.network, num_heads, empty=decay_to_initial)
+        self.read_norm = ReadNorm(num_heads, head_dim, decay_to_initial)
+        self.output = nn.Linear(width, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gates with half-lives log-spaced over heads, and what has to agree for recall, if asked for."""
+        super().reset_parameters()
+        if self.induction_init:
+            self.begin_as_induction()
+
+    @torch.no_grad()
+    def begin_as_induction(self) -> None:
+        """Keys see what queries see, one token later, and values the newest token alone.
+
+        So whoever reads "… the code is" for the second time asks with the key under which was written what
+        followed the first time. Otherwise this agreement has to be learned before recall earns anything.
+        """
+        queries, keys, _, _ = self.input.weight.chunk(4)
+        keys.copy_(queries)
+        of_queries, of_keys, of_values = self.conv.weight.chunk(3)
+        nn.init.normal_(of_queries, std=(self.conv.kernel_size - 1) ** -0.5)
+        of_queries[:, 0] = 0
+        of_keys.copy_(of_queries.roll(-1, 1))
+        of_values.zero_()
+        of_values[:, -1] = 1
+
+    def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
+        """The state of rows that have read nothing but persistent (num_persistent, hidden_size), if any.
+
+        These are written by a scan of their own; then a chunk begins, at position 0 and with their momentum.
+        """
+        memory = self.empty_memory(1)
+        if persistent is not None and len(persistent):
+            _, after = self.packed(persistent.unsqueeze(0), self._begin(self._empty_tail(1), memory))
+            written = after.memory
+            memory = MemoryState(written.weights, written.momentum, written.weights, memory.position)
+        expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
+        return self._begin(self._empty_tail(batch), expanded)
+
+    def fresh_context(self, state: NeuralMemoryState) -> NeuralMemoryState:
+        """What has been memorised, at the start of a new text: position 0, and nothing in the convolution.
+
+        A chunk still open is closed where it stands; the momentum is kept, as after persistent tokens.
+        """
+        memory = state.memory
+        closed = self.network.settle(memory.weights)
+        weights = where_rows(memory.position % self.chunk_size != 0, closed, memory.weights)
+        fresh = MemoryState(weights, memory.momentum, weights, torch.zeros_like(memory.position))
+        return self._begin(torch.zeros_like(state.tail), fresh)
+
+    def _begin(self, tail: Tensor, memory: MemoryState) -> NeuralMemoryState:
+        """The state of rows at the beginning of a text."""
+        return NeuralMemoryState(tail, memory)
+
+    def _empty_tail(self, batch: int) -> Tensor:
+        return self.conv.initial_tail(batch, self.conv.weight.device, self.conv.weight.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        persistent: Tensor | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """Read a stretch; returns the answers and the new state.
+
+        Args:
+            x: (batch, time, hidden_size).
+            state: None for the start of every row.
+            mask: (batch, time) bool; a False token is not read, and its answer is 0.
+            reset: (batch, time) bool; before such a token the row starts afresh.
+            persistent: (num_persistent, hidden_size) tokens that a fresh row has read first.
+
+        Returns:
+            (batch, time, hidden_size) and the state.
+
+        Raises:
+            ValueError: for a wrong shape or dtype, naming the argument.
+        """
+        self._check(x, state, mask, reset)
+        if mask is None:
+            return self.packed(x, state, None, reset, persistent=persistent)
+        batch, time = mask.shape
+        rank = mask.cumsum(1) - mask.long()
+        lengths = mask.sum(1)
+        packed_reset = None
+        if reset is not None:
+            # A reset on a masked token takes effect before the next real one, or after the last.
+            resets = torch.zeros(batch, time + 1, dtype=torch.int64, device=x.device)
+            packed_reset = resets.scatter_add(1, rank, reset.long())[:, :time] > 0
+        order = torch.argsort(~mask, dim=1, stable=True)
+        y, state = self.packed(take(x, order), state, lengths, packed_reset, persistent=persistent)
+        return torch.where(mask.unsqueeze(-1), take(y, rank), 0), state
+
+    def _check(
+        self, x: Tensor, state: NeuralMemoryState | None, mask: Tensor | None, reset: Tensor | None
+    ) -> None:
+        width = self.input.in_features
+        if x.dim() != 3 or x.shape[-1] != width:
+            raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, time, hidden_size={width})")
+        weight = self.input.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x is {x.dtype} and the layer {weight.dtype}: bring one to the other, or use autocast"
+            )
+        for name, flags in (("mask", mask), ("reset", reset)):
+            if flags is not None and (flags.shape != x.shape[:2] or flags.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} has shape {tuple(flags.shape)} and dtype {flags.dtype}: give "
+                    f"{tuple(x.shape[:2])}, (batch, time), in torch.bool"
+                )
+        if state is not None and type(state) is not self.state_type:
+            raise ValueError(f"state is a {type(state).__name__}: give the state that the layer returned")
+        if state is not None and state.tail.shape[0] != x.shape[0]:
+            raise ValueError(f"state holds {state.tail.shape[0]} rows: give one for each of x's {x.shape[0]}")
+
+    def packed(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        persistent: Tensor | None = None,
+        surprises: list[Tensor] | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """`forward` for packed rows: row b's real tokens are its first lengths[b].
+
+        A list given as `surprises` collects them, (batch, time, heads). A reset at slot lengths[b] makes the
+        row's state after the stretch a fresh one.
+        """
+        found, state = self.learn(x, state, lengths, reset, persistent=persistent, surprises=surprises)
+        return self.answer(found), state
+
+    def learn(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        persistent: Tensor | None = None,
+        surprises: list[Tensor] | None = None,
+    ) -> tuple[Found, NeuralMemoryState]:
+        """The half of `packed` that goes from state to state: what was found, and the new state."""
+        if state is None:
+            state = self.initial_state(x.shape[0], persistent)
+        stretch, gate, tail = self._stretch(x, state.tail, lengths, reset)
+        fresh = None if reset is None else self.initial_state(1, persistent).memory
+        reads, memory, surprise = self.scan(stretch, state.memory, fresh, self.backend)
+        if surprises is not None:
+            surprises.append(surprise)
+        return Found(reads, stretch.queries, gate), NeuralMemoryState(tail, memory)
+
+    def _stretch(
+        self, x: Tensor, tail: Tensor, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Stretch, Tensor, Tensor]:
+        """Packed rows as the memory takes them, the gate on its answers, and the convolution's new tail."""
+        time = x.shape[1]
+        real = real_tokens(lengths, time)
+        x = zero_padding(x, real)
+        heads, head_dim = self.num_heads, self.network.head_dim
+        qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
+        (queries, keys, values), tail = head_vectors(
+            self.conv, qkv, tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset
+        )
+        if reset is not None and lengths is not None:
+            ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
+            tail = torch.where(ended[:, None, None], 0, tail)
+        return Stretch(x, queries, keys, values, real, reset), gate, tail
+
+    def answer(self, found: Found) -> Tensor:
+        """The other half, which knows no order: (batch, time, hidden_size)."""
+        y = gated_answers(self.read_norm, found.reads, self.prior(found.queries), found.gate)
+        return self.output(y)
+
+    @torch.no_grad()
+    def applied_gates(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, Tensor, Tensor]:
+        """Forget, momentum and step size as the update applies them: what the gates have learned, for people.
+
+        With `normalize_step` the step size is divided by its normalizer at the weights the chunk began with.
+
+        Args:
+            x: (batch, time, hidden_size), the next tokens, at most those that the running chunk lacks.
+
+        Returns:
+            (batch, time, heads, depth) each.
+
+        Raises:
+            ValueError: for tokens beyond the running chunk.
+        """
+        left = self.chunk_size - int((state.memory.position % self.chunk_size).max())
+        if x.shape[1] > left:
+            raise ValueError(f"x has {x.shape[1]} tokens: give at most the {left} left of the running chunk")
+        width = self.num_heads * self.network.head_dim
+        qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
+        keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1))
+        unit_keys = F.normalize(keys, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
+        forget, momentum, step_size = self._gates(x, unit_keys)
+        if not self.network.normalize_step:
+            return forget, momentum, step_size
+        anchor = self.network.total(state.memory.anchor, self.base)
+        gain = None if self.norm_weight is None else self.norm_weight.to(anchor[0].dtype).unsqueeze(1)
+        unit_keys = unit_keys.to(anchor[0].dtype).transpose(1, 2)
+        normalizers = self.network.step_normalizers_at(anchor, unit_keys, gain)
+        return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)

@@ -1,0 +1,190 @@
+"""What learns in a memory: a fast network for each head, what it begins with, and the gates of its update."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.nn.memory.half_lives import DecayRate, spaced_half_lives
+from titans.nn.memory.initial_weights import InitialWeights
+from titans.state import map_state
+
+
+class Stretch(NamedTuple):
+    """Tokens as a memory takes them.
+
+    x: (batch, time, hidden_size), zeros where not `real`. queries, keys, values: (batch, time, heads,
+    head_dim), the first two unit vectors. real, reset: (batch, time) bool, or None where all are and none is.
+    """
+
+    x: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    real: Tensor | None
+    reset: Tensor | None
+
+
+class Learner(nn.Module):
+    """A memory without its projections.
+
+    Whoever derives from it makes `initial_weights` at their place among its modules, which is the place of
+    their random numbers too, and calls `reset_parameters`.
+
+    Args:
+        hidden_size: width of the tokens, which the gates are functions of.
+        others: see `NeuralMemory`.
+    """
+
+    initial_weights: InitialWeights
+    # Whether queries are answered by the weights the chunk began with, see `memory_scan`.
+    read_anchor = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        network: MemoryNetwork,
+        chunk_size: int,
+        *,
+        decay_to_initial: bool,
+        max_momentum: float,
+        max_step_size: float,
+        half_lives: tuple[float, float],
+        bounded_half_lives: bool,
+        gates_see_keys: bool,
+        gate_hidden_size: int,
+    ) -> None:
+        super().__init__()
+        self.network, self.num_heads, self.chunk_size = network, num_heads, chunk_size
+        self.decay_to_initial, self.half_lives = decay_to_initial, half_lives
+        self.max_momentum, self.max_step_size = max_momentum, max_step_size
+        # Modules of their own, so that others may look at what goes in and comes out.
+        self.forget_gate = DecayRate(half_lives if bounded_half_lives else None)
+        self.step_size_gate = nn.Sigmoid()
+        depth, head_dim = network.depth, network.head_dim
+        self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
+        self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
+        self.gate_key_weight = (
+            nn.Parameter(torch.empty(3, num_heads, depth, head_dim)) if gates_see_keys else None
+        )
+        self.gate_up_weight = self.gate_down_weight = None
+        if gate_hidden_size:
+            seen = hidden_size + num_heads * head_dim * gates_see_keys
+            self.gate_up_weight = nn.Parameter(torch.empty(gate_hidden_size, seen))
+            self.gate_down_weight = nn.Parameter(torch.empty(3 * num_heads * depth, gate_hidden_size))
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
+        self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gates with half-lives log-spaced over heads."""
+        nn.init.normal_(self.gate_weight, std=0.02)
+        if self.gate_key_weight is not None:
+            nn.init.normal_(self.gate_key_weight, std=0.02)
+        if self.gate_up_weight is not None and self.gate_down_weight is not None:
+            nn.init.normal_(self.gate_up_weight, std=self.gate_up_weight.shape[1] ** -0.5)
+            nn.init.zeros_(self.gate_down_weight)
+        self.gate_bias.zero_()
+        self.gate_bias[2] = 1.0
+        self.set_half_lives(*self.half_lives)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            nn.init.constant_(self.norm_weight, 0.5)
+            nn.init.zeros_(self.norm_bias)
+
+    @torch.no_grad()
+    def set_half_lives(self, shortest: float, longest: float) -> None:
+        """Have the heads forget with half-lives log-spaced from one to the other, in tokens."""
+        half_lives = spaced_half_lives(self.num_heads, shortest, longest)
+        # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
+        self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives)).unsqueeze(-1)
+
+    @property
+    def base(self) -> tuple[Tensor, ...] | None:
+        """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
+        return tuple(self.initial_weights) if self.decay_to_initial else None
+
+    def prior(self, queries: Tensor) -> Tensor | None:
+        """What a memory that has read nothing answers, (batch, time, heads, head_dim) in at least float32.
+
+        None where the fast weights are no offsets: what was there at first has been forgotten too.
+        """
+        if self.base is None:
+            return None
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        gain, bias = (
+            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
+        )
+        with torch.autocast(queries.device.type, enabled=False):
+            weights = [w.to(dtype) for w in self.base]
+            return self.network(weights, queries.to(dtype).transpose(1, 2), gain, bias).transpose(1, 2)
+
+    def empty_memory(self, batch: int) -> MemoryState:
+        """Of rows that have read nothing."""
+        weights = [w.unsqueeze(0) for w in self.initial_weights]
+        if self.decay_to_initial:
+            weights = [torch.zeros_like(w) for w in weights]
+        return map_state(lambda x: x.expand(batch, *x.shape[1:]), MemoryState.initial(weights))
+
+    def scan(
+        self, stretch: Stretch, state: MemoryState, fresh: MemoryState | None, backend: str
+    ) -> tuple[Tensor, MemoryState, Tensor]:
+        """Learn a stretch and answer its queries, see `memory_scan`.
+
+        fresh: one row, what a reset starts from; needed where the stretch has any.
+
+        Returns:
+            Reads (batch, time, heads, head_dim), the new state, and surprise (batch, time, heads).
+        """
+        forget, momentum, step_size = self._gates(stretch.x, stretch.keys)
+        return memory_scan(
+            self.network,
+            stretch.queries,
+            stretch.keys,
+            stretch.values,
+            forget,
+            momentum,
+            step_size,
+            state,
+            self.chunk_size,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            base=self.base,
+            mask=stretch.real,
+            reset=stretch.reset,
+            initial=None if fresh is None else [w[0] for w in fresh.weights],
+            initial_momentum=None if fresh is None else [m[0] for m in fresh.momentum],
+            backend=backend,
+            return_surprise=True,
+            read_anchor=self.read_anchor,
+        )
+
+    def _gates(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32.
+
+        x: (batch, time, hidden_size). keys: (batch, time, heads, head_dim), unit vectors.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            seen = x.to(dtype)
+            raw = F.linear(seen, self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())
+            raw = raw.view(*x.shape[:2], *self.gate_bias.shape)
+            if self.gate_key_weight is not None:
+                # On the scale of a normalised token.
+                scaled = keys.to(dtype) * keys.shape[-1] ** 0.5
+                raw = raw + torch.einsum("bthd,ghld->btghl", scaled, self.gate_key_weight.to(dtype))
+                seen = torch.cat([seen, scaled.flatten(2)], -1)
+            if self.gate_up_weight is not None and self.gate_down_weight is not None:
+                hidden = F.silu(F.linear(seen, self.gate_up_weight.to(dtype)))
+                raw = raw + F.linear(hidden, self.gate_down_weight.to(dtype)).view_as(raw)
+            forget, momentum, step_size = raw.unbind(2)
+            return (
+                -torch.expm1(-self.forget_gate(forget)),
+                self.max_momentum * torch.sigmoid(momentum),
+                self.max_step_size * self.step_size_gate(step_size),
+            )
