@@ -16,7 +16,7 @@ from titans.state import where_rows
 def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
     net, state = problem.net, problem.state
-    objective, rule = OBJECTIVES[net.objective], UPDATE_RULES[net.update_rule]
+    objective, rule = OBJECTIVES.make(net.objective), UPDATE_RULES[net.update_rule]
     gain, bias, base = problem.gain, problem.bias, problem.base
     batch, time, heads, _ = problem.keys.shape
     everywhere = torch.ones(batch, dtype=torch.bool, device=problem.keys.device)

@@ -103,7 +103,7 @@ def _objective(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the inner objective with respect to f(k), and the objective per token."""
-    objective = OBJECTIVES[net.objective]
+    objective = OBJECTIVES.make(net.objective)
     if not net.norm:
         answer = features + keys if net.residual else features
         return objective.gradient(answer, values), objective.value(answer, values)

@@ -1,0 +1,62 @@
+"""Names for the exchangeable parts of the inner problem, so that configurations and files can state them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
+
+Part = TypeVar("Part")
+
+
+class Registry(dict[str, Any], Generic[Part]):
+    """Name → class of one kind of part, such as objectives. A class is a frozen dataclass of plain numbers.
+
+    To add one, also from outside the package: `OBJECTIVES["mine"] = Mine`.
+
+    Args:
+        argument: what the part is called in an error.
+    """
+
+    def __init__(self, argument: str, /, **classes: type[Part]) -> None:
+        super().__init__(classes)
+        self.argument = argument
+
+    def make(self, given: Part | str | Mapping[str, Any]) -> Part:
+        """The part that is meant: an object itself, a name, or {"name": …, parameter: …}.
+
+        Raises:
+            ValueError: for an unknown name or parameter, or a value that the class refuses.
+        """
+        if isinstance(given, str):
+            given = {"name": given}
+        if not isinstance(given, Mapping):
+            return given
+        parameters = dict(given)
+        name = parameters.pop("name", None)
+        if name not in self:
+            raise ValueError(f"{self.argument}={name!r}: choose one of {sorted(self)}")
+        made = self[name]
+        if not isinstance(made, type):
+            made, known = (lambda: self[name]), []
+        else:
+            known = [field.name for field in fields(made)]
+        if unknown := sorted(parameters.keys() - {*known}):
+            raise ValueError(
+                f"{self.argument} {name!r} has no parameter {unknown[0]!r}: choose from {known or 'none'}"
+            )
+        return made(**parameters)
+
+    def describe(self, part: Part) -> dict[str, Any]:
+        """{"name": …, parameter: …} of a registered part, what `make` takes and JSON can hold.
+
+        Raises:
+            ValueError: for a part of a class that is not registered.
+        """
+        for name, known in self.items():
+            if known is part or (isinstance(known, type) and type(part) is known):
+                kept = fields(known) if isinstance(known, type) else ()
+                return {"name": name, **{field.name: getattr(part, field.name) for field in kept}}
+        raise ValueError(
+            f"{self.argument}={part!r} is not registered: give its class a name in the registry first"
+        )
