@@ -48,7 +48,7 @@ class SquaredError:
 
 @dataclass(frozen=True)
 class Huber:
-    """Squared error up to δ, linear beyond: e² for |e| ≤ δ, 2 δ |e| − δ² for larger errors, feature by feature.
+    """Squared error up to δ, linear beyond: e² for |e| ≤ δ, 2 δ |e| − δ² for larger errors, per feature.
 
     An outlier moves the memory no further than an error of δ would (Yaad of MIRAS, arXiv 2504.13173, without
     its data-dependent δ). It is the squared error of equation 12 for δ → ∞.
@@ -77,7 +77,7 @@ class Huber:
 
 @dataclass(frozen=True)
 class Lp:
-    """Σ |answer − target|^p, feature by feature (Moneta of MIRAS, arXiv 2504.13173, without its l_q retention).
+    """Σ |answer − target|^p over features (Moneta of MIRAS, arXiv 2504.13173, without its l_q retention).
 
     The curvature p (p − 1) |e|^(p − 2) grows with the error, so its bound is that of the largest error. Below
     p = 2 it has no bound at an error of 0, and no step size would be stable.
