@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -82,7 +82,7 @@ def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(
     parts=st.lists(st.tuples(st.integers(0, 19), st.sampled_from(["on", "saved", "forked"])), max_size=6),
     seed=st.integers(0, 99),

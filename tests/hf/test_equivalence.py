@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -30,9 +30,6 @@ from .models import (
 
 pytestmark = pytest.mark.parametrize("variant", BLOCKS)
 MODELS = {variant: small_model(variant) for variant in BLOCKS}
-CALM = settings(
-    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
 
 
 def bounded(variant):
@@ -56,7 +53,7 @@ def test_a_token_changes_nothing_before_it_and_something_from_it_on(variant):
         assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
 
-@CALM
+@settings(max_examples=15)
 @example([1] * 33)
 @example([0, 33])
 @given(st.lists(st.integers(0, 12), max_size=6))
@@ -87,7 +84,7 @@ L, R = [False] * 6 + [True] * 5, [True] * 4 + [False] * 7
 MIDDLE = [True] * 3 + [False] * 6 + [True] * 2
 
 
-@CALM
+@settings(max_examples=15)
 @example([[L, [True] * 11]], False)
 @example([[R, [True] * 11], [[True], [True]], [[True] * 9, [False] * 9]], True)
 @example([[MIDDLE, L, R], [R, MIDDLE, [False] * 11], [[True], [False], [True]]], True)

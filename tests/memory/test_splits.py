@@ -11,11 +11,11 @@ from titans.memory import BACKENDS, MemoryState
 
 from ..tolerances import FLOAT64, assert_close
 from .problems import answers, assert_same, everything, make_problem, parts
-from .test_conformance import bounded, calls, stretches, tame
+from .test_conformance import calls, stretches, tame
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(bounded, max_examples=40)
+@settings(max_examples=40)
 @given(call=calls, stretch=stretches, cuts=st.lists(st.integers(0, 40), min_size=1, max_size=6))
 def test_any_split(backend, call, stretch, cuts):
     """Reads, state, surprise, and the gradients that flow back through the chain of calls."""

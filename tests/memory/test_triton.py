@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans.memory import BACKENDS
@@ -31,10 +31,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     assert_same(everything(call, "triton"), everything(call, "reference"), tolerance)
 
 
-@settings(
-    derandomize=True, deadline=None, max_examples=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**20),
     time=st.integers(1, 44),
@@ -57,10 +54,7 @@ def test_any_call(norm, rows, **call) -> None:
     agree(**call, **norm, **rows)
 
 
-@settings(
-    derandomize=True, deadline=None, max_examples=16,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@settings(max_examples=16)
 @given(
     resident=st.sampled_from([True, True, False]),
     seed=st.integers(0, 2**20),

@@ -13,7 +13,7 @@ from . import naive
 from .packed import gradients, plans, random_rows, run_in_calls, totals
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=plans, kernel_size=st.integers(1, 5), resets=st.booleans(), seed=st.integers(0, 999))
 def test_any_split_is_the_plain_loop(plan, kernel_size, resets, seed):
     conv = CausalConv(3, kernel_size).double()

@@ -31,7 +31,7 @@ def _both(monkeypatch, run, leaves):
     return found
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     time=st.integers(0, 9),

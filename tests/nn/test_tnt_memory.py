@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -212,7 +212,7 @@ flags = st.lists(st.lists(st.booleans(), min_size=17, max_size=17), min_size=2, 
 
 
 @every_form
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10)
 @given(mask=flags, reset=flags, cuts=st.lists(st.integers(0, 17), max_size=4), seed=st.integers(0, 99))
 def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, seed):
     """And one call is every row's stretches between resets, alone, without their masked tokens."""
