@@ -5,10 +5,13 @@
     python benchmarks/speed --quick               # three minutes
     python benchmarks/speed --parts scan layer    # some of it
     python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch, in its own environment
+    python benchmarks/speed --quick --against ../before/src  # compared with another checkout of this library
 
-Every contender runs in a process of its own. For each case they take turns, A B C A B C …, so that a machine
-that slows down slows them all; the table has medians and the spread. Writes .md, .json and .png of
-benchmarks/results/speed-PROCESSOR after every case (--quick: prints only).
+Every contender runs in a process of its own. For each case they take turns, A B C, C B A, …, so that a
+machine that slows down slows them all; the table has medians and the spread. Writes .md, .json and .png of
+benchmarks/results/speed-PROCESSOR after every case (--quick and --against: prints only). With --against,
+every row that looks slower than before is timed four times as often, and the exit status is 1 if one still
+does.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -29,22 +33,30 @@ from typing import Any
 import torch
 from contenders import Case, floating_operations
 from goals import goals
-from report import picture, tables
+from report import SLOWER, comparison, paired, picture, ratios, tables
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
+SOURCE = HERE.parents[1] / "src"
 OURS = ("titans, native", "titans, bfloat16", "titans, torch")
-PEERS = ("titans-pytorch", "titans-pytorch, sequential")
+PEERS = ("titans-pytorch", "titans-pytorch, sequential", "titans-pytorch, per token")
 Row = dict[str, Any]
 
 
 class Contender:
-    """A process that times one contender."""
+    """A process that times one contender, with the library of a source folder if one is given."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, source: Path | None) -> None:
+        environment = dict(os.environ) if source is None else {**os.environ, "PYTHONPATH": str(source)}
         self.process = subprocess.Popen(
-            [python, str(HERE / "worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, str(HERE / "worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
+        if source is not None and self.ask(do="where").get("folder") != str(source):
+            raise SystemExit(f"{source}: no library that can be imported from there")
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for the answer."""
@@ -66,17 +78,21 @@ class Contender:
 class Contenders:
     """The processes, started when they are first needed."""
 
-    def __init__(self, peers: str | None) -> None:
-        self.peers, self.running = peers, {}
+    def __init__(self, peers: str | None, against: Path | None) -> None:
+        self.peers, self.against = peers, against
+        self.running: dict[tuple[str, bool], Contender] = {}
 
-    def ask(self, name: str, **request: Any) -> dict[str, Any]:
-        """Ask the contender of that name; one that died is started again next time."""
-        if name not in self.running:
-            python = self.peers if self.peers and name.startswith("titans-pytorch") else sys.executable
-            self.running[name] = Contender(python)
-        answer = self.running[name].ask(**request)
+    def ask(self, row: Row, **request: Any) -> dict[str, Any]:
+        """Ask the contender of that row; one that died is started again next time."""
+        name, before = key = row["contender"], row.get("before", False)
+        if key not in self.running:
+            if name in PEERS:
+                self.running[key] = Contender(self.peers or sys.executable, None)
+            else:
+                self.running[key] = Contender(sys.executable, self.against if before else SOURCE)
+        answer = self.running[key].ask(**request)
         if "the process died" in answer.get("error", ""):
-            self.running.pop(name).close()
+            self.running.pop(key).close()
         return answer
 
     def close(self) -> None:
@@ -91,31 +107,44 @@ def measure(
     """Time a case for every contender, taking turns."""
     rows: list[Row] = []
     for name in names:
-        answer = contenders.ask(name, do="build", contender=name, case=case, threads=threads)
-        row: Row = {"case": case, "threads": threads, "contender": name, "seconds": [], **answer}
-        rows.append(row)
-        if "error" not in row:
-            row["repeat"] = max(1, int(0.05 / max(row["first"], 1e-9)))
-    for turn in range(turns):
-        for row in rows:
-            spent = sum(row["seconds"]) * row.get("repeat", 1)
-            if "error" in row or (turn and spent + spent / turn > patience):
-                continue
-            answer = contenders.ask(row["contender"], do="time", repeat=row["repeat"])
-            if "error" in answer:
-                row["error"] = answer["error"]
-            else:
-                row["seconds"].append(answer["seconds"])
+        rows.append({"case": case, "threads": threads, "contender": name, "seconds": []})
+        if contenders.against is not None and name in OURS:
+            rows.append(rows[-1] | {"seconds": [], "before": True})
     for row in rows:
-        if "error" not in row and row["first"] < 5 * patience:
-            row["bytes"] = contenders.ask(row["contender"], do="peak").get("bytes")
+        row |= contenders.ask(row, do="build", contender=row["contender"], case=case, threads=threads)
+        first = min(r.get("first", math.inf) for r in rows if r["contender"] == row["contender"])
+        for same in rows:
+            if same["contender"] == row["contender"]:
+                same["repeat"] = max(1, int(0.05 / max(first, 1e-9)))
+    for turn in range(turns):
+        time_once(contenders, rows, turn, patience)
+    for pair in paired(rows):
+        for turn in range(turns, 4 * turns):
+            if ratios(*pair)[1] > SLOWER:
+                time_once(contenders, list(pair), turn, 4 * patience)
+    for row in rows:
+        if contenders.against is None and "error" not in row and row["first"] < 5 * patience:
+            row["bytes"] = contenders.ask(row, do="peak").get("bytes")
         # What a contender holds must not crowd the caches, and the memory, of the next case.
-        contenders.ask(row["contender"], do="forget")
+        contenders.ask(row, do="forget")
         if row["seconds"]:
             row["median"] = statistics.median(row["seconds"])
             if case["kind"] in ("product", "scan"):
                 row["rate"] = floating_operations(case) / row["median"]
     return rows
+
+
+def time_once(contenders: Contenders, rows: list[Row], turn: int, patience: float) -> None:
+    """One turn of every row that has not used up its time, in the opposite order from turn to turn."""
+    for row in rows if turn % 2 == 0 else reversed(rows):
+        spent = sum(row["seconds"]) * row.get("repeat", 1)
+        if "error" in row or (turn and spent + spent / turn > patience):
+            continue
+        answer = contenders.ask(row, do="time", repeat=row["repeat"])
+        if "error" in answer:
+            row["error"] = answer["error"]
+        else:
+            row["seconds"].append(answer["seconds"])
 
 
 Plan = list[tuple[Case, list[str], tuple[int, ...]]]
@@ -155,12 +184,12 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
             if case["time"] > 16384:
                 names = [*OURS[:2]] if case["backward"] else [*OURS[:2], "attention"]
             elif peers and case["chunk"] == 64 and (case["width"], case["expansion"]) == (256, 4):
-                names += PEERS
+                names += PEERS[:2]
             planned.append((dict(kind="layer", **case), names, threads))
         token = dict(kind="layer", **BASE | dict(time=1024))
         if peers and not quick:
             planned += [
-                (token | dict(backward=backward), ["titans, native", "titans-pytorch, per token"], one)
+                (token | dict(backward=backward), ["titans, native", PEERS[2]], one)
                 for backward in (False, True)
             ]
         if not quick:
@@ -172,7 +201,7 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
     planned = []
     for variant in ("lmm",) if quick else ("lmm", "mac", "mag", "mal"):
         model = dict(preset="tiny" if quick else "small", variant=variant)
-        # The transformer is the same beside every variant.
+        # The transformer is the same for every variant.
         names = [*OURS, "attention"] if variant == "lmm" else list(OURS)
         for kind, lengths in (("train", (4096, 16384)), ("prefill", (4096,)), ("decode", (1024, 16384))):
             planned += [
@@ -204,11 +233,16 @@ def main() -> int:
         "--parts", nargs="+", default=["scan", "layer", "model"], choices=["scan", "layer", "model"]
     )
     parser.add_argument("--peers", help="python of an environment with titans-pytorch")
+    parser.add_argument("--against", type=Path, help="src folder of another checkout of this library")
     parser.add_argument("--turns", type=int, default=5, help="times that each contender is timed")
     parser.add_argument("--patience", type=float, default=12, help="seconds of a contender in one case")
     arguments = parser.parse_args()
     if arguments.peers and not Path(arguments.peers).exists():
         parser.error(f"--peers {arguments.peers}: no such file; give the python of an environment")
+    if arguments.against and not (arguments.against / "titans").is_dir():
+        parser.error(f"--against {arguments.against}: no folder titans in it; give the src of a checkout")
+    against = arguments.against.resolve() if arguments.against else None
+    prints_only = arguments.quick or against is not None
     about = (
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {processor()}, "
         f"{os.cpu_count()} cores, torch {torch.__version__}; `make bench`; "
@@ -221,12 +255,12 @@ def main() -> int:
     known = [(row["case"], row["threads"]) for row in rows]
     planned = [
         (json.loads(json.dumps(case)), names, threads)  # as it reads back: tuples become lists
-        for part in ["product", *arguments.parts]
+        for part in [*([] if against else ["product"]), *arguments.parts]
         for case, names, counts in plan(part, arguments.quick, bool(arguments.peers))
         for threads in counts
     ]
     planned = [(case, names, threads) for case, names, threads in planned if (case, threads) not in known]
-    contenders, began = Contenders(arguments.peers), time.monotonic()
+    contenders, began = Contenders(arguments.peers, against), time.monotonic()
     try:
         for number, (case, names, threads) in enumerate(planned, start=1):
             elapsed = time.monotonic() - began
@@ -238,11 +272,15 @@ def main() -> int:
                 flush=True,
             )
             rows += measure(contenders, case, names, threads, arguments.turns, arguments.patience)
-            if not arguments.quick:
+            if not prints_only:
                 save(about, rows)
     finally:
         contenders.close()
-    if not arguments.quick:
+    if against is not None:
+        text, slower = comparison(rows)
+        print(f"{about} Compared with {against}.\n\n{text}")
+        return int(slower)
+    if not prints_only:
         save(about, rows)
     print(f"{goals(rows)}\n\n{tables(about, rows)}")
     return 0

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from library import full_attention, run_on
 from torch import Tensor
 
 Case = dict[str, Any]
@@ -91,12 +92,6 @@ def _scan(case: Case, backend: str) -> Step:
 def _titans(case: Case, backend: str) -> Step:
     if case["kind"] == "scan":
         return _scan(case, backend)
-    from titans.memory import BACKENDS
-
-    # A process times one backend, whatever "auto" would prefer; bfloat16 has to be asked for.
-    narrow = backend == "native_bfloat16"
-    for name in [name for name in BACKENDS if not narrow and name not in (backend, "reference")]:
-        del BACKENDS[name]
     if case["kind"] in ("layer", "stream"):
         from titans.nn import NeuralMemory
 
@@ -106,12 +101,12 @@ def _titans(case: Case, backend: str) -> Step:
             HEAD_DIM,
             expansion=case["expansion"],
             chunk_size=case["chunk"],
-            backend=backend if narrow else "auto",
         )
+        run_on(backend, layer)
         if case["kind"] == "stream":
             return _stream(layer, case)
         return _layer_step(layer, case, lambda x: layer(x)[0])
-    return _model_step(case, case["variant"], backend if narrow else "auto")
+    return _model_step(case, case["variant"], backend)
 
 
 def _stream(layer: torch.nn.Module, case: Case) -> Step:
@@ -128,22 +123,18 @@ def _stream(layer: torch.nn.Module, case: Case) -> Step:
 
 def _transformer(case: Case, _: str) -> Step:
     if case["kind"] == "layer":
-        from titans.nn.attention.full import FullAttention
-
-        layer = FullAttention(case["width"], case["width"] // HEAD_DIM, HEAD_DIM)
+        layer = full_attention(case["width"], case["width"] // HEAD_DIM, HEAD_DIM)
         return _layer_step(layer, case, lambda x: layer(x)[0])
     return _model_step(case, "transformer")
 
 
-def _model_step(case: Case, variant: str, backend: str = "auto") -> Step:
+def _model_step(case: Case, variant: str, backend: str | None = None) -> Step:
     from titans.hf import TitansConfig, TitansForCausalLM
-    from titans.nn import NeuralMemory
 
     config = TitansConfig.from_preset(case["preset"], variant=variant)
     model = TitansForCausalLM(config)
-    for module in model.modules():
-        if isinstance(module, NeuralMemory):
-            module.backend = backend
+    if backend is not None:
+        run_on(backend, model)
     ids = torch.randint(config.vocab_size, (1, case["time"]))
     if case["kind"] == "train":
 

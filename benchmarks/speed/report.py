@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from contenders import floating_operations
 
 Row = dict[str, Any]
+# A ratio of times above this counts as slower.
+SLOWER = 1.03
 COLOURS = {
     "titans, native": "tab:red",
     "titans, bfloat16": "tab:pink",
@@ -145,6 +149,44 @@ def tables(about: str, rows: list[Row]) -> str:
         if any(r["case"]["kind"] in kinds for r in rows):
             parts.append(f"### {title}\n\n{_others(rows, kinds)}")
     return "\n\n".join(parts) + "\n"
+
+
+def paired(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Each row that was timed with another checkout of the library, after the row of this one."""
+    key = ("case", "threads", "contender")
+    return [
+        (now, before)
+        for before in rows
+        for now in rows
+        if before.get("before") and not now.get("before") and all(now[k] == before[k] for k in key)
+    ]
+
+
+def ratios(now: Row, before: Row) -> tuple[float, float, float]:
+    """Time now, in parts of the time before, turn by turn: lower quartile, median, upper quartile."""
+    found = [a / b for a, b in zip(now["seconds"], before["seconds"], strict=False)]
+    if not found:
+        return (math.nan,) * 3
+    low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
+
+
+def comparison(rows: list[Row]) -> tuple[str, bool]:
+    """This library and another checkout of it, as Markdown, and whether a row is slower or has failed."""
+    lines, worse = [], []
+    for now, before in paired(rows):
+        case, (low, middle, high) = now["case"], ratios(now, before)
+        what = ", ".join(f"{name} {value}" for name, value in case.items())
+        failed = now.get("error") or before.get("error")
+        verdict = f"FAILED: {failed}" if failed else "SLOWER" if middle > SLOWER else ""
+        times = [f"{1000 * row['median']:.4g}" if "median" in row else "–" for row in (before, now)]
+        spread = f"{low:.3f} to {high:.3f}"
+        head = [what, str(now["threads"]), now["contender"], *times]
+        lines.append([*head, f"{middle:.3f}", spread, str(len(now["seconds"])), verdict])
+        worse += [verdict] if verdict else []
+    head = ["case", "threads", "contender", "before, ms", "now, ms", "ratio", "quartiles", "turns", ""]
+    summary = f"{len(lines)} rows, {len(worse)} slower by more than {100 * (SLOWER - 1):.0f} % or failed."
+    return f"{summary}\n\n{table(head, lines)}\n", bool(worse)
 
 
 def picture(rows: list[Row], path: Path) -> None:

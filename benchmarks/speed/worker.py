@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from contenders import build
@@ -40,6 +41,10 @@ def main() -> None:
                 for _ in range(request["repeat"]):
                     step()
                 answer = {"seconds": (time.perf_counter() - began) / request["repeat"]}
+            elif request["do"] == "where":
+                import titans
+
+                answer = {"folder": str(Path(titans.__file__).parents[1])}
             elif request["do"] == "forget":
                 step, answer = None, {}
                 gc.collect()
