@@ -13,7 +13,6 @@ import math
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from titans import TitansConfig, TitansForCausalLM
@@ -60,15 +59,9 @@ def main(steps: int = 40) -> None:
         dataset.set_epoch(epoch)
         states = None
         for batch in loader:
-            output = model(
-                batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                memory_states=states,
-                restart=None if states is None else batch["restart"],
-                return_memory_states=True,
-            )
-            # The labels are shifted already: labels[t] is the token after input_ids[t].
-            loss = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
+            # A batch is what the model takes: input_ids, attention_mask, labels, and restart.
+            output = model(**batch, memory_states=states, return_memory_states=True)
+            loss = output.loss
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             optimizer.zero_grad()

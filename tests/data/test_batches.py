@@ -19,12 +19,12 @@ def encoded(lengths: list[int]) -> list[np.ndarray]:
 
 def predictions(item: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
     """(token read, token to predict) of one item, after checking that masks, labels and padding agree."""
-    real = item["attention_mask"].bool()
-    count = int(real.sum())
-    assert real[:count].all() and count > 0
-    assert ((item["labels"] != -100) == real).all()
-    assert (item["input_ids"][count:] == 0).all()
-    return list(zip(item["input_ids"][:count].tolist(), item["labels"][:count].tolist(), strict=True))
+    ids, labels, read = item["input_ids"], item["labels"], item["attention_mask"].bool()
+    count = int(read.sum())
+    assert read[:count].all() and 0 < count < len(ids)
+    assert torch.equal(labels[: count + 1], ids[: count + 1])
+    assert (labels[count + 1 :] == -100).all() and (ids[count + 1 :] == 0).all()
+    return list(zip(ids[:count].tolist(), labels[1 : count + 1].tolist(), strict=True))
 
 
 documents_and_length = (
@@ -106,7 +106,7 @@ def test_the_default_collator_stacks_rows_of_one_step() -> None:
     batches = list(DataLoader(carried, batch_size=4))
     assert len(batches) == carried.num_steps
     assert batches[0]["restart"].tolist() == [True] * 4
-    assert batches[0]["input_ids"].shape == (4, 8) and batches[0]["input_ids"].dtype == torch.int64
+    assert batches[0]["input_ids"].shape == (4, 9) and batches[0]["input_ids"].dtype == torch.int64
 
 
 def test_refusals() -> None:
@@ -123,7 +123,7 @@ def test_refusals() -> None:
 
 
 @given(*documents_and_length, st.integers(0, 3))
-def test_answers_are_marked_at_the_labels_and_facts_at_the_tokens_that_tell_them(
+def test_answers_are_marked_at_the_labels_and_facts_at_the_tokens_that_state_them(
     lengths: list[int], sequence_length: int, epoch: int
 ) -> None:
     documents = encoded(lengths)

@@ -59,7 +59,7 @@ def trained(trainer: TitansTrainer, model: TitansForCausalLM, steps: int) -> lis
     found = []
     loader = DataLoader(trainer.train_dataset, batch_size=4)  # type: ignore[arg-type]
     for _, batch in zip(range(steps), loader, strict=False):
-        batch["attention_mask"][:] = 1
+        batch["attention_mask"][:, :-1] = 1
         found.append(trainer.training_step(model, batch).clone())
         found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         trainer._adamw.step()

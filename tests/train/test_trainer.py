@@ -32,22 +32,30 @@ def batches(trainer: TitansTrainer) -> list[dict[str, torch.Tensor]]:
     return list(DataLoader(trainer.train_dataset, batch_size=4))  # type: ignore[arg-type]
 
 
+def full_rows(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rows (batch,) without padding: all but their last token is read."""
+    return batch["attention_mask"][:, :-1].all(1)
+
+
 def losses(model: TitansForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Nats of every target, each row read alone and without padding: (number of targets,)."""
     found = []
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-        real = mask.bool()
-        logits = model(ids[real].unsqueeze(0), use_cache=False).logits[0]
-        found.append(F.cross_entropy(logits, labels[real], reduction="none"))
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        count = int(mask.sum())
+        logits = model(ids[None, :count], use_cache=False).logits[0]
+        found.append(F.cross_entropy(logits, ids[1 : count + 1], reduction="none"))
     return torch.cat(found)
 
 
-def test_the_loss_is_the_mean_over_real_targets_already_shifted(settings: Make) -> None:
+def test_the_loss_is_the_mean_over_all_predictions_and_the_models_own(
+    settings: Make,
+) -> None:
     trainer, model = trainer_of(settings())
-    batch = next(b for b in batches(trainer) if not b["attention_mask"].all())
+    batch = next(b for b in batches(trainer) if not full_rows(b).all())
     loss = trainer.compute_loss(model, batch)
     torch.testing.assert_close(loss, losses(model, batch).mean())
-    full = next(b["input_ids"][0] for b in batches(trainer) if b["attention_mask"][0].all())
+    torch.testing.assert_close(loss, model(**batch).loss)
+    full = next(b["input_ids"][0] for b in batches(trainer) if full_rows(b)[0])
     assert (full != 0).all()
 
 
@@ -71,7 +79,7 @@ def test_a_carried_memory_goes_on_where_its_row_stopped(settings: Make, variant:
         total, count = 0.0, 0
         for row in range(4):
             real = batch["attention_mask"][row].bool()
-            ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
+            ids, labels = batch["input_ids"][row][real], batch["labels"][row].roll(-1)[real]
             if batch["restart"][row]:
                 restarted += bool(read[row])
                 read[row] = []
@@ -176,7 +184,7 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
 @pytest.mark.parametrize("variant", ["mac", "lmm"])
 def test_a_passed_state_is_the_memory_that_another_row_has_left(settings: Make, variant: str) -> None:
     trainer, model = trainer_of(settings(variant=variant, state_passing=0.5))
-    first, *others = [b for b in batches(trainer) if b["attention_mask"].all()] * 2
+    first, *others = [b for b in batches(trainer) if full_rows(b).all()] * 2
     trainer.compute_loss(model, first)
     fresh = passed = 0
     for step, batch in enumerate(others, start=1):
@@ -190,7 +198,7 @@ def test_a_passed_state_is_the_memory_that_another_row_has_left(settings: Make, 
                 layer.mixer.fresh_context(state)
                 for layer, state in zip(model.model.layers, mine, strict=True)
             ]
-            ids, labels = batch["input_ids"][[row]], batch["labels"][row]
+            ids, labels = batch["input_ids"][[row], :-1], batch["labels"][row, 1:]
             found.append(
                 [
                     F.cross_entropy(model(ids, use_cache=False, memory_states=s).logits[0], labels).item()
@@ -246,11 +254,9 @@ def test_answers_count_as_often_as_they_are_told_to(settings: Make) -> None:
     facts = dict(fact_spacing=30.0, fact_distance=64)
     trainer, model = trainer_of(settings(answer_weight=7.0, **facts))
     once, _ = trainer_of(settings(**facts))
-    batch = next(b for b in batches(trainer) if not b["attention_mask"].all())
-    assert torch.equal(
-        batch["labels"], next(b for b in batches(once) if not b["attention_mask"].all())["labels"]
-    )
-    answers = batch["answers"][batch["labels"] >= 0]
+    batch = next(b for b in batches(trainer) if not full_rows(b).all())
+    assert torch.equal(batch["labels"], next(b for b in batches(once) if not full_rows(b).all())["labels"])
+    answers = batch["answers"][:, 1:][batch["labels"][:, 1:] >= 0]
     assert 0.02 < answers.float().mean() < 0.5
     counts = torch.where(answers, 7.0, 1.0)
     expected = (losses(model, batch) * counts).sum() / counts.sum()

@@ -1,13 +1,17 @@
 """Encoded documents → training examples of one length.
 
-Both data sets give the same items, ready for the default collator:
+Both data sets give the same items, ready for the default collator, all of shape (sequence_length + 1,):
 
-    input_ids       (sequence_length,) int64, 0 where padded
-    labels          (sequence_length,) int64, already shifted: labels[t] is the token after input_ids[t]
-                    in its document, -100 where padded. Compare logits[t] with labels[t], as they are
-    attention_mask  (sequence_length,) int64, 1 for a token and 0 for padding, which is always on the right
-    answers         (sequence_length,) bool, whether labels[t] is one of the answers, where these are given
-    facts           (sequence_length,) bool, whether input_ids[t] states or answers something, likewise
+    input_ids       int64, 0 where padded
+    labels          int64, the input ids again, −100 where padded. They are not shifted: as everywhere in
+                    transformers the model shifts, and logits[t] predict labels[t + 1]
+    attention_mask  int64, 1 for a token that is read. Padding, always on the right, is not, nor is the last
+                    token: it is predicted here, and read as the first of the next segment
+    answers         bool, whether labels[t] is one of the answers, where these are given
+    facts           bool, whether a token that is read states or answers something, likewise
+
+So `model(**batch).loss` is the mean over all predictions of a batch, and a memory that is carried from one
+segment to the next reads every token once.
 
 A document of n tokens holds n - 1 predictions (its first token is never predicted, its last never read), and
 every epoch makes each of them exactly once. The last segment of a document is rarely full; how many of the
@@ -73,18 +77,19 @@ class _Segments:
         """One padded example."""
         tokens = self.documents[document]
         begin = segment * self.length - int(self.missing_first[document])
-        piece = torch.from_numpy(tokens[max(begin, 0) : begin + self.length + 1].astype(np.int64))
-        real = len(piece) - 1
-        input_ids = torch.zeros(self.length, dtype=torch.int64)
-        labels = torch.full((self.length,), -100, dtype=torch.int64)
-        attention_mask = torch.zeros(self.length, dtype=torch.int64)
-        input_ids[:real], labels[:real], attention_mask[:real] = piece[:-1], piece[1:], 1
+        inside = slice(max(begin, 0), begin + self.length + 1)
+        piece = torch.from_numpy(tokens[inside].astype(np.int64))
+        size, columns = len(piece), self.length + 1
+        input_ids = torch.zeros(columns, dtype=torch.int64)
+        labels = torch.full((columns,), -100, dtype=torch.int64)
+        attention_mask = torch.zeros(columns, dtype=torch.int64)
+        input_ids[:size], labels[:size], attention_mask[: size - 1] = piece, piece, 1
         item = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
         if self.marks is not None:
-            marks = self.marks[document][max(begin, 0) : begin + self.length + 1]
-            for name, at in (("answers", marks[1:] == ANSWER), ("facts", marks[:-1] > 0)):
-                item[name] = torch.zeros(self.length, dtype=torch.bool)
-                item[name][:real] = torch.from_numpy(at)
+            marks = self.marks[document][inside]
+            for name, at in (("answers", marks == ANSWER), ("facts", marks[:-1] > 0)):
+                item[name] = torch.zeros(columns, dtype=torch.bool)
+                item[name][: len(at)] = torch.from_numpy(at)
         return item
 
 

@@ -44,7 +44,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class TitansTrainer(Trainer):
-    """Trains a Titans model on examples of `titans.data`, whose labels are already shifted.
+    """Trains a Titans model on examples of `titans.data`.
 
     The loss is the mean cross-entropy over the real targets of a step. With `carry_memory` what the model has
     read in one step is where the next one starts, cut off from the gradient, except in rows marked `restart`.
@@ -124,7 +124,7 @@ class TitansTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross-entropy in nats of labels that are already shifted; answers may count more."""
+        """Mean cross-entropy in nats of all predictions; answers may count more."""
         states, restart = self._before(inputs)
         try:
             loss, reported, logits, states = self._loss(model, inputs, states, restart)
@@ -157,8 +157,7 @@ class TitansTrainer(Trainer):
     def _recorded_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], states: tuple[Any, ...] | None
     ) -> tuple[Tensor, Tensor, tuple[Any, ...] | None]:
-        unmasked = {**inputs, "attention_mask": None}
-        loss, reported, _, states = self._loss(model, unmasked, states, inputs.get("restart"))
+        loss, reported, _, states = self._loss(model, inputs, states, inputs.get("restart"), masked=False)
         return loss, reported, states
 
     @property
@@ -171,26 +170,28 @@ class TitansTrainer(Trainer):
         inputs: dict[str, Any],
         states: tuple[Any, ...] | None,
         restart: Tensor | None,
+        masked: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None]:
         """What is minimised; the mean cross-entropy, which is reported; logits; the states left, detached."""
+        read, targets = _read_columns(inputs), inputs["labels"][:, 1:].flatten()
         with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
             output = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=read["input_ids"],
+                attention_mask=read["attention_mask"] if masked else None,
                 use_cache=False,
                 memory_states=states,
                 restart=restart,
                 return_memory_states=self._passes_on,
             )
         logits, states = output.logits, output.memory_states
-        each = F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"].flatten(), reduction="none")
-        weights = (inputs["labels"] >= 0).flatten().to(each.dtype)
+        each = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+        weights = (targets >= 0).to(each.dtype)
         reported = each.detach().sum() / weights.sum()
         if self.answer_weight != 1:
-            weights = torch.where(inputs["answers"].flatten(), self.answer_weight, weights)
+            weights = torch.where(inputs["answers"][:, 1:].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()
         if self.write_cost:
-            cost = write_cost(write_logits, self.write_cost_reach, inputs.get("facts"))
+            cost = write_cost(write_logits, self.write_cost_reach, read.get("facts"))
             loss = loss + self.write_cost * cost.to(loss.device)
         return loss, reported, logits, map_state(Tensor.detach, states) if self._passes_on else None
 
@@ -200,7 +201,7 @@ class TitansTrainer(Trainer):
         self._refuse_non_finite(value, "loss")
         if self._passes_on:
             self.carried = states
-            self._columns_carried += inputs["input_ids"].shape[1]
+            self._columns_carried += inputs["input_ids"].shape[1] - 1
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
 
     def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
@@ -257,12 +258,12 @@ class TitansTrainer(Trainer):
         total, count = 0.0, 0
         for batch in DataLoader(held_out.windows, self.args.eval_batch_size, collate_fn=default_collate):
             batch = self._prepare_inputs(batch)
+            read, targets = _read_columns(batch), batch["labels"][:, 1:].flatten()
             logits = self._network(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                input_ids=read["input_ids"], attention_mask=read["attention_mask"], use_cache=False
             ).logits
-            labels = batch["labels"]
-            total += F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
-            count += int((labels != -100).sum())
+            total += F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum").item()
+            count += int((targets != -100).sum())
         self._network.train()
         loss = total / count
         bits = loss / math.log(2) * held_out.tokens_per_byte
@@ -335,6 +336,15 @@ class TitansTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             files.load_random_state(Path(checkpoint))
+
+
+def _read_columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a step reads: all columns but the last, whose tokens are predicted and never read.
+
+    A token that is not read is 0, for a recorded step reads padding like text.
+    """
+    read = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "facts") if name in batch}
+    return {**read, "input_ids": read["input_ids"] * read["attention_mask"]}
 
 
 def load_weights(model: TitansForCausalLM, folder: Path) -> None:
