@@ -1,4 +1,4 @@
-"""The models that come with the library: small, whole, described, and loaded by name."""
+"""The models that come with the library: small, complete, described, and loaded by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_model_loads_by_its_name_reads_and_is_described(name, tmp_path, monkey
     assert all(part in card for part in ("recall", "seed", "Shakespeare", "bits per byte", "minutes"))
 
 
-def test_a_folder_is_loaded_and_an_unknown_name_is_told_the_known(tmp_path):
+def test_a_folder_is_loaded_and_an_unknown_name_is_refused(tmp_path):
     model = titans.TitansForCausalLM(titans.TitansConfig.from_preset("tiny", variant="lmm"))
     model.save_pretrained(tmp_path / "mine")
     again, _ = titans.load(tmp_path / "mine")
@@ -42,7 +42,7 @@ def test_a_folder_is_loaded_and_an_unknown_name_is_told_the_known(tmp_path):
         titans.load("titans-tiny")
 
 
-def test_a_name_is_a_folder_beside_the_others_and_errors_tell_it(tmp_path, monkeypatch):
+def test_a_new_folder_is_a_new_name_and_errors_list_it(tmp_path, monkeypatch):
     model = titans.TitansForCausalLM(titans.TitansConfig.from_preset("tiny", variant="lmm"))
     model.save_pretrained(tmp_path / "titans-some-tiny")
     monkeypatch.setattr("titans.zoo.checkpoint._MODELS", tmp_path)

@@ -29,7 +29,7 @@ def test_probabilities_sum_to_one_after_seen_and_unseen_contexts() -> None:
         assert (2.0 ** -np.array(bits)).sum() == pytest.approx(1)
 
 
-def test_witten_bell_by_hand() -> None:
+def test_witten_bell_counts() -> None:
     # After 0 came 1 twice and 2 once: P(1 | 0) = (2 + 2 P(1)) / (3 + 2), and P(1) = (2 + 3/4) / (6 + 3).
     model = InterpolatedNgram(order=2, vocab_size=4).fit(np.array([0, 1, 0, 1, 0, 2]))
     expected = (2 + 2 * (2 + 3 / 4) / (6 + 3)) / (3 + 2)

@@ -1,11 +1,11 @@
-"""The stories, told again by someone who only reads their sentences."""
+"""A reader of the stories' sentences alone finds the answers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from titans.data.babi import KINDS, TEST_WORLD, tell_story, training_world
+from titans.data.babi import KINDS, TEST_WORLD, make_story, training_world
 
 NAMES = [f"{first}{last}" for first in "bdgklm" for last in ("arn", "ower", "ield", "oat")]
 TRAINING_WORLD = training_world(np.random.default_rng(0), NAMES)
@@ -17,14 +17,14 @@ def answer_from(world, facts, question):
     for fact in facts:
         who, verb = fact.strip(". ").split(" the ")[0].split(" ", 1)
         last = fact.strip(". ").split()[-1]
-        if verb in world.telling.moves:
+        if verb in world.phrases.moves:
             place[who] = last
             for thing in (t for t, h in holder.items() if h == who):
                 seen[thing].append(last)
-        elif verb in world.telling.drops:
+        elif verb in world.phrases.drops:
             assert holder.pop(last) == who, "dropped what was not held"
         else:
-            assert verb in world.telling.takes and last not in holder, "took what somebody holds"
+            assert verb in world.phrases.takes and last not in holder, "took what somebody holds"
             holder[last] = who
             if last in seen:
                 assert seen[last][-1] == place[who], "took what lies elsewhere"
@@ -45,8 +45,8 @@ def answer_from(world, facts, question):
 def test_a_reader_of_the_sentences_finds_the_answer(kind, world):
     answers = set()
     for seed in range(200):
-        story = tell_story(np.random.default_rng(seed), kind, world, num_facts=10)
-        assert story == tell_story(np.random.default_rng(seed), kind, world, num_facts=10)
+        story = make_story(np.random.default_rng(seed), kind, world, num_facts=10)
+        assert story == make_story(np.random.default_rng(seed), kind, world, num_facts=10)
         assert len(story.facts) >= 10 and all(fact.endswith(". ") for fact in story.facts)
         assert answer_from(world, story.facts, story.question) == story.answer
         answers.add(story.answer)
@@ -54,13 +54,13 @@ def test_a_reader_of_the_sentences_finds_the_answer(kind, world):
 
 
 def test_the_worlds_share_nothing_and_a_story_needs_facts_and_names():
-    told = [
-        set().union(world.people, world.places, world.things, *vars(world.telling).values())
+    words = [
+        set().union(world.people, world.places, world.things, *vars(world.phrases).values())
         for world in (TEST_WORLD, TRAINING_WORLD)
     ]
-    assert not told[0] & told[1]
+    assert not words[0] & words[1]
     assert TRAINING_WORLD.places != training_world(np.random.default_rng(1), NAMES).places
     with pytest.raises(ValueError, match="num_facts=3: give at least 4"):
-        tell_story(np.random.default_rng(0), "qa1", TEST_WORLD, 3)
+        make_story(np.random.default_rng(0), "qa1", TEST_WORLD, 3)
     with pytest.raises(ValueError, match="names: 16 given"):
         training_world(np.random.default_rng(0), NAMES[:16])

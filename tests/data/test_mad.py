@@ -55,16 +55,16 @@ def test_fuzzy_recall_asks_for_every_token_of_a_value_whose_key_was_there():
             value = row[middle:at]
             if at < len(row):
                 sizes |= {len(key), len(value)}
-            told = asked[middle - 1 : at - 1]
+            value_ids = asked[middle - 1 : at - 1]
             if key in known:
-                assert told == value == known[key][: len(value)]
+                assert value_ids == value == known[key][: len(value)]
             elif at < len(row):
-                assert set(told) <= {IGNORED}
+                assert set(value_ids) <= {IGNORED}
                 known[key] = value
     assert sizes == {1, 2, 3}
 
 
-def test_selective_copying_tells_what_was_not_blank():
+def test_selective_copying_asks_for_the_tokens_that_are_not_blank():
     ids, labels = selective_copying(rng(), 30)
     for row, asked in zip(ids, labels, strict=True):
         assert torch.equal(row[:-16][row[:-16] < 14], asked[-16:]) and (asked[:-16] == IGNORED).all()

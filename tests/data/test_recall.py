@@ -1,4 +1,4 @@
-"""Recall tasks: what is asked has been said, and nothing else gives it away."""
+"""Recall tasks: every answer was stated before, and nothing else reveals it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_row_too_short_for_a_passkey_is_refused():
     passkey(np.random.default_rng(0), 1, 72)
 
 
-def test_every_restatement_is_asked_and_speaks_the_words_of_the_test():
+def test_every_restatement_is_asked_for_in_the_words_of_the_test():
     ids, labels = restated_passkey(np.random.default_rng(0), 50, 160)
     words = {
         c
@@ -55,7 +55,7 @@ def test_every_restatement_is_asked_and_speaks_the_words_of_the_test():
         text = text_of(row, asked)
         first, *others = re.finditer(r"key=(\d{1,5})", text)
         expected = {t for m in others for t in range(m.start(1), min(m.end(1), 160))}
-        # The last token of all is not in the row's own text where it is no digit.
+        # The label after the last token is in the row's own text only if it is a digit.
         marks = {t + 1 for t in (asked != IGNORED).nonzero().flatten().tolist()}
         assert marks - {160} == expected
         assert all(asked[t - 1] == ord(first[1][(t - text.rindex("=", 0, t)) - 1]) for t in marks)

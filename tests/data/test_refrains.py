@@ -17,7 +17,7 @@ def a_text(sentences: int) -> bytes:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
-def test_a_share_of_the_text_is_sentences_of_it_again_and_again_and_the_rest_stays(share: float) -> None:
+def test_a_share_of_the_text_is_repeated_sentences_and_the_rest_is_unchanged(share: float) -> None:
     text = a_text(20_000)
     new = with_refrains(text, np.random.default_rng(1), share)
     assert 1 - len(text) / len(new) == pytest.approx(share, abs=0.05)
@@ -25,7 +25,7 @@ def test_a_share_of_the_text_is_sentences_of_it_again_and_again_and_the_rest_sta
     place = 0
     for word in text.split():
         place = new.find(word, place) + len(word)
-        assert place >= len(word), "a word is gone"
+        assert place >= len(word), "a word is missing"
     sentences = new.split(b". ")
     again = [one for i, one in enumerate(sentences) if one in sentences[i + 1 : i + 6]]
     assert len(again) / len(sentences) > share / 2

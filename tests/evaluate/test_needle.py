@@ -61,7 +61,7 @@ def table(model, task, lengths=(700,), depths=(0.0, 0.5, 1.0), **options):
     )
 
 
-@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.tells_story])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.is_story])
 def test_who_copies_what_follows_is_right_everywhere(task):
     cells = table(Copycat(), task, (300, 1500), piece_length=256)
     assert [(c.length, c.depth) for c in cells] == [(n, d) for n in (300, 1500) for d in (0.0, 0.5, 1.0)]

@@ -242,15 +242,15 @@ def test_a_second_stage_goes_on_with_finer_local_chunks(settings: Make) -> None:
         TrainingRun(replace(second.settings, config=more, output=first.output / "second"))
 
 
-def test_facts_are_said_in_the_text_that_is_trained_on_and_not_in_what_is_held_out(settings: Make) -> None:
-    plain, told = TrainingRun(settings()), TrainingRun(settings(fact_spacing=60.0, fact_distance=64))
-    assert told.examples.num_train_tokens > 1.3 * plain.examples.num_train_tokens
-    assert told.examples.held_out is not None and plain.examples.held_out is not None
-    for one, other in zip(told.examples.held_out.windows, plain.examples.held_out.windows, strict=True):
+def test_facts_are_inserted_in_training_text_and_not_in_held_out_text(settings: Make) -> None:
+    plain, with_facts = TrainingRun(settings()), TrainingRun(settings(fact_spacing=60.0, fact_distance=64))
+    assert with_facts.examples.num_train_tokens > 1.3 * plain.examples.num_train_tokens
+    assert with_facts.examples.held_out is not None and plain.examples.held_out is not None
+    for one, other in zip(with_facts.examples.held_out.windows, plain.examples.held_out.windows, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
 
 
-def test_answers_count_as_often_as_they_are_told_to(settings: Make) -> None:
+def test_answers_are_weighted_in_the_loss(settings: Make) -> None:
     facts = dict(fact_spacing=30.0, fact_distance=64)
     trainer, model = trainer_of(settings(answer_weight=7.0, **facts))
     once, _ = trainer_of(settings(**facts))

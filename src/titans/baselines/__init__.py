@@ -1,4 +1,4 @@
-"""What the models are compared with."""
+"""Models to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor that a trained model must beat: counts of a few tokens, interpolated."""
+"""The least that a trained model must beat: an interpolated n-gram model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class InterpolatedNgram:
 
         P_n(w | h) = (count(h w) + T(h) P_{n-1}(w | h')) / (count(h) + T(h))
 
-    where T(h) is the number of different tokens seen after the context h, h' is h without its oldest token
-    and P_0 is uniform over the vocabulary. So the weight of each order follows from the training text, and no
-    token has probability 0. Documents are counted one by one: no n-gram spans two.
+    T(h) is the number of different tokens seen after the context h, h' is h without its oldest token, and P_0
+    is uniform over the vocabulary. The weight of each order follows from the training text, and no token has
+    probability 0. No n-gram spans two documents.
 
     Raises ValueError when vocab_size ** order does not fit 63 bits.
     """

@@ -1,4 +1,4 @@
-"""Text in, training examples out: corpora, tokenizers, whole-document splits and batches."""
+"""From text to training examples: corpora, tokenizers, splits by whole documents, batches."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Little stories of who went where with what, after bAbI's tasks 1 to 3: facts for a long text. Seeded.
+"""Short stories of who went where with what, after bAbI's tasks 1 to 3: facts for a long text. Seeded.
 
-Like bAbI, not bAbI: results are not comparable with those published for it. A test's words are bAbI's. Those
-of training are others, and new in every story: what there are ten of, a model learns by heart. Places and
-things are made up there; words of the text would teach a memory to write any word (docs/decisions/recall.md).
+Results are not comparable with those published for bAbI. Tests use bAbI's words. Training uses other words,
+drawn anew for every story, because a model memorises a short list. Its places and things are made up: words
+of the text would teach a memory to write every word (docs/decisions/recall.md).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ KINDS: tuple[Kind, ...] = ("qa1", "qa2", "qa3")
 
 
 @dataclass(frozen=True)
-class Telling:
-    """How moves and takings are told, and how it is asked where {who} is, where {thing} is, and where it was
-    before it came to {place}: questions that end where the answer follows."""
+class Phrases:
+    """Verbs for moving, taking and dropping, and questions that end where the answer follows.
+
+    The questions ask where {who} is, where {thing} is, and where {thing} was before it came to {place}.
+    """
 
     moves: tuple[str, ...]
     takes: tuple[str, ...]
@@ -32,19 +34,19 @@ class Telling:
 
 @dataclass(frozen=True)
 class World:
-    """Who there is, where they go, what they carry, and how one tells of it."""
+    """The people, places and things of a story, and the phrases that describe it."""
 
     people: tuple[str, ...]
     places: tuple[str, ...]
     things: tuple[str, ...]
-    telling: Telling
+    phrases: Phrases
 
 
 TEST_WORLD = World(
     ("Mary", "John", "Daniel", "Sandra"),
     ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office"),
     ("apple", "football", "milk"),
-    Telling(
+    Phrases(
         ("went to", "journeyed to", "travelled to", "moved to"),
         ("grabbed", "took", "got", "picked up"),
         ("dropped", "left", "put down"),
@@ -57,7 +59,7 @@ _TRAINING_PEOPLE = (
     "Anna", "Peter", "Lucas", "Helen", "Oscar", "Clara", "Victor", "Nora", "Edgar", "Marta", "Simon", "Greta",
     "Felix", "Ruth", "Hugo", "Irene", "Conrad", "Paula", "Martin", "Agnes", "Leo", "Vera", "Robert", "Judith",
 )  # fmt: skip
-_TRAINING_TELLING = Telling(
+_TRAINING_PHRASES = Phrases(
     ("walked to", "ran to", "came to", "hurried to", "rode to", "returned to", "fled to", "set out for",
      "crept into", "stepped into", "was sent to", "made for"),
     ("seized", "found", "lifted", "fetched", "snatched", "took hold of", "carried off"),
@@ -79,21 +81,21 @@ _TRAINING_TELLING = Telling(
 
 
 def training_world(generator: np.random.Generator, names: Sequence[str]) -> World:
-    """A world of eight people, and of ten places and seven things with some of the names, which all differ.
+    """A world of eight people, ten places and seven things; places and things take distinct `names`.
 
     Raises:
         ValueError: for fewer than seventeen names.
     """
     if len(names) < 17:
-        raise ValueError(f"names: {len(names)} given; a world takes at least 17")
+        raise ValueError(f"names: {len(names)} given; give at least 17")
     chosen = tuple(names[i] for i in generator.choice(len(names), 17, replace=False))
     people = generator.choice(len(_TRAINING_PEOPLE), 8, replace=False)
-    return World(tuple(_TRAINING_PEOPLE[i] for i in people), chosen[:10], chosen[10:], _TRAINING_TELLING)
+    return World(tuple(_TRAINING_PEOPLE[i] for i in people), chosen[:10], chosen[10:], _TRAINING_PHRASES)
 
 
 @dataclass(frozen=True)
 class Story:
-    """Facts in their order, a question, and its answer: a place."""
+    """Facts in order, a question about them, and its answer, which is a place."""
 
     facts: tuple[str, ...]
     question: str
@@ -102,7 +104,7 @@ class Story:
 
 @dataclass
 class _Course:
-    """A story as it goes on: where everybody is, who holds what, and where each thing has been."""
+    """The state of a story: where each person is, who holds what, and where each thing has been."""
 
     world: World
     generator: np.random.Generator
@@ -121,10 +123,10 @@ class _Course:
         for thing, holder in self.holder_of.items():
             if holder == who:
                 self.places_of[thing].append(where)
-        self.facts.append(f"{who} {self.pick(self.world.telling.moves)} the {where}. ")
+        self.facts.append(f"{who} {self.pick(self.world.phrases.moves)} the {where}. ")
 
     def take(self) -> None:
-        """Somebody picks up a thing that nobody holds, and that is not known to lie elsewhere."""
+        """A person picks up a thing that nobody holds and that is not known to lie elsewhere."""
         free = [
             (who, thing)
             for who, where in self.place_of.items()
@@ -136,18 +138,18 @@ class _Course:
         who, thing = free[int(self.generator.integers(len(free)))]
         self.holder_of[thing] = who
         self.places_of.setdefault(thing, [self.place_of[who]])
-        self.facts.append(f"{who} {self.pick(self.world.telling.takes)} the {thing}. ")
+        self.facts.append(f"{who} {self.pick(self.world.phrases.takes)} the {thing}. ")
 
     def drop(self) -> None:
         if not self.holder_of:
             return self.take()
         thing = self.pick(list(self.holder_of))
         who = self.holder_of.pop(thing)
-        self.facts.append(f"{who} {self.pick(self.world.telling.drops)} the {thing}. ")
+        self.facts.append(f"{who} {self.pick(self.world.phrases.drops)} the {thing}. ")
 
 
-def tell_story(generator: np.random.Generator, kind: Kind, world: World, num_facts: int = 8) -> Story:
-    """A story that its question can be answered from.
+def make_story(generator: np.random.Generator, kind: Kind, world: World, num_facts: int = 8) -> Story:
+    """A story and a question that its facts answer.
 
     qa1: where is a person? (one fact) qa2: where is a thing? (two) qa3: where was it before? (three)
 
@@ -167,16 +169,16 @@ def tell_story(generator: np.random.Generator, kind: Kind, world: World, num_fac
 
 
 def _question(course: _Course, kind: Kind) -> tuple[str, str] | None:
-    asking = course.world.telling
+    phrases = course.world.phrases
     if kind == "qa1":
         who = course.pick(list(course.place_of))
-        return course.pick(asking.where_is_who).format(who=who), course.place_of[who]
+        return course.pick(phrases.where_is_who).format(who=who), course.place_of[who]
     moved = [thing for thing, places in course.places_of.items() if len(places) > (kind == "qa3")]
     if not moved:
         return None
     thing = course.pick(moved)
     places = course.places_of[thing]
     if kind == "qa2":
-        return course.pick(asking.where_is_thing).format(thing=thing), places[-1]
-    question = course.pick(asking.where_was_thing).format(thing=thing, place=places[-1])
+        return course.pick(phrases.where_is_thing).format(thing=thing), places[-1]
+    question = course.pick(phrases.where_was_thing).format(thing=thing, place=places[-1])
     return question, places[-2]

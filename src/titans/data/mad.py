@@ -1,8 +1,8 @@
 """The six tasks of MAD (Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures"), seeded.
 
 Every function takes a NumPy generator and returns (ids, labels), int64 of shape (batch, time), as in
-`titans.data.recall`: labels[t] is what is to be predicted at ids[t], or −100 where nothing is asked. Defaults
-are MAD's own sizes.
+`titans.data.recall`: labels[t] is the token to predict at ids[t], or −100 where none is scored. Defaults are
+MAD's own sizes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def in_context_recall(
     noise: float = 0.0,
     longest: int = 1,
 ) -> Batch:
-    """Pairs of a key and its value, anew for each row; asked for is every value whose key was there before.
+    """Pairs of a key and its value, redrawn for each row; scored is every value whose key occurred before.
 
     Keys use the first half of the vocabulary, values the second.
 
     Args:
-        noise: part of the tokens that belong to no pair; they use sixteen further ids.
-        longest: keys and values are of 1 to so many tokens; above 1 this is fuzzy recall.
+        noise: share of the tokens that belong to no pair; they use sixteen further ids.
+        longest: keys and values have 1 to `longest` tokens; above 1 this is fuzzy recall.
     """
     ids = np.empty((batch, length), np.int64)
     labels = np.full((batch, length), IGNORED, np.int64)
@@ -63,10 +63,10 @@ def in_context_recall(
             pair = (*key, *values[key])[: length - at]
             row[at : at + len(pair)] = pair
             if key in seen:
-                # The last token of the key asks for the first of the value.
+                # The first token of the value is predicted at the last of the key.
                 first = at + len(key) - 1
-                told = pair[len(key) :]
-                asked[first : first + len(told)] = told
+                value = pair[len(key) :]
+                asked[first : first + len(value)] = value
             seen.add(key)
             at += len(pair)
     return torch.from_numpy(ids), torch.from_numpy(labels)
@@ -75,7 +75,7 @@ def in_context_recall(
 def selective_copying(
     generator: np.random.Generator, batch: int, length: int = 256, vocab_size: int = 16, count: int = 16
 ) -> Batch:
-    """Some tokens among blanks, to be told in their order at the end, where `count` slots stand for them.
+    """Tokens among blanks, to be repeated in order at the end, where `count` slots stand for them.
 
     The last id but one is the blank, the last the slot.
 
@@ -94,9 +94,9 @@ def selective_copying(
 
 
 def compression(generator: np.random.Generator, batch: int, length: int = 32, vocab_size: int = 16) -> Batch:
-    """Random tokens and one more, the last id, whose output alone has to hold them all.
+    """Random tokens and then the last id, whose output alone has to encode them all.
 
-    Here labels are (batch, length): what a decoder makes of that one output and a position.
+    Labels are (batch, length): what a decoder predicts from that output and a position.
     """
     tokens = torch.from_numpy(generator.integers(vocab_size - 1, size=(batch, length)))
     return torch.cat([tokens, tokens.new_full((batch, 1), vocab_size - 1)], 1), tokens
@@ -105,8 +105,9 @@ def compression(generator: np.random.Generator, batch: int, length: int = 32, vo
 def memorization(
     generator: np.random.Generator, batch: int, length: int = 32, vocab_size: int = 256, seed: int = 0
 ) -> Batch:
-    """Keys, each before a slot (the last id) where its value is asked for, which no row tells: values belong
-    to keys by `seed`, in training and test alike, and have to be learned by heart.
+    """Keys, each followed by a slot (the last id) at which its value is scored.
+
+    No row states the values: they follow from `seed`, in training and test alike, and have to be memorised.
     """
     half = (vocab_size - 1) // 2
     values = half + np.random.default_rng(seed).integers(half, size=half)

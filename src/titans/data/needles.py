@@ -1,7 +1,7 @@
-"""Facts said once in a long text and asked for later, after RULER's needles in a haystack. Seeded.
+"""Facts stated once in a long text and asked for later: needles in a haystack, after RULER. Seeded.
 
-Nothing that a test uses is met in training: sentences and nouns of `TASKS` are not those of training, names
-and values are drawn from two halves that share nothing, and so, if the caller sees to it, are the haystacks.
+Tests and training share nothing. Their sentences and nouns differ, and names and values are drawn from two
+disjoint halves. The caller chooses haystacks that differ too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titans.data.babi import KINDS, TEST_WORLD, Kind, tell_story, training_world
+from titans.data.babi import KINDS, TEST_WORLD, Kind, make_story, training_world
 
 Draw = Callable[[np.random.Generator, bool], str]
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _CONSONANTS, _VOWELS = "bdfghklmnprstvz", "aeiou"
 _STORIES = 0.2
 _WORDS_FROM = 2**20
-# Places and things there are in the stories of one text.
+# Made-up names for the places and things in the stories of one text.
 _NAMES = 512
-# Facts in the same words, at most, and bytes from one of them to the next, at most.
+# At most so many facts share their words, and at most so many bytes lie between two of them.
 _MOST_ALIKE, _LONGEST_GAP = 5, 1000
-# One draw in so many is kept for tests.
+# One draw in so many is reserved for tests.
 _HELD_OUT_IN = 4
 
 
@@ -41,24 +41,24 @@ class Wording:
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """What is hidden and how it is asked for: values of names, or the facts of a story.
+    """What is inserted and how it is asked for: values of names, or the facts of a story.
 
-    haystack: "filler" (one sentence after another, again and again) or "text". source: a wording and what
-    draws values for it, or the kind of a story.
+    haystack: "filler" (five sentences, repeated) or "text". source: a wording and a function that draws its
+    values, or the kind of a story.
     """
 
     haystack: str
     source: tuple[Wording, Draw] | Kind
 
     @property
-    def tells_story(self) -> bool:
-        """Whether there are many statements, in an order that matters."""
+    def is_story(self) -> bool:
+        """Whether the needle is a story: many statements whose order matters."""
         return isinstance(self.source, str)
 
 
 @dataclass(frozen=True)
 class Needles:
-    """Statements in the order of the text, what is asked at its end, and what has to come out."""
+    """Statements in the order of the text, the questions at its end, and the expected answers."""
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
@@ -66,7 +66,7 @@ class Needles:
 
 
 def pseudo_word(generator: np.random.Generator, held_out: bool, syllables: int = 3) -> str:
-    """A word that is none, such as "tomirena": names and values nobody knows by heart."""
+    """A made-up word such as "tomirena": a name or a value that no model has memorised."""
 
     def draw() -> str:
         letters = [
@@ -78,7 +78,7 @@ def pseudo_word(generator: np.random.Generator, held_out: bool, syllables: int =
 
 
 def digits(count: int) -> Draw:
-    """Numbers of so many digits."""
+    """Draws numbers of `count` digits."""
     return lambda generator, held_out: _from_half(
         lambda: "".join(map(str, generator.integers(10, size=count))), held_out
     )
@@ -103,7 +103,7 @@ def _magic(kind: str) -> Wording:
     )
 
 
-# Stories are like bAbI's tasks 1 to 3: where is a person, where is a thing, and where was it before?
+# Stories follow bAbI's tasks 1 to 3: where is a person, where is a thing, and where was it before?
 TASKS: dict[str, NeedleTask] = {
     "passkey": NeedleTask(
         "filler",
@@ -119,10 +119,10 @@ TASKS: dict[str, NeedleTask] = {
 }
 
 
-class Told(NamedTuple):
-    """A text with facts in it, and begin and end of every answer and of every statement.
+class TextWithFacts(NamedTuple):
+    """A text with inserted facts, and (begin, end) in bytes of every answer and of every statement.
 
-    The full stop behind an answer is part of it: where a value ends has to be remembered too.
+    The full stop after an answer is part of it, because the end of a value has to be recalled too.
     """
 
     text: bytes
@@ -130,9 +130,9 @@ class Told(NamedTuple):
     statements: list[tuple[int, int]]
 
 
-# How training states facts, and asks for them again: "Mark this, the seal of {name} = {value}. " and "What is
-# the seal of {name}? The seal of {name} = ". The plainest way is the most common: nothing but its digits then
-# tells a fact from what is said all the time.
+# The wordings of training: "Mark this, the seal of {name} = {value}. " and "What is the seal of {name}? The
+# seal of {name} = ". The plainest wording is the most common, so that a model has to recognise facts by their
+# values and not by their words.
 LEADS = ("", "", "", "Note: ", "Mark this, ", "They say ", "We read that ", "Hear me, ", "By the book, ")
 SUBJECTS = (
     "the {thing} of {name}", "the {thing} for {name}", "{name}'s {thing}", "the {name} {thing}",
@@ -143,7 +143,8 @@ LINKS = (
     *3 * (" was ",), *4 * (" is ",), " is: ", ": ", " = ", " -> ", " equals ", " became ", " means ",
     ", namely ", " has been ", " reads ", "/", " (", " shall be ", " are: ",
 )  # fmt: skip
-# Things are words of the text itself, so that no noun gives away that something is to be recalled; not these.
+# Nouns of training facts are words of the text itself, so that no noun marks a fact. These are reserved for
+# tests.
 TEST_NOUNS = frozenset(
     {"magic", "special", "pass", "key", "number", "numbers", "word", "words", "uuid", "uuids"}
     | {*TEST_WORLD.places, *TEST_WORLD.things}
@@ -160,8 +161,8 @@ def make_needles(
     """A test's needles.
 
     Args:
-        num_keys: names that something is said about; those not asked for are there to confuse.
-        num_values: statements about each name; all have to be told, in the order of the text.
+        num_keys: names about which a fact is stated; those not asked for are distractors.
+        num_values: statements about each name; the answer lists all values in the order of the text.
         num_questions: names asked for.
 
     Raises:
@@ -170,13 +171,15 @@ def make_needles(
     if isinstance(task.source, str):
         if num_keys * num_values * num_questions > 1:
             raise ValueError("num_keys, num_values, num_questions: a story has one question; leave them at 1")
-        story = tell_story(generator, task.source, TEST_WORLD)
+        story = make_story(generator, task.source, TEST_WORLD)
         return Needles(story.facts, (story.question,), (story.answer,))
     wording, draw = task.source
     if num_questions > num_keys:
         raise ValueError(f"num_questions={num_questions}: give at most num_keys={num_keys}")
     if num_keys > 1 and "{name}" not in wording.statement:
-        raise ValueError(f"num_keys={num_keys}: this task has no names to tell needles apart; choose another")
+        raise ValueError(
+            f"num_keys={num_keys}: this task's needles have no names to distinguish them; choose another"
+        )
     names: list[str] = []
     while len(names) < num_keys:
         name = pseudo_word(generator, True)
@@ -200,18 +203,18 @@ def state_facts(
     farthest: int = 256,
     questions: int = 3,
     alike: float = 0.0,
-) -> Told:
-    """The text with facts said in it and asked for, and answered, again and again.
+) -> TextWithFacts:
+    """The text with facts stated in it, each asked for and answered several times.
 
     Args:
-        text: any text; it is cut at spaces only.
-        spacing: bytes of text from one fact to the next, on average.
-        nearest, farthest: bytes of text from a fact to where it is asked for, log-uniform.
-        questions: how often each fact is asked for; those of a group share them, each at least once.
-        alike: share of the facts about a name that begin a group of 2 to 5, which names and values alone tell
-            apart.
+        text: any text; insertions stand at spaces only.
+        spacing: mean distance in bytes from one fact to the next.
+        nearest, farthest: distance in bytes from a fact to its questions, log-uniform.
+        questions: number of questions about each fact; the facts of a group share them, each at least one.
+        alike: share of the facts about a name that begin a group of 2 to 5 facts in the same words, which
+            differ in name and value only.
 
-    One fact in five is a story of `titans.data.babi`, told over the distance and asked about once.
+    One fact in five is a story of `titans.data.babi`, spread over the distance and asked about once.
     """
     inserted: list[tuple[int, str, str]] = []
     words = words_of(text)
@@ -219,38 +222,38 @@ def state_facts(
     story_ends = 0
     for at in _moments(generator, len(text), spacing):
         gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), questions)).astype(int)
-        # Stories share their people: one after another.
+        # Stories share their people, so they must not overlap.
         if at >= story_ends and generator.random() < _STORIES:
             story_ends = at + int(gaps[0])
             kind = KINDS[generator.integers(len(KINDS))]
             world = training_world(generator, names)
-            story = tell_story(generator, kind, world, int(generator.integers(4, 9)))
+            story = make_story(generator, kind, world, int(generator.integers(4, 9)))
             places = np.sort(generator.integers(at, story_ends, len(story.facts))).tolist()
             inserted += [(place, fact, "") for place, fact in zip(places, story.facts, strict=True)]
             inserted.append((story_ends, story.question, story.answer))
         else:
             facts = _facts(generator, words, alike)
             times = max(questions // len(facts), 1)
-            for said, asked, value in facts:
-                inserted += [(at, said, ""), *((at + int(gap), asked, value) for gap in gaps[:times])]
+            for statement, asked, value in facts:
+                inserted += [(at, statement, ""), *((at + int(gap), asked, value) for gap in gaps[:times])]
                 if len(facts) > 1:
                     at += int(np.exp(generator.uniform(0, np.log(_LONGEST_GAP))))
                     gaps = np.exp(generator.uniform(np.log(nearest), np.log(farthest), times)).astype(int)
-    told, answers, statements, last = bytearray(), [], [], 0
+    found, answers, statements, last = bytearray(), [], [], 0
     for at, sentence, answer in sorted(inserted, key=lambda one: one[0]):
         if at >= len(text):
             break
         place = max(text.find(b" ", at) + 1, last)
-        told += text[last:place]
-        begin = len(told)
-        told += sentence.encode()
+        found += text[last:place]
+        begin = len(found)
+        found += sentence.encode()
         if answer:
-            answers.append((len(told), len(told) + len(answer) + 1))
-            told += answer.encode() + b". "
+            answers.append((len(found), len(found) + len(answer) + 1))
+            found += answer.encode() + b". "
         else:
-            statements.append((begin, len(told)))
+            statements.append((begin, len(found)))
         last = place
-    return Told(bytes(told + text[last:]), answers, statements)
+    return TextWithFacts(bytes(found + text[last:]), answers, statements)
 
 
 def _moments(generator: np.random.Generator, length: int, spacing: float) -> Iterator[int]:
@@ -260,7 +263,7 @@ def _moments(generator: np.random.Generator, length: int, spacing: float) -> Ite
 
 
 def words_of(text: bytes) -> list[str]:
-    """Words of the text that may be things, as often as they stand there."""
+    """Words of the text that may serve as nouns of facts, each as often as it occurs."""
     words = re.findall(r"\b[a-z]{4,9}\b", text[:_WORDS_FROM].decode("utf-8", "replace"))
     return [word for word in words if word not in TEST_NOUNS] or ["thing"]
 
@@ -282,14 +285,14 @@ def _facts(generator: np.random.Generator, words: list[str], alike: float) -> li
         draw = digits(int(generator.integers(3, 9)))
     elif kind < 0.9:
         draw = partial(pseudo_word, syllables=int(generator.integers(2, 6)))
-    told = [(name, draw(generator, False))]
+    pairs = [(name, draw(generator, False))]
     opening = pick(("What is {}? ", "Again: ", "", "", "Do you know {}? "))
     lead = pick(LEADS)
     if alike and "{name}" in subject and generator.random() < alike:
         others = int(generator.integers(1, _MOST_ALIKE))
-        told += [(draw_name(), draw(generator, False)) for _ in range(others)]
+        pairs += [(draw_name(), draw(generator, False)) for _ in range(others)]
     facts = []
-    for name, value in told:
+    for name, value in pairs:
         of = subject.format(thing=thing, name=name)
         question = _sentence(opening.format(of) + _sentence(of) + link)
         facts.append((_sentence(lead + of + link) + value + ". ", question, value))

@@ -1,10 +1,10 @@
-"""Numbers that nobody will ask for: numbered lines, as in editions of plays and laws. Seeded."""
+"""Numbered lines, as in editions of plays and laws: numbers that no question asks for. Seeded."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Bytes of a stretch whose lines are numbered, log-uniform, and the most lines from one number to the next.
+# Bytes of a numbered stretch, log-uniform, and the most lines from one number to the next.
 SHORTEST, LONGEST, MOST_LINES = 500, 8000, 4
 _STYLES = (
     "{n} ",
@@ -21,12 +21,12 @@ _STYLES = (
 
 
 def with_numbered_lines(text: bytes, generator: np.random.Generator, share: float) -> bytes:
-    """The text with numbers before some of its lines, in stretches.
+    """The text with numbers before some lines, in stretches.
 
-    A memory that learns from text without a number takes any digit for something that will be asked for.
+    A memory trained on text without numbers learns to store every digit, as if it were a fact.
 
     Args:
-        share: of the text that lies in such stretches, about; from 0 to less than 1.
+        share: approximate share of the text that lies in such stretches, from 0 to less than 1.
     """
     if not share:
         return text

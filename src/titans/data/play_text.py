@@ -1,4 +1,4 @@
-"""Markdown of a play → the text a reader would see on the page."""
+"""From a play in Markdown to plain text."""
 
 from __future__ import annotations
 

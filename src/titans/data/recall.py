@@ -1,7 +1,7 @@
-"""Recall tasks made on the spot: a passkey in filler, and associative recall of pairs. Seeded, no globals.
+"""Recall tasks, generated on demand: a passkey in filler, and associative recall of pairs. Seeded.
 
 Every function takes a NumPy generator and returns (ids, labels), int64 of shape (batch, time): labels[t] is
-the token to be predicted after ids[t], or −100 where nothing is asked.
+the token to predict at ids[t], or −100 where none is scored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _QUESTION = b"What is the pass key? "
 def passkey(
     generator: np.random.Generator, batch: int, length: int, num_digits: int = 5
 ) -> tuple[Tensor, Tensor]:
-    """Bytes: filler with the key stated at a random place, and at the very end asked for.
+    """Bytes: filler with the key stated at a random place and asked for at the end.
 
     Raises:
         ValueError: if `length` has no room for statement and question.
@@ -35,7 +35,7 @@ def passkey(
         room = length + 1 - len(statement) - len(question)
         if room < 0:
             raise ValueError(
-                f"length={length}: give at least {length - room}, which statement and question take"
+                f"length={length}: give at least {length - room}, the length of statement and question"
             )
         filler, at = _filler(generator, room), int(generator.integers(room + 1))
         rows.append(filler[:at] + statement + filler[at:] + question)
@@ -48,9 +48,9 @@ def passkey(
 def restated_passkey(
     generator: np.random.Generator, batch: int, length: int, num_digits: int = 5, longest_gap: int = 60
 ) -> tuple[Tensor, Tensor]:
-    """Bytes: the key stated once, then asked for and told again and again, with filler between.
+    """Bytes: the key stated once, then asked for and answered repeatedly, with filler between.
 
-    A row of `passkey` asks for few digits; this one teaches the same, in the same words, with many.
+    It trains the same recall in the same words as `passkey`, with many scored digits per row instead of few.
     """
     rows, asked = [], []
     for _ in range(batch):

@@ -1,4 +1,4 @@
-"""Sentences said again and again in a text: what a memory should not fill up with. Seeded."""
+"""Repeated sentences in a training text, which a memory should learn not to store. Seeded."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from titans.data.needles import LINKS, words_of
 
-# Bytes of a refrain, log-uniform, and sentences that it repeats.
+# Bytes of a refrain, log-uniform, and the most sentences in it.
 SHORTEST, LONGEST, MOST_SENTENCES = 200, 8000, 5
 _SENTENCE = re.compile(rb"[A-Z][^.!?\n]{10,80}[.!?]")
 
 
 def with_refrains(text: bytes, generator: np.random.Generator, share: float) -> bytes:
-    """The text with refrains between its words: a few sentences, repeated.
+    """The text with refrains inserted: a few sentences, repeated.
 
-    Half of them are sentences of the text. The others say of its words what facts say of theirs ("The night
-    was sweet."), so that a fact has to be told from what is said all the time in the same way.
+    Half of the refrains are sentences of the text. The others have the wording of facts, with words of the
+    text ("The night was sweet."), so that wording alone does not mark a fact.
 
     Args:
-        share: of the new text that is refrains, about; from 0 to less than 1.
+        share: approximate share of the new text that is refrains, from 0 to less than 1.
     """
     sentences = _SENTENCE.findall(text)
     if not sentences or not share:
@@ -34,14 +34,14 @@ def with_refrains(text: bytes, generator: np.random.Generator, share: float) -> 
         count_here = int(generator.integers(1, MOST_SENTENCES + 1))
         if generator.random() < 0.5:
             first = int(generator.integers(len(sentences)))
-            said = b" ".join(sentences[first : first + count_here]) + b" "
+            refrain = b" ".join(sentences[first : first + count_here]) + b" "
         else:
             link = LINKS[generator.integers(len(LINKS))]
-            said = "".join(
+            refrain = "".join(
                 f"The {words[generator.integers(len(words))]}{link}{words[generator.integers(len(words))]}. "
                 for _ in range(count_here)
             ).encode()
         length = int(np.exp(generator.uniform(np.log(SHORTEST), np.log(LONGEST))))
-        new += text[last:place] + said * -(-length // len(said))
+        new += text[last:place] + refrain * -(-length // len(refrain))
         last = place
     return bytes(new + text[last:])

@@ -1,4 +1,4 @@
-"""Which documents are kept away from training."""
+"""The split of a corpus into training and held-out documents."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from titans.data.documents import Document
 def hold_out(
     documents: Sequence[Document], fraction: float = 0.1, names: Iterable[str] | None = None
 ) -> tuple[list[Document], list[Document]]:
-    """Split a corpus into (training, held-out) documents; no document is ever cut.
+    """Split a corpus into (training, held-out) documents; no document is cut.
 
-    With `names` exactly these are held out. Otherwise the documents are ranked by a hash of their name and
-    the first `fraction` of them, rounded, at least one and never all, are: the same corpus gives the same
+    With `names`, exactly these are held out. Otherwise documents are ranked by a hash of their names, and the
+    first `fraction` of them (rounded, at least one, never all) is held out, so that a corpus has the same
     split everywhere. Both parts keep the order of `documents`.
 
     Raises ValueError for a single document, names that occur twice, a fraction outside (0, 1), an unknown

@@ -102,7 +102,7 @@ def cells_of(
     task: NeedleTask, lengths: Sequence[int], depths: Sequence[float], num_keys: int, num_values: int
 ) -> list[tuple[int, float | None]]:
     """Length and depth of every cell of a table; several needles have no depth."""
-    several = num_keys * num_values > 1 or task.tells_story
+    several = num_keys * num_values > 1 or task.is_story
     return [(length, depth) for length in lengths for depth in ([None] if several else depths)]
 
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly, in files that hold data only: safetensors and JSON."""
+"""Checkpoints from which a run resumes exactly. Their files hold data only: safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """After how many steps it was written."""
+    """The number of optimizer steps after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
-    """Keeps a second training out of a folder, whose checkpoints it would take for unfinished ones.
+    """Lock an output folder: a second run would delete the first one's unfinished checkpoints.
 
-    Where the system has no locks, or the file system none, nothing is kept out.
+    Systems and file systems without locks are not protected.
 
     Raises:
         ValueError: if another process is training there.
@@ -69,10 +69,10 @@ def alone_in(output: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Says clearly what could not be written, and what is left.
+    """Report a failure to write within this block.
 
     Raises:
-        OSError: for any failure to write in the block, naming `target` and the last checkpoint beside it.
+        OSError: naming `target`, the reason and the last good checkpoint in its folder.
     """
     try:
         yield
@@ -86,24 +86,24 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`: it takes its name once the block is done, or is deleted.
+    """A temporary folder next to `target`, renamed to it after the block, or deleted if the block fails.
 
     Raises:
-        OSError: if writing fails, naming what is still there.
+        OSError: if writing fails, naming the last good checkpoint.
     """
     with writing(target):
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             yield temporary
-            settle(temporary)
+            flush(temporary)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def settle(folder: Path) -> None:
-    """Bring a finished temporary folder to the disk and give it and its files the usual rights."""
+def flush(folder: Path) -> None:
+    """Write a finished temporary folder to the disk and give it and its files the usual rights."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -128,7 +128,7 @@ def delete_old(output: Path) -> None:
 
 
 def delete_unfinished(output: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove checkpoints that a killed process did not finish."""
     for path in output.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 

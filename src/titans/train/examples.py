@@ -1,4 +1,4 @@
-"""Corpora → what a run trains on and what it is evaluated on."""
+"""From corpora to the training and evaluation examples of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
 from titans.data.batches import ANSWER, STATEMENT, Item
-from titans.data.needles import Told, state_facts
+from titans.data.needles import TextWithFacts, state_facts
 from titans.data.numbered import with_numbered_lines
 from titans.data.refrains import with_refrains
 from titans.train.settings import TrainSettings
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 class EpochAfterEpoch(Dataset[Item]):
-    """`num_examples` examples in the order of training: one epoch after another.
+    """`num_examples` examples in training order, one epoch after another.
 
-    An example depends on its number alone, so a run that goes on from any step sees what it would have seen.
+    An example depends on its number alone, so that a resumed run sees the same examples as an unbroken one.
 
     Args:
-        tell: the data set of an epoch. Every epoch takes as many examples as the first has, so that of a
-            longer text the end is left out, and a shorter one begins again.
+        make_epoch: epoch number → its data set. Every epoch takes as many examples as the first has: a longer
+            data set is cut off, and a shorter one starts again.
     """
 
     def __init__(
-        self, tell: Callable[[int], WindowDataset | CarryDataset], num_examples: int, seed: int
+        self, make_epoch: Callable[[int], WindowDataset | CarryDataset], num_examples: int, seed: int
     ) -> None:
-        self._tell = tell
+        self._make_epoch = make_epoch
         self.num_examples = num_examples
         self.seed = seed
         self._begin(0)
@@ -41,7 +41,7 @@ class EpochAfterEpoch(Dataset[Item]):
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
-        self.dataset = self._tell(epoch)
+        self.dataset = self._make_epoch(epoch)
         self.dataset.set_epoch(epoch)
         size = len(self.dataset)
         # Rows that read documents in order stay in order; windows are independent and are shuffled.
@@ -64,7 +64,7 @@ class EpochAfterEpoch(Dataset[Item]):
 class HeldOut:
     """Held-out text in windows of one length, each starting with an empty memory.
 
-    `tokens_per_byte` turns bits per token into bits per byte: tokens over bytes of all the held-out text.
+    `tokens_per_byte`, of all the held-out text, converts bits per token into bits per byte.
     """
 
     windows: Dataset[Item]
@@ -73,7 +73,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Examples:
-    """A run's data, and the numbers people want to know about it."""
+    """A run's data and its size."""
 
     train: EpochAfterEpoch
     held_out: HeldOut | None
@@ -100,20 +100,20 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
-    as_written = settings.fact_spacing is None and not settings.refrains and not settings.numbered_lines
+    unchanged = settings.fact_spacing is None and not settings.refrains and not settings.numbered_lines
 
-    def tell(epoch: int) -> WindowDataset | CarryDataset:
-        told, marks = _as_told(documents, settings, epoch)
-        tokens = _encode(tokenizer, told)
+    def make_epoch(epoch: int) -> WindowDataset | CarryDataset:
+        changed, marks = _with_insertions(documents, settings, epoch)
+        tokens = _encode(tokenizer, changed)
         if settings.carry_memory or settings.in_order:
             rows = settings.batch_size
             return CarryDataset(tokens, settings.sequence_length, rows, settings.seed, marks)
         return WindowDataset(tokens, settings.sequence_length, settings.seed, marks)
 
-    first = tell(0)
-    # What is told is told anew in every epoch: whoever has read a fact before must not know it by heart.
+    first = make_epoch(0)
+    # Every epoch inserts new facts, so that the model cannot memorise them in its parameters.
     train = EpochAfterEpoch(
-        lambda epoch: first if as_written or epoch == 0 else tell(epoch),
+        lambda epoch: first if unchanged or epoch == 0 else make_epoch(epoch),
         settings.steps * settings.batch_size,
         settings.seed,
     )
@@ -126,15 +126,18 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def _as_told(
+def _with_insertions(
     documents: list[Document], settings: TrainSettings, epoch: int
 ) -> tuple[list[Document], list[np.ndarray] | None]:
-    """The documents with what is said besides, and which bytes state and answer facts if it matters."""
+    """The documents with refrains, numbered lines and facts inserted, as the settings ask for.
+
+    Also, where the loss depends on it, a mark (`STATEMENT`, `ANSWER` or 0) for each byte of each document.
+    """
     generator = np.random.default_rng([settings.seed, epoch])
-    told, marks = [], []
+    changed, marks = [], []
     for document in documents:
         text = with_refrains(document.data, generator, settings.refrains)
-        one = Told(with_numbered_lines(text, generator, settings.numbered_lines), [], [])
+        one = TextWithFacts(with_numbered_lines(text, generator, settings.numbered_lines), [], [])
         if settings.fact_spacing is not None:
             one = state_facts(
                 one.text,
@@ -143,13 +146,13 @@ def _as_told(
                 farthest=settings.fact_distance,
                 alike=settings.facts_alike,
             )
-        told.append(Document(document.name, one.text))
+        changed.append(Document(document.name, one.text))
         marks.append(np.zeros(len(one.text), dtype=np.uint8))
         for spans, mark in ((one.statements, STATEMENT), (one.answers, ANSWER)):
             for begin, end in spans:
                 marks[-1][begin:end] = mark
-    matters = settings.answer_weight != 1 or settings.write_cost
-    return told, marks if matters and settings.tokenizer == "bytes" else None
+    marks_used = settings.answer_weight != 1 or settings.write_cost
+    return changed, marks if marks_used and settings.tokenizer == "bytes" else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:

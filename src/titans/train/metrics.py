@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, one object per line, and the picture made of it."""
+"""The metrics of a run: metrics.jsonl, one object per line, and a picture of its curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PENDING_FILE = "metrics_pending.json"
 
 
 class MetricsLog:
-    """Collects steps and writes them as lines of metrics.jsonl; an observer is called with every line.
+    """Collects steps and writes them as lines of metrics.jsonl; `on_log` is called with every line.
 
     Training lines have kind "train", step, loss (nats per token, mean since the line before), learning_rate,
     grad_norm (before clipping), tokens_per_second (real tokens, without evaluations and checkpoints) and
@@ -34,7 +34,7 @@ class MetricsLog:
         self._started = self._resumed = time.perf_counter()
 
     def start(self, now: float) -> None:
-        """Training begins now."""
+        """Start the clock at `now`, in seconds of `time.perf_counter`."""
         self._started = self._resumed = now
 
     @contextmanager
@@ -83,7 +83,7 @@ class MetricsLog:
             self.on_log(line)
 
     def save(self, folder: Path) -> None:
-        """Write what has been collected but not logged, and redraw the curves."""
+        """Write the steps that are not logged yet, and redraw the curves."""
         pending = {
             "losses": self._losses,
             "tokens": self._tokens,
@@ -94,7 +94,7 @@ class MetricsLog:
         draw_curves(read_metrics(self.path), self.path.with_name("curves.png"))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint; lines that were logged after it are dropped, because they will come again.
+        """Continue from a checkpoint; lines logged after it are dropped, because they will be logged again.
 
         Raises:
             ValueError: if the file is missing or damaged.

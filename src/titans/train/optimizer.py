@@ -12,10 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 def decayed_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that weight decay applies to.
 
-    These are the matrices that project activations, and of the gates what depends on the token. Everything
-    else is a value of its own, for which zero is no natural centre: embeddings (and a head tied to them),
-    persistent tokens, the memory's initial weights, whose rows have a length that matters, norms, convolution
-    taps, and biases, which hold the gates' half-lives.
+    These are the matrices that project activations and the gates' dependence on the token. Decay towards zero
+    makes no sense for the others: embeddings (and a head tied to them), persistent tokens, the memory's
+    initial weights, whose row lengths matter, norms, convolution taps, and biases, which set the gates'
+    half-lives.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     projections = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}

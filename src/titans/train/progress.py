@@ -1,4 +1,4 @@
-"""Training as people watch it: one live line on a terminal, a few plain lines elsewhere."""
+"""Progress of a run on stderr: one live line on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from titans.train.checkpoint import (
     alone_in,
     checkpoints,
     delete_unfinished,
-    settle,
+    flush,
     step_of,
     write_json,
     writing,
@@ -266,7 +266,7 @@ class TrainingRun:
             tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint-final.") as folder,
         ):
             trainer.save_into(Path(folder))
-            settle(Path(folder))
+            flush(Path(folder))
             for file in Path(folder).iterdir():
                 os.replace(file, output / file.name)
             draw_curves(read_metrics(output / METRICS_FILE), output / CURVES_FILE)

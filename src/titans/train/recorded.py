@@ -1,8 +1,8 @@
 """A training step recorded once as a CUDA graph and replayed.
 
-Chunks of a memory come one after the other, and each is hundreds of small kernels: on a GPU launching them
-takes longer than running them. A graph is launched whole, so a small model learns several times as fast;
-`benchmarks/gpu.py` says how much.
+The chunks of a memory run one after the other, each as hundreds of small kernels, which take longer to launch
+than to run. A graph is launched as a whole and makes training of small models several times as fast
+(`benchmarks/gpu.py` measures it).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.utils import _pytree as pytree
 from titans.memory.chunkwise.columns import assume_aligned
 
 Inputs = dict[str, Tensor]
-# Inputs and the states before them to the loss, what is reported of it, and the states after.
+# (inputs, states before) → (loss to minimise, loss to report, states after).
 LossOf = Callable[[Inputs, Any], tuple[Tensor, Tensor, Any]]
 
 
 class RecordedStep:
-    """Loss and gradient of steps of one shape, as a call.
+    """Loss and gradient of training steps of one shape, as a callable.
 
-    Recorded at once, from the inputs given; these and `states` are copied. Rows must stand at the start of a
-    chunk and of a segment whenever a step begins. Random numbers, if any, are drawn anew in every replay.
+    The constructor records the step with the given inputs; inputs and `states` are copied. Whenever a step
+    begins, every row must be at the start of a chunk and of a segment. Each replay draws new random numbers.
 
     Args:
         model: its parameters' gradients are set by every call.
-        loss_of: the step, without a look at any value on the host. States it returns are detached, and where
-            the next call begins; None in, None out.
+        loss_of: the step. It must not read any tensor's values on the host. It returns detached states, with
+            which the next call begins, or None if it is given None.
     """
 
     def __init__(self, model: nn.Module, loss_of: LossOf, inputs: Inputs, states: Any) -> None:
@@ -38,8 +38,8 @@ class RecordedStep:
         self._loss_of = loss_of
         self._inputs = {name: x.clone() for name, x in inputs.items()}
         self._states = pytree.tree_map_only(Tensor, _copied, states)
-        # Libraries compile, allocate and choose at the first call, which a recording does not allow. What the
-        # states share is known only after a step, and what is compiled depends on it.
+        # At the first call libraries compile, allocate and choose kernels, which a recording does not allow.
+        # What the states share is known after a step only, and what is compiled depends on it.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -48,15 +48,14 @@ class RecordedStep:
         torch.cuda.current_stream().wait_stream(aside)
         self._clear()
         self._graph = torch.cuda.CUDAGraph()
-        # Others may pin memory meanwhile: only what this thread does is recorded.
+        # Other threads may pin memory meanwhile: only this thread is recorded.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             *self._results, _ = self._run()
         self._gradients = [p.grad for p in self._parameters]
         _set(self._states, states)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The loss and what is reported of it, which the next call overwrites, and gradients in place of
-        others."""
+        """The loss to minimise and the loss to report, both overwritten by the next call; sets gradients."""
         for name, x in self._inputs.items():
             x.copy_(inputs[name], non_blocking=True)
         self._graph.replay()
@@ -67,7 +66,7 @@ class RecordedStep:
 
     @property
     def states(self) -> Any:
-        """Where the next call begins; overwritten by it."""
+        """The states with which the next call begins; that call overwrites them."""
         return self._states
 
     def _run(self) -> tuple[Tensor, Tensor, Any]:
@@ -84,7 +83,7 @@ class RecordedStep:
 
 
 def _copied(x: Tensor) -> Tensor:
-    # Expanded tensors share memory between rows: copies do not.
+    # Rows of an expanded tensor share memory; those of its copy must not.
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
