@@ -177,9 +177,7 @@ def make_needles(
     if num_questions > num_keys:
         raise ValueError(f"num_questions={num_questions}: give at most num_keys={num_keys}")
     if num_keys > 1 and "{name}" not in wording.statement:
-        raise ValueError(
-            f"num_keys={num_keys}: this task's needles have no names to distinguish them; choose another"
-        )
+        raise ValueError(f"num_keys={num_keys}: this task has no names; give 1, or choose another task")
     names: list[str] = []
     while len(names) < num_keys:
         name = pseudo_word(generator, True)
