@@ -170,9 +170,7 @@ def test_so_do_tangents() -> None:
 def test_a_layer_decodes(depth: int) -> None:
     """From a state that rows share, with tensors that are laid out as the layer has them."""
     torch.manual_seed(0)
-    layer = NeuralMemory(
-        32, 2, head_dim=16, depth=depth, chunk_size=4, norm=False, normalize_step=True, row_limit=0.5
-    )
+    layer = NeuralMemory(32, 2, head_dim=16, depth=depth, chunk_size=4, form=dict(row_limit=0.5))
     x = torch.randn(3, 10, 32)
     layer.backend = "reference"
     wanted, _ = layer(x)

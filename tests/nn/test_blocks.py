@@ -127,7 +127,7 @@ def test_surprise_is_told_once_for_every_token_however_the_text_is_cut(variant):
 @with_memory
 def test_a_memory_that_reads_the_same_again_is_less_surprised(variant):
     """With gates wide open: the second of two equal stretches is the smaller surprise."""
-    block = block_of(variant, memory_options=dict(max_step_size=1.0))
+    block = block_of(variant, memory_options=dict(form=dict(max_step_size=1.0)))
     memory = next(module for module in block.modules() if isinstance(module, NeuralMemory))
     with torch.no_grad():
         memory.gate_weight.zero_()
@@ -218,12 +218,10 @@ def test_the_gate_lets_pass_what_the_memory_opens():
 
 def test_recall_begins_by_asking_as_the_memory_was_written():
     agreement = {}
-    for induction in (False, True):
+    for start in ("random", "induction"):
         torch.manual_seed(0)
         block = BLOCKS["mac"](
-            BlockSettings(
-                128, 2, 64, 4, 16, 16, 2, 3, 1, 1, 1e4, 1e-6, memory_options={"induction_init": induction}
-            )
+            BlockSettings(128, 2, 64, 4, 16, 16, 2, 3, 1, 1, 1e4, 1e-6, memory_options={"start": start})
         )
         for module in block.modules():
             if isinstance(module, torch.nn.Linear):
@@ -237,5 +235,5 @@ def test_recall_begins_by_asking_as_the_memory_was_written():
         context = torch.zeros_like(x)
         z, _ = block.attention.attend(own.tokens, context, block.attention.fixed(block.persistent), None)
         found, _ = block.memory.learn(block.memory_norm(z), None)
-        agreement[induction] = (own.queries * found.queries).sum(-1)[0, 4:].mean().item()
-    assert agreement[True] > 0.7 > 0.3 > agreement[False], agreement
+        agreement[start] = (own.queries * found.queries).sum(-1)[0, 4:].mean().item()
+    assert agreement["induction"] > 0.7 > 0.3 > agreement["random"], agreement

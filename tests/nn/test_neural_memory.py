@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from itertools import pairwise
@@ -13,22 +14,22 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from titans.memory import memory_read
-from titans.nn import NeuralMemory
+from titans.memory import MemoryNetwork, memory_read
+from titans.nn import FORMS, MemoryForm, NeuralMemory
 from titans.nn.memory import learner
 
 from ..tolerances import FLOAT64, assert_close
 
 HIDDEN, CHUNK = 6, 3
-FORMS = [
+LAYERS = [
     dict(),
-    dict(depth=1, residual=False, norm=False, normalize_step=False, unit_rows=False, max_step_size=0.1),
-    dict(depth=3, activation="silu", conv_kernel=1, expansion=1),
-    dict(gates_see_keys=True, gate_hidden_size=5),
-    dict(bounded_half_lives=True, half_lives=(20.0, 1e6)),
+    dict(depth=1, form=dict(normalize_step=False, max_step_size=0.1)),
+    dict(depth=3, conv_kernel=1, expansion=1),
+    dict(form=dict(gates_see_keys=True, gate_hidden_size=5)),
+    dict(form=dict(bounded_half_lives=True), half_lives=(20.0, 1e6)),
 ]
 NAMES = ["default", "linear", "three layers", "seen keys", "bounded"]
-every_form = pytest.mark.parametrize("form", FORMS, ids=NAMES)
+every_form = pytest.mark.parametrize("form", LAYERS, ids=NAMES)
 
 
 def layer_of(form, seed=0):
@@ -83,7 +84,7 @@ def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, se
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
     torch.manual_seed(0)
-    layer = NeuralMemory(8, 2, 4, norm=norm, decay_to_initial=True).double()
+    layer = NeuralMemory(8, 2, 4, form=dict(norm=norm)).double()
     for weight in (layer.initial_weights[-1], layer.norm_weight, layer.norm_bias):
         if weight is not None:
             nn.init.normal_(weight)
@@ -91,7 +92,7 @@ def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
     fresh = layer.initial_state(2).memory
     slow = dict(norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, base=layer.base)
     assert_close(layer.prior(queries), memory_read(layer.network, queries, fresh, **slow), FLOAT64, "prior")
-    assert NeuralMemory(8, 2, 4, decay_to_initial=False).prior(queries) is None
+    assert NeuralMemory(8, 2, 4, form=dict(decay_to_initial=False)).prior(queries) is None
 
 
 @every_form
@@ -213,13 +214,13 @@ def test_half_lives_are_spread_over_the_heads():
     assert_close(half_lives[[0, -1]], torch.tensor([64.0, 1e6]).double().log(), 1e-6, "half-lives")
     steps = half_lives.diff()
     assert_close(steps, steps[:1].expand(4), 1e-3, "their logarithms' distances")
-    assert (momentum < layer.max_momentum).all() and (step_size < layer.max_step_size).all()
+    assert (momentum < layer.form.max_momentum).all() and (step_size < layer.max_step_size).all()
 
 
 @pytest.mark.parametrize("bounded", [False, True])
 def test_a_bounded_head_forgets_at_least_as_fast_as_at_first_whatever_its_gate_says(bounded):
     bounds = torch.tensor([64.0, 64.0**0.5 * 1e3, 1e6]).double()
-    layer = NeuralMemory(8, 3, 4, half_lives=(64.0, 1e6), bounded_half_lives=bounded).double()
+    layer = NeuralMemory(8, 3, 4, half_lives=(64.0, 1e6), form=dict(bounded_half_lives=bounded)).double()
     with torch.no_grad():
         layer.gate_bias[0] = torch.linspace(-60, 3, 2).double()
     forget, _, _ = layer._gates(*(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (3, 4))))
@@ -233,7 +234,7 @@ def test_a_bounded_head_forgets_at_least_as_fast_as_at_first_whatever_its_gate_s
 
 @pytest.mark.parametrize("sees", [False, True])
 def test_gates_that_see_keys_know_what_came_before_and_others_the_token_alone(sees):
-    layer = layer_of(dict(gates_see_keys=sees, normalize_step=False))
+    layer = layer_of(dict(form=dict(gates_see_keys=sees, normalize_step=False)))
     x = tokens(1, CHUNK + 2, HIDDEN)
     other = torch.cat([tokens(1, CHUNK + 1, HIDDEN, seed=9), x[:, -1:]], 1)
     of_last = [layer.applied_gates(one[:, CHUNK:], layer(one[:, :CHUNK])[1]) for one in (x, other)]
@@ -242,7 +243,7 @@ def test_gates_that_see_keys_know_what_came_before_and_others_the_token_alone(se
 
 
 def test_the_logits_of_gates_move_by_what_each_heads_key_has_of_their_direction():
-    layer, x = layer_of(dict(gates_see_keys=True)), tokens(1, 5, HIDDEN)
+    layer, x = layer_of(dict(form=dict(gates_see_keys=True))), tokens(1, 5, HIDDEN)
     keys = nn.functional.normalize(tokens(1, 5, 2, 4), dim=-1)
     with_keys, without = (layer._gates(x, k)[2] / layer.max_step_size for k in (keys, 0 * keys))
     for head, of_layer in itertools.product(range(2), range(2)):
@@ -252,7 +253,7 @@ def test_the_logits_of_gates_move_by_what_each_heads_key_has_of_their_direction(
 
 
 def test_a_hidden_layer_of_the_gates_adds_to_their_logits():
-    layer, x = layer_of(dict(gates_see_keys=True, gate_hidden_size=5)), tokens(1, 5, HIDDEN)
+    layer, x = layer_of(dict(form=dict(gates_see_keys=True, gate_hidden_size=5))), tokens(1, 5, HIDDEN)
     keys = nn.functional.normalize(tokens(1, 5, 2, 4), dim=-1)
     hidden = nn.functional.silu(torch.cat([x, 2 * keys.flatten(2)], -1) @ layer.gate_up_weight.mT)
     added = (hidden @ layer.gate_down_weight.mT).view(1, 5, 3, 2, 2)[:, :, 2]
@@ -316,9 +317,9 @@ def test_a_state_of_another_layer_is_refused(other, head_dim):
         dict(num_heads=0),
         dict(chunk_size=0),
         dict(conv_kernel=0),
-        dict(max_momentum=1),
-        dict(gate_hidden_size=-1),
-        dict(max_step_size=-1),
+        dict(form="best"),
+        dict(form=3),
+        dict(start="middle"),
         dict(half_lives=(1e6, 1e3)),
         dict(half_lives=(0.0, 1e3)),
     ],
@@ -328,18 +329,50 @@ def test_a_wrong_size_is_named(wrong):
         NeuralMemory(HIDDEN, **{"num_heads": 2, **wrong})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_momentum", 1),
+        ("max_momentum", math.nan),
+        ("gate_hidden_size", -1),
+        ("gate_hidden_size", 2.0),
+        ("max_step_size", -1),
+        ("max_step_size", math.inf),
+        ("activation", "relu"),
+        ("norm", "no"),
+        ("row_limit", 0),
+        ("length_floor", math.inf),
+    ],
+)
+def test_a_wrong_field_of_the_form_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: (give|choose)"):
+        NeuralMemory(HIDDEN, 2, form={name: value})
+    with pytest.raises(ValueError, match="form has no field 'nrom': choose from"):
+        NeuralMemory(HIDDEN, 2, form={"nrom": True})
+
+
+def test_a_form_is_a_name_a_name_with_changes_or_an_object():
+    assert MemoryForm.of("stable") == MemoryForm.of({}) == MemoryForm()
+    changed = MemoryForm.of({"name": "recall", "gate_hidden_size": 3})
+    assert changed == dataclasses.replace(FORMS["recall"], gate_hidden_size=3)
+    layer = NeuralMemory(HIDDEN, 2, form=changed)
+    assert layer.form is changed and layer.gate_up_weight.shape[0] == 3 and layer.max_step_size == 0.25
+    paper = NeuralMemory(HIDDEN, 2, 4, chunk_size=8, form="paper")
+    assert paper.network == MemoryNetwork(4) and paper.max_step_size == pytest.approx((1 - 0.9) / 8)
+
+
 def test_an_induction_memory_begins_with_what_followed_what():
     # Twelve symbols in an order of no pattern, twice: at its second time each symbol asks for its successor.
-    found = {True: [], False: []}
-    for induction, seed in itertools.product(found, range(5)):
+    found = {"induction": [], "random": []}
+    for start, seed in itertools.product(found, range(5)):
         torch.manual_seed(seed)
         symbols = nn.functional.normalize(torch.randn(12, 64), dim=-1) * 8
-        layer = NeuralMemory(64, 1, 64, conv_kernel=3, chunk_size=4, induction_init=induction)
+        layer = NeuralMemory(64, 1, 64, conv_kernel=3, chunk_size=4, start=start)
         read, _ = layer.learn(torch.cat([symbols, symbols]).unsqueeze(0), None)
         values = nn.functional.silu(layer.input(symbols).chunk(4, -1)[2])
         told = (read.reads - layer.prior(read.queries))[0, 13:23, 0]
         scores = nn.functional.normalize(told, dim=-1) @ nn.functional.normalize(values, dim=-1).T
-        found[induction].append((scores.argmax(-1) == torch.arange(2, 12)).float().mean().item())
-    assert sum(found[True]) / 5 > 0.6 and sum(found[False]) / 5 < 0.25, found
+        found[start].append((scores.argmax(-1) == torch.arange(2, 12)).float().mean().item())
+    assert sum(found["induction"]) / 5 > 0.6 and sum(found["random"]) / 5 < 0.25, found
     with pytest.raises(ValueError, match="give a conv_kernel of at least 2"):
-        NeuralMemory(64, 1, 64, conv_kernel=1, induction_init=True)
+        NeuralMemory(64, 1, 64, conv_kernel=1, start="induction")

@@ -25,17 +25,18 @@ HIDDEN, HEADS, DIM = 6, 2, 4
 FORMS = {
     "default": dict(chunk_size=4, local_chunk_sizes=[2], shard_length=4),
     "two local memories": dict(
-        chunk_size=5, local_chunk_sizes=[1, 3], shard_length=6, gates_see_keys=True, gate_hidden_size=3
+        chunk_size=5, local_chunk_sizes=[1, 3], shard_length=6,
+        form=dict(gates_see_keys=True, gate_hidden_size=3),
     ),
     "many shards in a chunk": dict(chunk_size=16, local_chunk_sizes=[3], shard_length=6, conv_kernel=1),
     "a shard of many chunks": dict(chunk_size=3, local_chunk_sizes=[4], shard_length=12, depth=3),
     "linear, plain": dict(
-        chunk_size=4, local_chunk_sizes=[2], shard_length=8, depth=1, normalize_step=False,
-        row_limit=None, max_step_size=0.1,
+        chunk_size=4, local_chunk_sizes=[2], shard_length=8, depth=1,
+        form=dict(normalize_step=False, row_limit=None, max_step_size=0.1),
     ),
     "the paper's form": dict(
-        chunk_size=4, local_chunk_sizes=[2], shard_length=8, activation="gelu", residual=True, norm=True,
-        normalize_step=False, row_limit=None, decay_to_initial=False, max_step_size=0.01,
+        chunk_size=4, local_chunk_sizes=[2], shard_length=8,
+        form=dict(name="paper", max_momentum=0.5, max_step_size=0.01),
     ),
 }  # fmt: skip
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -60,7 +61,7 @@ class Oracle:
     def __init__(self, learner: Learner) -> None:
         self.learner, self.count = learner, 0
         start = [w.clone() for w in learner.initial_weights]
-        self.base = start if learner.decay_to_initial else [torch.zeros_like(w) for w in start]
+        self.base = start if learner.form.decay_to_initial else [torch.zeros_like(w) for w in start]
         self.weights = [w - b for w, b in zip(start, self.base, strict=True)]
         self.momentum = [torch.zeros_like(w) for w in start]
         self.anchor = self.weights
@@ -87,7 +88,7 @@ class Oracle:
             hidden = F.silu(learner.gate_up_weight @ torch.cat([x, key.flatten() * DIM**0.5]))
             logits = logits + (learner.gate_down_weight @ hidden).view(logits.shape)
         alpha = 1 - torch.exp(-F.softplus(logits[0]))
-        eta = learner.max_momentum * torch.sigmoid(logits[1])
+        eta = learner.form.max_momentum * torch.sigmoid(logits[1])
         theta = learner.max_step_size * torch.sigmoid(logits[2])
         if net.normalize_step:
             total = [w + b for w, b in zip(at, self.base, strict=True)]
@@ -184,7 +185,9 @@ def test_it_is_the_equations_token_by_token(form, gates):
     layer, x, persistent = layer_of(form), tokens(2, 26, HIDDEN), tokens(2, HIDDEN, seed=5)
     for learner in (layer, *layer.local):
         if gates is not None:
-            learner.max_momentum = 1.0
+            # A form refuses a bound of 1, with which a gate can be exactly 1.
+            learner.form = dataclasses.replace(learner.form)
+            object.__setattr__(learner.form, "max_momentum", 1.0)
             nn.init.zeros_(learner.gate_bias)
             learner.gate_bias.data[:2] += torch.tensor(gates).unsqueeze(-1)
     names, parameters = zip(*layer.named_parameters(), strict=True)

@@ -16,15 +16,7 @@ from titans.nn import NeuralMemory
 from titans.nn.norm import shorten
 
 # The paper's equations with the plain network: nothing that `NeuralMemory` adds for stability.
-PAPER_FORM: dict[str, Any] = dict(
-    activation="gelu",
-    norm=False,
-    residual=False,
-    normalize_step=False,
-    row_limit=None,
-    length_floor=0.0,
-    decay_to_initial=False,
-)
+PAPER_FORM: dict[str, Any] = dict(name="paper", norm=False, residual=False)
 
 
 @dataclass(frozen=True)
@@ -61,12 +53,13 @@ def stressed_memory(
     gain: float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    **options: Any,
+    **form: Any,
 ) -> StressedMemory:
-    """The memory of a `NeuralMemory` with these options; everything not given is that layer's default.
+    """The memory of a `NeuralMemory` of these sizes.
 
     Args:
-        head_dim, depth, chunk_size, expansion, options: of `NeuralMemory`.
+        head_dim, depth, chunk_size, expansion: of `NeuralMemory`.
+        form: fields of `MemoryForm` that differ from those of "stable", or of the form with this `name`.
         last: the last layer of a base is zero at first but is learned; draw it with this many times the usual
             standard deviation, fan_in^-½.
         gain: of the LayerNorm, instead of the layer's initial one.
@@ -75,7 +68,7 @@ def stressed_memory(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = NeuralMemory(2, 1, head_dim, depth, expansion, chunk_size, **options).to(dtype)
+        layer = NeuralMemory(2, 1, head_dim, depth, expansion, chunk_size, form=form).to(dtype)
         if layer.base is not None:
             nn.init.normal_(layer.initial_weights[-1], std=last * layer.base[-1].shape[-1] ** -0.5)
     norm_weight = None if layer.norm_weight is None else layer.norm_weight.detach()
@@ -84,7 +77,7 @@ def stressed_memory(
     return StressedMemory(
         layer.network,
         chunk_size,
-        layer.max_momentum,
+        layer.form.max_momentum,
         layer.max_step_size,
         tuple(w[0].detach() for w in layer.initial_state(1).memory.weights),
         None if layer.base is None else tuple(w.detach() for w in layer.base),

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
 from titans.nn.combine import COMBINATIONS
-from titans.nn.memory.layer import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
+from titans.nn.memory.form import MemoryForm
+from titans.nn.memory.layer import HALF_LIVES
 from titans.nn.memory.tnt.layer import refuses
 
 # What the library itself hands to a configuration beside its fields.
@@ -84,8 +85,8 @@ class TitansConfig(PreTrainedConfig):
     memory_decay_to_initial: bool = True
     memory_max_momentum: float = 0.5
     memory_max_step_size: float | None = None
-    memory_shortest_half_life: float = SHORTEST_HALF_LIFE
-    memory_longest_half_life: float = LONGEST_HALF_LIFE
+    memory_shortest_half_life: float = HALF_LIVES[0]
+    memory_longest_half_life: float = HALF_LIVES[1]
     memory_induction_init: bool = False
     memory_bounded_half_lives: bool = False
     memory_gates_see_keys: bool = False
@@ -215,21 +216,22 @@ class TitansConfig(PreTrainedConfig):
             norm_eps=self.rms_norm_eps,
             memory_combination=self.memory_combination,
             memory_options={
-                "activation": self.memory_activation,
-                "residual": self.memory_residual,
-                "norm": self.memory_norm,
-                "normalize_step": self.memory_normalize_step,
-                "unit_rows": self.memory_unit_rows,
-                "row_limit": self.memory_row_limit,
-                "length_floor": self.memory_length_floor,
-                "decay_to_initial": self.memory_decay_to_initial,
-                "max_momentum": self.memory_max_momentum,
-                "max_step_size": self.memory_max_step_size,
+                "form": MemoryForm(
+                    activation=self.memory_activation,
+                    residual=self.memory_residual,
+                    norm=self.memory_norm,
+                    normalize_step=self.memory_normalize_step,
+                    row_limit=self.memory_row_limit,
+                    length_floor=self.memory_length_floor,
+                    decay_to_initial=self.memory_decay_to_initial,
+                    max_momentum=self.memory_max_momentum,
+                    max_step_size=self.memory_max_step_size,
+                    bounded_half_lives=self.memory_bounded_half_lives,
+                    gates_see_keys=self.memory_gates_see_keys,
+                    gate_hidden_size=self.memory_gate_hidden_size,
+                ),
+                "start": "induction" if self.memory_induction_init else "random",
                 "half_lives": (self.memory_shortest_half_life, self.memory_longest_half_life),
-                "induction_init": self.memory_induction_init,
-                "bounded_half_lives": self.memory_bounded_half_lives,
-                "gates_see_keys": self.memory_gates_see_keys,
-                "gate_hidden_size": self.memory_gate_hidden_size,
             },
             local_chunk_sizes=None if local is None else tuple(local),
             shard_length=self.memory_shard_length,

@@ -68,16 +68,16 @@ class MACBlock(nn.Module):
         )
         self.memory_norm = RMSNorm(s.hidden_size, s.norm_eps)
         self.memory = s.memory()
-        self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.decay_to_initial, s.norm_eps)
+        self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.form.decay_to_initial, s.norm_eps)
         self.gate = s.combination()
-        if self.memory.induction_init:
+        if self.memory.start == "induction":
             self.begin_as_induction()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Persistent tokens, and what has to agree for recall, where the memory begins so too."""
         nn.init.normal_(self.persistent)
-        if self.memory.induction_init:
+        if self.memory.start == "induction":
             self.begin_as_induction()
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from titans.nn.memory.tnt.layer import TNTMemory
 class BlockSettings:
     """Sizes of one token-mixing block; every variant takes what it needs.
 
-    memory_options: further keyword arguments of `NeuralMemory`.
+    memory_options: further keyword arguments of `NeuralMemory`, such as its form.
     local_chunk_sizes, shard_length: those of a `TNTMemory`, whose global memory's chunks chunk_size then are;
         None for a `NeuralMemory`.
     """
@@ -48,15 +48,15 @@ class BlockSettings:
             self.memory_depth,
             self.memory_expansion,
             self.chunk_size,
-            self.conv_kernel,
         )
+        options: dict[str, Any] = {"conv_kernel": self.conv_kernel, **self.memory_options}
         if self.local_chunk_sizes is None or self.shard_length is None:
-            return NeuralMemory(*sizes, **self.memory_options)
+            return NeuralMemory(*sizes, **options)
         return TNTMemory(
             *sizes,
             local_chunk_sizes=self.local_chunk_sizes,
             shard_length=self.shard_length,
-            **self.memory_options,
+            **options,
         )
 
     def combination(self) -> MemoryGate | MemorySum:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from titans.memory import MemoryNetwork
@@ -18,7 +17,7 @@ class InitialWeights(nn.ParameterList):
 
     def __init__(self, network: MemoryNetwork, num_heads: int, empty: bool) -> None:
         super().__init__(torch.empty(num_heads, *shape) for shape in network.weight_shapes)
-        self.unit_rows, self.empty = network.unit_rows, empty
+        self.empty = empty
         self.reset_parameters()
 
     @torch.no_grad()
@@ -26,7 +25,5 @@ class InitialWeights(nn.ParameterList):
         for layer, weight in enumerate(self):
             # Keys have unit length: fan-in initialisation would leave the activation all but linear.
             nn.init.normal_(weight, std=1.0 if layer == 0 and len(self) > 1 else weight.shape[-1] ** -0.5)
-            if self.unit_rows:
-                weight.copy_(F.normalize(weight, dim=-1))
         if self.empty:
             nn.init.zeros_(self[-1])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.memory import MemoryNetwork, MemoryState
+from titans.memory import MemoryState
 from titans.nn.conv import CausalConv
+from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.nn.memory.learner import Learner, Stretch
@@ -20,7 +22,8 @@ from titans.nn.packing import real_tokens, take, zero_padding
 from titans.state import map_state, register_state, where_rows
 
 # Measured: docs/decisions/memory.md.
-SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1024.0, 1e6
+HALF_LIVES = (1024.0, 1e6)
+STARTS = ("random", "induction")
 
 
 @register_state
@@ -58,25 +61,20 @@ class NeuralMemory(Learner):
     Args:
         hidden_size: width of input and output.
         num_heads, head_dim: each head has a memory of its own.
-        depth, expansion, activation, residual, norm, normalize_step, unit_rows, row_limit, length_floor: see
-            `MemoryNetwork`.
-        decay_to_initial: the fast weights are offsets on the learned initial ones, so that what is forgotten
-            decays towards these; otherwise they start there and decay towards 0, as in equation 13.
+        depth: weight matrices of a head's network; 1 is a linear memory.
+        expansion: hidden width of that network divided by head_dim.
         chunk_size: tokens that share one set of gradient weights.
+        form: a name in `FORMS` ("stable", "paper", "recall"), {"name": …, field: …} for a named form with
+            some fields of `MemoryForm` replaced, or a `MemoryForm`.
+        start: "random", or "induction": an associative memory of what followed what, see
+            `begin_as_induction`.
         conv_kernel: width of the causal convolution on q, k and v.
-        max_momentum: upper bound of the momentum gate.
-        max_step_size: upper bound of the step-size gate; by default
-            min(depth, 2) (1 − max_momentum) / chunk_size, with which a chunk that repeats one token corrects
-            its error at most once in each layer (docs/decisions/memory.md).
-        half_lives: with which the heads forget at first, log-spaced from one to the other, in tokens.
-        induction_init: begin as an associative memory of what followed what, see `begin_as_induction`.
-        bounded_half_lives: a head's half-life is never longer than the one of `half_lives` it begins with, so
-            that the first heads are short-term memories and the last ones long-term.
-        gates_see_keys: gates are functions of the token and of each head's key, which tells what came before
-            it; otherwise of the token alone.
-        gate_hidden_size: units of a hidden layer through which all gates see the same once more, 0 for none:
-            a sum of what speaks for writing cannot tell "a digit, and behind 'is'" from either alone.
+        half_lives: the shortest and the longest half-life, in tokens, with which the heads forget at first;
+            the others are log-spaced between them.
         backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
+
+    Raises:
+        ValueError: for a value outside its domain, naming the argument.
     """
 
     state_type: type[NeuralMemoryState] = NeuralMemoryState
@@ -89,23 +87,11 @@ class NeuralMemory(Learner):
         depth: int = 2,
         expansion: int = 4,
         chunk_size: int = 16,
-        conv_kernel: int = 4,
         *,
-        activation: str = "silu",
-        residual: bool = False,
-        norm: bool = False,
-        normalize_step: bool = True,
-        unit_rows: bool = False,
-        row_limit: float | None = 8.0,
-        length_floor: float = 1.0,
-        decay_to_initial: bool = True,
-        max_momentum: float = 0.5,
-        max_step_size: float | None = None,
-        half_lives: tuple[float, float] = (SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE),
-        induction_init: bool = False,
-        bounded_half_lives: bool = False,
-        gates_see_keys: bool = False,
-        gate_hidden_size: int = 0,
+        form: MemoryForm | str | Mapping[str, Any] = "stable",
+        start: str = "random",
+        conv_kernel: int = 4,
+        half_lives: tuple[float, float] = HALF_LIVES,
         backend: str = "auto",
     ) -> None:
         for name, size in (
@@ -116,49 +102,24 @@ class NeuralMemory(Learner):
         ):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
-        if type(gate_hidden_size) is not int or gate_hidden_size < 0:
-            raise ValueError(f"gate_hidden_size={gate_hidden_size!r}: give a whole number of at least 0")
         if not 0 < half_lives[0] <= half_lives[1] < math.inf:
             raise ValueError(f"half_lives={half_lives!r}: give two numbers above 0, the shorter one first")
-        if induction_init and conv_kernel < 2:
-            raise ValueError("induction_init=True looks one token back: give a conv_kernel of at least 2")
-        if not 0 <= max_momentum < 1:
-            raise ValueError(f"max_momentum={max_momentum!r}: give a number in [0, 1)")
-        if max_step_size is not None and not 0 <= max_step_size < math.inf:
-            raise ValueError(f"max_step_size={max_step_size!r}: give None or a finite number of at least 0")
-        network = MemoryNetwork(
-            head_dim,
-            depth,
-            expansion,
-            activation,
-            residual,
-            norm,
-            normalize_step,
-            unit_rows,
-            row_limit,
-            length_floor,
-        )
+        if start not in STARTS:
+            raise ValueError(f"start={start!r}: choose one of {list(STARTS)}")
+        if start == "induction" and conv_kernel < 2:
+            raise ValueError("start='induction' looks one token back: give a conv_kernel of at least 2")
+        form = MemoryForm.of(form)
+        max_step_size = form.max_step_size
         if max_step_size is None:
-            max_step_size = min(depth, 2) * (1 - max_momentum) / chunk_size
-        super().__init__(
-            hidden_size,
-            num_heads,
-            network,
-            chunk_size,
-            decay_to_initial=decay_to_initial,
-            max_momentum=max_momentum,
-            max_step_size=max_step_size,
-            half_lives=half_lives,
-            bounded_half_lives=bounded_half_lives,
-            gates_see_keys=gates_see_keys,
-            gate_hidden_size=gate_hidden_size,
-        )
-        self.induction_init, self.backend = induction_init, backend
+            max_step_size = form.default_step_size(depth, chunk_size)
+        network = form.network(head_dim, depth, expansion)
+        super().__init__(hidden_size, num_heads, network, chunk_size, form, max_step_size, half_lives)
+        self.start, self.backend = start, backend
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
-        self.initial_weights = InitialWeights(self.network, num_heads, empty=decay_to_initial)
-        self.read_norm = ReadNorm(num_heads, head_dim, decay_to_initial)
+        self.initial_weights = InitialWeights(self.network, num_heads, empty=form.decay_to_initial)
+        self.read_norm = ReadNorm(num_heads, head_dim, form.decay_to_initial)
         self.output = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
 
@@ -166,7 +127,7 @@ class NeuralMemory(Learner):
     def reset_parameters(self) -> None:
         """Gates with half-lives log-spaced over heads, and what has to agree for recall, if asked for."""
         super().reset_parameters()
-        if self.induction_init:
+        if self.start == "induction":
             self.begin_as_induction()
 
     @torch.no_grad()

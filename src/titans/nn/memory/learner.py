@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.half_lives import DecayRate, spaced_half_lives
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.state import map_state
@@ -38,7 +39,8 @@ class Learner(nn.Module):
 
     Args:
         hidden_size: width of the tokens, which the gates are functions of.
-        others: see `NeuralMemory`.
+        max_step_size: upper bound of the step-size gate, whatever the form's.
+        num_heads, network, chunk_size, form, half_lives: see `NeuralMemory`.
     """
 
     initial_weights: InitialWeights
@@ -51,33 +53,27 @@ class Learner(nn.Module):
         num_heads: int,
         network: MemoryNetwork,
         chunk_size: int,
-        *,
-        decay_to_initial: bool,
-        max_momentum: float,
+        form: MemoryForm,
         max_step_size: float,
         half_lives: tuple[float, float],
-        bounded_half_lives: bool,
-        gates_see_keys: bool,
-        gate_hidden_size: int,
     ) -> None:
         super().__init__()
         self.network, self.num_heads, self.chunk_size = network, num_heads, chunk_size
-        self.decay_to_initial, self.half_lives = decay_to_initial, half_lives
-        self.max_momentum, self.max_step_size = max_momentum, max_step_size
+        self.form, self.max_step_size, self.half_lives = form, max_step_size, half_lives
         # Modules of their own, so that others may look at what goes in and comes out.
-        self.forget_gate = DecayRate(half_lives if bounded_half_lives else None)
+        self.forget_gate = DecayRate(half_lives if form.bounded_half_lives else None)
         self.step_size_gate = nn.Sigmoid()
         depth, head_dim = network.depth, network.head_dim
         self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
         self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
         self.gate_key_weight = (
-            nn.Parameter(torch.empty(3, num_heads, depth, head_dim)) if gates_see_keys else None
+            nn.Parameter(torch.empty(3, num_heads, depth, head_dim)) if form.gates_see_keys else None
         )
         self.gate_up_weight = self.gate_down_weight = None
-        if gate_hidden_size:
-            seen = hidden_size + num_heads * head_dim * gates_see_keys
-            self.gate_up_weight = nn.Parameter(torch.empty(gate_hidden_size, seen))
-            self.gate_down_weight = nn.Parameter(torch.empty(3 * num_heads * depth, gate_hidden_size))
+        if units := form.gate_hidden_size:
+            seen = hidden_size + num_heads * head_dim * form.gates_see_keys
+            self.gate_up_weight = nn.Parameter(torch.empty(units, seen))
+            self.gate_down_weight = nn.Parameter(torch.empty(3 * num_heads * depth, units))
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
 
@@ -107,7 +103,7 @@ class Learner(nn.Module):
     @property
     def base(self) -> tuple[Tensor, ...] | None:
         """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
-        return tuple(self.initial_weights) if self.decay_to_initial else None
+        return tuple(self.initial_weights) if self.form.decay_to_initial else None
 
     def prior(self, queries: Tensor) -> Tensor | None:
         """What a memory that has read nothing answers, (batch, time, heads, head_dim) in at least float32.
@@ -127,7 +123,7 @@ class Learner(nn.Module):
     def empty_memory(self, batch: int) -> MemoryState:
         """Of rows that have read nothing."""
         weights = [w.unsqueeze(0) for w in self.initial_weights]
-        if self.decay_to_initial:
+        if self.form.decay_to_initial:
             weights = [torch.zeros_like(w) for w in weights]
         return map_state(lambda x: x.expand(batch, *x.shape[1:]), MemoryState.initial(weights))
 
@@ -185,6 +181,6 @@ class Learner(nn.Module):
             forget, momentum, step_size = raw.unbind(2)
             return (
                 -torch.expm1(-self.forget_gate(forget)),
-                self.max_momentum * torch.sigmoid(momentum),
+                self.form.max_momentum * torch.sigmoid(momentum),
                 self.max_step_size * self.step_size_gate(step_size),
             )

@@ -52,15 +52,11 @@ class LocalMemory(Learner):
             beside.num_heads,
             beside.network,
             chunk_size,
-            decay_to_initial=beside.decay_to_initial,
-            max_momentum=beside.max_momentum,
+            beside.form,
             max_step_size=beside.max_step_size * beside.chunk_size / chunk_size,
             half_lives=beside.half_lives,
-            bounded_half_lives=beside.forget_gate.bounds is not None,
-            gates_see_keys=beside.gate_key_weight is not None,
-            gate_hidden_size=0 if beside.gate_up_weight is None else len(beside.gate_up_weight),
         )
-        self.initial_weights = InitialWeights(self.network, self.num_heads, empty=self.decay_to_initial)
+        self.initial_weights = InitialWeights(self.network, self.num_heads, empty=self.form.decay_to_initial)
         self.reset_parameters()
 
 
@@ -80,7 +76,8 @@ class TNTMemory(NeuralMemory):
         chunk_size: of the global memory.
         local_chunk_sizes: of the local memories, one for each.
         shard_length: tokens after which local memories begin anew, a multiple of their chunk sizes.
-        max_step_size: of the global memory; that of a local one is chunk_size / its own times as much.
+        form: its max_step_size is the global memory's; that of a local one is chunk_size / its own times as
+            much.
         others: see `NeuralMemory`.
 
     Raises:
@@ -98,7 +95,6 @@ class TNTMemory(NeuralMemory):
         depth: int = 2,
         expansion: int = 4,
         chunk_size: int = 512,
-        conv_kernel: int = 4,
         *,
         local_chunk_sizes: Sequence[int],
         shard_length: int,
@@ -106,9 +102,7 @@ class TNTMemory(NeuralMemory):
     ) -> None:
         if (reason := refuses(local_chunk_sizes, shard_length)) is not None:
             raise ValueError(reason)
-        super().__init__(
-            hidden_size, num_heads, head_dim, depth, expansion, chunk_size, conv_kernel, **others
-        )
+        super().__init__(hidden_size, num_heads, head_dim, depth, expansion, chunk_size, **others)
         self.shard_length = shard_length
         self.local = nn.ModuleList(LocalMemory(self, size) for size in local_chunk_sizes)
 
