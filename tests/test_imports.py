@@ -60,7 +60,7 @@ ORDER = {
         blocks
         """,
     "titans.nn.memory": """
-        half_lives initial_weights heads
+        form half_lives initial_weights heads
         learner
         layer
         __init__
