@@ -1,4 +1,4 @@
-"""Draw which keys each variant's attention reads, as found by asking a running model.
+"""Draw which keys each variant's attention reads, as measured in a running model.
 
 python examples/draw_attention.py [attention.png]
 """
@@ -13,8 +13,8 @@ from titans.inspection import SeenKeys, draw_seen_keys, seen_keys
 
 TITLES = {
     "mac": "MAC: what memory recalled, and the segment",
-    "mag": "MAG: a window, beside the memory",
-    "mal": "MAL: a window, behind the memory",
+    "mag": "MAG: a window, in parallel with the memory",
+    "mal": "MAL: a window, after the memory",
     "transformer": "transformer: everything before",
 }
 

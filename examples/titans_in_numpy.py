@@ -1,7 +1,7 @@
 """The neural long-term memory of "Titans: Learning to Memorize at Test Time" in numpy, one token at a time.
 
 Nothing here is fast and nothing is hidden: no autograd, no batch, no chunk algebra. The gradient of the
-memory's loss is written out by hand, so this file shares neither code nor method with the library, and a test
+memory's loss is derived manually, so this file shares neither code nor method with the library, and a test
 holds the two to the same numbers (`tests/test_numpy_oracle.py`). Numbers in brackets: the paper's equations.
 
     symbol    here         shape        meaning
@@ -195,7 +195,7 @@ def main() -> None:
     M = Memory(gain=rng.normal(size=d), bias=rng.normal(size=d))
     by_hand, nudged = (gradient(W, keys[0], values[0]) for gradient in (M.surprise, M.finite_differences))
     error = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(by_hand, nudged, strict=True))
-    print(f"gradient by hand against finite differences: relative error {error:.0e}")
+    print(f"derived gradient against finite differences: relative error {error:.0e}")
     if error > 1e-7:
         raise SystemExit("the hand-written gradient is wrong")
 

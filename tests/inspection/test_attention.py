@@ -1,4 +1,4 @@
-"""What attention reads in a running model is what section 4 and docs/attention.md say."""
+"""Attention in a running model reads what section 4 of the paper and docs/attention.md state."""
 
 from __future__ import annotations
 

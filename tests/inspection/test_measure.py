@@ -1,4 +1,4 @@
-"""Every array is what the model says when it is asked for that alone."""
+"""Every array of an inspection equals what the model gives when it is asked for that alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_is_what_reading_and_asking_give(variant: str) -> None:
         ]
         np.testing.assert_allclose(found.memory_norm[begin // 24], torch.stack(norms), rtol=1e-4)
     assert np.nanmax(np.abs(found.helped)) > 1e-2
-    assert np.nanmax(np.abs(found.helped_beside_another)) > 1e-2
+    assert np.nanmax(np.abs(found.helped_over_another)) > 1e-2
 
 
 def test_the_gates_are_those_of_the_update() -> None:

@@ -1,4 +1,4 @@
-"""The page holds the whole text, whatever is in it, and what is drawn is what was measured."""
+"""The page holds the whole text, whatever is in it, and draws the measured values."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_the_page_is_whole_and_true(
     text.write_text(TEXT, encoding="utf-8")
     arguments = ["inspect", str(text), "--checkpoint", str(model_folder), "-o", str(page)]
     assert main([*arguments, "--another", "excerpt", "--json"]) == 0
-    told = capsys.readouterr()
-    arrays = json.loads(told.out)
-    assert "tokens/s" in told.err and str(page) in told.err
+    printed = capsys.readouterr()
+    arrays = json.loads(printed.out)
+    assert "tokens/s" in printed.err and str(page) in printed.err
     assert (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
 
     parser = Scripts()
@@ -80,7 +80,7 @@ def test_the_page_is_whole_and_true(
         places = sorted(token for token, *_ in listed["items"])
         assert len(places) > 2 and np.diff(places).min() >= 512, "one passage is listed twice"
     known = np.array([own is not None for own in arrays["own"]])
-    helped = names["helped, beside no memory"]
+    helped = names["gain over no memory"]
     gained = np.array([n - o for n, o in zip(arrays["none"], arrays["own"], strict=True) if o is not None])
     drawn = (unpacked(helped["values"])[known] - 128.0) / 127 * helped["high"]
     np.testing.assert_allclose(

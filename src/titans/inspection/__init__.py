@@ -1,4 +1,4 @@
-"""See what was remembered: numbers token by token, a page to look at, a picture."""
+"""Inspect a memory: surprise, gates and gain in prediction, token by token, as arrays, page and picture."""
 
 from titans.inspection.attention import SeenKeys, draw_seen_keys, seen_keys
 from titans.inspection.measure import Inspection, inspect_text

@@ -1,4 +1,4 @@
-"""Which keys each token's attention reads, found out by asking a running model, not by reading its masks."""
+"""Which keys each token's attention reads, measured by gradients in a running model, not read off masks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SeenKeys:
     """What the queries of one attention layer read.
 
     seen: for each kind of key, (queries, keys) bool: persistent tokens, the context that the memory recalled
-    (MAC), and the tokens themselves; a kind that the layer does not have is missing.
+    (MAC), and the tokens themselves. Kinds that the layer does not have are missing.
     """
 
     layer: str
@@ -36,9 +36,9 @@ class SeenKeys:
 def seen_keys(model: TitansForCausalLM, num_tokens: int) -> list[SeenKeys]:
     """Which keys the attention layers of a model read over one call of num_tokens.
 
-    A query reads a key where its attention output has a gradient with respect to what the key's token
-    projected, with every other way from one to the other cut. Takes a backward pass for
-    each token and layer; read two or three segments or windows.
+    A query reads a key if its attention output has a gradient with respect to the key's projection, all other
+    paths between the two being cut. This takes a backward pass for each token and layer, so that two or three
+    segments or windows are enough tokens.
 
     Returns:
         One for each attention layer, in order; none for a model without attention.
@@ -62,7 +62,7 @@ def seen_keys(model: TitansForCausalLM, num_tokens: int) -> list[SeenKeys]:
 
 
 def draw_seen_keys(path: Path, layers: Mapping[str, SeenKeys]) -> None:
-    """Write a PNG: under each title a layer's queries, downwards, and the keys that they read."""
+    """Write a PNG: for each title a matrix of a layer's queries (rows) and the keys they read (columns)."""
     import matplotlib
 
     matplotlib.use("Agg")

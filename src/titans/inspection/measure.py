@@ -1,4 +1,4 @@
-"""What a text does to a memory, token by token, and what the memory does for the text."""
+"""Surprise and gates of a memory at each token of a text, and how far the memory helps to predict it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Inspection:
 
     @property
     def helped(self) -> np.ndarray:
-        """(n,), by how many nats the text's memory made a token likelier than no memory did."""
+        """(n,), gain in nats per token of the text's memory over none."""
         return self.none - self.own
 
     @property
-    def helped_beside_another(self) -> np.ndarray:
-        """(n,), the same beside another text's memory: what knowing this text did, not knowing any."""
+    def helped_over_another(self) -> np.ndarray:
+        """(n,), gain in nats per token over another text's memory: the effect of this text in particular."""
         return self.other - self.own
 
     def to_json(self) -> dict[str, Any]:
@@ -85,9 +85,9 @@ def inspect_text(
 
     Args:
         ids: token ids (n,) of the text.
-        another: token ids of the text to compare with; the more alike in kind, the more it says. Where it
-            ends, its memory stays as it is.
-        cache: what was read before, one row; it is left as it is.
+        another: token ids of the text to compare with, best of the same kind. Where it is shorter, its memory
+            stays unchanged after its end.
+        cache: the state before the text, one row; it is not changed.
         passage_length: tokens of a passage.
         progress: called with the number of tokens read so far and in all.
 

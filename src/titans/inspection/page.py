@@ -1,4 +1,4 @@
-"""One page in one file: the text coloured by what it did to the memory, and by what that did for it."""
+"""A self-contained HTML page: the text coloured by surprise and by what the memory gained in prediction."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WINDOW, _PEAKS, _POINTS = 64, 5, 400
-# Stretches of a list are at least so many apart: one passage is one entry.
+# Entries of a list are at least so many stretches apart, so that one passage gives one entry.
 _APART = 8
-# What is beyond is drawn as strongly as this quantile.
+# Values above this quantile are drawn as if they were at it.
 _CLIP = 0.995
 
 
@@ -32,45 +32,42 @@ def write_page(
     """Write the page of an inspection; it needs no network and no other file.
 
     Args:
-        title: what was read. about: one line: which model, what it is compared with.
+        title: names the text. about: one line about the model and the text it is compared with.
     """
     texts = token_texts(found.ids, tokenizer)
     surprise = found.surprise.mean(-1)
     channels = [
-        _channel("surprise", surprise, "‖M(k) − v‖²", "Surprise: how wrong the memories were about each "
-                 "token before they learned it (M is a memory, k and v are the key and the value that its "
-                 "layer makes of the token), mean over layers and heads. How much of it they write is up to "
-                 "their step size (below). Half of the tokens surprise less than the scale begins with; they "
-                 "are white."),
-        _channel("helped, beside no memory", found.helped, "nats", "Blue: the memory of what was read before "
-                 "made this token likelier than no memory did. Red: it made it less likely.", signed=True),
-        _channel("helped, beside another text's", found.helped_beside_another, "nats", "Blue: the memory of "
-                 "this text made the token likelier than the memory of another text of the same length did.",
+        _channel("surprise", surprise, "‖M(k) − v‖²", "Surprise: the error of the memories at each "
+                 "token before it is written (M is a memory, k and v are the key and the value that its "
+                 "layer computes from the token), mean over layers and heads. The step size (below) decides "
+                 "how much of it is written. The scale begins at the median: half of the tokens are white."),
+        _channel("gain over no memory", found.helped, "nats", "Blue: with the memory of the text before it "
+                 "the token was likelier than without a memory. Red: it was less likely.", signed=True),
+        _channel("gain over another text's", found.helped_over_another, "nats", "Blue: with the memory of "
+                 "this text the token was likelier than with the memory of as much of another text.",
                  signed=True),
-        _channel("loss", found.loss, "nats", "How unlikely the model found each token. The likelier half is "
-                 "white."),
+        _channel("loss", found.loss, "nats", "The loss of each token. The scale begins at the median."),
     ]  # fmt: skip
     data = {
         "title": title,
         "about": about + ("; a token is a byte" if is_byte_tokenizer(tokenizer) else ""),
         "numbers": _numbers(found),
-        "numbers_meaning": "Nats per token: how unlikely the model found the text; less is better. In one "
-        "stream everything is carried on; for the others each passage of "
-        f"{found.passage_length:,} tokens begins with the memory named and nothing else: that of all before "
-        "it, that of as much of another text, or none.",
-        "how_to_read": f"Click a passage to go there; its figure is the mean of {_WINDOW} tokens. The text "
-        "follows, coloured, then what the memories did meanwhile.",
+        "numbers_meaning": "Mean loss in nats per token; less is better. In one stream all state is carried "
+        f"along. In the other rows each passage of {found.passage_length:,} tokens begins with one memory "
+        "and no other state: the memory of all text before it, of as much of another text, or none.",
+        "how_to_read": f"Click a passage to go there; its figure is the mean over {_WINDOW} tokens. Below "
+        "are the coloured text and the gates of the memories.",
         "text": "".join(texts),
         # JavaScript counts in units of UTF-16.
         "lengths": _packed(np.array([len(text.encode("utf-16-le")) // 2 for text in texts], np.uint8)),
         "channels": channels,
         "lists": [
-            _peaks("Most surprising", "A memory that has read little is surprised by everything.", 0,
+            _peaks("Most surprising", "Surprise is high wherever a memory has read little.", 0,
                    surprise, texts, "surprise"),
-            _peaks("Where the memory helped most", "Beside no memory.", 1, found.helped, texts,
+            _peaks("Where the memory helped most", "Compared with no memory.", 1, found.helped, texts,
                    "nats gained per token"),
-            _peaks("Where this text's memory helped most", "Beside the memory of another text.", 2,
-                   found.helped_beside_another, texts, "nats gained per token"),
+            _peaks("Where this text's memory helped most", "Compared with another text's memory.", 2,
+                   found.helped_over_another, texts, "nats gained per token"),
         ],
         "charts": _charts(found),
     }  # fmt: skip
@@ -81,7 +78,7 @@ def write_page(
 
 
 def token_texts(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token shows; of a character of several bytes the last one shows it."""
+    """The characters of each token; a character of several bytes belongs to the last of them."""
     if is_byte_tokenizer(tokenizer):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return [decoder.decode(bytes([token])) for token in ids.tolist()]
@@ -131,7 +128,7 @@ def _windows(values: np.ndarray) -> np.ndarray:
 def _peaks(
     title: str, meaning: str, channel: int, values: np.ndarray, texts: Sequence[str], unit: str
 ) -> dict[str, Any]:
-    """The stretches with the highest means, of each passage one."""
+    """The stretches with the highest means, at least `_APART` from each other."""
     means, chosen = _windows(values), []
     for window in np.argsort(-means, kind="stable").tolist():
         if len(chosen) < _PEAKS and all(abs(window - other) >= _APART for other in chosen):
@@ -148,7 +145,7 @@ def _peaks(
 
 
 def _excerpt(texts: Sequence[str], begin: int) -> str:
-    """The stretch that begins there, to the ends of the words it cuts, if these are near."""
+    """The stretch that begins at a token, widened to whole words where their ends are near."""
 
     def begins_word(i: int) -> bool:
         return i in (0, len(texts)) or texts[i - 1][-1:].isspace() or texts[i][:1].isspace()
@@ -156,8 +153,8 @@ def _excerpt(texts: Sequence[str], begin: int) -> str:
     end, near = min(begin + _WINDOW, len(texts)), _WINDOW // 4
     first = next(filter(begins_word, range(begin, max(begin - near, 0) - 1, -1)), begin)
     last = next(filter(begins_word, range(end, min(end + near, len(texts)) + 1)), end)
-    told = " ".join("".join(texts[first:last]).split())
-    return f"{'… ' if first else ''}{told}{' …' if last < len(texts) else ''}" if told else "(blank)"
+    excerpt = " ".join("".join(texts[first:last]).split())
+    return f"{'… ' if first else ''}{excerpt}{' …' if last < len(texts) else ''}" if excerpt else "(blank)"
 
 
 def _thinned(values: np.ndarray) -> list[float]:
@@ -178,12 +175,11 @@ def _charts(found: Inspection) -> list[dict[str, Any]]:
 
     half_lives = math.log(2) / -np.log1p(-np.clip(found.forget.astype(np.float64), 1e-12, 1 - 1e-12))
     return [
-        {"title": "How hard the memories write", "meaning": "The step size θ, mean over stretches, on a "
-         "logarithmic scale: a peak is a token that is kept, at 0 nothing is.",
+        {"title": "Step size", "meaning": "θ, mean over stretches, on a logarithmic scale: tokens at a peak "
+         "are written, tokens near 0 are not.",
          "lines": lines(found.step_size), "logarithmic": True},
-        {"title": "How slowly they forget", "meaning": "Tokens after which half is left, at the rate of each "
-         "stretch; a logarithmic scale.", "lines": lines(half_lives), "logarithmic": True},
-        {"title": "How much they hold", "meaning": "Norm of the fast weights: it rises while more is written "
-         "than forgotten.",
+        {"title": "Half-life", "meaning": "Tokens after which half of the fast weights is forgotten, at the "
+         "rate of each stretch; a logarithmic scale.", "lines": lines(half_lives), "logarithmic": True},
+        {"title": "Norm of the fast weights", "meaning": "It rises while more is written than forgotten.",
          "lines": lines(found.memory_norm), "logarithmic": False},
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The same in one picture, for those who would rather look than read."""
+"""An inspection drawn as one picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _POINTS = 300
 
 
 def draw_inspection(path: Path, found: Inspection, title: str) -> None:
-    """Write a PNG: surprise, what memory did for prediction, step sizes, and what the memories hold."""
+    """Write a PNG: surprise, gain in prediction from the memory, step sizes, norms of the fast weights."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,12 +25,12 @@ def draw_inspection(path: Path, found: Inspection, title: str) -> None:
         axes[0].plot(*_means(found.surprise[:, layer], step), lw=0.9, label=f"layer {layer}")
     axes[0].set_ylabel("surprise ‖M(k) − v‖²")
     for values, name in (
-        (found.helped, "beside no memory"),
-        (found.helped_beside_another, "beside another text's"),
+        (found.helped, "compared with no memory"),
+        (found.helped_over_another, "compared with another text's memory"),
     ):
         axes[1].plot(*_means(values, step), lw=0.9, label=name)
     axes[1].axhline(0, color="#999", lw=0.6)
-    axes[1].set_ylabel("nats gained per token\nby this text's memory")
+    axes[1].set_ylabel("gain from this text's memory\nin nats per token")
     norm_steps = np.minimum((np.arange(len(found.memory_norm)) + 1) * found.passage_length, count)
     for layer in range(found.step_size.shape[1]):
         for head in range(found.step_size.shape[2]):
