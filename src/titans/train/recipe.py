@@ -1,4 +1,4 @@
-"""From settings to a trained model in a folder."""
+"""A training run: from settings to a trained model in a folder."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def check(settings: TrainSettings) -> None:
     if config.memory_local_chunk_sizes and settings.sequence_length <= config.chunk_size and not continues:
         raise ValueError(
             f"sequence_length={settings.sequence_length} with chunk_size={config.chunk_size} and local "
-            "memories: the global memory is read from its second chunk on, and there would be none; give "
+            "memories: the global memory is read from its second chunk on, so that a row needs two; give "
             "longer rows, or carry_memory"
         )
     if settings.cuda_graph:
@@ -102,7 +102,7 @@ def check(settings: TrainSettings) -> None:
             )
     for corpus in filter(None, (settings.data, settings.eval_data)):
         if not (corpus in list_corpora() or corpus.startswith("hf:") or Path(corpus).exists()):
-            load_corpus(corpus)  # says what there is to choose from
+            load_corpus(corpus)  # raises, listing the known names
     found = checkpoints(settings.output)
     if settings.resume:
         if not found:
@@ -152,7 +152,7 @@ class TrainingRun:
         self.num_parameters = self.model.num_parameters()
 
     def summary(self) -> str:
-        """What is going to happen, in one line."""
+        """The run in one line: model, data, steps, output folder."""
         settings, examples = self.settings, self.examples
         held_out = ", ".join(examples.held_out_names[:3]) + (" …" if len(examples.held_out_names) > 3 else "")
         size = f"{settings.preset} {settings.variant}, {self.num_parameters / 1e6:.2f} M parameters"
@@ -217,7 +217,7 @@ class TrainingRun:
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
-            # A GPU does not wait for text: some of it is made ready beside the training.
+            # Other processes prepare text, so that a GPU does not wait for it.
             dataloader_num_workers=2 if torch.cuda.is_available() else 0,
             dataloader_prefetch_factor=16 if torch.cuda.is_available() else None,
             use_cache=self.model.config.use_cache,
@@ -288,7 +288,7 @@ class TrainingRun:
 
 
 def train(settings: TrainSettings, on_log: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
-    """Train a model as the settings say; see `TrainingRun` and `TrainingRun.run` for the errors."""
+    """Train a model according to the settings; errors are those of `TrainingRun` and `TrainingRun.run`."""
     return TrainingRun(settings).run(on_log)
 
 

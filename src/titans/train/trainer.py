@@ -59,11 +59,11 @@ class TitansTrainer(Trainer):
         carry_memory: whether states pass from step to step.
         state_passing: fraction of the rows that begin with the memory another row has left in the step
             before, in place of an empty one; the text, and with it all else, is new.
-        answer_weight: how much labels count that the examples' `answers` marks; others count 1.
-        write_cost: how much `titans.train.write_cost` counts beside them. write_cost_reach: its `reach`.
+        answer_weight: weight in the loss of labels that the examples' `answers` marks; others have 1.
+        write_cost: weight of `titans.train.write_cost` in the loss. write_cost_reach: its `reach`.
         cuda_graph: record the step and replay it; padding is then read like text.
         eval_every, save_every, log_every: steps; the last step is always evaluated, saved and logged.
-        save_extras: called with the folder of every checkpoint, to put files beside the model.
+        save_extras: called with the folder of every checkpoint, to add files to it.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class TitansTrainer(Trainer):
         restart: Tensor | None,
         masked: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None]:
-        """What is minimised; the mean cross-entropy, which is reported; logits; the states left, detached."""
+        """(loss to minimise, mean cross-entropy to report, logits, detached states after the step)."""
         read, targets = _read_columns(inputs), inputs["labels"][:, 1:].flatten()
         with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
             output = model(
@@ -196,7 +196,7 @@ class TitansTrainer(Trainer):
         return loss, reported, logits, map_state(Tensor.detach, states) if self._passes_on else None
 
     def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:
-        """Keep what a step leaves: its loss, if that is a number, and the states."""
+        """Record a step's loss, if it is finite, and its states."""
         value = reported.item()
         self._refuse_non_finite(value, "loss")
         if self._passes_on:
@@ -205,7 +205,7 @@ class TitansTrainer(Trainer):
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
 
     def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
-        """What the rows have read before this step, and which of them begin afresh all the same."""
+        """The rows' states before this step, and which rows start with an empty memory all the same."""
         if self.carried is None or self.carry_memory:
             return self.carried, None if self.carried is None else inputs["restart"]
         layers = self._network.model.layers
@@ -301,7 +301,7 @@ class TitansTrainer(Trainer):
             files.delete_old(self._folder)
 
     def save_into(self, folder: Path) -> None:
-        """Write the model and what belongs beside it, so that the folder can be used on its own."""
+        """Write the model and the files that it needs to be loaded from the folder alone."""
         # One file, whatever the size: a checkpoint is read back by name.
         self._network.save_pretrained(folder, max_shard_size="1000GB")
         if self.save_extras is not None:
