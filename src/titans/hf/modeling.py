@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
+from titans.hf.keywords import Documents, check_keywords, documents_of
 from titans.nn.blocks import BLOCKS, BlockContext
 from titans.nn.mlp import SwiGLU
 from titans.nn.norm import RMSNorm
@@ -139,6 +141,7 @@ class TitansModel(TitansPreTrainedModel):
         output_surprise: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **keywords: Any,
     ) -> TitansOutput | tuple[Any, ...]:
         """Read a stretch of tokens.
 
@@ -147,15 +150,25 @@ class TitansModel(TitansPreTrainedModel):
             attention_mask: (batch, time), or (batch, seen + time) with `past_key_values`; 0 marks padding,
                 anywhere. Only its last `time` columns are read.
             past_key_values: what was read before, for inference; it is updated.
-            use_cache: return a cache; by default as configured, outside training.
+            use_cache: return a cache; by default as configured, outside training and `torch.export`.
             memory_states: what was read before, for training; gradients flow through it.
             restart: (batch,) bool, rows of `memory_states` that start afresh.
             return_memory_states: return the blocks' states, inside the autograd graph.
             output_surprise: return each memory's surprise at every token.
+            keywords: `position_ids` (batch, time): where they restart inside a row, another document begins,
+                which is read as if it stood alone. Other keywords of transformers are accepted where they
+                change nothing.
 
         Raises:
-            ValueError: for contradictory or ill-shaped arguments.
+            ValueError: for contradictory or ill-shaped arguments, and requests that cannot be met.
+            TypeError: for an unknown keyword.
         """
+        position_ids = keywords.pop("position_ids", None)
+        check_keywords(keywords, position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None and memory_states is not None:
@@ -173,8 +186,30 @@ class TitansModel(TitansPreTrainedModel):
                 f"restart has shape {tuple(restart.shape)} and dtype {restart.dtype}: give ({batch},) in "
                 "torch.bool"
             )
+        if (documents := self._documents(position_ids, attention_mask, batch, time)) is not None:
+            carried = dict(
+                past_key_values=past_key_values,
+                memory_states=memory_states,
+                use_cache=use_cache,
+                return_memory_states=return_memory_states,
+            )
+            if wrong := [name for name, value in carried.items() if value not in (None, False)]:
+                raise ValueError(
+                    f"{wrong[0]} with position_ids that restart inside a row: documents packed into one row "
+                    "have no common state; give one document per row, or leave it out"
+                )
+            output = self.forward(
+                inputs_embeds=documents.split(x),
+                attention_mask=documents.mask,
+                use_cache=False,
+                output_surprise=output_surprise,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+            )
+            output = pytree.tree_map(documents.join, output)
+            return output if return_dict else output.to_tuple()
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         if use_cache and past_key_values is None and memory_states is None:
             past_key_values = TitansCache(self.config)
         if past_key_values is not None:
@@ -217,7 +252,18 @@ class TitansModel(TitansPreTrainedModel):
             memory_states=tuple(states) if return_memory_states else None,
             surprises=None if surprises is None else tuple(unpack(s) for s in surprises),
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _documents(
+        position_ids: Tensor | None, attention_mask: Tensor | None, batch: int, time: int
+    ) -> Documents | None:
+        """The documents that are packed into the rows; None where every row is one document."""
+        if position_ids is None:
+            return None
+        real = None if attention_mask is None else attention_mask[:, -time:].bool()
+        documents = documents_of(position_ids, real, (batch, time))
+        return None if documents is None else Documents(documents, real)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(batch, time, hidden_size); ValueError for another shape or type, and on a CPU for unknown ids."""
@@ -288,12 +334,16 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         output_surprise: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **keywords: Any,
     ) -> TitansOutput | tuple[Any, ...]:
         """Logits of the next token; see `TitansModel.forward`.
 
         Args:
             labels: (batch, time) int64, the input ids again; shifted here, −100 is ignored.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these.
+            num_items_in_batch: divide the summed loss by this, the labels of all accumulated batches, in
+                place of the labels given here.
         """
         output = self.model(
             input_ids=input_ids,
@@ -306,11 +356,18 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             return_memory_states=return_memory_states,
             output_surprise=output_surprise,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **keywords,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(output.last_hidden_state[:, keep]), None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         # A new one: the library's outputs keep what was set before, and the order in which it was set.
         output = TitansOutput(
             loss=loss,
@@ -320,7 +377,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             memory_states=output.memory_states,
             surprises=output.surprises,
         )
-        return output if return_dict is not False else output.to_tuple()
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -352,8 +411,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         if prompt is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
         generate: Callable[..., Any] = super().generate
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions=True: a memory has no attention map; see titans.inspection")
+        check_keywords({"output_attentions": kwargs.get("output_attentions")}, None)
         if cache is not None:
             _check_cache(cache, self.config)
             if kwargs.get("use_cache") is False:
@@ -402,7 +460,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 def _check_cache(cache: Any, config: TitansConfig) -> None:
     if not isinstance(cache, TitansCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: a Titans model needs TitansCache(config)"
+            f"past_key_values is a {type(cache).__name__}: a Titans model needs TitansCache(config); "
+            "in place of prefix tuning, which adds keys and values, use prompt tuning or LoRA"
         )
     cache.check_fits(config)
 
