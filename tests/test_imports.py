@@ -71,7 +71,7 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        configuration state_file
+        configuration keywords state_file
         cache
         modeling
         """,
