@@ -6,12 +6,14 @@ import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from titans.memory.backends import native
 from titans.memory.backends.native import build, missing
+from titans.nn import kernels
 
 from .problems import everything, make_problem
 
@@ -42,7 +44,7 @@ def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, caps
     with pytest.raises(ValueError, match=f"backend='native' refuses this call: .*{sentence}"):
         problem.scan("native")
     # That there is no compiler is as it may be; that one fails is said.
-    assert ("another one takes its place" in capsys.readouterr().err) == ("failed" in sentence)
+    assert ("torch takes their place" in capsys.readouterr().err) == ("failed" in sentence)
     assert not list(cache.rglob("*.so"))
     for found, expected in zip(problem.scan("auto")[::2], problem.scan("chunkwise")[::2], strict=True):
         assert torch.equal(found, expected)
@@ -55,7 +57,8 @@ def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, caps
 )
 def test_every_processor_has_its_sources(processor, capability):
     # This machine's compiler reads them as it would on another: older ones, and one with matrix tiles.
-    sources = sorted(map(str, build.SOURCES.glob("*.cpp")))
+    folders = build.SOURCES, Path(kernels.__file__).parent
+    sources = sorted(str(file) for folder in folders for file in folder.glob("*.cpp"))
     command = ["g++", "-fsyntax-only", *build.flags(processor, capability), *sources]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -164,13 +164,13 @@ def test_without_a_device_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 70, 65, 16), (1, 600, 8, 4), (1, 3, 40, 5)])
 def test_the_filter_is_the_convolution(shape: tuple[int, int, int, int]) -> None:
-    from titans.memory.backends.triton.filter import causal_filter
+    from titans.nn.kernels.filter import causal_filter
 
     batch, time, channels, width = shape
     torch.manual_seed(0)
     x = torch.randn(batch, time + width - 1, channels, requires_grad=True)
     conv = CausalConv(channels, width)
-    found, wanted = causal_filter(x, conv.weight), conv._filter(x)
+    found, wanted = causal_filter(x, conv.weight), conv._filter(x, "reference")
     cotangent = torch.randn_like(found)
     assert_close(found, wanted, 1e-5, "the answer")
     for a, b in zip(

@@ -7,27 +7,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans.memory import BACKENDS
-from titans.memory.backends.native import layer as compiled
 from titans.memory.backends.native import missing
 from titans.nn.conv import CausalConv
+from titans.nn.kernels import native as compiled
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.norm import ReadNorm
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no compiled backend: {missing()}")
 
 
-def _both(monkeypatch, run, leaves):
+def _both(run, leaves):
     """Outputs and gradients with the compiled passes and without them."""
     found = []
-    for native in (True, False):
-        with monkeypatch.context() as patch:
-            if not native:
-                patch.delitem(BACKENDS, "native")
-            outputs = run()
-            weights = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).sin() for y in outputs]
-            loss = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
-            found.append([*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+    for backend in ("native", "chunkwise"):
+        outputs = run(backend)
+        nodes = {y.grad_fn.name() for y in outputs if y.grad_fn is not None}
+        compiled_ran = bool(nodes & {"_FilterHeadsBackward", "_GatedAnswersBackward"})
+        assert compiled_ran == (backend == "native")
+        weights = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).sin() for y in outputs]
+        loss = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
+        found.append([*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True)])
     return found
 
 
@@ -52,18 +51,17 @@ def test_head_vectors_compiled_are_those_of_torch(batch, time, kernel, ragged, r
     tail = torch.randn(batch, kernel - 1, 3 * 2 * 16, dtype=torch.float64)
     leaves = [whole.requires_grad_(), tail.requires_grad_(), conv.weight]
 
-    def run():
+    def run(backend):
         x = whole[..., : 3 * 2 * 16]
         assert compiled.refuses(16, x, tail, conv.weight) is None
-        vectors, new_tail = head_vectors(conv, x, tail, 16, (UNIT, UNIT, 4.0), lengths, reset)
+        vectors, new_tail = head_vectors(conv, x, tail, 16, (UNIT, UNIT, 4.0), lengths, reset, backend)
         return [*vectors, new_tail]
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for got, want in zip(*_both(monkeypatch, run, leaves), strict=True):
-            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+    for got, want in zip(*_both(run, leaves), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
 
 
-def test_gated_answers_compiled_are_those_of_torch(monkeypatch):
+def test_gated_answers_compiled_are_those_of_torch():
     torch.manual_seed(0)
     norm = ReadNorm(2, 32, has_prior=True).double()
     for weight in norm.parameters():
@@ -74,10 +72,10 @@ def test_gated_answers_compiled_are_those_of_torch(monkeypatch):
     leaves = [reads.requires_grad_(), prior.detach().requires_grad_(), gate.requires_grad_()]
     leaves += norm.parameters()
 
-    def run():
-        return [gated_answers(norm, leaves[0], leaves[1], leaves[2][..., :64])]
+    def run(backend):
+        return [gated_answers(norm, leaves[0], leaves[1], leaves[2][..., :64], backend)]
 
-    for got, want in zip(*_both(monkeypatch, run, leaves), strict=True):
+    for got, want in zip(*_both(run, leaves), strict=True):
         torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory.backends.triton import runs_on as triton_runs_on
+from titans.nn import kernels
 from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
 
 
@@ -40,13 +41,14 @@ class CausalConv(nn.Module):
         tail: Tensor | None = None,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Filter a stretch; returns y like x (zeros at padding) and the new tail.
 
         x: (batch, time, channels), packed rows. tail: (batch, kernel_size − 1, channels), the last real
         inputs before x, zeros where there were none; None for the start of a row. lengths: (batch,) int64 or
         None. reset: (batch, time) bool or None: before this token the row starts afresh, and no filter
-        reaches across.
+        reaches across. backend: which kernels may run, see `titans.nn.kernels`.
         """
         width, time = self.kernel_size, x.shape[1]
         real = real_tokens(lengths, time)
@@ -60,7 +62,7 @@ class CausalConv(nn.Module):
             return x, new_tail
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
         if reset is None:
-            return zero_padding_(self._filter(extended), real), new_tail
+            return zero_padding_(self._filter(extended, backend), real), new_tail
         stretch = self._stretches(reset, real)
         y = x * self.weight[:, -1].to(x.dtype)
         for back, column in enumerate(self.weight.to(x.dtype).unbind(1)[-2::-1], start=1):
@@ -99,7 +101,7 @@ class CausalConv(nn.Module):
         """How many resets there have been by each token of tail and x, (batch, kernel_size − 1 + time)."""
         return F.pad((reset if real is None else reset & real).cumsum(1), (self.kernel_size - 1, 0))
 
-    def _filter(self, extended: Tensor) -> Tensor:
+    def _filter(self, extended: Tensor, backend: str) -> Tensor:
         width, time = self.kernel_size, extended.shape[1] - self.kernel_size + 1
         weight = self.weight.to(extended.dtype)
         if time == 1:
@@ -111,8 +113,8 @@ class CausalConv(nn.Module):
             image = extended.float().transpose(1, 2).unsqueeze(2)
             y = F.conv2d(image, weight.float()[:, None, None], groups=weight.shape[0])
             return y.squeeze(2).transpose(1, 2).to(extended.dtype)
-        if triton_runs_on(extended):
-            from titans.memory.backends.triton.filter import causal_filter
+        if kernels.allows(backend, "triton") and triton_runs_on(extended):
+            from titans.nn.kernels.filter import causal_filter
 
             return causal_filter(extended, weight)
         columns = weight.unbind(1)

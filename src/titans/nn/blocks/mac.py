@@ -150,10 +150,17 @@ class MACBlock(nn.Module):
     ) -> tuple[_Own, Tensor]:
         """What the tokens bring along, whatever the memory says; and the convolution's new tail."""
         projected = self.recall_query(x)
+        memory = self.memory
         (queries,), tail = head_vectors(
-            self.recall_conv, projected, recall_tail, self.memory.network.head_dim, (UNIT,), lengths
+            self.recall_conv,
+            projected,
+            recall_tail,
+            memory.network.head_dim,
+            (UNIT,),
+            lengths,
+            backend=memory.backend,
         )
-        return _Own(queries, self.memory.prior(queries), self.attention.tokens(x, position)), tail
+        return _Own(queries, memory.prior(queries), self.attention.tokens(x, position)), tail
 
     def _recall(self, own: _Own, snapshot: tuple[Tensor, ...], position: Tensor) -> Tensor:
         """The context tokens of a piece, (batch, time, hidden_size)."""

@@ -71,7 +71,8 @@ class NeuralMemory(Learner):
         conv_kernel: width of the causal convolution on q, k and v.
         half_lives: the shortest and the longest half-life, in tokens, with which the heads forget at first;
             the others are log-spaced between them.
-        backend: what runs the scan, see `memory_scan`; an attribute, which may be changed at any time.
+        backend: what runs the scan, see `memory_scan`, and which kernels may run around it, see
+            `titans.nn.kernels`; an attribute, which may be changed at any time.
 
     Raises:
         ValueError: for a value outside its domain, naming the argument.
@@ -286,7 +287,7 @@ class NeuralMemory(Learner):
         heads, head_dim = self.num_heads, self.network.head_dim
         qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
         (queries, keys, values), tail = head_vectors(
-            self.conv, qkv, tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset
+            self.conv, qkv, tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset, self.backend
         )
         if reset is not None and lengths is not None:
             ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
@@ -295,7 +296,8 @@ class NeuralMemory(Learner):
 
     def answer(self, found: Found) -> Tensor:
         """The other half, which knows no order: (batch, time, hidden_size)."""
-        y = gated_answers(self.read_norm, found.reads, self.prior(found.queries), found.gate)
+        prior = self.prior(found.queries)
+        y = gated_answers(self.read_norm, found.reads, prior, found.gate, self.backend)
         return self.output(y)
 
     @torch.no_grad()

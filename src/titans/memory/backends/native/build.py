@@ -1,4 +1,4 @@
-"""Compiling the native backend: once for each source, compiler, processor and torch, then found again."""
+"""Compiling C++ operators: once for each source, compiler, processor and torch, then found again."""
 
 from __future__ import annotations
 
@@ -59,28 +59,28 @@ def _cache() -> Path:
 
 
 @functools.cache
-def missing() -> str | None:
-    """Build and load the operators; why that cannot be done, in a sentence, or None where they are there."""
+def missing(sources: Path = SOURCES) -> str | None:
+    """Build and load the operators of a folder's C++; why that cannot be done, or None if they are."""
     compiler = os.environ.get("CXX") or "g++"
     found = shutil.which(compiler)
     if found is None:
         return f"it is compiled on first use and there is no {compiler} (Debian, Ubuntu: apt-get install g++)"
     try:
-        library = _built(found)
+        library = _built(found, sources)
         torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         why = f"compiling it with {found} failed: {error}"
-        print(f"titans: no native memory backend, another one takes its place; {why}", file=sys.stderr)
+        print(f"titans: no operators of {sources.name}, torch takes their place; {why}", file=sys.stderr)
         return why
     return None
 
 
-def _built(compiler: str) -> Path:
-    """The compiled library, from the cache or built now."""
+def _built(compiler: str, folder: Path) -> Path:
+    """The compiled library of a folder, from the cache or built now."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
     ).stdout
-    sources = sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))
+    sources = sorted(folder.glob("*.h")) + sorted(folder.glob("*.cpp"))
     told = [
         version,
         torch.__version__,
@@ -89,16 +89,16 @@ def _built(compiler: str) -> Path:
         *(path.read_text("utf-8") for path in sources),
     ]
     name = hashlib.sha256("\0".join(told).encode("utf-8", "replace")).hexdigest()[:16]
-    library = _cache() / f"native-{name}.so"
+    library = _cache() / f"{folder.name}-{name}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("titans: compiling the native memory backend, once (about half a minute)", file=sys.stderr)
+    print(f"titans: compiling {folder.name} operators, once (about half a minute)", file=sys.stderr)
     # Two processes may build at the same time: each under a name of its own, and the last one stands.
     handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", temporary, *flags()]
+        command = [compiler, *map(str, sorted(folder.glob("*.cpp"))), "-o", temporary, *flags()]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]

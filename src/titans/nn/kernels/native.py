@@ -6,6 +6,7 @@ The same as `titans.nn.memory.heads`, which is the place to read it and what run
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from titans.memory.backends.native.build import missing
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.groups import refuse_second_derivatives
 
+_SOURCES = Path(__file__).parent
 # No vector register is wider.
 _VECTOR_BYTES = 64
 
@@ -30,7 +32,7 @@ def refuses(head_dim: int, *tensors: Tensor) -> str | None:
         return f"head_dim={head_dim} is no multiple of {_VECTOR_BYTES // dtype.itemsize}"
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return "it knows neither torch.compile nor forward-mode derivatives"
-    return hand_written_refuses() or missing()
+    return hand_written_refuses() or missing(_SOURCES)
 
 
 def _rows(x: Tensor) -> Tensor:
