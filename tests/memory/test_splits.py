@@ -31,7 +31,7 @@ def test_any_split(backend, call, stretch, cuts):
     "options", [{}, dict(mask="random", reset="random", position="apart", unit_rows=True)]
 )
 def test_token_by_token(backend, options):
-    problem = make_problem(time=19, **options)
+    problem = make_problem(time=11, **options)
     cuts = range(1, problem.time)
     assert_same(everything(problem, backend, cuts), everything(problem, backend), FLOAT64)
 
