@@ -39,7 +39,6 @@ from titans.train.optimizer import make_optimizer
 
 LITERAL = dict(
     memory_normalize_step=False,
-    memory_unit_rows=False,
     memory_row_limit=None,
     memory_length_floor=0.0,
     memory_decay_to_initial=False,
@@ -54,11 +53,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": LITERAL | PLAIN,
     "row-normalised": LITERAL
     | CAMERA_READY
-    | dict(memory_normalize_step=True, memory_unit_rows=True, memory_max_step_size=8 * (1 - 0.9) / 16),
+    | dict(memory_normalize_step=True, memory_row_limit=1.0, memory_max_step_size=8 * (1 - 0.9) / 16),
     "bounded": PLAIN
     | dict(
         memory_normalize_step=True,
-        memory_unit_rows=False,
         memory_row_limit=8.0,
         memory_length_floor=1.0,
         memory_decay_to_initial=True,

@@ -42,7 +42,7 @@ THOROUGH = [(s, "0") for s in SCHEDULES] + [(s, f) for s in ("all at max", "swit
 FEW = [("all at max", "0"), ("switching", "0.001")]
 COUNTER = [(s, f) for s in ("all at max", "write, then coast") for f in FORGETS[:3]]
 NORMED: dict[str, Any] = PAPER_FORM | dict(norm=True, residual=True, gain=1.0)
-EARLIER: dict[str, Any] = NORMED | dict(normalize_step=True, unit_rows=True, gain=0.5, max_momentum=0.9)
+EARLIER: dict[str, Any] = NORMED | dict(normalize_step=True, row_limit=1.0, gain=0.5, max_momentum=0.9)
 PARTS = ("default", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
 
@@ -135,7 +135,7 @@ def counter_examples(quick: bool, progress: Progress) -> list[Row]:
          PAPER_FORM | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
         ("paper, residual + LayerNorm, η 0.9, θ = (1 − η)/chunk", (HEAD_DIM, 2, 16),
          NORMED | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
-        ("earlier default: + normalize_step, unit_rows, 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),
+        ("earlier default: + normalize_step, row_limit 1, 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),
          EARLIER | dict(max_step_size=0.8 / 16), COUNTER, (), True),
         ("the same with (1 − η)/chunk", (HEAD_DIM, 2, 16),
          EARLIER | dict(max_step_size=0.1 / 16), COUNTER, (), False),

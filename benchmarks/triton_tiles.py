@@ -22,7 +22,7 @@ from gpu_layers import layer_milliseconds, problem
 from gpu_layers import scan as read
 from triton_kernels import SCAN, built, run_tool
 
-from titans.memory import MemoryNetwork
+from titans.memory import InnerProblem, MemoryNetwork, MomentumRule
 from titans.memory.backends.triton import backward, forward, resident, scan
 
 BARRIER_CYCLES, SCHEDULERS, MEGAHERTZ = 150, 4, 1750
@@ -79,17 +79,17 @@ class Shape:
     """A layer on the device, with a processor for almost every program, and what the torch path reads."""
 
     def __init__(self, dim: int, hidden: int, chunk: int) -> None:
-        self.net = MemoryNetwork(
-            dim, 2, hidden // dim, activation="silu", residual=False, norm=False, normalize_step=True,
-            row_limit=8.0,
-        )  # fmt: skip
+        self.inner = InnerProblem(
+            MemoryNetwork(dim, 2, hidden // dim, activation="silu", residual=False, norm=False),
+            rule=MomentumRule(normalize_step=True, row_limit=8.0),
+        )
         self.chunk = chunk
-        self.tensors = problem(self.net, PROGRAMS // 2, CHUNKS * chunk, 2, torch.float32, "cuda")
+        self.tensors = problem(self.inner, PROGRAMS // 2, CHUNKS * chunk, 2, torch.float32, "cuda")
         self.exact = self._reads("chunkwise")
 
     @torch.no_grad()
     def _reads(self, backend: str) -> torch.Tensor:
-        return read(self.net, self.tensors, self.chunk, backend)
+        return read(self.inner, self.tensors, self.chunk, backend)
 
     def timed(self, block: int | None, warps: int) -> tuple[float, float, str]:
         """Microseconds of a chunk, forward and backward, and by how much the reads are off.
@@ -101,7 +101,7 @@ class Shape:
         if block is not None:
             scan.block_of = lambda *_: block
         try:
-            ahead, both = layer_milliseconds(self.net, self.tensors, self.chunk, "triton")
+            ahead, both = layer_milliseconds(self.inner, self.tensors, self.chunk, "triton")
             error = float((self._reads("triton") - self.exact).abs().max() / self.exact.abs().max())
         finally:
             scan.block_of, scan.fits_registers, scan._WARPS = before

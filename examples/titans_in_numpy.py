@@ -132,15 +132,9 @@ class State:
         return cls(weights, [np.zeros_like(w) for w in weights], weights)
 
 
-def scale_rows(w: Array, only_long: bool) -> Array:
-    """w with its rows, or only those longer than 1, rescaled to length 1; a row of zeros stays."""
-    length = np.linalg.norm(w, axis=1, keepdims=True)
-    return w / np.maximum(length, 1.0 if only_long else np.finfo(float).tiny)
-
-
 def shorten_rows(w: Array, limit: float) -> Array:
     """w with its rows longer than `limit` cut to that length."""
-    return limit * scale_rows(w / limit, only_long=True)
+    return w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True) / limit, 1.0)
 
 
 def memory_scan(
@@ -148,15 +142,15 @@ def memory_scan(
     forget: Array, momentum: Array, step_size: Array,  # alpha, eta, theta: (time, heads, depth)
     state: State, chunk_size: int = 16, *, activation: str = "gelu", residual: bool = True,
     gain: Array | None = None, bias: Array | None = None,  # (heads, d); without them no LayerNorm
-    normalize_step: bool = False, unit_rows: bool = False,
-    row_limit: float = math.inf, length_floor: float = 0.0, base: list[Array] | None = None,
+    normalize_step: bool = False, row_limit: float = math.inf, length_floor: float = 0.0,
+    base: list[Array] | None = None,
 ) -> tuple[Array, State]:  # fmt: skip
     """Write each (key, value), then answer its query; returns reads (time, heads, d) and the final state.
 
     Depth is the number of weight matrices: 1 is the linear memory, 2 the two-layer one. Not in the paper, but
     for stability: `normalize_step` divides theta by the curvature (which `length_floor` bounds from below);
-    `unit_rows` rescales W where a chunk ends, `row_limit` only shortens it; and with `base`, per layer
-    (heads, out, in), the network is run with base + W, so that forgetting leads back to it, not to nothing.
+    `row_limit` shortens the rows of W where a chunk ends; and with `base`, per layer (heads, out, in), the
+    network is run with base + W, so that forgetting leads back to it, not to nothing.
     """
     time, num_heads, depth = forget.shape
     reads, ends = np.zeros_like(queries), []
@@ -176,9 +170,7 @@ def memory_scan(
                 W[layer] = (1 - alpha) * W[layer] + S[layer]  # (13)
             reads[t, head] = M([b + w for b, w in zip(B, W, strict=True)], q)  # (15)
             if (state.position + t + 1) % chunk_size == 0:
-                if unit_rows:
-                    W = [scale_rows(w, only_long=gain is None) for w in W]
-                elif row_limit < math.inf:
+                if row_limit < math.inf:
                     W = [shorten_rows(w, row_limit) for w in W]
                 anchor = list(W)
         ends.append((W, S, anchor))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.memory import InnerProblem, MemoryNetwork, MemoryState, MomentumRule, memory_scan
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "titans_in_numpy.py"
 BATCH, TIME, HEADS, HEAD_DIM, EXPANSION, CHUNK = 2, 15, 2, 8, 4, 4
@@ -89,9 +89,7 @@ def test_hand_gradient_equals_finite_differences(depth, activation, residual, no
 
 STEADY = {
     "literal": {},
-    "unit rows": dict(unit_rows=True),
     "normalised step": dict(normalize_step=True),
-    "both": dict(normalize_step=True, unit_rows=True),
     "limits": dict(normalize_step=True, row_limit=0.9, length_floor=0.8),
 }
 
@@ -108,7 +106,8 @@ def test_reference_equals_numpy(depth, activation, residual, norm, steady, offse
     weights = initial_weights(rng, depth, BATCH, HEADS)
     gain, bias = rng.normal(size=(2, HEADS, HEAD_DIM)) if norm else (None, None)
     options = dict(activation=activation, residual=residual, **STEADY[steady])
-    net = MemoryNetwork(head_dim=HEAD_DIM, depth=depth, expansion=EXPANSION, norm=norm, **options)
+    net = MemoryNetwork(HEAD_DIM, depth, EXPANSION, activation, residual, norm)
+    inner = InnerProblem(net, rule=MomentumRule(**STEADY[steady]))
     slow = dict(norm_weight=torch.from_numpy(gain), norm_bias=torch.from_numpy(bias)) if norm else {}
     options |= dict(gain=gain, bias=bias)
     if offsets:
@@ -120,7 +119,7 @@ def test_reference_equals_numpy(depth, activation, residual, norm, steady, offse
     pieces = [[] for _ in range(BATCH)]
     for cut in (slice(0, 6), slice(6, 7), slice(7, TIME)):
         arguments = [torch.from_numpy(x[:, cut]) for x in inputs]
-        reads, state = memory_scan(net, *arguments, state, chunk_size=CHUNK, backend="reference", **slow)
+        reads, state = memory_scan(inner, *arguments, state, chunk_size=CHUNK, backend="reference", **slow)
         for row in range(BATCH):
             expected, states[row] = oracle.memory_scan(
                 *(x[row, cut] for x in inputs), states[row], CHUNK, **options

@@ -65,7 +65,7 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
     The step size is taken from what a token adds to the momentum, as a multiple of its gradient.
     """
     gates: list[list[Tensor]] = [[], [], []]
-    for (net, *inputs, state, chunk_size), options in calls:
+    for (inner, *inputs, state, chunk_size), options in calls:
         slow = {name: options[name] for name in ("norm_weight", "norm_bias", "base")}
         gain, bias = (None if slow[n] is None else slow[n].unsqueeze(1) for n in ("norm_weight", "norm_bias"))
         for t in range(inputs[0].shape[1]):
@@ -74,7 +74,7 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
 
             def loss(
                 weights: tuple[Tensor, ...],
-                net: Any = net,
+                net: Any = inner.network,
                 key: Tensor = key,
                 value: Tensor = value,
                 gain: Tensor | None = gain,
@@ -84,7 +84,7 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
                 return (net(net.total(weights, base), key, gain, bias) - value).square().sum()
 
             gradients = torch.func.grad(loss)(state.anchor)
-            after: MemoryState = memory_scan(net, *token, state, chunk_size, **slow, backend="reference")[1]
+            after: MemoryState = memory_scan(inner, *token, state, chunk_size, **slow, backend="reference")[1]
             steps = []
             for l, gradient in enumerate(gradients):
                 added = after.momentum[l] - momentum[..., l, None] * state.momentum[l]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from titans.evaluate import keep_memory_only, score
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
-from titans.memory import MemoryState
+from titans.memory import MemoryState, MomentumRule
 from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.stream.saved import find_states
@@ -71,7 +72,7 @@ def test_the_gates_are_those_of_the_update() -> None:
     block = model.model.layers[0].mixer
     memory, state = block.memory, block.initial_state(1)
     assert isinstance(memory, NeuralMemory)
-    object.__setattr__(memory.network, "normalize_step", False)
+    memory.inner = replace(memory.inner, rule=MomentumRule())
     with torch.no_grad():
         x = block.norm(model.model.embed_tokens(torch.from_numpy(text[:4])[None]))
         forget, _, step_size = memory.applied_gates(x, state)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.memory import (
+    OBJECTIVES,
+    UPDATE_RULES,
+    InnerProblem,
+    MemoryNetwork,
+    MemoryState,
+    memory_scan,
+)
 
 from ..tolerances import assert_close
 
@@ -24,11 +31,15 @@ NARROWEST = 1
 class Problem:
     """One call; `leaves` has its floating tensors by name: queries, state.weights.0, norm_bias, initial.1."""
 
-    net: MemoryNetwork
+    inner: InnerProblem
     leaves: dict[str, Tensor]
     position: Tensor
     chunk_size: int
     flags: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def net(self) -> MemoryNetwork:
+        return self.inner.network
 
     @property
     def time(self) -> int:
@@ -68,7 +79,7 @@ class Problem:
             **{name: flag[:, cut] for name, flag in self.flags.items()},
         )
         return memory_scan(
-            self.net,
+            self.inner,
             *(self.leaves[name][:, cut] for name in TOKENS),
             self.state if state is None else state,
             **(arguments | changes),
@@ -144,7 +155,9 @@ def make_problem(
     base: bool = False,
     position: str = "zero",
     closed_gates: bool = True,
-    **network: object,
+    objective: object = "squared_error",
+    rule: str = "momentum",
+    **options: object,
 ) -> Problem:
     """A random call in float64, its numbers of moderate size.
 
@@ -154,11 +167,15 @@ def make_problem(
         base: the fast weights are offsets.
         position: "zero", "same" (one place inside a chunk for all rows) or "apart" (each row at its own).
         closed_gates: make some gates exactly 0 and some exactly 1.
-        network: fields of `MemoryNetwork`.
+        objective, rule: what the registries make parts of; a rule takes what it knows of `options`.
+        options: fields of `MemoryNetwork` and of the rule.
     """
     rng = torch.Generator().manual_seed(seed)
     head_dim = max(head_dim, NARROWEST)
-    net = MemoryNetwork(head_dim=head_dim, **network)  # type: ignore[arg-type]
+    known = [field.name for field in fields(UPDATE_RULES[rule])]
+    parameters = {name: options.pop(name) for name in known if name in options}
+    net = MemoryNetwork(head_dim=head_dim, **options)  # type: ignore[arg-type]
+    inner = InnerProblem(net, OBJECTIVES.make(objective), UPDATE_RULES.make({"name": rule, **parameters}))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64)
@@ -173,17 +190,13 @@ def make_problem(
     for name in ("queries", "keys"):
         leaves[name] = torch.nn.functional.normalize(leaves[name], dim=-1, eps=0.1)
     # Small enough to keep the inner loop tame: 1e-10 is to measure the backend and not chaos.
-    largest_step = 0.3 / chunk_size if net.normalize_step else 0.01 if net.norm else 0.03
+    largest_step = 0.3 / chunk_size if inner.rule.normalize_step else 0.01 if net.norm else 0.03
     for name, highest in (("forget", 0.3), ("momentum", 0.9), ("step_size", largest_step)):
         gate, kind = highest * uniform(batch, time, heads, net.depth), uniform(batch, time, heads, net.depth)
         if closed_gates:
             gate = torch.where(kind < 0.1, 0.0, gate)
             gate = torch.where(kind > 0.95, 1.0, gate) if name != "step_size" else gate
         leaves[name] = gate
-    if net.unit_rows and not net.norm:
-        # A row that stays at norm 1 is on the edge of being rescaled, where there is no derivative.
-        leaves["forget"] = leaves["forget"].clamp_min(0.01)
-
     far = torch.randint(3 * chunk_size, (batch,), generator=rng)
     at = {"zero": far * 0, "same": far[:1].expand(batch) // 3, "apart": far}[position].clone()
     current, anchor = weights(batch, heads), weights(batch, heads)
@@ -212,4 +225,4 @@ def make_problem(
             flags["mask"][0] = False
         for name in TOKENS:
             leaves[name] = torch.where(flags["mask"][..., None, None], leaves[name], torch.nan)
-    return Problem(net, leaves, at, chunk_size, flags)
+    return Problem(inner, leaves, at, chunk_size, flags)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from titans.memory import BACKENDS, memory_read, memory_scan
-from titans.memory.rules import UPDATE_RULES, end_coefficients
+from titans.memory import BACKENDS, MomentumRule, memory_read, memory_scan
+from titans.memory.rules import end_coefficients
 
 from ..tolerances import FLOAT64, assert_close
 from .problems import Problem, assert_same, everything, make_problem
@@ -26,7 +26,7 @@ def anchored(**call):
 @settings(max_examples=60)
 @given(call=calls, stretch=stretches)
 def test_any_call(call, stretch):
-    assume(call["head_dim"] > 1 or not call.get("unit_rows"))
+    assume(call["head_dim"] > 1 or call["row_limit"] is None)
     problem = anchored(**call, **stretch)
     expected = everything(problem, "reference")
     assume(tame(expected))
@@ -71,7 +71,7 @@ def test_blocks_of_a_long_chunk_write_what_one_table_does(time):
     forget[0, 0, ::31], momentum[0, 1, ::29] = 1.0, 1.0
     forget[1, 0], momentum[1, 1] = 0.0, 0.0
     written = torch.rand(2, 3, time, generator=rng) < 0.8
-    rule = UPDATE_RULES["momentum"]
+    rule = MomentumRule()
     for flags in (None, written):
         whole = rule.coefficients(forget, momentum, step_size, flags)
         for name, value in end_coefficients(rule, forget, momentum, step_size, flags)._asdict().items():

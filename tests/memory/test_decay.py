@@ -9,6 +9,7 @@ import torch
 
 from titans.memory import UPDATE_RULES
 from titans.memory.decay import decay_products
+from titans.memory.reference import momentum_step
 
 from ..tolerances import assert_close
 
@@ -48,7 +49,7 @@ def test_a_slow_gate_keeps_its_half_life_in_float32(rule, half_life):
     size = 16
     forget = torch.full((size,), alpha)
     none = torch.zeros(size)
-    change = UPDATE_RULES[rule].coefficients(forget, none, none, None).end_weights
+    change = UPDATE_RULES[rule]().coefficients(forget, none, none, None).end_weights
     expected = math.expm1(size * math.log1p(-forget[0].item()))
     assert change.dtype == torch.float32
     assert change.item() == pytest.approx(expected, rel=1e-6)
@@ -62,12 +63,14 @@ def test_coefficients_are_the_step_repeated(rule):
     forget, momentum, step_size, gradient = torch.rand(4, size, generator=rng, dtype=torch.float64)
     forget[2], momentum[4], momentum[7] = 1.0, 0.0, 1.0
     written = torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 0], dtype=torch.bool)
-    c = UPDATE_RULES[rule].coefficients(forget, momentum, step_size, written)
+    c = UPDATE_RULES[rule]().coefficients(forget, momentum, step_size, written)
     start, start_momentum = weight, state = torch.tensor([0.7, -0.4], dtype=torch.float64)
     for t in range(size):
         if written[t]:
             gates = forget[t], momentum[t], step_size[t]
-            weight, state = UPDATE_RULES[rule].step(weight, state, gradient[t], *gates)
+            weight, state = getattr(UPDATE_RULES[rule](), "step", momentum_step)(
+                weight, state, gradient[t], *gates
+            )
             closed = c.read_weights[t, 0] * start + c.read_momentum[t, 0] * start_momentum
             assert_close(closed - c.read_steps[t] @ gradient, weight, 1e-14, f"weight after token {t}")
     end = start + c.end_weights[0, 0] * start + c.end_momentum[0, 0] * start_momentum

@@ -28,7 +28,7 @@ def test_any_split(backend, call, stretch, cuts):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "options", [{}, dict(mask="random", reset="random", position="apart", unit_rows=True)]
+    "options", [{}, dict(mask="random", reset="random", position="apart", row_limit=0.7)]
 )
 def test_token_by_token(backend, options):
     problem = make_problem(time=11, **options)
@@ -37,10 +37,10 @@ def test_token_by_token(backend, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("unit_rows", [False, True])
-def test_between_chunks_the_anchor_is_the_weights(backend, unit_rows):
+@pytest.mark.parametrize("row_limit", [None, 0.7])
+def test_between_chunks_the_anchor_is_the_weights(backend, row_limit):
     problem = make_problem(
-        batch=3, time=30, mask="random", reset="random", position="apart", unit_rows=unit_rows
+        batch=3, time=30, mask="random", reset="random", position="apart", row_limit=row_limit
     )
     state, seen = problem.state, 0
     for t in range(problem.time):
@@ -54,10 +54,10 @@ def test_between_chunks_the_anchor_is_the_weights(backend, unit_rows):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("unit_rows", [False, True])
-def test_a_masked_call_changes_no_bit(backend, unit_rows):
+@pytest.mark.parametrize("row_limit", [None, 0.7])
+def test_a_masked_call_changes_no_bit(backend, row_limit):
     """Not even by momentum, which moves the weights when every gate is 0."""
-    problem = make_problem(position="apart", seed=2, unit_rows=unit_rows)
+    problem = make_problem(position="apart", seed=2, row_limit=row_limit)
     nothing = torch.zeros_like(problem.mask)
     reads, state, surprise = problem.scan(backend, mask=nothing)
     assert (reads == 0).all() and (surprise == 0).all()

@@ -41,7 +41,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     activation=st.sampled_from(["gelu", "silu"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
-    rows=st.sampled_from([{}, dict(unit_rows=True), dict(row_limit=0.7)]),
+    row_limit=st.sampled_from([None, 0.7]),
     length_floor=st.sampled_from([0.0, 0.9]),
     base=st.booleans(),
     chunk_size=st.sampled_from([5, 16, 16, 20]),
@@ -50,8 +50,8 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     reset=st.sampled_from(["none", "none", "random", "last"]),
     initial_momentum=st.booleans(),
 )
-def test_any_call(norm, rows, **call) -> None:
-    agree(**call, **norm, **rows)
+def test_any_call(norm, **call) -> None:
+    agree(**call, **norm)
 
 
 @settings(max_examples=16)
@@ -65,10 +65,10 @@ def test_any_call(norm, rows, **call) -> None:
     activation=st.sampled_from(["gelu", "silu"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
-    rows=st.sampled_from([{}, dict(unit_rows=True), dict(row_limit=0.7)]),
+    row_limit=st.sampled_from([None, 0.7]),
     base=st.booleans(),
 )
-def test_whole_chunks_in_registers_or_not(resident: bool, norm, rows, **call) -> None:
+def test_whole_chunks_in_registers_or_not(resident: bool, norm, **call) -> None:
     from titans.memory.backends.triton import scan
 
     launched = []
@@ -78,7 +78,7 @@ def test_whole_chunks_in_registers_or_not(resident: bool, norm, rows, **call) ->
             launched.append(grid)
             return kernel[grid]
 
-    kernel, whole = scan.resident_kernel, problem(**call, **norm, **rows)
+    kernel, whole = scan.resident_kernel, problem(**call, **norm)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "fits_registers", lambda *_: resident)
         patch.setattr(scan, "resident_kernel", Noted())
@@ -99,7 +99,7 @@ def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scan, "block_of", lambda *_: 16)
     monkeypatch.setattr(scan, "fits_registers", lambda *_: False)
-    agree(expansion=4, norm=True, unit_rows=True, normalize_step=True, base=True)
+    agree(expansion=4, norm=True, row_limit=0.7, normalize_step=True, base=True)
     agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
     agree(chunk_size=64, time=130, heads=1)
 

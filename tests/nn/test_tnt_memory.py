@@ -90,10 +90,11 @@ class Oracle:
         alpha = 1 - torch.exp(-F.softplus(logits[0]))
         eta = learner.form.max_momentum * torch.sigmoid(logits[1])
         theta = learner.max_step_size * torch.sigmoid(logits[2])
-        if net.normalize_step:
+        if learner.inner.rule.normalize_step:
             total = [w + b for w, b in zip(at, self.base, strict=True)]
-            gain = None if learner.norm_weight is None else learner.norm_weight[:, None]
-            theta = theta / torch.cat(net.step_normalizers_at(total, key[:, None], gain), 1)
+            affine = (None if p is None else p[:, None] for p in (learner.norm_weight, learner.norm_bias))
+            normalizers = learner.inner.step_normalizers_at(total, key[:, None], value[:, None], *affine)
+            theta = theta / torch.cat(normalizers, 1)
         for n in range(net.depth):
             a, e, step = (gate[:, n, None, None] for gate in (alpha, eta, theta))
             self.momentum[n] = e * self.momentum[n] - step * surprise[n]
@@ -102,7 +103,7 @@ class Oracle:
         ]
         self.count += 1
         if self.count % learner.chunk_size == 0:
-            self.weights = self.anchor = list(net.settle(self.weights))
+            self.weights = self.anchor = list(learner.inner.rule.settle(self.weights))
 
 
 def rms(x, norm):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.memory import MemoryNetwork
+from titans.memory import InnerProblem, MemoryNetwork
 from titans.nn import NeuralMemory
 from titans.nn.norm import shorten
 
@@ -24,19 +24,23 @@ class StressedMemory:
     """One head of a `NeuralMemory`, taken out of its layer and put in the hands of an enemy.
 
     Attributes:
-        network, chunk_size, max_momentum, max_step_size: as in the layer.
+        inner, chunk_size, max_momentum, max_step_size: as in the layer.
         initial: the fast weights of a memory that has read nothing, (1, out, in) for each layer.
         base: the weights on which the fast ones are offsets, if they are, (1, out, in) for the first layers.
         norm_weight: gain of the LayerNorm, (1, head_dim), or None.
     """
 
-    network: MemoryNetwork
+    inner: InnerProblem
     chunk_size: int
     max_momentum: float
     max_step_size: float
     initial: tuple[Tensor, ...]
     base: tuple[Tensor, ...] | None
     norm_weight: Tensor | None
+
+    @property
+    def network(self) -> MemoryNetwork:
+        return self.inner.network
 
     def fast(self, rows: int) -> list[Tensor]:
         """`initial` for so many rows, (rows, 1, out, in) for each layer."""
@@ -75,7 +79,7 @@ def stressed_memory(
     if norm_weight is not None and gain is not None:
         norm_weight = torch.full_like(norm_weight, gain)
     return StressedMemory(
-        layer.network,
+        layer.inner,
         chunk_size,
         layer.form.max_momentum,
         layer.max_step_size,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans.evaluate.hostile import Cases, StressedMemory
-from titans.memory import MemoryState, memory_scan
+from titans.memory import MemoryState, MomentumRule, memory_scan
 from titans.nn.norm import shorten
 
 # Read in pieces of a prime number of tokens, so that the state is looked at in every phase of a chunk.
@@ -27,7 +27,7 @@ def scan(memory: StressedMemory, cases: Cases, state: MemoryState) -> tuple[Tens
     """Read the cases, every key being its own query: reads (rows, time, 1, head_dim) and the new state."""
     keys, values, forget, momentum, step_size = cases.tokens
     return memory_scan(
-        memory.network,
+        memory.inner,
         keys,
         keys,
         values,
@@ -188,9 +188,10 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     Raises:
         ValueError: for a form that has no such bound.
     """
-    net = memory.network
-    bounded = net.normalize_step and net.row_limit is not None and net.length_floor >= 1
-    if net.norm or net.residual or not bounded or net.row_limit is None:
+    net, rule = memory.network, memory.inner.rule
+    row_limit = rule.row_limit if isinstance(rule, MomentumRule) else None
+    bounded = rule.normalize_step and rule.length_floor >= 1
+    if net.norm or net.residual or not bounded or row_limit is None:
         raise ValueError(
             "no bound is known for this form: give normalize_step=True, a row_limit, length_floor of at "
             "least 1, norm=False and residual=False"
@@ -200,7 +201,7 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     bases = memory.base or [torch.zeros_like(w) for w in memory.initial]
     for layer, (start, base) in enumerate(zip(memory.initial, bases, strict=True)):
         # Nothing has shortened the rows with which the fast weights begin.
-        limit = max(net.row_limit, float(start.norm(dim=-1).max()))
+        limit = max(row_limit, float(start.norm(dim=-1).max()))
         if layer == net.depth - 1:
             total = limit + float(base.norm(dim=-1).max())
         else:

@@ -24,7 +24,7 @@ _NUM_NEWEST = 16
 _STATE_FIELDS = (
     "variant", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "memory_depth",
     "memory_expansion", "memory_activation", "memory_residual", "memory_norm", "memory_normalize_step",
-    "memory_unit_rows", "memory_row_limit", "memory_length_floor", "memory_decay_to_initial",
+    "memory_row_limit", "memory_length_floor", "memory_decay_to_initial",
     "memory_combination", "memory_local_chunk_sizes", "memory_shard_length", "chunk_size", "segment_length",
     "sliding_window", "conv_kernel", "rope_theta",
 )  # fmt: skip

@@ -39,7 +39,7 @@ class TitansConfig(PreTrainedConfig):
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
         memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
-        memory_normalize_step, memory_unit_rows, memory_row_limit, memory_length_floor,
+        memory_normalize_step, memory_row_limit, memory_length_floor,
             memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
         memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
         memory_gates_see_keys: gates of the token and of each head's key, not of the token alone.
@@ -79,7 +79,6 @@ class TitansConfig(PreTrainedConfig):
     memory_residual: bool = False
     memory_norm: bool = False
     memory_normalize_step: bool = True
-    memory_unit_rows: bool = False
     memory_row_limit: float | None = 8.0
     memory_length_floor: float = 1.0
     memory_decay_to_initial: bool = True
@@ -164,8 +163,6 @@ class TitansConfig(PreTrainedConfig):
             known = value is None or (type(value) in (int, float) and 0 <= value < math.inf)
             if not known or (value == 0 and least == "above"):
                 raise ValueError(f"{name}={value!r}: give None or a finite number {least} 0")
-        if self.memory_row_limit is not None and self.memory_unit_rows:
-            raise ValueError("memory_unit_rows=True leaves memory_row_limit nothing to do: set that to None")
         shortest, longest = self.memory_shortest_half_life, self.memory_longest_half_life
         if not 0 < shortest <= longest:
             raise ValueError(

@@ -23,9 +23,10 @@ Read `reference.py` first: it is the method. `chunkwise/` is the same function, 
 
 from titans.memory.backends import BACKENDS, Backend
 from titans.memory.chunkwise.columns import assume_aligned
+from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
-from titans.memory.objectives import OBJECTIVES
-from titans.memory.rules import UPDATE_RULES
+from titans.memory.objectives import OBJECTIVES, Huber, Lp, Objective, SquaredError
+from titans.memory.rules import UPDATE_RULES, MomentumRule, UpdateRule
 from titans.memory.scan import memory_read, memory_scan
 from titans.memory.state import MemoryState
 
@@ -34,8 +35,15 @@ __all__ = [
     "OBJECTIVES",
     "UPDATE_RULES",
     "Backend",
+    "Huber",
+    "InnerProblem",
+    "Lp",
     "MemoryNetwork",
     "MemoryState",
+    "MomentumRule",
+    "Objective",
+    "SquaredError",
+    "UpdateRule",
     "assume_aligned",
     "memory_read",
     "memory_scan",

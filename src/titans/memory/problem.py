@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titans.memory.network import MemoryNetwork
+from titans.memory.inner import InnerProblem
 from titans.memory.state import MemoryState
 
 
@@ -23,7 +23,7 @@ class ScanProblem:
     read_anchor: answer with the weights the chunk began with, not with those just written.
     """
 
-    net: MemoryNetwork
+    inner: InnerProblem
     queries: Tensor
     keys: Tensor
     values: Tensor

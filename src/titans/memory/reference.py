@@ -6,17 +6,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans.memory.objectives import OBJECTIVES
 from titans.memory.problem import ScanProblem
-from titans.memory.rules import UPDATE_RULES
 from titans.memory.state import MemoryState
 from titans.state import where_rows
 
 
+def momentum_step(
+    weight: Tensor, momentum: Tensor, gradient: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token's update of a layer: new W and S, (…, out, in); the gates broadcast against them."""
+    momentum = eta * momentum - theta * gradient  # (14)
+    weight = (1 - alpha) * weight + momentum  # (13)
+    return weight, momentum
+
+
 def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
-    net, state = problem.net, problem.state
-    objective, rule = OBJECTIVES.make(net.objective), UPDATE_RULES[net.update_rule]
+    inner, state = problem.inner, problem.state
+    net, objective, rule = inner.network, inner.objective, inner.rule
+    step = getattr(rule, "step", momentum_step)
     gain, bias, base = problem.gain, problem.bias, problem.base
     batch, time, heads, _ = problem.keys.shape
     everywhere = torch.ones(batch, dtype=torch.bool, device=problem.keys.device)
@@ -40,8 +48,8 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         # (12): the gradient of the loss at the weights this chunk started from.
         gradients, surprise = torch.func.grad(inner_loss, has_aux=True)(state.anchor, key, value)
         normalizers: list[Tensor | float] = [1.0] * net.depth
-        if net.normalize_step:
-            bounds = net.step_normalizers_at(net.total(state.anchor, base), key, gain)
+        if rule.normalize_step:
+            bounds = inner.step_normalizers_at(net.total(state.anchor, base), key, value, gain, bias)
             normalizers = [bound.unsqueeze(-1) for bound in bounds]
 
         weights, momentum = [], []
@@ -50,8 +58,8 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
                 torch.where(real[:, None], gate[:, t, :, layer], 0)[..., None, None]
                 for gate in (problem.forget, problem.momentum, problem.step_size)
             )
-            # (13) and (14).
-            weight, moment = rule.step(
+            # (13) and (14), or what the rule has in their place.
+            weight, moment = step(
                 state.weights[layer],
                 state.momentum[layer],
                 gradients[layer],
@@ -69,7 +77,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 
         written = MemoryState(tuple(weights), tuple(momentum), state.anchor, state.position + 1)
-        settled = net.settle(weights)
+        settled = rule.settle(weights)
         closed = MemoryState(settled, written.momentum, settled, written.position)
         chunk_ends = written.position % problem.chunk_size == 0
         state = where_rows(real, where_rows(chunk_ends, closed, written), state)

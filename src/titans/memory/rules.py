@@ -1,14 +1,18 @@
-"""Update rules: how surprise moves the weights. Each is stated twice, per token and summed over a chunk."""
+"""Update rules: how a gradient moves the weights, summed over a chunk, and what happens at a chunk's end."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titans.memory.decay import decay_products
+from titans.memory.registry import Registry
 
 
 class ChunkCoefficients(NamedTuple):
@@ -42,29 +46,6 @@ class EndCoefficients(NamedTuple):
     momentum_steps: Tensor  # (…, time, 1)
 
 
-class UpdateRule(Protocol):
-    """One token's update, and the same rule in closed form over a chunk whose gradients are known up
-    front."""
-
-    def step(
-        self,
-        weight: Tensor,
-        state: Tensor,
-        gradient: Tensor,
-        forget: Tensor,
-        momentum: Tensor,
-        step_size: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """New (weight, momentum state) of one layer; the gates broadcast against the weight."""
-        ...
-
-    def coefficients(
-        self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
-    ) -> ChunkCoefficients:
-        """Gates (…, time) of a chunk, and which tokens are written at all (None: every one)."""
-        ...
-
-
 def _rounded(products: Tensor, dtype: torch.dtype) -> Tensor:
     """The products in the compute dtype, those that vanish beside 1 as zeros: as denormal numbers they would
     make matrix products ten times slower."""
@@ -74,24 +55,47 @@ def _rounded(products: Tensor, dtype: torch.dtype) -> Tensor:
     return (products - vanishing.detach()).to(dtype)
 
 
-class MomentumRule:
-    """Gradient descent with momentum and forgetting: equations 13 and 14."""
+@dataclass(frozen=True)
+class UpdateRule:
+    """What a token's gradient does to the weights, and what happens at the end of a chunk.
 
-    def step(
-        self,
-        weight: Tensor,
-        state: Tensor,
-        gradient: Tensor,
-        forget: Tensor,
-        momentum: Tensor,
-        step_size: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        state = momentum * state - step_size * gradient
-        return (1 - forget) * weight + state, state
+    This class is gradient descent with momentum and forgetting, equations 13 and 14, as `reference.py` has
+    them; a rule derives from it and overrides what differs. A rule of another kind defines two methods that
+    agree: `step(weight, momentum, gradient, forget, momentum_gate, step_size)`, one token's new (weight,
+    momentum) of one layer, all tensors broadcasting against (…, out, in), for the reference; and
+    `coefficients`, the same in closed form over a chunk, whose gradients are all known at its start, for the
+    fast path.
+
+    Args:
+        normalize_step: divide each step size by a bound on the curvature of the objective (see
+            `InnerProblem.step_normalizers`), which makes the step size a fraction of the largest safe one.
+        length_floor: with `normalize_step`, the length below which inputs of a layer do not count as shorter,
+            and which every row of the layers above has on top of its own: an empty memory has no slope, and a
+            step divided by it has no bound.
+
+    Raises:
+        ValueError: for a `length_floor` that is negative or not finite.
+    """
+
+    normalize_step: bool = False
+    length_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.length_floor < math.inf:
+            raise ValueError(f"length_floor={self.length_floor!r}: give a finite number of at least 0")
+
+    def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The weights as a finished chunk leaves them."""
+        return tuple(weights)
+
+    def settle_backward(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients with respect to the arguments of `settle` from those of its results."""
+        return list(grads)
 
     def coefficients(
         self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
     ) -> ChunkCoefficients:
+        """Gates (…, time) of a chunk, and which tokens are written at all (None: every one)."""
         # In double precision, because 1 − alpha loses a slow gate's alpha in float32; the tensors are tiny.
         dtype = step_size.dtype
         retain, carry = 1 - forget.double(), momentum.double()
@@ -122,6 +126,52 @@ class MomentumRule:
             momentum_momentum=momentum_end[..., :1],
             momentum_steps=(momentum_end[..., 0, 1:] * step_size).unsqueeze(-1),
         )
+
+
+@dataclass(frozen=True)
+class MomentumRule(UpdateRule):
+    """Gradient descent with momentum and forgetting, and, at each chunk's end, rows of limited length.
+
+    Args:
+        normalize_step, length_floor: see `UpdateRule`.
+        row_limit: at each chunk end shorten the rows that are longer than this to it; None for no limit.
+
+    Raises:
+        ValueError: for a `row_limit` that is not above 0 and finite.
+    """
+
+    row_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.row_limit is not None and not 0 < self.row_limit < math.inf:
+            raise ValueError(f"row_limit={self.row_limit!r}: give None or a finite number above 0")
+
+    def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The weights as a finished chunk leaves them."""
+        if self.row_limit is None:
+            return tuple(weights)
+        return tuple(weight * self._row_scales(weight)[0] for weight in weights)
+
+    def settle_backward(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients with respect to the arguments of `settle` from those of its results."""
+        if self.row_limit is None:
+            return list(grads)
+        before = []
+        for weight, grad in zip(weights, grads, strict=True):
+            scale, rescaled = self._row_scales(weight)
+            along = (weight * grad).sum(-1, keepdim=True) * scale**3 / self.row_limit**2
+            before.append((grad * scale).addcmul_(weight, torch.where(rescaled, along, 0), value=-1))
+        return before
+
+    def _row_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What each row is multiplied by when a chunk ends, and whether it is rescaled at all: (…, out,
+        1)."""
+        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+        # A row of zeros stays; the inner where keeps its gradient finite.
+        assert self.row_limit is not None
+        rescaled = length > self.row_limit
+        return torch.where(rescaled, self.row_limit / torch.where(rescaled, length, 1), 1), rescaled
 
 
 # Tokens in a block of `end_coefficients`: as much in tables of a block as in passing from block to block.
@@ -187,4 +237,4 @@ def end_coefficients(
     )
 
 
-UPDATE_RULES: dict[str, UpdateRule] = {"momentum": MomentumRule()}
+UPDATE_RULES: Registry[UpdateRule] = Registry("rule", momentum=MomentumRule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from titans.memory.backends import choose_backend
 from titans.memory.backends.traced import traced_scan
 from titans.memory.checks import check_read, check_scan
+from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
@@ -19,24 +20,12 @@ from titans.state import map_state
 
 @overload
 def memory_scan(
-    net: MemoryNetwork, queries: Tensor, keys: Tensor, values: Tensor, forget: Tensor, momentum: Tensor,
-    step_size: Tensor, state: MemoryState, chunk_size: int = ..., *, norm_weight: Tensor | None = ...,
-    norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
-    initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
-    base: Sequence[Tensor] | None = ..., backend: str = ..., return_surprise: Literal[False] = ...,
-    read_anchor: bool = ...,
-) -> tuple[Tensor, MemoryState]: ...  # fmt: skip
+    *args: Any, return_surprise: Literal[True], **options: Any
+) -> tuple[Tensor, MemoryState, Tensor]: ...
 @overload
+def memory_scan(*args: Any, **options: Any) -> tuple[Tensor, MemoryState]: ...
 def memory_scan(
-    net: MemoryNetwork, queries: Tensor, keys: Tensor, values: Tensor, forget: Tensor, momentum: Tensor,
-    step_size: Tensor, state: MemoryState, chunk_size: int = ..., *, norm_weight: Tensor | None = ...,
-    norm_bias: Tensor | None = ..., mask: Tensor | None = ..., reset: Tensor | None = ...,
-    initial: Sequence[Tensor] | None = ..., initial_momentum: Sequence[Tensor] | None = ...,
-    base: Sequence[Tensor] | None = ..., backend: str = ..., return_surprise: Literal[True],
-    read_anchor: bool = ...,
-) -> tuple[Tensor, MemoryState, Tensor]: ...  # fmt: skip
-def memory_scan(
-    net: MemoryNetwork,
+    inner: MemoryNetwork | InnerProblem,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -65,7 +54,8 @@ def memory_scan(
     W ← (1 − alpha) W + S  (13);  y_t = M(q_t; W)  (15).
 
     Args:
-        net: the inner problem of one head.
+        inner: the inner problem of one head; or its network alone, which means the squared error and the
+            momentum rule.
         queries, keys, values: (batch, time, heads, head_dim), any floating dtype.
         forget, momentum, step_size: alpha, eta, theta, (batch, time, heads, depth); the first two in the
             closed interval [0, 1], the third not negative.
@@ -93,8 +83,9 @@ def memory_scan(
     Raises:
         ValueError: for a wrong shape, dtype or range, or a backend that refuses, naming the argument.
     """
+    inner = InnerProblem.of(inner)
     check_scan(
-        net, queries, keys, values, forget, momentum, step_size, state, chunk_size,
+        inner.network, queries, keys, values, forget, momentum, step_size, state, chunk_size,
         norm_weight, norm_bias, mask, reset, initial, initial_momentum, base,
     )  # fmt: skip
     with torch.autocast(queries.device.type, enabled=False):
@@ -107,7 +98,7 @@ def memory_scan(
             return None if x is None else x.to(dtype).unsqueeze(1)
 
         problem = ScanProblem(
-            net,
+            inner,
             *map(raised, (queries, keys, values, forget, momentum, step_size)),
             state=_raise_state(state, dtype),
             chunk_size=chunk_size,
@@ -129,7 +120,7 @@ def memory_scan(
 
 
 def memory_read(
-    net: MemoryNetwork,
+    inner: MemoryNetwork | InnerProblem,
     queries: Tensor,
     state: MemoryState,
     *,
@@ -140,6 +131,7 @@ def memory_read(
     """Ask without learning: M(q; W) with the state's weights, M* of equation 15.
 
     Args:
+        inner: as in `memory_scan`.
         queries: (batch, time, heads, head_dim).
         norm_weight, norm_bias: (heads, head_dim).
         base: as in `memory_scan`.
@@ -150,6 +142,7 @@ def memory_read(
     Raises:
         ValueError: for a wrong shape or dtype, naming the argument.
     """
+    net = InnerProblem.of(inner).network
     check_read(net, queries, state, norm_weight, norm_bias, base)
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _compute_dtype(queries, *state.weights)

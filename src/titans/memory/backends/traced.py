@@ -7,27 +7,23 @@ operator scans once more, so that between the two passes a graph keeps a scan's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from titans.memory.backends import choose_backend
-from titans.memory.network import MemoryNetwork
+from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
-# A graph holds numbers and words: the network goes as its fields.
-_FIELDS = tuple(field.name for field in fields(MemoryNetwork))
-_TYPES = {"int": "int", "str": "str", "bool": "bool", "float": "float", "float | None": "float?"}
-_REST = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fields(MemoryNetwork))
-_REST = f"bool[] there, {_REST}, int chunk_size, bool read_anchor, str backend"
+# A graph holds numbers and words: the inner problem goes as its description.
+_REST = "bool[] there, str inner, int chunk_size, bool read_anchor, str backend"
 
 
 def traced_scan(problem: ScanProblem, backend: str) -> tuple[Tensor, MemoryState, Tensor]:
     """What the backend of that name makes of a problem, as one node of the graph."""
-    p, depth = problem, problem.net.depth
+    p, depth = problem, problem.inner.network.depth
 
     def layers(tensors: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
         return [None] * depth if tensors is None else tensors
@@ -38,9 +34,9 @@ def traced_scan(problem: ScanProblem, backend: str) -> tuple[Tensor, MemoryState
         p.gain, p.bias, p.mask, p.reset, *layers(p.initial), *layers(p.initial_momentum), *layers(p.base),
     ]  # fmt: skip
     there = [x is not None for x in flat]
-    network = [getattr(problem.net, name) for name in _FIELDS]
+    inner = problem.inner.describe()
     found = torch.ops.titans.scan(
-        [x for x in flat if x is not None], there, *network, p.chunk_size, p.read_anchor, backend
+        [x for x in flat if x is not None], there, inner, p.chunk_size, p.read_anchor, backend
     )
     reads, surprise, *state, position = found
     weights, momentum, anchor = (tuple(state[i : i + depth]) for i in range(0, 3 * depth, depth))
@@ -49,13 +45,13 @@ def traced_scan(problem: ScanProblem, backend: str) -> tuple[Tensor, MemoryState
 
 def _run(flat: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
     """Reads, surprise, weights, momentum, anchor and position."""
-    there, *network, chunk_size, read_anchor, backend = rest
-    net = MemoryNetwork(**dict(zip(_FIELDS, network, strict=True)))
+    there, description, chunk_size, read_anchor, backend = rest
+    inner = InnerProblem.described(description)
     given = iter(flat)
     found: Any = (next(given) if is_there else None for is_there in there)
 
     def layers() -> tuple[Any, ...]:
-        return tuple(next(found) for _ in range(net.depth))
+        return tuple(next(found) for _ in range(inner.network.depth))
 
     def optional() -> tuple[Tensor, ...] | None:
         taken = layers()
@@ -66,7 +62,7 @@ def _run(flat: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
     affine_and_flags = [next(found) for _ in range(4)]
     fresh_and_base = [optional() for _ in range(3)]
     arguments: list[Any] = [*tokens, state, chunk_size, *affine_and_flags, *fresh_and_base, read_anchor]
-    problem = ScanProblem(net, *arguments)
+    problem = ScanProblem(inner, *arguments)
     with torch.autocast(problem.keys.device.type, enabled=False):
         reads, after, surprise = choose_backend(backend, problem).scan(problem)
     return [reads, surprise, *after.weights, *after.momentum, *after.anchor, after.position]
@@ -92,8 +88,8 @@ def _scan(flat: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 
 @_scan.register_fake
-def _(flat: Sequence[Tensor], there: Sequence[bool], *rest: Any) -> list[Tensor]:
-    depth = rest[_FIELDS.index("depth")]
+def _(flat: Sequence[Tensor], there: Sequence[bool], inner: str, *rest: Any) -> list[Tensor]:
+    depth = InnerProblem.described(inner).network.depth
     return _fresh_like([flat[0], flat[0][..., 0], *flat[6 : 7 + 3 * depth]])
 
 

@@ -12,28 +12,27 @@ from torch import Tensor
 
 from titans.memory.chunkwise.chunk import key_pass
 from titans.memory.chunkwise.groups import Marks, Slow, State, Tokens, begin_chunk, end_chunk
-from titans.memory.network import MemoryNetwork
-from titans.memory.rules import UPDATE_RULES, EndCoefficients, end_coefficients
+from titans.memory.inner import InnerProblem
+from titans.memory.rules import EndCoefficients, end_coefficients
 
 
 def scan_anchored_chunks(
-    net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
 ) -> tuple[Tensor, Tensor, State]:
     """Reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the state after them.
 
     Plain torch throughout: a scan of large chunks has few of them, so autograd may keep all it likes.
     """
+    net = inner.network
     written = None if marks.filled is None else marks.filled.unsqueeze(1)
-    coefficients = end_coefficients(
-        UPDATE_RULES[net.update_rule], tokens.forget, tokens.momentum, tokens.step_size, written
-    )
+    coefficients = end_coefficients(inner.rule, tokens.forget, tokens.momentum, tokens.step_size, written)
     reads, surprises = [], []
     for n in range(tokens.keys.shape[0]):
         here = marks.at(n)
         state = begin_chunk(here, slow, state)
         anchor = net.total(state.anchor, slow.base or None)
         reads.append(net(anchor, tokens.queries[n], slow.gain, slow.bias))
-        found = key_pass(net, tokens.keys[n], tokens.values[n], slow.gain, slow.bias, anchor)
+        found = key_pass(inner, tokens.keys[n], tokens.values[n], slow.gain, slow.bias, anchor)
         surprises.append(found.surprise)
         weights, momentum = [], []
         for layer, (h, d) in enumerate(zip(found.inputs, found.scaled, strict=True)):
@@ -42,5 +41,5 @@ def scan_anchored_chunks(
             moved = weight + (weight * c.end_weights + moment * c.end_momentum)
             weights.append(moved.baddbmm((d * c.end_steps).mT, h, alpha=-1))
             momentum.append((moment * c.momentum_momentum).baddbmm((d * c.momentum_steps).mT, h, alpha=-1))
-        state = end_chunk(net, here, tuple(weights), tuple(momentum), state.anchor)
+        state = end_chunk(inner, here, tuple(weights), tuple(momentum), state.anchor)
     return torch.stack(reads), torch.stack(surprises).detach(), state

@@ -1,7 +1,7 @@
 """One chunk of the fast path, forward and backward, as batched matrix products written by hand.
 
 Inside a chunk every gradient is taken at the anchor, so token j's is an outer product D_j h_jᵀ known before
-any weight moves, and the weights after token t are a weighted sum of them (`rule.ChunkCoefficients`).
+any weight moves, and the weights after token t are a weighted sum of them (`rules.ChunkCoefficients`).
 Reading with these is, per layer, two products with the chunk-start matrices and one attention-like pair; no
 per-token weights exist.
 The backward forms every product with a weight-sized operand itself and in place, because passes over weights
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titans.memory.inner import InnerProblem
 from titans.memory.network import ACTIVATION_BACKWARDS, ACTIVATIONS, NORM_EPS, MemoryNetwork
-from titans.memory.objectives import OBJECTIVES
 from titans.memory.rules import ChunkCoefficients
 
 Weights = tuple[Tensor, ...]
@@ -94,33 +94,8 @@ class ChunkGradients(NamedTuple):
     base: list[Tensor] | None
 
 
-def _objective(
-    net: MemoryNetwork,
-    features: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the inner objective with respect to f(k), and the objective per token."""
-    objective = OBJECTIVES.make(net.objective)
-    if not net.norm:
-        answer = features + keys if net.residual else features
-        return objective.gradient(answer, values), objective.value(answer, values)
-    centred = features - features.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
-    normed = centred * scale
-    answer = normed if gain is None else normed * gain
-    answer = answer if bias is None else answer + bias
-    answer = answer + keys if net.residual else answer
-    error = objective.gradient(answer, values)
-    error = error if gain is None else error * gain
-    along = (error * normed).mean(-1, keepdim=True)
-    return (error - error.mean(-1, keepdim=True) - normed * along) * scale, objective.value(answer, values)
-
-
 def _errors(
-    net: MemoryNetwork,
+    inner: InnerProblem,
     features: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -129,16 +104,32 @@ def _errors(
     input_squares: list[Tensor],
     weight_squares: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """All that is nonlinear in the features and token-sized: output gradient, surprise, step normalizers."""
-    delta, surprise = _objective(net, features, keys, values, gain, bias)
-    if not net.normalize_step:
+    """All that is nonlinear in the features and token-sized: the objective's gradient with respect to f(k),
+    the objective per token, and the step normalizers."""
+    net, objective = inner.network, inner.objective
+    if net.norm:
+        centred = features - features.mean(-1, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
+        normed = centred * scale
+        answer = normed if gain is None else normed * gain
+        answer = answer if bias is None else answer + bias
+        answer = answer + keys if net.residual else answer
+        error = objective.gradient(answer, values)
+        error = error if gain is None else error * gain
+        along = (error * normed).mean(-1, keepdim=True)
+        delta = (error - error.mean(-1, keepdim=True) - normed * along) * scale
+    else:
+        answer = features + keys if net.residual else features
+        delta = objective.gradient(answer, values)
+    surprise = objective.value(answer, values)
+    if not inner.rule.normalize_step:
         return delta, surprise, []
-    slope = net.slope_square(features, gain)
-    return delta, surprise, net.step_normalizers(slope, input_squares, weight_squares)
+    curvature, slope = objective.curvature(answer, values), net.slope_square(features, gain)
+    return delta, surprise, inner.step_normalizers(curvature, slope, input_squares, weight_squares)
 
 
-def _squares(net: MemoryNetwork, inputs: list[Tensor], anchor: Weights) -> tuple[list[Tensor], list[Tensor]]:
-    if not net.normalize_step:
+def _squares(inner: InnerProblem, inputs: list[Tensor], anchor: Weights) -> tuple[list[Tensor], list[Tensor]]:
+    if not inner.rule.normalize_step:
         return [], []
     return [h.square().sum(-1) for h in inputs], [
         torch.linalg.vector_norm(w, dim=(1, 2)).square().unsqueeze(-1) for w in anchor[1:]
@@ -151,7 +142,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def key_pass(
-    net: MemoryNetwork,
+    inner: InnerProblem,
     keys: Tensor,
     values: Tensor,
     gain: Tensor | None,
@@ -159,30 +150,31 @@ def key_pass(
     anchor: Weights,
 ) -> KeyPass:
     """The gradients that keys and values (rows, width, head_dim) give at the anchor; autograd can follow."""
-    inputs, outputs = [keys], []
+    net, inputs, outputs = inner.network, [keys], []
     for weight in anchor:
         outputs.append(torch.bmm(inputs[-1], weight.mT))
         inputs.append(ACTIVATIONS[net.activation](outputs[-1]) if len(outputs) < net.depth else outputs[-1])
     inputs.pop()
     delta, surprise, normalizers = _errors(
-        net, outputs[-1], keys, values, gain, bias, *_squares(net, inputs, anchor)
+        inner, outputs[-1], keys, values, gain, bias, *_squares(inner, inputs, anchor)
     )
     deltas = [delta]
     for weight, output in zip(reversed(anchor[1:]), reversed(outputs[:-1]), strict=True):
         deltas.append(ACTIVATION_BACKWARDS[net.activation](torch.bmm(deltas[-1], weight), output))
     deltas.reverse()
     scaled = deltas
-    if net.normalize_step:
+    if inner.rule.normalize_step:
         scaled = [d / n.unsqueeze(-1) for d, n in zip(deltas, normalizers, strict=True)]
     return KeyPass(inputs, outputs, deltas, scaled, normalizers, surprise)
 
 
 def run_chunk(
-    net: MemoryNetwork, chunk: Chunk, weights: Weights, momentum: Weights, anchor: Weights
+    inner: InnerProblem, chunk: Chunk, weights: Weights, momentum: Weights, anchor: Weights
 ) -> tuple[Tensor, Weights, Weights, ChunkTape]:
     """Reads of a chunk, and weights and momentum after its last token (not yet settled)."""
+    net = inner.network
     total = net.total(anchor, chunk.base)
-    keys = key_pass(net, chunk.keys, chunk.values, chunk.gain, chunk.bias, total)
+    keys = key_pass(inner, chunk.keys, chunk.values, chunk.gain, chunk.bias, total)
     hidden, reads, new_weights, new_momentum = chunk.queries, [], [], []
     for layer, (c, h, d) in enumerate(zip(chunk.coefficients, keys.inputs, keys.scaled, strict=True)):
         weight, moment = weights[layer], momentum[layer]
@@ -234,14 +226,14 @@ def _read_backward(
 
 
 def chunk_backward(
-    net: MemoryNetwork,
+    inner: InnerProblem,
     tape: ChunkTape,
     answers_grad: Tensor,
     weights_grad: list[Tensor],
     momentum_grad: list[Tensor],
 ) -> ChunkGradients:
     """From the gradients of `run_chunk`'s reads, weights and momentum to those of its inputs."""
-    chunk, keys = tape.chunk, tape.keys
+    net, chunk, keys = inner.network, tape.chunk, tape.keys
     backward = ACTIVATION_BACKWARDS[net.activation]
     out_grad, gain_grad, bias_grad = _read_backward(net, tape, answers_grad)
 
@@ -298,7 +290,7 @@ def chunk_backward(
     direct = tape.shared and from_base is None
     anchor_grads = from_weights if direct else [torch.zeros_like(w) for w in tape.anchor]
     key_grad, value_grad, key_gain, key_bias = _key_backward(
-        net, tape, scaled_grads, input_grads, anchor_grads
+        inner, tape, scaled_grads, input_grads, anchor_grads
     )
     if from_base is not None:
         for into, grad in zip(from_base, anchor_grads, strict=True):
@@ -321,17 +313,17 @@ def chunk_backward(
 
 
 def _key_backward(
-    net: MemoryNetwork,
+    inner: InnerProblem,
     tape: ChunkTape,
     scaled_grads: list[Tensor],
     input_grads: list[Tensor],
     anchor_grads: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Through the inner backward pass and the inner forward pass; adds to `anchor_grads` in place."""
-    chunk, keys, anchor = tape.chunk, tape.keys, tape.anchor
+    net, chunk, keys, anchor = inner.network, tape.chunk, tape.keys, tape.anchor
     backward = ACTIVATION_BACKWARDS[net.activation]
     delta_grads, normalizer_grads = scaled_grads, []
-    if net.normalize_step:
+    if inner.rule.normalize_step:
         delta_grads = [g / n.unsqueeze(-1) for g, n in zip(scaled_grads, keys.normalizers, strict=True)]
         normalizer_grads = [-(g * d).sum(-1) for g, d in zip(delta_grads, keys.scaled, strict=True)]
 
@@ -351,10 +343,10 @@ def _key_backward(
 
     features, key, value = _leaf(keys.outputs[-1]), _leaf(chunk.keys), _leaf(chunk.values)
     gain, bias = _optional(chunk.gain), _optional(chunk.bias)
-    squares, weight_squares = _squares(net, keys.inputs, anchor)
+    squares, weight_squares = _squares(inner, keys.inputs, anchor)
     squares, weight_squares = [_leaf(x) for x in squares], [_leaf(x) for x in weight_squares]
     with torch.enable_grad():
-        delta, _, normalizers = _errors(net, features, key, value, gain, bias, squares, weight_squares)
+        delta, _, normalizers = _errors(inner, features, key, value, gain, bias, squares, weight_squares)
     affine = [x for x in (gain, bias) if x is not None]
     found = list(
         torch.autograd.grad(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, Weights, chunk_backward, run_chunk
-from titans.memory.network import MemoryNetwork
-from titans.memory.rules import UPDATE_RULES, ChunkCoefficients
+from titans.memory.inner import InnerProblem
+from titans.memory.rules import ChunkCoefficients
 
 
 class Tokens(NamedTuple):
@@ -87,25 +87,24 @@ def begin_chunk(marks: Marks, slow: Slow, state: State) -> State:
 
 
 def end_chunk(
-    net: MemoryNetwork, marks: Marks, weights: Weights, momentum: Weights, anchor: Weights
+    inner: InnerProblem, marks: Marks, weights: Weights, momentum: Weights, anchor: Weights
 ) -> State:
     """The state a chunk leaves: where it is complete its weights settle and become the anchor."""
     if isinstance(marks.complete, Tensor):
-        settled = net.settle(weights)
+        settled = inner.rule.settle(weights)
         return State(
             _where(marks.complete, settled, weights), momentum, _where(marks.complete, settled, anchor)
         )
     if marks.complete:
-        settled = net.settle(weights)
+        settled = inner.rule.settle(weights)
         return State(settled, momentum, settled)
     return State(weights, momentum, anchor)
 
 
-def coefficients_of(net: MemoryNetwork, tokens: Tokens, marks: Marks) -> ChunkCoefficients:
+def coefficients_of(inner: InnerProblem, tokens: Tokens, marks: Marks) -> ChunkCoefficients:
     """Of all chunks and layers at once: (chunks, depth, rows, …)."""
     written = None if marks.filled is None else marks.filled.unsqueeze(1)
-    rule = UPDATE_RULES[net.update_rule]
-    return rule.coefficients(tokens.forget, tokens.momentum, tokens.step_size, written)
+    return inner.rule.coefficients(tokens.forget, tokens.momentum, tokens.step_size, written)
 
 
 def _by_layer(coefficients: ChunkCoefficients, chunk: int) -> list[ChunkCoefficients]:
@@ -115,7 +114,7 @@ def _by_layer(coefficients: ChunkCoefficients, chunk: int) -> list[ChunkCoeffici
 
 
 def scan_group(
-    net: MemoryNetwork,
+    inner: InnerProblem,
     tokens: Tokens,
     coefficients: ChunkCoefficients,
     marks: Marks,
@@ -137,8 +136,8 @@ def scan_group(
             slow.bias,
             slow.base or None,
         )
-        read, weights, momentum, tape = run_chunk(net, chunk, *state)
-        state = end_chunk(net, here, weights, momentum, state.anchor)
+        read, weights, momentum, tape = run_chunk(inner, chunk, *state)
+        state = end_chunk(inner, here, weights, momentum, state.anchor)
         reads.append(read)
         surprises.append(tape.keys.surprise)
         if tapes is not None:
@@ -149,8 +148,8 @@ def scan_group(
 class Arguments:
     """The tensors of a scan, flattened for autograd and put back together; optional ones keep their place."""
 
-    def __init__(self, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> None:
-        self.net, self.marks = net, marks
+    def __init__(self, inner: InnerProblem, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> None:
+        self.inner, self.marks = inner, marks
         self.has_base = bool(slow.base)
         self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum, *slow.base]
         self.flat += [w for part in state for w in part]
@@ -161,7 +160,7 @@ class Arguments:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.flat)
 
     def unflatten(self, flat: Any) -> tuple[Tokens, Slow, State]:
-        depth = self.net.depth
+        depth = self.inner.network.depth
         layered = [tuple(flat[i : i + depth]) for i in range(8, len(flat), depth)]
         # Without resets there are no initial weights to put back.
         initial, initial_momentum = layered[:2] if self.marks.fresh is not None else ((), ())
@@ -187,7 +186,7 @@ class _GroupedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        net = arguments.net
+        inner = arguments.inner
         tokens, slow, state = arguments.unflatten(flat)
         num_chunks = tokens.keys.shape[0]
         size = math.isqrt(num_chunks - 1) + 1
@@ -201,7 +200,7 @@ class _GroupedScan(torch.autograd.Function):
             starts += [*state.weights, *state.momentum, *state.anchor]
             part, marks = Tokens(*(x[group] for x in tokens)), arguments.marks.at(group)
             read, surprise, state = scan_group(
-                net, part, coefficients_of(net, part, marks), marks, slow, state
+                inner, part, coefficients_of(inner, part, marks), marks, slow, state
             )
             reads.append(read)
             surprises.append(surprise)
@@ -223,7 +222,8 @@ class _GroupedScan(torch.autograd.Function):
     @staticmethod
     def _recompute(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments: Arguments = ctx.arguments
-        net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
+        inner, marks = arguments.inner, arguments.marks
+        depth = inner.network.depth
         saved = ctx.saved_tensors
         tokens, slow, _ = arguments.unflatten(saved[: ctx.num_inputs])
         starts = saved[ctx.num_inputs :]
@@ -241,19 +241,19 @@ class _GroupedScan(torch.autograd.Function):
             gates = [x.detach().requires_grad_() for x in part[3:]]
             with torch.enable_grad():
                 attached = coefficients_of(
-                    net, part._replace(forget=gates[0], momentum=gates[1], step_size=gates[2]), here
+                    inner, part._replace(forget=gates[0], momentum=gates[1], step_size=gates[2]), here
                 )
             coefficients = ChunkCoefficients(*(c.detach() for c in attached))
             tapes: list[tuple[ChunkTape, Weights]] = []
-            scan_group(net, part, coefficients, here, slow, start, tapes)
+            scan_group(inner, part, coefficients, here, slow, start, tapes)
 
             coefficient_grads: list[list[ChunkCoefficients]] = []
             for n in reversed(range(len(tapes))):
                 tape, unsettled = tapes.pop()
                 at = here.at(n)
-                state_grads.through_end(net, at, unsettled)
+                state_grads.through_end(inner, at, unsettled)
                 chunk_grads = chunk_backward(
-                    net, tape, grads[0][group.start + n], state_grads.weights, state_grads.momentum
+                    inner, tape, grads[0][group.start + n], state_grads.weights, state_grads.momentum
                 )
                 state_grads.through_chunk(chunk_grads)
                 state_grads.through_begin(at, slow_grads)
@@ -300,7 +300,7 @@ class _StateGradients:
     def __init__(self, weights: list[Tensor], momentum: list[Tensor], anchor: list[Tensor] | None) -> None:
         self.weights, self.momentum, self.anchor = weights, momentum, anchor
 
-    def through_end(self, net: MemoryNetwork, marks: Marks, unsettled: Weights) -> None:
+    def through_end(self, inner: InnerProblem, marks: Marks, unsettled: Weights) -> None:
         """Back through `end_chunk`."""
         if marks.complete is False:
             return
@@ -308,12 +308,12 @@ class _StateGradients:
             both = self.weights
             if self.anchor is not None:
                 both = [w + a for w, a in zip(self.weights, self.anchor, strict=True)]
-            self.weights, self.anchor = net.settle_backward(unsettled, both), None
+            self.weights, self.anchor = inner.rule.settle_backward(unsettled, both), None
             return
         closed = marks.complete[:, None, None]
         assert self.anchor is not None
         settled = [torch.where(closed, w + a, 0) for w, a in zip(self.weights, self.anchor, strict=True)]
-        settled = net.settle_backward(unsettled, settled)
+        settled = inner.rule.settle_backward(unsettled, settled)
         self.weights = [torch.where(closed, s, w) for s, w in zip(settled, self.weights, strict=True)]
         self.anchor = [torch.where(closed, 0, a) for a in self.anchor]
 
@@ -359,16 +359,13 @@ class _StateGradients:
 
 
 def scan_chunks(
-    net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
 ) -> tuple[Tensor, Tensor, State]:
     """Run laid-out chunks: reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the
     state."""
-    arguments = Arguments(net, marks, tokens, slow, state)
+    arguments = Arguments(inner, marks, tokens, slow, state)
     if not arguments.needs_grad:
-        return scan_group(net, tokens, coefficients_of(net, tokens, marks), marks, slow, state)
+        return scan_group(inner, tokens, coefficients_of(inner, tokens, marks), marks, slow, state)
     reads, surprise, *leaves = _GroupedScan.apply(arguments, *arguments.flat)
-    return (
-        reads,
-        surprise,
-        State(*(tuple(leaves[i : i + net.depth]) for i in range(0, 3 * net.depth, net.depth))),
-    )
+    depth = inner.network.depth
+    return reads, surprise, State(*(tuple(leaves[i : i + depth]) for i in range(0, 3 * depth, depth)))

@@ -14,12 +14,12 @@ from titans.memory.chunkwise.anchored import scan_anchored_chunks
 from titans.memory.chunkwise.chunk import Weights
 from titans.memory.chunkwise.columns import Columns, common_phase, cut_columns
 from titans.memory.chunkwise.groups import Marks, Slow, State, Tokens, scan_chunks
-from titans.memory.network import MemoryNetwork
+from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
 # `grouped.scan_chunks` or what computes the same.
-ScanChunks = Callable[[MemoryNetwork, Tokens, Marks, Slow, State], tuple[Tensor, Tensor, State]]
+ScanChunks = Callable[[InnerProblem, Tokens, Marks, Slow, State], tuple[Tensor, Tensor, State]]
 
 
 def _scan_columns(
@@ -27,7 +27,7 @@ def _scan_columns(
 ) -> tuple[Tensor, Tensor, MemoryState]:
     """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state (no
     position)."""
-    net, (batch, _, heads, _) = problem.net, problem.keys.shape
+    batch, _, heads, _ = problem.keys.shape
     rows = batch * heads
 
     def per_row(x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _scan_columns(
     gain, bias = (None if x is None else per_row(x) for x in (problem.gain, problem.bias))
     slow = Slow(gain, bias, initial, initial_momentum, tuple(map(per_row, problem.base or ())))
     start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
-    reads, surprise, parts = run(net, tokens, marks, slow, start)
+    reads, surprise, parts = run(problem.inner, tokens, marks, slow, start)
     weights, momentum, anchor = map(by_head, parts)
     return reads, surprise, MemoryState(weights, momentum, anchor, state.position)
 

@@ -165,7 +165,7 @@ class MACBlock(nn.Module):
     def _recall(self, own: _Own, snapshot: tuple[Tensor, ...], position: Tensor) -> Tensor:
         """The context tokens of a piece, (batch, time, hidden_size)."""
         reads = memory_read(
-            self.memory.network,
+            self.memory.inner,
             own.queries,
             MemoryState(snapshot, snapshot, snapshot, position),
             norm_weight=self.memory.norm_weight,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from titans.memory import MemoryNetwork
+from titans.memory import InnerProblem, MemoryNetwork, MomentumRule
 from titans.memory.network import ACTIVATIONS
 
 
@@ -94,18 +94,11 @@ class MemoryForm:
             raise ValueError(f"form has no field {unknown[0]!r}: choose from {known}")
         return replace(FORMS[name], **changes)
 
-    def network(self, head_dim: int, depth: int, expansion: int) -> MemoryNetwork:
-        """The inner problem of one head in this form."""
-        return MemoryNetwork(
-            head_dim,
-            depth,
-            expansion,
-            self.activation,
-            self.residual,
-            self.norm,
-            self.normalize_step,
-            row_limit=self.row_limit,
-            length_floor=self.length_floor,
+    def inner(self, head_dim: int, depth: int, expansion: int) -> InnerProblem:
+        """What one head learns in this form, and how."""
+        return InnerProblem(
+            MemoryNetwork(head_dim, depth, expansion, self.activation, self.residual, self.norm),
+            rule=MomentumRule(self.normalize_step, self.length_floor, self.row_limit),
         )
 
     def default_step_size(self, depth: int, chunk_size: int) -> float:

@@ -17,7 +17,7 @@ from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.nn.memory.learner import Learner, Stretch
-from titans.nn.norm import ReadNorm
+from titans.nn.norm import ReadNorm, shorten
 from titans.nn.packing import real_tokens, take, zero_padding
 from titans.state import map_state, register_state, where_rows
 
@@ -113,8 +113,8 @@ class NeuralMemory(Learner):
         max_step_size = form.max_step_size
         if max_step_size is None:
             max_step_size = form.default_step_size(depth, chunk_size)
-        network = form.network(head_dim, depth, expansion)
-        super().__init__(hidden_size, num_heads, network, chunk_size, form, max_step_size, half_lives)
+        inner = form.inner(head_dim, depth, expansion)
+        super().__init__(hidden_size, num_heads, inner, chunk_size, form, max_step_size, half_lives)
         self.start, self.backend = start, backend
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
@@ -166,7 +166,7 @@ class NeuralMemory(Learner):
         A chunk still open is closed where it stands; the momentum is kept, as after persistent tokens.
         """
         memory = state.memory
-        closed = self.network.settle(memory.weights)
+        closed = self.inner.rule.settle(memory.weights)
         weights = where_rows(memory.position % self.chunk_size != 0, closed, memory.weights)
         fresh = MemoryState(weights, memory.momentum, weights, torch.zeros_like(memory.position))
         return self._begin(torch.zeros_like(state.tail), fresh)
@@ -320,13 +320,17 @@ class NeuralMemory(Learner):
             raise ValueError(f"x has {x.shape[1]} tokens: give at most the {left} left of the running chunk")
         width = self.num_heads * self.network.head_dim
         qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
-        keys = F.silu(qkv[..., width : 2 * width]).unflatten(-1, (self.num_heads, -1))
+        _, keys, values = F.silu(qkv).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         unit_keys = F.normalize(keys, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
         forget, momentum, step_size = self._gates(x, unit_keys)
-        if not self.network.normalize_step:
+        if not self.inner.rule.normalize_step:
             return forget, momentum, step_size
         anchor = self.network.total(state.memory.anchor, self.base)
-        gain = None if self.norm_weight is None else self.norm_weight.to(anchor[0].dtype).unsqueeze(1)
-        unit_keys = unit_keys.to(anchor[0].dtype).transpose(1, 2)
-        normalizers = self.network.step_normalizers_at(anchor, unit_keys, gain)
+        dtype = anchor[0].dtype
+        gain, bias = (
+            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
+        )
+        values = shorten(values.to(dtype), self.network.head_dim**0.5)
+        unit_keys, values = (x.to(dtype).transpose(1, 2) for x in (unit_keys, values))
+        normalizers = self.inner.step_normalizers_at(anchor, unit_keys, values, gain, bias)
         return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.memory import MemoryNetwork, MemoryState, memory_scan
+from titans.memory import InnerProblem, MemoryState, memory_scan
 from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.half_lives import DecayRate, spaced_half_lives
 from titans.nn.memory.initial_weights import InitialWeights
@@ -39,8 +39,9 @@ class Learner(nn.Module):
 
     Args:
         hidden_size: width of the tokens, which the gates are functions of.
+        inner: what one head learns at test time, and how.
         max_step_size: upper bound of the step-size gate, whatever the form's.
-        num_heads, network, chunk_size, form, half_lives: see `NeuralMemory`.
+        num_heads, chunk_size, form, half_lives: see `NeuralMemory`.
     """
 
     initial_weights: InitialWeights
@@ -51,14 +52,15 @@ class Learner(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        network: MemoryNetwork,
+        inner: InnerProblem,
         chunk_size: int,
         form: MemoryForm,
         max_step_size: float,
         half_lives: tuple[float, float],
     ) -> None:
         super().__init__()
-        self.network, self.num_heads, self.chunk_size = network, num_heads, chunk_size
+        network = inner.network
+        self.inner, self.network, self.num_heads, self.chunk_size = inner, network, num_heads, chunk_size
         self.form, self.max_step_size, self.half_lives = form, max_step_size, half_lives
         # Modules of their own, so that others may look at what goes in and comes out.
         self.forget_gate = DecayRate(half_lives if form.bounded_half_lives else None)
@@ -139,7 +141,7 @@ class Learner(nn.Module):
         """
         forget, momentum, step_size = self._gates(stretch.x, stretch.keys)
         return memory_scan(
-            self.network,
+            self.inner,
             stretch.queries,
             stretch.keys,
             stretch.values,

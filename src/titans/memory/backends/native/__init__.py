@@ -17,8 +17,10 @@ from titans.memory.backends.native.build import missing
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.groups import Arguments, Marks, Slow, State, Tokens, refuse_second_derivatives
 from titans.memory.chunkwise.scan import scan_laid_out
-from titans.memory.network import MemoryNetwork
+from titans.memory.inner import InnerProblem
+from titans.memory.objectives import SquaredError
 from titans.memory.problem import ScanProblem
+from titans.memory.rules import MomentumRule
 from titans.memory.state import MemoryState
 
 # Far above any useful chunk, and far below where a table's size would no longer fit its index.
@@ -29,10 +31,9 @@ __all__ = ["missing", "native_bfloat16_scan", "native_scan", "refuses", "refuses
 
 def refuses(problem: ScanProblem) -> str | None:
     """Why the compiled loop cannot run this problem, or None."""
-    net = problem.net
     if problem.keys.device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
-    if net.objective != "squared_error" or net.update_rule != "momentum":
+    if type(problem.inner.objective) is not SquaredError or type(problem.inner.rule) is not MomentumRule:
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
     if torch.autograd.forward_ad._current_level >= 0:
         return "it knows no forward-mode derivatives; call it outside of dual_level()"
@@ -65,19 +66,19 @@ def native_bfloat16_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Ten
     return scan_laid_out(problem, functools.partial(_scan_chunks, True))
 
 
-def _sizes(net: MemoryNetwork, narrow: bool) -> tuple[list[int], list[float]]:
-    """The network as `Network` of network.h has it."""
-    rescale = 0
-    if net.unit_rows or net.row_limit is not None:
-        rescale = 2 if net.unit_rows and net.norm else 1
+def _sizes(inner: InnerProblem, narrow: bool) -> tuple[list[int], list[float]]:
+    """The inner problem as `Network` of network.h has it."""
+    net, rule = inner.network, inner.rule
+    assert isinstance(rule, MomentumRule)
     hidden = net.head_dim * net.expansion
-    flags = (net.activation == "gelu", net.residual, net.norm, net.normalize_step)
-    numbers = [net.length_floor, 1.0 if net.row_limit is None else net.row_limit]
+    flags = (net.activation == "gelu", net.residual, net.norm, rule.normalize_step)
+    numbers = [rule.length_floor, 1.0 if rule.row_limit is None else rule.row_limit]
+    rescale = int(rule.row_limit is not None)
     return [net.depth, net.head_dim, hidden, *map(int, flags), rescale, int(narrow)], numbers
 
 
 def _problem(
-    narrow: bool, net: MemoryNetwork, marks: Marks, tokens: Tokens, slow: Slow, state: State
+    narrow: bool, inner: InnerProblem, marks: Marks, tokens: Tokens, slow: Slow, state: State
 ) -> list[Any]:
     """The arguments that both operators begin with."""
     chunks, rows = tokens.keys.shape[:2]
@@ -89,7 +90,7 @@ def _problem(
         return [x.contiguous() for x in tensors]
 
     return [
-        *_sizes(net, narrow),
+        *_sizes(inner, narrow),
         each(tokens),
         *(None if x is None else x.contiguous() for x in (marks.filled, marks.fresh)),
         complete.contiguous(),
@@ -110,18 +111,19 @@ def _split(results: list[Tensor], depth: int) -> State:
 
 
 def _scan_chunks(
-    narrow: bool, net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+    narrow: bool, inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
 ) -> tuple[Tensor, Tensor, State]:
-    arguments = Arguments(net, marks, tokens, slow, state)
+    depth = inner.network.depth
+    arguments = Arguments(inner, marks, tokens, slow, state)
     if arguments.needs_grad:
         reads, surprise, *leaves = _NativeScan.apply(narrow, arguments, *arguments.flat)
-        return reads, surprise, _split(leaves, net.depth)
-    problem = _problem(narrow, net, marks, tokens, slow, state)
+        return reads, surprise, _split(leaves, depth)
+    problem = _problem(narrow, inner, marks, tokens, slow, state)
     ragged = _is_ragged(marks)
     reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, ragged)
     if not ragged:
-        leaves += leaves[: net.depth] if marks.complete else state.anchor
-    return reads, surprise, _split(leaves, net.depth)
+        leaves += leaves[:depth] if marks.complete else state.anchor
+    return reads, surprise, _split(leaves, depth)
 
 
 class _NativeScan(torch.autograd.Function):
@@ -130,14 +132,15 @@ class _NativeScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, narrow: bool, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        net, marks = arguments.net, arguments.marks
+        inner, marks = arguments.inner, arguments.marks
+        depth = inner.network.depth
         ctx.narrow, ctx.arguments, ctx.num_inputs = narrow, arguments, len(flat)
         tokens, slow, state = arguments.unflatten(flat)
         ctx.shared = state.is_anchored
         ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
-        problem = _problem(narrow, net, marks, tokens, slow, state)
+        problem = _problem(narrow, inner, marks, tokens, slow, state)
         found = torch.ops.titans_native.scan(*problem, ctx.group, True, _is_ragged(marks))
-        outputs, starts = found[: 2 + 3 * net.depth], found[2 + 3 * net.depth :]
+        outputs, starts = found[: 2 + 3 * depth], found[2 + 3 * depth :]
         ctx.save_for_backward(*flat, *starts)
         ctx.mark_non_differentiable(outputs[1])
         return tuple(outputs)
@@ -146,13 +149,14 @@ class _NativeScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments: Arguments = ctx.arguments
         refuse_second_derivatives("native")
-        net, marks, depth = arguments.net, arguments.marks, arguments.net.depth
+        inner, marks = arguments.inner, arguments.marks
+        depth = inner.network.depth
         saved = ctx.saved_tensors
         tokens, slow, state = arguments.unflatten(saved[: ctx.num_inputs])
         if ctx.shared:
             # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
             state = state._replace(anchor=state.weights)
-        problem = _problem(ctx.narrow, net, marks, tokens, slow, state)
+        problem = _problem(ctx.narrow, inner, marks, tokens, slow, state)
         wanted = [x.contiguous() for x in (grads[0], *grads[2:])]
         found = torch.ops.titans_native.scan_backward(*problem, ctx.group, saved[ctx.num_inputs :], wanted)
         token_grads, (gain, bias), rest = found[:6], found[6:8], found[8:]

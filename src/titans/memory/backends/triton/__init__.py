@@ -15,7 +15,9 @@ from torch import Tensor
 
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.scan import chunkwise_scan, scan_laid_out
+from titans.memory.objectives import SquaredError
 from titans.memory.problem import ScanProblem
+from titans.memory.rules import MomentumRule
 from titans.memory.state import MemoryState
 
 __all__ = ["refuses", "triton_scan"]
@@ -35,14 +37,14 @@ def interpreted() -> bool:
 
 def refuses(problem: ScanProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
-    net, keys = problem.net, problem.keys
+    net, keys = problem.inner.network, problem.keys
     if not _INSTALLED:
         return "the package triton is not installed: pip install 'titans-ltm[triton]'"
     if keys.device.type != "cuda" and not interpreted():
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if not interpreted() and not _is_new_enough(keys.device):
         return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
-    if net.objective != "squared_error" or net.update_rule != "momentum":
+    if type(problem.inner.objective) is not SquaredError or type(problem.inner.rule) is not MomentumRule:
         return "it knows the objective 'squared_error' and the update rule 'momentum'"
     if keys.dtype == torch.float64 and not interpreted():
         return "it computes in float32, and the problem is in float64"
@@ -58,7 +60,7 @@ def refuses(problem: ScanProblem) -> str | None:
 
 
 def _refuses_chunks(problem: ScanProblem) -> str | None:
-    net = problem.net
+    net = problem.inner.network
     if net.depth > 2:
         return f"it knows networks of depth 1 and 2, not {net.depth}"
     if problem.chunk_size > LONGEST_CHUNK:
@@ -83,7 +85,7 @@ def _refuses_tile(chunk_size: int, head_dim: int, memory: int) -> str | None:
 
 def decodes(problem: ScanProblem) -> bool:
     """Whether the kernel for single tokens runs a problem that the device can: any chunk, mask and resets."""
-    net = problem.net
+    net = problem.inner.network
     return (
         1 <= problem.keys.shape[1] <= FEW_TOKENS
         and not problem.needs_grad

@@ -28,6 +28,7 @@ from titans.memory.backends.triton.elementary import (
 from titans.memory.backends.triton.objective import _objective
 from titans.memory.network import NORM_EPS
 from titans.memory.problem import ScanProblem
+from titans.memory.rules import MomentumRule
 from titans.memory.state import MemoryState
 from titans.state import map_state
 
@@ -211,7 +212,8 @@ def decode_kernel(
 
 def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
-    net, keys = problem.net, problem.keys
+    net, rule, keys = problem.inner.network, problem.inner.rule, problem.keys
+    assert isinstance(rule, MomentumRule)
     batch, time, heads, dim = keys.shape
     hidden, unused = net.weight_shapes[-1][1], keys.new_empty(1)
 
@@ -248,8 +250,8 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         reads, surprise, position, *(x for part in new for x in pair(part)),
         time, heads, problem.chunk_size,
         EPS=NORM_EPS,
-        FLOOR=net.length_floor**2,
-        RADIUS=net._radius,
+        FLOOR=rule.length_floor**2,
+        RADIUS=rule.row_limit or 1.0,
         DIM=dim,
         HIDDEN=hidden,
         BLOCK=min(TILE // dim, hidden),
@@ -259,9 +261,9 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         HAS_BASE=problem.base is not None,
         NORM=net.norm,
         RESIDUAL=net.residual,
-        NORMALIZE=net.normalize_step,
-        RESCALE=net._rescales,
-        ALWAYS=net.unit_rows and net.norm,
+        NORMALIZE=rule.normalize_step,
+        RESCALE=rule.row_limit is not None,
+        ALWAYS=False,
         GELU=net.activation == "gelu",
         num_warps=_WARPS,
         num_stages=1,

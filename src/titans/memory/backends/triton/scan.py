@@ -25,7 +25,9 @@ from titans.memory.chunkwise.groups import (
     coefficients_of,
     refuse_second_derivatives,
 )
+from titans.memory.inner import InnerProblem
 from titans.memory.network import NORM_EPS, MemoryNetwork
+from titans.memory.rules import MomentumRule
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
@@ -52,7 +54,7 @@ class _Marks(NamedTuple):
 
 
 def scan(
-    net: MemoryNetwork, tokens: Tokens, marks: Marks, slow: Slow, state: State
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
 ) -> tuple[Tensor, Tensor, State]:
     """Laid-out chunks, as `grouped.scan_chunks` has them."""
     chunks, rows, width, _ = tokens.keys.shape
@@ -69,15 +71,15 @@ def scan(
     marked = None
     if marks.fresh is not None or marks.complete is not True or not state.is_anchored:
         marked = _marked(tokens.keys, marks, state.is_anchored)
-    gain, bias, steepness = _affine(net, slow, tokens.keys)
+    gain, bias, steepness = _affine(inner.network, slow, tokens.keys)
     flat = (
-        *tokens[:3], *coefficients_of(net, tokens, marks), gain, bias, steepness, *slow.base,
+        *tokens[:3], *coefficients_of(inner, tokens, marks), gain, bias, steepness, *slow.base,
         *slow.initial, *slow.initial_momentum, *state.weights, *state.momentum,
         *(() if marked is None else state.anchor),
     )  # fmt: skip
-    plan = _Plan(net, marked, bool(slow.base), bool(slow.initial))
+    plan = _Plan(inner, marked, bool(slow.base), bool(slow.initial))
     reads, surprise, *end = _Scan.apply(plan, *(x.contiguous() for x in flat))
-    depth = net.depth
+    depth = inner.network.depth
     weights, momentum = tuple(end[:depth]), tuple(end[depth : 2 * depth])
     closed = marked is None or marks.complete is True
     anchor = weights if closed else tuple(end[2 * depth :])
@@ -129,21 +131,22 @@ def _affine(net: MemoryNetwork, slow: Slow, keys: Tensor) -> tuple[Tensor, Tenso
 class _Plan(NamedTuple):
     """What is not a tensor with a gradient, and how the flat tensors are put back together."""
 
-    net: MemoryNetwork
+    inner: InnerProblem
     marks: _Marks | None
     has_base: bool
     has_initial: bool
 
     @property
     def hidden(self) -> int:
-        return self.net.weight_shapes[-1][1]
+        return self.inner.network.weight_shapes[-1][1]
 
     def options(self, keys: Tensor) -> dict[str, Any]:
-        net = self.net
+        net, rule = self.inner.network, self.inner.rule
+        assert isinstance(rule, MomentumRule)
         return dict(
             EPS=NORM_EPS,
-            FLOOR=net.length_floor**2,
-            RADIUS=net._radius,
+            FLOOR=rule.length_floor**2,
+            RADIUS=rule.row_limit or 1.0,
             CHUNK=keys.shape[2],
             DIM=net.head_dim,
             HIDDEN=self.hidden,
@@ -151,9 +154,9 @@ class _Plan(NamedTuple):
             HAS_BASE=self.has_base,
             NORM=net.norm,
             RESIDUAL=net.residual,
-            NORMALIZE=net.normalize_step,
-            RESCALE=net._rescales,
-            ALWAYS=net.unit_rows and net.norm,
+            NORMALIZE=rule.normalize_step,
+            RESCALE=rule.row_limit is not None,
+            ALWAYS=False,
             GELU=net.activation == "gelu",
             PRECISION=_precision(keys.device),
             num_warps=_WARPS,
@@ -168,7 +171,9 @@ class _Plan(NamedTuple):
         """Whether weights and momentum stay in registers from chunk to chunk."""
         return (
             self.marks is None
-            and fits_registers(keys.shape[2], self.net.head_dim, self.hidden, _precision(keys.device))
+            and fits_registers(
+                keys.shape[2], self.inner.network.head_dim, self.hidden, _precision(keys.device)
+            )
             # Without its products of whole groups of warps the compiler spills thousands of numbers.
             and (keys.device.type == "cpu" or torch.cuda.get_device_capability(keys.device)[0] == 9)
         )
@@ -176,7 +181,7 @@ class _Plan(NamedTuple):
     def parts(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """Tokens and coefficients; gain, bias and steepness; and per layer base, initial weights and
         momentum, and the state: weights, momentum, anchor. What is not there is an empty list."""
-        flat, depth = list(flat), self.net.depth
+        flat, depth = list(flat), self.inner.network.depth
         layered = iter([flat[i : i + depth] for i in range(14, len(flat), depth)])
         there = (self.has_base, self.has_initial, self.has_initial, True, True, self.marks is not None)
         return flat[:11], flat[11:14], [next(layered) if is_there else [] for is_there in there]
@@ -285,7 +290,7 @@ class _Scan(torch.autograd.Function):
         kept = _Kept(*([next(rest) for _ in range(size)] for size in ctx.sizes))
         base, initial, initial_momentum, weights, momentum, anchor = layered
         chunks, rows, chunk, dim = inputs[1].shape
-        depth, hidden, marks = plan.net.depth, plan.hidden, plan.marks
+        depth, hidden, marks = plan.inner.network.depth, plan.hidden, plan.marks
         unused = inputs[1].new_empty(1)
 
         # Written in place, by one group of chunks after the other.

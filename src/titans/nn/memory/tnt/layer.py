@@ -50,7 +50,7 @@ class LocalMemory(Learner):
         super().__init__(
             beside.input.in_features,
             beside.num_heads,
-            beside.network,
+            beside.inner,
             chunk_size,
             beside.form,
             max_step_size=beside.max_step_size * beside.chunk_size / chunk_size,
