@@ -79,31 +79,28 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 def test_read_save_go_on_and_describe(
     run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
 ) -> None:
-    """The whole way, as a user goes it."""
-
-    def titans(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "titans", *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False
-        )
-
+    """The steps of a user; one of them in a process of its own, as it is started from a shell."""
     other = tmp_path / "noise.bin"
     other.write_bytes(np.random.default_rng(0).bytes(3000))
     memory = tmp_path / "book.memory"
-    done = titans("memorize", model_folder, book, other, "-o", memory, "--json")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
+    code, out, err = run("memorize", model_folder, book, other, "-o", memory, "--json")
+    assert code == 0, err
+    summary = json.loads(out)
     assert summary["tokens"] == len(ACT_4) + 3000
     assert summary["peak"]["file"] in (str(book), str(other)) and summary["peak"]["excerpt"]
     assert set(summary["files"]) == {str(book), str(other)}
-    assert "tokens/s" in done.stderr and "surprise: mean" in done.stderr
+    assert "tokens/s" in err and "surprise: mean" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["book.memory", "noise.bin"]
 
     session = Session(TitansForCausalLM.from_pretrained(model_folder), byte_tokenizer())
     session.feed(ACT_4 + other.read_bytes())
     longer = tmp_path / "longer.memory"
     options = ("--prompt", "PROSPERO:", "--max-new-tokens", 30, "--greedy")
-    done = titans("generate", model_folder, "--memory", memory, *options, "--save-memory", longer)
+    command = ["generate", model_folder, "--memory", memory, *options, "--save-memory", longer]
+    done = subprocess.run(
+        [sys.executable, "-m", "titans", *map(str, command)],
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     session.feed("PROSPERO:")
     expected = session.generate(max_new_tokens=30, do_sample=False)
@@ -232,13 +229,12 @@ def test_info_knows_the_preset(run: Callable[..., Any], tmp_path: Path) -> None:
     assert (code, out) == (0, "") and "gates over 2,048 tokens of excerpt" in err
 
 
-def test_info_tells_what_the_gates_have_learned(
+def test_info_reports_the_gates(
     run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "titans", "info", model_folder, "--data", book, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
-    assert done.returncode == 0, done.stderr
-    gates = json.loads(done.stdout)["gates"]
+    code, out, err = run("info", model_folder, "--data", book, "--json")
+    assert code == 0, err
+    gates = json.loads(out)["gates"]
     assert (gates.pop("tokens"), gates.pop("sample")) == (2048, [str(book)])
     model = TitansForCausalLM.from_pretrained(model_folder)
     layers = gate_statistics(model, [list(ACT_4[:2048])])
@@ -248,7 +244,7 @@ def test_info_tells_what_the_gates_have_learned(
         torch.testing.assert_close(torch.tensor(numbers).double(), expected, rtol=1e-4, atol=0)
     assert torch.tensor(gates["half_life_at_rest"])[:, :, 1].round().tolist() == [[1024, 1e6]] * 2
     # A row for each head, and a line in it for each matrix of the memory.
-    lines = [line.split() for line in done.stderr.splitlines()]
+    lines = [line.split() for line in err.splitlines()]
     assert ["layer", "head", "W", "at", "rest", "10", "%", "median", "90", "%", "momentum", "step", "size",
             "strength"] in lines  # fmt: skip
     last = next(n for n, line in enumerate(lines) if line[:4] == ["1", "1", "1", "1.0M"]) + 1

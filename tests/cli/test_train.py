@@ -26,20 +26,17 @@ def command(output: Path, *options: str) -> list[str]:
     return ["train", "--data", "excerpt", "--output", str(output), *SMALL, *options]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "titans", *arguments], capture_output=True, text=True, timeout=120
-    )
-
-
-def test_train_says_on_stderr_what_it_does_and_prints_its_result_as_json(tmp_path: Path) -> None:
-    done = run(command(tmp_path / "run", "--steps", "6", "--log-every", "2", "--json"))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_train_reports_progress_on_stderr_and_prints_its_result_as_json(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = main(command(tmp_path / "run", "--steps", "6", "--log-every", "2", "--json"))
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    result = json.loads(out)
     assert result["steps"] == 6 and [step for step, _ in result["losses"]] == [2, 4, 6]
     assert result["evaluations"] == [[6, result["bits_per_byte"]]]
     assert (tmp_path / "run" / "model.safetensors").is_file()
-    first, *lines, last = done.stderr.splitlines()
+    first, *lines, last = err.splitlines()
     assert re.match(
         r"tiny mac, 0\.0\d M parameters; excerpt: 4 documents, 69,690 tokens; held out: the-temp", first
     )
