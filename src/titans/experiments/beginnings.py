@@ -101,7 +101,7 @@ class Beginnings(Experiment):
 
     def table(self, results: Results) -> str:
         rows = []
-        # Arms of before too, whose options are gone.
+        # Arms that are no longer measured come last.
         kept: dict[str, list[Numbers]] = {}
         for name, cell in results.cells.items():
             kept.setdefault(name.rpartition(", seed")[0], []).append(cell)
@@ -120,6 +120,11 @@ class Beginnings(Experiment):
             "bytes) after steps 100, 200 and 300, and far (within 1,024) at the end; bits per byte of all "
             "else."
         )
+        if any("filters" in name for name in kept):
+            about += (
+                " Filters: the keys' filter is one token behind the queries', with projections of their own; "
+                "no longer measured."
+            )
         head = ["variant, beginning, combination, weight of answers", "step 100", "step 200", "step 300"]
         return f"{about}\n\n{markdown([*head, 'far', 'text'], rows)}"
 

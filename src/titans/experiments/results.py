@@ -91,12 +91,11 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
             self._read()
-            self.cells[name], self.made[name] = numbers, (date, machine)
-            places = sorted(set(self.made.values()))
+            cells, made = {**self.cells, name: numbers}, {**self.made, name: (date, machine)}
+            places = sorted(set(made.values()))
             head = {"experiment": self.path.stem, "budget": self.budget, "made": places}
-            cells = {n: {"made": places.index(self.made[n]), **cell} for n, cell in self.cells.items()}
-            content = encoded(head, cells, "cells")
-            write_bytes(self.path, content)
+            entries = {n: {"made": places.index(made[n]), **cell} for n, cell in cells.items()}
+            write_bytes(self.path, encoded(head, entries, "cells"))
             self._read()
 
     def about(self) -> str:
