@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from titans import Session, zoo
+from titans import zoo
 from titans.data import hold_out, load_corpus
 from titans.data.needles import TASKS, make_needles
 from titans.evaluate.ask import answered, read
@@ -29,6 +29,7 @@ from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Cell, Experiment, Progress, Request, Ticker
 from titans.experiments.tables import markdown, percent
 from titans.experiments.trained import chosen_models
+from titans.stream import Session
 
 MILLION = 1_000_000
 EARLY = 100_000
