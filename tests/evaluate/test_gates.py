@@ -16,7 +16,7 @@ from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory import MemoryState, memory_scan
 from titans.nn import NeuralMemory
 from titans.nn.memory import learner
-from titans.stream.saved import initial_states
+from titans.stream.reader import initial_states
 
 from .models import small_model, some_ids
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titans.stream.session import reading
+from titans.stream.reader import Reader, reader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,28 +18,30 @@ _SPARE_TOKENS = 2
 
 
 def read(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Reader,
     ids: np.ndarray,
     cache: Any = None,
     piece_length: int = 2048,
-    tell: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Any]:
-    """Read on: the logits (rows, vocab) after the last of ids (rows, n), and the cache.
+    """Read on: the logits (rows, vocab) after the last of ids (rows, n), on the CPU, and the cache.
 
-    tell: called after each piece with the tokens of all rows so far.
+    cache: of the model's reader, which is changed; None to start. progress: called after each piece with the
+    tokens of all rows so far.
     """
-    logits = None
+    reader, logits = reader_of(model), None
+    cache = reader.start() if cache is None else cache
     for begin in range(0, ids.shape[1], piece_length):
         piece = torch.from_numpy(ids[:, begin : begin + piece_length].astype(np.int64))
-        logits, cache = _call(model, piece, cache)
-        if tell is not None:
-            tell(len(ids) * (begin + piece.shape[1]))
+        logits = reader.read(piece, cache).logits
+        if progress is not None:
+            progress(len(ids) * (begin + piece.shape[1]))
     assert logits is not None, "nothing to read"
-    return logits, cache
+    return logits[:, -1].cpu(), cache
 
 
 def answered(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Reader,
     tokenizer: PreTrainedTokenizerBase,
     cache: Any,
     questions: Sequence[str],
@@ -54,34 +55,27 @@ def answered(
     def encode(text: str) -> np.ndarray:
         return np.asarray(tokenizer.encode(text, add_special_tokens=False))
 
+    reader = reader_of(model)
     asked = [encode(question) for question in questions]
     right = np.zeros(len(asked), bool)
     for size in {len(question) for question in asked}:
         chosen = [i for i, question in enumerate(asked) if len(question) == size]
-        mine = copy.deepcopy(cache)
+        mine = cache.clone()
         if len(chosen) < len(asked):
             mine.batch_select_indices(torch.tensor(chosen))
         wanted = [answers[i] for i in chosen]
         steps = max(len(encode(answer)) for answer in wanted) + _SPARE_TOKENS
-        logits, mine = read(model, np.stack([asked[i] for i in chosen]), mine)
+        logits, _ = read(reader, np.stack([asked[i] for i in chosen]), mine)
         ids = [logits.argmax(-1)]
         for _ in range(steps - 1):
-            logits, mine = _call(model, ids[-1].unsqueeze(1), mine)
+            logits, _ = read(reader, ids[-1].unsqueeze(1).numpy(), mine)
             ids.append(logits.argmax(-1))
-        told = tokenizer.batch_decode(torch.stack(ids, 1))
-        right[chosen] = [is_answer(text, answer) for text, answer in zip(told, wanted, strict=True)]
+        given = tokenizer.batch_decode(torch.stack(ids, 1))
+        right[chosen] = [is_answer(text, answer) for text, answer in zip(given, wanted, strict=True)]
     return right
 
 
-def is_answer(told: str, answer: str) -> bool:
+def is_answer(text: str, answer: str) -> bool:
     """Whether what was generated begins with the answer, and not with a longer word or number."""
-    told = told.strip()
-    return told.startswith(answer) and not told[len(answer) :][:1].isalnum()
-
-
-def _call(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    with reading(model):
-        output = model(
-            input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-    return output.logits[:, -1].cpu(), output.past_key_values
+    text = text.strip()
+    return text.startswith(answer) and not text[len(answer) :][:1].isalnum()

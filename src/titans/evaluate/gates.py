@@ -14,8 +14,9 @@ from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.nn.memory import NeuralMemoryState
-from titans.stream.saved import find_states, initial_states
-from titans.stream.session import reading
+from titans.stream.model import reading
+from titans.stream.reader import initial_states
+from titans.stream.saved import find_states
 from titans.stream.text import token_ids
 
 

@@ -1,4 +1,4 @@
-"""Can a model tell what it has read, any distance ago? Needles in a haystack, answers generated."""
+"""Can a model recall what it has read, at any distance? Needles in a haystack, answers generated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from titans.data.needles import FILLER, TASKS, Needles, NeedleTask, make_needles
 from titans.evaluate.ask import answered, read
+from titans.hf import TitansConfig, causal_cache
+from titans.stream.model import unwrapped
+from titans.stream.reader import Reader, reader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +25,8 @@ class NeedleCell:
 
     length: tokens from the start of the text to the end of the question; num_bytes: the same in bytes. depth:
     where the needle stands, 0 for the start; None for several needles, which stand anywhere.
-    beyond_attention: whether all of them are out of attention's reach, so that only a memory can tell.
-    accuracy with a Wilson interval of 95 %, low to high.
+    beyond_attention: whether all of them are out of attention's reach, so that only a memory or another state
+    holds them. accuracy with a Wilson interval of 95 %, low to high.
     """
 
     length: int
@@ -84,11 +87,13 @@ class Haystack:
 
 
 def attention_reach(config: Any) -> float:
-    """How many tokens back attention sees through all layers: what is further away only a memory knows.
+    """How many tokens back attention sees through all layers: anything further away only a state can hold.
 
-    0 where there is no attention.
+    0 where there is no attention; unlimited where nothing is known.
     """
-    variant = getattr(config, "variant", None)
+    if not isinstance(config, TitansConfig):
+        return math.inf if config is None else causal_cache.attention_reach(config)
+    variant = config.variant
     if variant == "lmm":
         return 0
     if variant == "mac":
@@ -107,7 +112,7 @@ def cells_of(
 
 
 def needle_table(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Reader,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
     lengths: Sequence[int],
@@ -126,7 +131,7 @@ def needle_table(
     """Accuracy by length and depth; a sample counts if every answer is exact.
 
     Args:
-        model: any causal language model of transformers. One without a memory keeps all it reads.
+        model: any causal language model of transformers with a cache, or a `Reader`.
         task: a name in `titans.data.needles.TASKS`.
         lengths: tokens, the question included.
         depths: where the needle stands; not used where there are several, which stand anywhere.
@@ -153,25 +158,27 @@ def needle_table(
     elif haystack is None:
         raise ValueError(f"task={task!r} hides its needle in a text: give a haystack")
     counts = (num_keys, num_values, num_questions)
-    asker = _Asker(model, tokenizer, chosen, Haystack(tokenizer, haystack), counts, piece_length)
+    reader = reader_of(model)
+    reader.check_room(max(lengths, default=0))
+    asker = _Asker(reader, tokenizer, chosen, Haystack(tokenizer, haystack), counts, piece_length)
     cells = cells_of(chosen, lengths, depths, num_keys, num_values)
     total, done = samples * sum(length for length, _ in cells), 0
 
-    def tell(tokens: int) -> None:
+    def show(tokens: int) -> None:
         if progress is not None:
             progress(done + tokens, total)
 
-    reach = attention_reach(model.config)
+    reach = attention_reach(getattr(unwrapped(model), "config", None))
     found = []
     for length, depth in cells:
         correct, beyond = 0, True
         for begin in range(0, samples, batch_size):
             rows = range(begin, min(begin + batch_size, samples))
             generators = [np.random.default_rng([seed, row]) for row in rows]
-            right, distance = asker.ask(generators, length, depth, tell)
+            right, distance = asker.ask(generators, length, depth, show)
             correct += right
             done += len(rows) * length
-            tell(0)
+            show(0)
             beyond = beyond and (reach == 0 or distance > reach)
         low, high = wilson(correct, samples)
         num_bytes = round(length * asker.haystack.bytes_per_token)
@@ -186,14 +193,14 @@ class _Asker:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        reader: Reader,
         tokenizer: PreTrainedTokenizerBase,
         task: NeedleTask,
         haystack: Haystack,
         counts: tuple[int, int, int],
         piece_length: int,
     ) -> None:
-        self.model, self.tokenizer, self.task, self.haystack = model, tokenizer, task, haystack
+        self.reader, self.tokenizer, self.task, self.haystack = reader, tokenizer, task, haystack
         self.counts, self.piece_length = counts, piece_length
 
     def ask(
@@ -201,7 +208,7 @@ class _Asker:
         generators: Sequence[np.random.Generator],
         length: int,
         depth: float | None,
-        tell: Callable[[int], None],
+        progress: Callable[[int], None],
     ) -> tuple[int, int]:
         """How many rows are right in all they were asked, and the fewest tokens from needle to question."""
         rows = [make_needles(self.task, generator, *self.counts) for generator in generators]
@@ -211,13 +218,13 @@ class _Asker:
             text, last = self._text(row, generator, context, depth)
             texts.append(text)
             distance = min(distance, context - last)
-        cache = read(self.model, np.stack(texts), None, self.piece_length, tell)[1]
+        cache = read(self.reader, np.stack(texts), None, self.piece_length, progress)[1]
         right = np.ones(len(rows), bool)
         for n in range(len(rows[0].questions)):
             questions, answers = (
                 [getattr(row, name)[n] for row in rows] for name in ("questions", "answers")
             )
-            right &= answered(self.model, self.tokenizer, cache, questions, answers)
+            right &= answered(self.reader, self.tokenizer, cache, questions, answers)
         return int(right.sum()), distance
 
     def _text(

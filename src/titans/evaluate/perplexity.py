@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans.evaluate.memory import frozen_memory
-from titans.hf import TitansCache, TitansForCausalLM
-from titans.stream.session import PIECE_LENGTH, reading
+from titans.stream.reader import Reader, TitansReader, reader_of
+from titans.stream.session import PIECE_LENGTH
 from titans.stream.text import token_ids
 
 TokenIds = Tensor | np.ndarray | Sequence[int]
@@ -60,7 +62,7 @@ class _Text:
 
 
 def bits_per_byte(
-    model: TitansForCausalLM,
+    model: Any,
     documents: Sequence[tuple[TokenIds, int]],
     *,
     batch_size: int = 8,
@@ -69,45 +71,51 @@ def bits_per_byte(
     freeze_memory: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Predict every token of every document from all that stands before it there, the memory carried along.
+    """Predict every token of every document from all that stands before it there, the cache carried along.
 
     A document's first token is read but not predicted; its bytes do not count (they are taken as the average
     of the document's tokens, which for a byte model is exact).
 
     Args:
+        model: a Titans model or any causal LM of transformers with a cache; see `reader_of`.
         documents: token ids (n,) and the number of bytes they stand for.
         batch_size: documents read side by side.
         piece_length: most tokens of a document in one call; changes the speed alone.
         context_length: forget everything whenever so many tokens of a document have been read.
-        freeze_memory: see `frozen_memory`; what the persistent tokens have written stays.
+        freeze_memory: see `frozen_memory`; what the persistent tokens have written stays. Titans models only.
         progress: called with the number of tokens predicted so far and in all.
 
     Raises:
-        ValueError: for documents without a token to predict, foreign token ids, or numbers below 1.
+        ValueError: for documents without a token to predict, or longer than the model has positions; foreign
+            token ids, or numbers below 1; a memory to freeze where there is none.
     """
     for name, value in dict(
         batch_size=batch_size, piece_length=piece_length, context_length=context_length
     ).items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: give a whole number of at least 1")
-    texts = sorted(_texts(model, documents, context_length), key=lambda text: len(text.ids))
+    reader = reader_of(model)
+    freeze = _freezing(reader) if freeze_memory else nullcontext
+    texts = sorted(_texts(reader, documents, context_length), key=lambda text: len(text.ids))
     total = sum(text.num_predictions for text in texts)
     if not total:
         raise ValueError("documents hold no token to predict: give at least one of two tokens or more")
+    reader.check_room(texts[-1].num_predictions)
     bounds = torch.tensor(POSITION_BOUNDS)
     nats, num_bytes, tokens = (torch.zeros(len(bounds) + 1, dtype=torch.float64) for _ in range(3))
     done = 0
     for begin in range(0, len(texts), batch_size):
         group, position = texts[begin : begin + batch_size], 0
-        with reading(model):
-            cache = _fresh_cache(model, len(group))
-        with reading(model), frozen_memory(model) if freeze_memory else nullcontext():
+        cache = reader.start()
+        # States as they are before the first token, persistent tokens read.
+        reader.read(torch.zeros(len(group), 0, dtype=torch.int64), cache)
+        with freeze():
             while group := _drop_finished(group, cache, position):
                 # A shorter piece where a document ends, then up to the next multiple again.
-                most = max(1, min(piece_length, _MAX_LOGITS // (len(group) * model.config.vocab_size)))
+                most = max(1, min(piece_length, _MAX_LOGITS // (len(group) * reader.vocab_size)))
                 length = min(most - position % most, group[0].num_predictions - position)
                 ids = torch.stack([text.ids[position : position + length + 1].long() for text in group])
-                losses = _losses(model, ids, cache).cpu().double()
+                losses = _losses(reader, ids, cache).cpu().double()
                 place = torch.bucketize(torch.arange(position + 1, position + length + 1), bounds, right=True)
                 rates = torch.tensor([text.bytes_per_token for text in group], dtype=torch.float64)
                 nats.index_add_(0, place, losses.sum(0))
@@ -128,37 +136,38 @@ def bits_per_byte(
 
 
 def score(
-    model: TitansForCausalLM,
+    model: Any,
     ids: TokenIds,
-    cache: TitansCache | None = None,
+    cache: Any = None,
     *,
     piece_length: int = PIECE_LENGTH,
 ) -> Tensor:
     """The loss in nats of every token but the first, (n − 1,) on the CPU, each predicted from all before it.
 
-    A cache of one row is what was read before; afterwards it has read ids[:-1], too.
+    A cache of one row is what the model's reader read before; afterwards it has read ids[:-1], too.
 
     Raises:
         ValueError: for fewer than two tokens, or foreign token ids.
     """
-    tokens = token_ids(ids, None, model.config.vocab_size)
+    reader = reader_of(model)
+    tokens = token_ids(ids, None, reader.vocab_size)
     if len(tokens) < 2:
         raise ValueError(f"ids holds {len(tokens)} token(s): give two or more, the first is not predicted")
-    cache = TitansCache(model.config) if cache is None else cache
-    most = max(1, min(piece_length, _MAX_LOGITS // model.config.vocab_size))
-    losses = []
-    with reading(model):
-        for begin in range(0, len(tokens) - 1, most):
-            losses.append(_losses(model, tokens[None, begin : begin + most + 1].long(), cache)[0].cpu())
+    cache = reader.start() if cache is None else cache
+    most = max(1, min(piece_length, _MAX_LOGITS // reader.vocab_size))
+    losses = [
+        _losses(reader, tokens[None, begin : begin + most + 1].long(), cache)[0].cpu()
+        for begin in range(0, len(tokens) - 1, most)
+    ]
     return torch.cat(losses)
 
 
 def _texts(
-    model: TitansForCausalLM, documents: Sequence[tuple[TokenIds, int]], context_length: int | None
+    reader: Reader, documents: Sequence[tuple[TokenIds, int]], context_length: int | None
 ) -> list[_Text]:
     texts = []
     for ids, num_bytes in documents:
-        tokens = token_ids(ids, None, model.config.vocab_size)
+        tokens = token_ids(ids, None, reader.vocab_size)
         # A window's last token is the next one's first: predicted there, read here.
         step = context_length or max(len(tokens), 1)
         windows = [tokens[begin : begin + step + 1] for begin in range(0, len(tokens) - 1, step)]
@@ -166,14 +175,13 @@ def _texts(
     return texts
 
 
-def _fresh_cache(model: TitansForCausalLM, rows: int) -> TitansCache:
-    """States as they are before the first token, persistent tokens read."""
-    cache = TitansCache(model.config)
-    cache.store(tuple(layer.mixer.initial_state(rows) for layer in model.model.layers), 0)
-    return cache
+def _freezing(reader: Reader) -> Callable[[], Any]:
+    if not isinstance(reader, TitansReader):
+        raise ValueError("freeze_memory=True: this model has no memory that could be frozen; leave it out")
+    return partial(frozen_memory, reader.inner)
 
 
-def _drop_finished(group: list[_Text], cache: TitansCache, position: int) -> list[_Text]:
+def _drop_finished(group: list[_Text], cache: Any, position: int) -> list[_Text]:
     """The texts that go on, in ascending length, as they were; their rows remain in the cache."""
     going_on = [row for row, text in enumerate(group) if text.num_predictions > position]
     if going_on and len(going_on) < len(group):
@@ -181,12 +189,13 @@ def _drop_finished(group: list[_Text], cache: TitansCache, position: int) -> lis
     return [group[row] for row in going_on]
 
 
-def _losses(model: TitansForCausalLM, ids: Tensor, cache: TitansCache) -> Tensor:
+@torch.no_grad()
+def _losses(reader: Reader, ids: Tensor, cache: Any) -> Tensor:
     """ids (rows, n + 1) int64, read up to the last: losses (rows, n)."""
-    ids = ids.to(model.device)
-    logits = model(ids[:, :-1], past_key_values=cache).logits
+    logits = reader.read(ids[:, :-1], cache, all_logits=True).logits
+    assert logits is not None
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none")
 
 
 def _rates(nats: Tensor, tokens: Tensor, num_bytes: Tensor) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
-from titans.stream.session import reading
+from titans.stream.model import reading
 
 PROMPT_TOKENS = 64
 DECODED_TOKENS = 16

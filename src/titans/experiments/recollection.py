@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from titans.evaluate import keep_memory_only
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.stream.session import reading
+from titans.stream.model import reading
 
 PIECE_LENGTH = 1024
 

@@ -198,6 +198,7 @@ class TitansCache(Cache):
             "config": json.dumps({name: getattr(self.config, name) for name in _STATE_FIELDS}),
             "num_columns": str(self.num_columns),
             "tokens_per_row": json.dumps(positions.tolist()),
+            "newest_ids": json.dumps(None if self._newest_ids is None else self._newest_ids.tolist()),
         }
         write_state_file(Path(path), dict(_named_leaves(self.states)), about)
 
@@ -210,21 +211,53 @@ class TitansCache(Cache):
             ValueError: for a damaged file, another format, a state of another configuration, or values that
                 no model could have written; says which.
         """
-        with open_state_file(path, device) as file:
-            saved, num_columns = saved_sizes(file)
-            if (name := _first_difference(saved, config)) is not None:
-                raise ValueError(
-                    f"{path} was written with {name}={saved.get(name)!r}, the model has "
-                    f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
-                )
-            template = _template(config)
-            slots = _check_kinds(file, template)
-            # Equal weights and anchors are one tensor, as they were; positions equal by chance are not.
-            tensors = {n: x if x.is_floating_point() else x.clone() for n, x in file.tensors().items()}
-            states = _as_states(path, tensors, template, slots, num_columns)
+        with open_state_file(path) as file:
+            return cls.from_file(file, config, device)
+
+    @classmethod
+    def from_file(
+        cls, file: StateFile, config: TitansConfig, device: torch.device | str = "cpu"
+    ) -> TitansCache:
+        """`load`, from a file that is open already."""
+        saved, num_columns = saved_sizes(file)
+        if (name := _first_difference(saved, config)) is not None:
+            raise ValueError(
+                f"{file.path} was written with {name}={saved.get(name)!r}, the model has "
+                f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
+            )
+        template = _template(config)
+        slots = _check_kinds(file, template)
+        read = file.tensors()
+        moved = {id(tensor): tensor.to(device) for tensor in read.values()}
+        stored = {name: moved[id(tensor)] for name, tensor in read.items()}
+        # Equal weights and anchors are one tensor, as they were; positions equal by chance are not.
+        tensors = {n: x if x.is_floating_point() else x.clone() for n, x in stored.items()}
+        states = _as_states(file.path, tensors, template, slots, num_columns)
         cache = cls(config)
         cache.store(states, num_columns)
+        cache._newest_ids = _saved_ids(file, cache.batch_size, config.vocab_size)
         return cache
+
+
+def _saved_ids(file: StateFile, rows: int, vocab_size: int) -> Tensor | None:
+    """The newest ids that a file's cache had seen, or None where it does not say.
+
+    Raises:
+        ValueError: if they are no ids of this model.
+    """
+    try:
+        ids = json.loads(file.about.get("newest_ids", "null"))
+        if ids is None:
+            return None
+        found = torch.tensor(ids, dtype=torch.int64)
+        if (
+            found.shape == (rows, min(found.shape[-1], _NUM_NEWEST))
+            and ((found >= 0) & (found < vocab_size)).all()
+        ):
+            return found
+    except (TypeError, ValueError, RuntimeError, RecursionError, OverflowError):
+        pass
+    raise damaged_header(file.path)
 
 
 def _first_difference(fields: dict[str, Any], config: TitansConfig) -> str | None:

@@ -14,17 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from titans import __version__
 
 FORMAT = "titans-state/2"
 _BLOCK = 1 << 20
+# What the safetensors format allows.
+_MAX_HEADER = 100_000_000
 _CHECKSUM = re.compile(rb'(?<="checksum":")[0-9a-f]{64}(?=")')
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,12 +44,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class StateFile:
-    """An open file. about: its header. kinds: of all tensors, by name."""
+    """An open file. about: its header. kinds: of all tensors, by name.
+
+    All is read through one handle: a file that takes its place meanwhile is not seen.
+    """
 
     path: Path
     about: dict[str, str]
     kinds: dict[str, Kind]
-    _file: Any
+    _file: BinaryIO
+    _header: bytes
     _same: dict[str, str]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -56,14 +62,19 @@ class StateFile:
         Raises:
             ValueError: if any byte of the file is not as it was written.
         """
-        written, found = _checksums(self.path)
-        if written != found:
+        self._file.seek(0)
+        content = self._file.read()
+        place = _checksum_place(self.path, self._header)
+        digest = hashlib.sha256(content[:place])
+        digest.update(memoryview(content)[place + 64 :])
+        written = content[place : place + 64].decode("ascii", "replace")
+        if written != digest.hexdigest() or not content.startswith(self._header):
             raise ValueError(
                 f"{self.path} is damaged: its checksum does not fit its content; use another copy of it"
             )
         try:
-            stored = {name: self._file.get_tensor(name) for name in self.kinds.keys() - self._same.keys()}
-        except safetensors.SafetensorError as error:
+            stored = load(content)
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise _damaged(self.path, error) from None
         return stored | {name: stored[of] for name, of in self._same.items()}
 
@@ -106,37 +117,62 @@ def write_state_file(path: Path, tensors: dict[str, Tensor], about: dict[str, st
 
 
 @contextmanager
-def open_state_file(path: str | Path, device: torch.device | str = "cpu") -> Iterator[StateFile]:
+def open_state_file(path: str | Path) -> Iterator[StateFile]:
     """Read the header of a file written by `write_state_file`.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
         ValueError: if it is damaged, or of another format.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: give a memory written by `save` or `titans memorize`")
     try:
-        with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
-            about = file.metadata() or {}
-            kinds = {}
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                kinds[name] = Kind(_DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
-            if about.get("format") != FORMAT:
-                raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
-            same = _aliases(path, about, kinds)
-            kinds |= {name: kinds[of] for name, of in same.items()}
-            yield StateFile(path, about, kinds, file, same)
-    except safetensors.SafetensorError as error:
+        file = path.open("rb")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{path} is not a file: give a memory written by `save` or `titans memorize`"
+        ) from None
+    with file:
+        header = _read_header(path, file)
+        about, kinds = _parsed(path, header)
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
+        same = _aliases(path, about, kinds)
+        yield StateFile(
+            path, about, kinds | {name: kinds[of] for name, of in same.items()}, file, header, same
+        )
+
+
+def _read_header(path: Path, file: BinaryIO) -> bytes:
+    """The bytes before the tensors: the length of the header, and the header."""
+    size = file.read(8)
+    length = int.from_bytes(size, "little")
+    rest = file.read(length) if len(size) == 8 and length <= _MAX_HEADER else b""
+    if not rest or len(rest) != length:
+        raise _damaged(path, "its header is incomplete")
+    return size + rest
+
+
+def _parsed(path: Path, header: bytes) -> tuple[dict[str, str], dict[str, Kind]]:
+    try:
+        entries = json.loads(header[8:])
+        about = entries.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in about.values()):
+            raise TypeError("its metadata is not text")
+        kinds = {
+            name: Kind(_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in entries.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise _damaged(path, error) from None
+    return about, kinds
 
 
 def damaged_header(path: str | Path) -> ValueError:
     return ValueError(f"{path} has a damaged header: write it again with `save`")
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: Exception | str) -> ValueError:
     return ValueError(f"{path} is damaged or not a safetensors file ({error})")
 
 
@@ -153,29 +189,22 @@ def _aliases(path: Path, about: dict[str, str], kinds: dict[str, Kind]) -> dict[
 
 def seal(path: Path) -> None:
     """Put the checksum of a file in its place in the header, and wait until the disk has it all."""
-    place = _checksum_place(path)
     with path.open("r+b") as file:
+        header = _read_header(path, file)
+        place = _checksum_place(path, header)
+        digest = hashlib.sha256(header[:place])
+        digest.update(header[place + 64 :])
+        while block := file.read(_BLOCK):
+            digest.update(block)
         file.seek(place)
-        file.write(_checksums(path)[1].encode())
+        file.write(digest.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _checksums(path: Path) -> tuple[str, str]:
-    """What the header says, and SHA-256 of all bytes but these."""
-    place, digest = _checksum_place(path), hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(place))
-        written = file.read(64).decode("ascii", "replace")
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return written, digest.hexdigest()
-
-
-def _checksum_place(path: Path) -> int:
-    with path.open("rb") as file:
-        # Quotes within a header's text have a backslash: this is found nowhere but where it belongs.
-        found = _CHECKSUM.search(file.read(int.from_bytes(file.read(8), "little")))
+def _checksum_place(path: Path, header: bytes) -> int:
+    # Quotes within a header's text have a backslash: this is found nowhere but where it belongs.
+    found = _CHECKSUM.search(header, 8)
     if found is None:
         raise damaged_header(path)
-    return 8 + found.start()
+    return found.start()

@@ -17,8 +17,9 @@ from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
-from titans.stream.saved import carried_memories, initial_states
-from titans.stream.session import reading
+from titans.stream.model import reading
+from titans.stream.reader import initial_states
+from titans.stream.saved import carried_memories
 from titans.stream.text import token_ids
 
 PASSAGE_LENGTH = 1024

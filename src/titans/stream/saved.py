@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import saved_sizes
-from titans.hf.state_file import damaged_header, open_state_file
+from titans.hf.causal_cache import saved_model
+from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.memory import MemoryState
 from titans.nn import NeuralMemory, NeuralMemoryState
 from titans.state import State
+from titans.stream.model import unwrapped
+from titans.stream.reader import initial_states
+
+# Values of each parameter by which a memory recognises its weights in another precision.
+_SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -60,17 +67,76 @@ class MemoryFile:
     stats: SessionStats
 
 
-def fingerprint(model: TitansForCausalLM) -> str:
+def fingerprint(model: Any) -> str:
     """A short name for the weights: sha256 over 64 values of every parameter, rounded to bfloat16.
 
-    Rounded, so that a checkpoint keeps its name when it is loaded in another precision.
+    Rounded, so that a checkpoint keeps its name when it is loaded in bfloat16 or float64; float16 may change
+    a value that lies between two of bfloat16, for which there is `same_weights`.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        sample = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)][:64]
-        digest.update(bytes(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).tolist()))
+    for name, values, shape in _samples(model, 64):
+        digest.update(f"{name}{shape}".encode())
+        rounded = values.to(torch.bfloat16).contiguous()
+        digest.update(bytes(rounded.view(torch.uint8).tolist()))
     return digest.hexdigest()[:32]
+
+
+def weights_sample(model: Any) -> str:
+    """Up to 8 values of every parameter and their type, as text for a file's header; see `same_weights`."""
+    parts = list(_samples(model, _SAMPLE))
+    values = torch.cat([values for _, values, _ in parts]).to(torch.float32)
+    encoded = base64.b64encode(values.numpy().tobytes()).decode()
+    precision = max(_epsilon(values.dtype) for _, values, _ in parts)
+    return json.dumps({"of": fingerprint(model), "values": encoded, "precision": precision})
+
+
+def same_weights(model: Any, name: str, sample: str) -> bool:
+    """Whether a sample that was written with a fingerprint is of this model, in whatever precision either is.
+
+    Raises:
+        ValueError: if it is no sample.
+    """
+    fields = json.loads(sample)
+    content, precision = base64.b64decode(fields["values"], validate=True), float(fields["precision"])
+    if len(content) % 4 or fields["of"] != name:
+        raise ValueError("it holds no float32 values of that fingerprint")
+    theirs = torch.frombuffer(bytearray(content), dtype=torch.float32) if content else torch.zeros(0)
+    mine = torch.cat([values.to(torch.float32) for _, values, _ in _samples(model, _SAMPLE)])
+    precision += max(_epsilon(values.dtype) for _, values, _ in _samples(model, _SAMPLE))
+    # float16 has no finer steps than this one near 0.
+    allowed = (
+        precision * torch.maximum(mine.abs(), theirs.abs()) + 6e-8 if mine.shape == theirs.shape else mine
+    )
+    return mine.shape == theirs.shape and bool(((mine - theirs).abs() <= allowed).all())
+
+
+def _samples(model: Any, count: int) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+    """For every parameter its name, up to `count` of its values on the CPU, and its shape.
+
+    Of a sharded parameter the whole is looked at, of a quantized one the values it stands for.
+
+    Raises:
+        ValueError: for parameters whose values cannot be seen.
+    """
+    for name, parameter in unwrapped(model).named_parameters():
+        whole = parameter.detach()
+        if hasattr(whole, "full_tensor"):
+            whole = whole.full_tensor()
+        if type(whole) is not Tensor and hasattr(whole, "dequantize"):
+            whole = whole.dequantize()
+        if whole.is_meta:
+            raise ValueError(
+                f"{name} has no values here (device 'meta', of an offloaded model): a memory is saved with "
+                "the fingerprint of its weights; load the model without offloading"
+            )
+        values = whole.flatten()[:: max(whole.numel() // count, 1)][:count]
+        if not values.is_floating_point():
+            values = values.to(torch.float32)
+        yield name, values.cpu(), tuple(parameter.shape)
+
+
+def _epsilon(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def describe_memory(path: str | Path) -> MemoryFile:
@@ -78,19 +144,34 @@ def describe_memory(path: str | Path) -> MemoryFile:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
         ValueError: if it is damaged.
     """
     with open_state_file(path) as file:
-        about, (config, _) = file.about, saved_sizes(file)
+        config, num_columns = saved_model(file)
+        recent = recent_tokens(path, file.about, None)
+        total, count = surprise_so_far(path, file.about)
+        if "model_type" in config:
+            tensors = file.tensors().values()
+            stats = SessionStats(
+                num_columns + bool(recent), sum(t.numel() * t.element_size() for t in tensors), ()
+            )
+        else:
+            sizes = _saved_config(file)
+            stats = stats_of(TitansCache.from_file(file, sizes), num_columns + bool(recent), None)
+        return MemoryFile(
+            config,
+            file.about.get("fingerprint"),
+            replace(stats, mean_surprise=total / count if count else None),
+        )
+
+
+def _saved_config(file: StateFile) -> TitansConfig:
+    config, _ = saved_sizes(file)
     try:
-        sizes = TitansConfig(**config)
+        return TitansConfig(**config)
     except (TypeError, ValueError, StrictDataclassError):
-        raise damaged_header(path) from None
-    cache = TitansCache.load(path, sizes)
-    tokens = cache.num_columns + bool(recent_tokens(path, about, None))
-    total, count = surprise_so_far(path, about)
-    stats = replace(stats_of(cache, tokens, None), mean_surprise=total / count if count else None)
-    return MemoryFile(config, about.get("fingerprint"), stats)
+        raise damaged_header(file.path) from None
 
 
 def recent_tokens(path: str | Path, about: dict[str, str], vocab_size: int | None) -> tuple[int, ...]:
@@ -112,13 +193,7 @@ def surprise_so_far(path: str | Path, about: dict[str, str]) -> tuple[float, int
             return float(total), count
     except (ValueError, TypeError, RecursionError, OverflowError):
         pass
-    raise ValueError(f"{path} has a damaged header: its surprise is no sum and number")
-
-
-@torch.no_grad()
-def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:
-    """The states of one row that has read nothing."""
-    return tuple(layer.mixer.initial_state(1) for layer in model.model.layers)
+    raise ValueError(f"{path} has a damaged header: its surprise must be [sum, count]")
 
 
 def find_states(kind: type[State], states: object) -> list[State]:

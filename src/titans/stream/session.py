@@ -1,8 +1,9 @@
-"""A session with one reader: feed it text of any length, generate, save what it has learned, go on later."""
+"""A session with one reader: feed it text of any length, generate, save what it has read, go on later."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from titans.hf import TitansCache, TitansForCausalLM
-from titans.hf.state_file import open_state_file
+from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.stream.live import generated
+from titans.stream.reader import CausalReader, TitansReader, reader_of
 from titans.stream.saved import (
     SessionStats,
     fingerprint,
-    initial_states,
     recent_tokens,
+    same_weights,
     stats_of,
     surprise_so_far,
+    weights_sample,
 )
 from titans.stream.text import NUM_RECENT, text_after, token_ids
 
@@ -66,7 +67,7 @@ class _Now:
     this process has read, and how many tokens.
     """
 
-    cache: TitansCache
+    cache: Any
     recent: tuple[int, ...] = ()
     surprise: float = 0.0
     count: int = 0
@@ -79,15 +80,25 @@ class _Now:
 
 
 class Session:
-    """A reader with a memory: one text, of any length, in any pieces, at constant memory.
+    """A reader of one text, of any length, in any pieces.
+
+    A Titans model with a memory reads at constant memory, and so do recurrent models and those whose
+    attention has a window. Full attention (the variant "transformer", Llama and most others) keeps its whole
+    past and grows with it; where such a model has a last position, a text that goes beyond is refused.
 
     The last token is kept back until more is known, so that `generate` has something to start from; how a
-    text is cut into feeds changes nothing. A variant without a memory ("transformer") keeps its whole past
-    and grows with it.
+    text is cut into feeds changes nothing, up to the rounding of the model's kernels (see `CausalReader`).
+
+    Threads may share a session: each feed is read as a whole. While a stream of generated text is open, it
+    takes in nothing else.
 
     Args:
-        model: any `TitansForCausalLM`; it is left as it is.
+        model: a `TitansForCausalLM` or any causal LM of transformers with a cache, also wrapped by PEFT or
+            torch.compile; it is left as it is.
         tokenizer: a Hugging Face tokenizer, or None to work in token ids.
+
+    Raises:
+        ValueError: for a model that cannot read a text in pieces; see `reader_of`.
 
     Example:
         session = Session(model, tokenizer)
@@ -96,14 +107,23 @@ class Session:
         print(session.generate(max_new_tokens=200, do_sample=True))
     """
 
-    def __init__(self, model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self._begin(reader_of(model), tokenizer)
+
+    def _begin(self, reader: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.reader: TitansReader | CausalReader = reader
         self.tokenizer = tokenizer
-        self._now = _Now(TitansCache(model.config))
+        self._now = _Now(reader.start())
+        self._lock, self._stream_is_open = threading.RLock(), False
 
     @property
-    def cache(self) -> TitansCache:
-        """A copy of the cache; it has read everything but the last token."""
+    def model(self) -> Any:
+        """The model that reads."""
+        return self.reader.model
+
+    @property
+    def cache(self) -> Any:
+        """A copy of the reader's cache (`TitansCache` of a Titans model): all is read but the last token."""
         return self._now.cache.clone()
 
     @property
@@ -128,19 +148,21 @@ class Session:
             progress: called after every piece with the number of tokens taken in by this call.
 
         Raises:
-            ValueError: for a string without a tokenizer, bytes that are not UTF-8, or ids that the model has
-                not.
+            ValueError: for a string without a tokenizer, bytes that are not UTF-8, ids that the model has
+                not, or more tokens than it has positions.
+            RuntimeError: while a stream of generated text is open.
         """
+        with self._alone():
+            return self._feed(text, collect_surprise, progress)
+
+    def _feed(self, text: Any, collect_surprise: bool, progress: Callable[[int], None] | None) -> FeedResult:
         began, before, taken = time.perf_counter(), self._now, 0
         collected: list[Tensor] = []
         for part in _parts(text):
-            ids = token_ids(part, self.tokenizer, self.model.config.vocab_size)
-            while len(ids):
-                # Pieces end at multiples of their length, where chunks and segments do, too.
-                room = PIECE_LENGTH - self._now.cache.num_columns % PIECE_LENGTH
-                piece = ids[: room + (not self._now.recent)]
-                surprise = self._read(piece.long())
-                ids, taken = ids[len(piece) :], taken + len(piece)
+            ids = token_ids(part, self.tokenizer, self.reader.vocab_size)
+            self._check_no_stream()
+            for surprise in self._pieces(ids):
+                taken = self.num_tokens - before.num_tokens
                 if collect_surprise and surprise is not None and surprise.numel():
                     collected.append(surprise.cpu())
                 if progress is not None:
@@ -153,6 +175,15 @@ class Session:
             mean_surprise=(self._now.surprise - before.surprise) / count if count else None,
             surprises=torch.cat(collected) if collected else None,
         )
+
+    def _pieces(self, ids: Tensor) -> Iterator[Tensor | None]:
+        """Take in (n,) ids, piece by piece, and give the surprise of each; see `_read`."""
+        self.reader.check_room(self.num_tokens + len(ids))
+        while len(ids):
+            # Pieces end at multiples of their length, where chunks and segments do, too.
+            room = PIECE_LENGTH - self._now.cache.num_columns % PIECE_LENGTH
+            piece, ids = ids.split([n := min(room + (not self._now.recent), len(ids)), len(ids) - n])
+            yield self._read(piece.long())
 
     def generate(self, *, stream: bool = False, **kwargs: Any) -> Any:
         """Continue the text; what is generated becomes part of the session.
@@ -168,18 +199,42 @@ class Session:
 
         Raises:
             ValueError: before anything was fed, or for an argument that the session sets itself.
+            RuntimeError: while a stream of generated text is open.
         """
-        return self._stream(kwargs) if stream else self._generate(**kwargs)
+        if stream:
+            return self._stream(kwargs)
+        with self._alone():
+            return self._generate(**kwargs)
 
     def _stream(self, kwargs: dict[str, Any]) -> Iterator[str | int]:
-        recent = self._now.recent
-        for token in generated(self._generate, kwargs):
-            if self.tokenizer is None:
-                yield token
-                continue
-            if piece := text_after(self.tokenizer, recent, (token,)):
-                yield piece
-            recent = (*recent, token)[-NUM_RECENT:]
+        with self._alone():
+            # The thread that generates holds no lock, so that whoever calls meanwhile learns why to wait.
+            self._stream_is_open = True
+        try:
+            recent = self._now.recent
+            for token in generated(self._generate, kwargs):
+                if self.tokenizer is None:
+                    yield token
+                    continue
+                if piece := text_after(self.tokenizer, recent, (token,)):
+                    yield piece
+                recent = (*recent, token)[-NUM_RECENT:]
+        finally:
+            self._stream_is_open = False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for other threads; RuntimeError while a stream is open, because its end may never come."""
+        with self._lock:
+            self._check_no_stream()
+            yield
+
+    def _check_no_stream(self) -> None:
+        if self._stream_is_open:
+            raise RuntimeError(
+                "a stream of generated text is open: read it to its end or close() it first, because what it "
+                "generates becomes part of the session"
+            )
 
     def _generate(self, **kwargs: Any) -> str | Tensor:
         for name in _SET_BY_SESSION:
@@ -189,11 +244,9 @@ class Session:
         if not now.recent:
             raise ValueError("the session has no token to start from: feed() it at least one first")
         cache = now.cache.clone()
-        settings = kwargs.get("generation_config") or self.model.generation_config
+        settings = kwargs.get("generation_config") or self.reader.inner.generation_config
         cache.batch_repeat_interleave(kwargs.get("num_beams") or settings.num_beams or 1)
-        with reading(self.model):
-            start = torch.tensor([[now.recent[-1]]], device=self.model.device)
-            found = self.model.generate(start, past_key_values=cache, **kwargs)
+        found = self.reader.generate(torch.tensor([[now.recent[-1]]]), cache, **kwargs)
         # More than the tokens where the generation config asks for it.
         new = getattr(found, "sequences", found)[0, 1:]
         ids = tuple(new.tolist())
@@ -201,7 +254,8 @@ class Session:
             self._now = replace(now, cache=cache, recent=(now.recent + ids)[-NUM_RECENT:])
         else:
             # Beam search leaves the states of all beams, in no order to rely on.
-            self.feed(ids)
+            for _ in self._pieces(new.cpu()):
+                pass
         return new.unsqueeze(0) if self.tokenizer is None else text_after(self.tokenizer, now.recent, ids)
 
     def save(self, path: str | Path, about: Mapping[str, str] | None = None) -> None:
@@ -218,19 +272,17 @@ class Session:
         if not now.num_tokens:
             raise ValueError("the session is empty: feed() something before saving it")
         cache = now.cache
-        if cache.states is None:
+        if cache.batch_size < 0:
             cache = cache.clone()
-            with reading(self.model):
-                self.model(
-                    torch.zeros(1, 0, dtype=torch.int64, device=self.model.device), past_key_values=cache
-                )
+            self.reader.read(torch.zeros(1, 0, dtype=torch.int64), cache)
         own = {
             "fingerprint": fingerprint(self.model),
+            "weights": weights_sample(self.model),
             "recent_tokens": json.dumps(now.recent),
             "surprise": json.dumps([now.surprise, now.count]),
         }
         try:
-            cache.save(path, {**(about or {}), **own})
+            self.reader.save(cache, Path(path), {**(about or {}), **own})
         except safetensors.SafetensorError as error:
             raise OSError(
                 f"{path} could not be written ({error}): give a folder that exists and has room"
@@ -240,7 +292,7 @@ class Session:
     def load(
         cls,
         path: str | Path,
-        model: TitansForCausalLM,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         strict: bool = True,
@@ -254,41 +306,54 @@ class Session:
             FileNotFoundError: if there is no such file.
             ValueError: for a damaged file, or one of another configuration, checkpoint or number of rows.
         """
-        cache = TitansCache.load(path, model.config, model.device)
+        reader = reader_of(model)
         with open_state_file(path) as file:
-            about = file.about
-        if cache.batch_size != 1:
-            raise ValueError(f"{path} holds {cache.batch_size} rows: a session reads one")
-        if strict and about.get("fingerprint", "") not in ("", fingerprint(model)):
-            raise ValueError(
-                f"{path} was made with another checkpoint of the same sizes: load it with that one, or pass "
-                "strict=False if the two understand each other"
-            )
-        session = cls(model, tokenizer)
-        # The precision of the running model decides, not that of the one that wrote the file.
-        wanted = pytree.tree_leaves(initial_states(model))
-        held, structure = pytree.tree_flatten(cache.states)
-        leaves = [leaf.to(like.dtype) for leaf, like in zip(held, wanted, strict=True)]
-        for layer, state in zip(cache.layers, pytree.tree_unflatten(leaves, structure), strict=True):
-            layer.state = state
-        recent = recent_tokens(path, about, model.config.vocab_size)
-        session._now = _Now(cache, recent, *surprise_so_far(path, about))
+            session = cls.__new__(cls)
+            session._begin(reader, tokenizer)
+            session._now = session._restored(file, strict)
         return session
+
+    def _restored(self, file: StateFile, strict: bool) -> _Now:
+        cache = self.reader.load(file)
+        if cache.batch_size > 1:
+            raise ValueError(f"{file.path} holds {cache.batch_size} rows: a session reads one")
+        if strict and not self._has_weights_of(file):
+            raise ValueError(
+                f"{file.path} was made with another checkpoint of the same sizes: load it with that one, or "
+                "pass strict=False if the two understand each other"
+            )
+        recent = recent_tokens(file.path, file.about, self.reader.vocab_size)
+        return _Now(cache, recent, *surprise_so_far(file.path, file.about))
+
+    def _has_weights_of(self, file: StateFile) -> bool:
+        """Whether the model has the weights that a file was made with, in whatever precision."""
+        name, sample = file.about.get("fingerprint", ""), file.about.get("weights")
+        if name in ("", fingerprint(self.model)):
+            return True
+        try:
+            return sample is not None and same_weights(self.model, name, sample)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise damaged_header(file.path) from None
 
     def fork(self) -> Session:
         """An independent session that has read the same; it costs nothing until one of them reads on."""
-        other = Session(self.model, self.tokenizer)
+        other = type(self).__new__(type(self))
+        other._begin(self.reader, self.tokenizer)
         other._now = self._now
         return other
 
     def reset(self) -> None:
-        """Forget everything."""
-        self._now = _Now(TitansCache(self.model.config))
+        """Forget everything; RuntimeError while a stream of generated text is open."""
+        with self._alone():
+            self._now = _Now(self.reader.start())
 
     def stats(self) -> SessionStats:
         """Tokens read, bytes held, mean surprise, speed, and the norms of every layer's memory."""
         now = self._now
-        found = stats_of(now.cache, self.num_tokens, self.model)
+        if isinstance(self.reader, TitansReader):
+            found = stats_of(now.cache, now.num_tokens, self.reader.inner)
+        else:
+            found = SessionStats(now.num_tokens, now.cache.nbytes(), ())
         return replace(
             found,
             mean_surprise=now.surprise / now.count if now.count else None,
@@ -301,15 +366,9 @@ class Session:
         began = time.perf_counter()
         unread, cache, surprise = self._unread(piece), self._now.cache.clone(), None
         if len(unread):
-            with reading(self.model):
-                output = self.model(
-                    input_ids=unread.unsqueeze(0).to(self.model.device),
-                    past_key_values=cache,
-                    logits_to_keep=1,
-                    output_surprise=True,
-                )
-            if output.surprises:
-                surprise = torch.stack([s[0].mean(-1).float() for s in output.surprises], -1)
+            found = self.reader.read(unread.unsqueeze(0), cache, output_surprise=True).surprises
+            if found:
+                surprise = torch.stack([s[0].mean(-1).float() for s in found], -1)
         self._took_in(piece, cache, surprise, time.perf_counter() - began)
         return surprise
 
@@ -317,7 +376,7 @@ class Session:
         """What the model reads when (n,) ids come in: the token kept back, and all of them but the last."""
         return torch.cat([torch.tensor(self._now.recent[-1:], dtype=torch.int64), piece])[:-1]
 
-    def _took_in(self, piece: Tensor, cache: TitansCache, surprise: Tensor | None, seconds: float) -> None:
+    def _took_in(self, piece: Tensor, cache: Any, surprise: Tensor | None, seconds: float) -> None:
         """Go on from a cache that has read all but the last of (n,) new ids."""
         now = self._now
         self._now = _Now(
@@ -337,15 +396,3 @@ def _parts(text: Any) -> Iterable[Any]:
     if isinstance(text, Sequence) and not (text and isinstance(text[0], (str, bytes))):
         return (text,)
     return text
-
-
-@contextmanager
-def reading(model: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode for as long as it lasts."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

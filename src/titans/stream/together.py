@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +18,17 @@ from titans.hf import TitansCache
 from titans.memory import MemoryState
 from titans.nn.attention.full import FullAttentionState
 from titans.state import map_state
-from titans.stream.saved import initial_states
-from titans.stream.session import PIECE_LENGTH, Session, reading
+from titans.stream.model import reading
+from titans.stream.reader import TitansReader, initial_states
+from titans.stream.session import PIECE_LENGTH, Session
 from titans.stream.text import token_ids
 
 
 def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
     """Feed each session its own text, all of them in one call of the model: what `feed` does one by one.
 
-    Interrupted, every session ends after its last whole piece of 2048 tokens.
+    Interrupted, every session ends after its last whole piece of 2048 tokens. Models other than Titans read
+    one session after the other.
 
     Args:
         sessions: of one model, each once; they may have read as much or as little as they like.
@@ -34,6 +37,7 @@ def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
     Raises:
         ValueError: for sessions of several models or one given twice, for another number of texts, or for a
             text that `feed` refuses; then nothing was read.
+        RuntimeError: while one of them has a stream of generated text open.
     """
     if isinstance(texts, (str, bytes)):
         raise ValueError(f"texts is one {type(texts).__name__}: give a sequence with a text for each session")
@@ -44,9 +48,25 @@ def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
     if len({id(session.model) for session in sessions}) > 1:
         raise ValueError("sessions has sessions of several models: feed those of one model at a time")
     left = [
-        token_ids(text, session.tokenizer, session.model.config.vocab_size)
+        token_ids(text, session.tokenizer, session.reader.vocab_size)
         for session, text in zip(sessions, texts, strict=True)
     ]
+    for session, ids in zip(sessions, left, strict=True):
+        session.reader.check_room(session.num_tokens + len(ids))
+    with ExitStack() as stack:
+        # In one order, whatever the caller's, so that two threads never wait for each other.
+        for session in sorted(sessions, key=id):
+            stack.enter_context(session._alone())
+        _feed(list(sessions), left)
+
+
+def _feed(sessions: list[Session], left: list[Tensor]) -> None:
+    if not all(isinstance(session.reader, TitansReader) for session in sessions):
+        # Rows of several lengths would have to be padded, which corrupts recurrent states of other models.
+        for session, ids in zip(sessions, left, strict=True):
+            for _ in session._pieces(ids):
+                pass
+        return
     while rows := [row for row, ids in enumerate(left) if len(ids)]:
         _read([sessions[row] for row in rows], [left[row][:PIECE_LENGTH].long() for row in rows])
         for row in rows:
@@ -55,7 +75,8 @@ def feed_together(sessions: Sequence[Session], texts: Sequence[Any]) -> None:
 
 def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
     """Take in at least one token more for each session."""
-    began, model = time.perf_counter(), sessions[0].model
+    began, reader = time.perf_counter(), sessions[0].reader
+    model = reader.inner
     unread = [session._unread(piece) for session, piece in zip(sessions, pieces, strict=True)]
     lengths = torch.tensor([len(ids) for ids in unread], device=model.device)
     ids = pad_sequence(unread, batch_first=True).to(model.device)
@@ -66,7 +87,7 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
         fresh = initial_states(model) if any(cache.states is None for cache in caches) else None
         together.store(_stacked([cache.states or fresh for cache in caches]), 0)
         with reading(model):
-            output = model(
+            output = reader.model(
                 input_ids=ids,
                 attention_mask=(torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long(),
                 past_key_values=together,

@@ -1,0 +1,131 @@
+"""Readers: what a stream asks of a model. Titans models and every causal LM of transformers with a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from titans.hf import TitansCache, TitansForCausalLM
+from titans.hf.state_file import StateFile
+from titans.stream.causal import CausalReader, Read
+from titans.stream.model import reading, unwrapped
+
+
+class ReaderCache(Protocol):
+    """What a model has read. Reading changes a cache in place; a clone is not changed with it.
+
+    num_columns: tokens read. batch_size: rows, −1 before the first token.
+    """
+
+    @property
+    def num_columns(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def nbytes(self) -> int: ...
+
+    def clone(self) -> Any: ...
+
+    def batch_select_indices(self, indices: Tensor) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A model that reads a text piece by piece, in pieces of any length, each text from its first token on.
+
+    How a text is cut changes nothing but rounding. This is what evaluation asks for; a `Session` also
+    generates, saves and loads, as both readers of this package do.
+    """
+
+    vocab_size: int
+
+    def start(self) -> Any:
+        """An empty cache."""
+
+    def read(
+        self, ids: Tensor, cache: Any, *, all_logits: bool = False, output_surprise: bool = False
+    ) -> Read:
+        """Read on: ids (rows, n) int64, all of them real tokens; the cache is changed in place.
+
+        With n = 0 a cache comes to hold the states before the first token, where a model has such.
+        """
+
+    def check_room(self, num_tokens: int) -> None:
+        """Whether a text may have so many tokens; ValueError naming the limit."""
+
+
+def reader_of(model: Any) -> Reader:
+    """The reader for a model: itself if it is one, else one for its class.
+
+    A Titans model may be compiled, sharded or wrapped by PEFT; so may any other causal LM.
+
+    Raises:
+        ValueError: for a model without a cache that another call can go on from, or whose logits depend on
+            how the text is cut; names the class and the reason.
+    """
+    if isinstance(model, Reader):
+        return model
+    inner = unwrapped(model)
+    if isinstance(inner, TitansForCausalLM):
+        # PEFT puts its layers into the model it wraps, which therefore is the whole model.
+        return TitansReader(inner if hasattr(model, "get_base_model") else model)
+    return CausalReader(model)
+
+
+class TitansReader:
+    """A Titans model: exact however the text is cut, at constant memory (with a "transformer": growing)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.inner: TitansForCausalLM = unwrapped(model)
+        self.vocab_size: int = self.inner.config.vocab_size
+
+    def start(self) -> TitansCache:
+        return TitansCache(self.inner.config)
+
+    def read(
+        self, ids: Tensor, cache: TitansCache, *, all_logits: bool = False, output_surprise: bool = False
+    ) -> Read:
+        with reading(self.inner):
+            output = self.model(
+                input_ids=ids.to(self.inner.device),
+                past_key_values=cache,
+                logits_to_keep=0 if all_logits else 1,
+                output_surprise=output_surprise,
+            )
+        return Read(output.logits if ids.shape[1] else None, output.surprises or None)
+
+    def check_room(self, num_tokens: int) -> None:
+        """Any number of tokens."""
+
+    def generate(self, start: Tensor, cache: TitansCache, **kwargs: Any) -> Any:
+        """transformers' `generate` from start (rows, n) ids; the cache is changed."""
+        with reading(self.inner):
+            return self.inner.generate(start.to(self.inner.device), past_key_values=cache, **kwargs)
+
+    def save(self, cache: TitansCache, path: Path, about: dict[str, str]) -> None:
+        """Write a cache to a file, with `about` in its header."""
+        cache.save(path, about)
+
+    def load(self, file: StateFile) -> TitansCache:
+        """The cache in a file, in this model's precision; ValueError where it is not this model's."""
+        cache = TitansCache.from_file(file, self.inner.config)
+        wanted = pytree.tree_leaves(initial_states(self.inner))
+        held, structure = pytree.tree_flatten(cache.states)
+        leaves = [leaf.to(like.device, like.dtype) for leaf, like in zip(held, wanted, strict=True)]
+        for layer, state in zip(cache.layers, pytree.tree_unflatten(leaves, structure), strict=True):
+            layer.state = state
+        return cache
+
+
+@torch.no_grad()
+def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:
+    """The states of one row that has read nothing."""
+    return tuple(layer.mixer.initial_state(1) for layer in model.model.layers)
