@@ -21,7 +21,8 @@ _SIZES: dict[str, Any] = dict(
     num_key_value_heads=2, eos_token_id=None, bos_token_id=None,
 )  # fmt: skip
 _RECURRENT: dict[str, Any] = dict(
-    vocab_size=256, hidden_size=32, num_hidden_layers=2, eos_token_id=None, pad_token_id=None, bos_token_id=None
+    vocab_size=256, hidden_size=32, num_hidden_layers=2, eos_token_id=None, pad_token_id=None,
+    bos_token_id=None,
 )  # fmt: skip
 
 CONFIGS: dict[str, PreTrainedConfig] = {

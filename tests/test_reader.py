@@ -153,11 +153,9 @@ def test_a_text_beyond_the_last_position_is_refused_before_it_is_read() -> None:
 
 def test_what_cannot_be_read_in_pieces_is_refused_by_name(models: dict[str, PreTrainedModel]) -> None:
     sizes = dict(vocab_size=256, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    held_inside = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, num_hidden_layers=1))
-    with pytest.raises(
-        ValueError, match="RecurrentGemmaForCausalLM cannot read a text in pieces: its output"
-    ):
-        Session(held_inside)
+    inside = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"RecurrentGemmaForCausalLM cannot read .*: its output has no past"):
+        Session(inside)
     encoder = T5ForConditionalGeneration(T5Config(vocab_size=256, d_model=8, d_kv=4, d_ff=8, num_layers=1))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration takes no cache"):
         Session(encoder)
@@ -168,7 +166,7 @@ def test_what_cannot_be_read_in_pieces_is_refused_by_name(models: dict[str, PreT
         return forward(input_ids, use_cache=use_cache)
 
     forgetful.forward = forget
-    with pytest.raises(ValueError, match="differ by .* from those of one call"):
+    with pytest.raises(ValueError, match=r"differ by \d+% from those of one call"):
         Session(forgetful)
 
 

@@ -134,7 +134,9 @@ def open_state_file(path: str | Path) -> Iterator[StateFile]:
         ) from None
     with file:
         header = _read_header(path, file)
-        about, kinds = _parsed(path, header)
+        about, kinds, size = _parsed(path, header)
+        if os.fstat(file.fileno()).st_size != len(header) + size:
+            raise _damaged(path, "it is shorter or longer than its header says")
         if about.get("format") != FORMAT:
             raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
         same = _aliases(path, about, kinds)
@@ -153,7 +155,8 @@ def _read_header(path: Path, file: BinaryIO) -> bytes:
     return size + rest
 
 
-def _parsed(path: Path, header: bytes) -> tuple[dict[str, str], dict[str, Kind]]:
+def _parsed(path: Path, header: bytes) -> tuple[dict[str, str], dict[str, Kind], int]:
+    """The header's text, the kinds of all tensors, and how many bytes these take."""
     try:
         entries = json.loads(header[8:])
         about = entries.pop("__metadata__", {})
@@ -163,9 +166,10 @@ def _parsed(path: Path, header: bytes) -> tuple[dict[str, str], dict[str, Kind]]
             name: Kind(_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(map(int, entry["shape"])))
             for name, entry in entries.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        size = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         raise _damaged(path, error) from None
-    return about, kinds
+    return about, kinds, size
 
 
 def damaged_header(path: str | Path) -> ValueError:

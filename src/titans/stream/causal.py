@@ -155,9 +155,7 @@ class CausalReader:
         output = self.model(input_ids=ids, use_cache=True, **kwargs)
         held = getattr(output, self._cache_name, None)
         if held is None:
-            raise ValueError(
-                f"{self.name} returns no {self._cache_name}: it carries no cache to read on from"
-            )
+            raise ValueError(f"its output has no {self._cache_name} to read on from")
         cache.store(held, count)
         logits: Tensor = output.logits
         if logits.shape[1] not in (1, count):
@@ -169,7 +167,7 @@ class CausalReader:
         limit = position_limit(self.config)
         if limit is not None and limit < 2 * _TRIAL_LENGTH:
             raise ValueError(
-                f"{self.name} has max_position_embeddings={limit}: too few to read a text in pieces"
+                f"{self.name} has max_position_embeddings={limit}: give it {2 * _TRIAL_LENGTH} or more"
             )
         ids = (7 * torch.arange(2 * _TRIAL_LENGTH, device=self.device) + 1).remainder(self.vocab_size)[None]
         with reading(self.inner):
