@@ -1,4 +1,4 @@
-"""The pages whose examples are said to run do, with the output that they show."""
+"""The examples of the guides run, with the output that they show, and links lead to files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+LINK = re.compile(r"\]\(([^)#\s]+)")
+NAMED = re.compile(r"\b(?:docs|examples)/[\w/.-]+\.(?:md|py|png|json|html)\b")
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
 
 
 def outputs(page: Path) -> list[tuple[str, str]]:
-    """What the page says that each of its blocks prints, and what it prints."""
+    """What the page shows as the output of each of its blocks, and what the block prints."""
     names: dict[str, object] = {}
     found = []
     for code, shown in BLOCK.findall(page.read_text()):
@@ -31,3 +34,17 @@ def test_give_a_model_a_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(found) == 7
     for shown, printed in found:
         assert printed == shown
+
+
+def test_every_link_and_every_named_page_is_there() -> None:
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "src").rglob("*.md")]
+    missing = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in LINK.findall(page.read_text())
+        if "://" not in link and not (page.parent / link).exists()
+    ]
+    for file in [*pages, *(ROOT / "src").rglob("*.py")]:
+        named = set(NAMED.findall(file.read_text()))
+        missing += [f"{file.relative_to(ROOT)}: {name}" for name in named if not (ROOT / name).exists()]
+    assert not missing, "\n".join(sorted(missing))
