@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test bench lint format clean
 
 demo: $(STAMP)
-	$(BIN)/python -m titans.experiments.demo
+	$(BIN)/python -m titans demo
 
 test: lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

@@ -13,6 +13,8 @@ with suppress(ImportError):
     import triton  # noqa: F401
 # A test of the kernels sets the variable again; for all others there is no device.
 del os.environ["TRITON_INTERPRET"]
+# Commands choose threads for a process that has yet to load torch; called from a test they leave them alone.
+import torch  # noqa: F401
 
 # No test depends on time, and every run tries the same examples, so that a red test stays red.
 settings.register_profile(

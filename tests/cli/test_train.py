@@ -95,7 +95,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.
         (["--data", "empty.txt"], 1, r"corpus='empty.txt' holds no text"),
         (["--data", "single.txt"], 1, r"data='single.txt' is a single document"),
         (["--tokenizer", "nowhere/at/all"], 1, r"tokenizer='nowhere/at/all' could not be loaded"),
-        (["--output", "single.txt/run"], 1, r"single.txt/run/training.json could not be written \(Not a dir"),
+        (["--output", "single.txt/run"], 2, r"output='single.txt/run' cannot be written \(Not a directory\)"),
         (["--output", "single.txt"], 2, r"output='single.txt' is a file: give a folder"),
     ],
 )

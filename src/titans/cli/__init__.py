@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from titans.cli.errors import UsageError
+from titans.cli.terminal import any_letter_is_shown, report
+from titans.cli.threads import Watch, choose_threads
 
 _COMMANDS = {
     "train": ("titans.cli.train", "Train"),
@@ -19,6 +21,7 @@ _COMMANDS = {
     "eval needle": ("titans.cli.needle", "EvalNeedle"),
     "info": ("titans.cli.info", "Info"),
     "bench": ("titans.cli.bench", "Bench"),
+    "demo": ("titans.cli.demo", "Demo"),
 }
 _SUITES = [name.removeprefix("eval ") for name in _COMMANDS if name.startswith("eval ")]
 
@@ -32,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"titans {__version__}")
         return 0
     try:
-        return int(_parse(arguments).run())
+        others = Watch()
+        command = _parse(arguments)
+        if choice := choose_threads(others, getattr(command, "threads", None)):
+            report(str(choice))
+        with any_letter_is_shown():
+            return int(command.run())
     except SystemExit as error:  # --help, or options that do not parse: already explained
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt as error:
@@ -57,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: BaseException, otherwise: str, code: int) -> int:
-    print(f"titans: {' '.join(str(error).split()) or otherwise}", file=sys.stderr)
+    report(f"titans: {' '.join(str(error).split()) or otherwise}")
     return code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.terminal import report
 from titans.cli.train import FIELDS
 from titans.zoo.checkpoint import load_checkpoint
 
@@ -69,7 +69,7 @@ class Bench:
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             seconds=self.seconds,
-            progress=lambda what: print(f"measuring: {what}", file=sys.stderr),
+            progress=lambda what: report(f"measuring: {what}"),
         )
         about = {
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.outputs import check_output
+from titans.cli.outputs import check_output, is_memory
+from titans.cli.terminal import report, text_streamer
 from titans.zoo.checkpoint import load_checkpoint
 
 
@@ -52,7 +52,6 @@ class Generate:
         """Generate, streaming to stdout."""
         self._check()
         import torch
-        from transformers import TextStreamer
 
         from titans.stream import Session
 
@@ -64,13 +63,13 @@ class Generate:
         began, tokens_before = time.perf_counter(), session.num_tokens
         text = session.generate(
             max_new_tokens=self.max_new_tokens,
-            streamer=None if self.json else TextStreamer(tokenizer, skip_prompt=True),
+            streamer=None if self.json else text_streamer(tokenizer),
             **self._sampling(),
         )
         seconds, tokens = time.perf_counter() - began, session.num_tokens - tokens_before
         if self.save_memory:
             session.save(self.save_memory)
-            print(f"{self.save_memory} holds {session.num_tokens:,} tokens read", file=sys.stderr)
+            report(f"{self.save_memory} holds {session.num_tokens:,} tokens read")
         if self.json:
             print(
                 json.dumps({"text": text, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)})
@@ -90,7 +89,7 @@ class Generate:
             raise UsageError(f"top_p={self.top_p}: give a number above 0 and at most 1")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"seed={self.seed}: give a whole number from 0 to 2^63 − 1")
-        check_output("save_memory", self.save_memory)
+        check_output("save_memory", self.save_memory, is_memory)
 
     def _sampling(self) -> dict[str, Any]:
         if self.greedy:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.terminal import printable
 from titans.zoo.checkpoint import folder_of, load_checkpoint, load_config, or_by_name
 
 if TYPE_CHECKING:
@@ -175,12 +176,13 @@ def _measure_gates(folder: Path, sources: tuple[str, ...]) -> dict[str, Any]:
 
 def _show(about: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     for name, value in about.items():
         if name != "layers" and value is not None:
-            shown = f"{value:,}" if isinstance(value, int) else str(value)
+            shown = f"{value:,}" if isinstance(value, int) else escape(printable(str(value)))
             table.add_row(name.replace("_", " "), shown)
     console = Console(stderr=True)
     console.print(table)
@@ -200,7 +202,7 @@ def _show_gates(gates: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=escape(f"gates over {gates['tokens']:,} tokens of {', '.join(gates['sample'])}"),
+        title=escape(printable(f"gates over {gates['tokens']:,} tokens of {', '.join(gates['sample'])}")),
         caption="half-lives in tokens: at rest, for an input of zero, and quantiles over the tokens; mean "
         "momentum; medians of the step size as applied and of write strength, step size / (1 − momentum); "
         "W: matrix of the memory",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Annotated
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.outputs import check_output
+from titans.cli.outputs import check_page_and_picture
+from titans.cli.terminal import report
 from titans.zoo.checkpoint import load_checkpoint
 
 # Arrays of one text are held in memory, some 200 bytes a token.
@@ -46,9 +46,9 @@ class Inspect:
 
     def run(self) -> int:
         """Read and write, reporting to stderr."""
-        check_output("output", self.output)
         picture = self.output.with_suffix(".png")
-        check_output("output", picture)
+        inputs = [self.file, Path(self.another), *([self.memory] if self.memory else [])]
+        check_page_and_picture("output", self.output, picture, inputs)
         if self.most < 2:
             raise UsageError(f"most={self.most}: give a whole number of at least 2")
         from titans.cli.progress import ReadingProgress
@@ -81,7 +81,7 @@ class Inspect:
         about = f"{size}; the other text: {self.another}"
         write_page(self.output, found, tokenizer, title=title, about=about)
         draw_inspection(picture, found, title)
-        print(f"{self.output}, {self.output.stat().st_size:,} bytes; {picture}", file=sys.stderr)
+        report(f"{self.output}, {self.output.stat().st_size:,} bytes; {picture}")
         if self.json:
             print(json.dumps(found.to_json()))
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.outputs import check_output
+from titans.cli.outputs import check_output, is_memory
+from titans.cli.terminal import report
 from titans.zoo.checkpoint import load_checkpoint
 
 
@@ -44,7 +44,7 @@ class Memorize:
 
     def run(self) -> int:
         """Read and save, reporting to stderr."""
-        check_output("output", self.output)
+        check_output("output", self.output, is_memory, self.files)
         if not self.files:
             raise UsageError("files: none given; name the texts to read before -o")
         if self.save_every < 1:
@@ -131,4 +131,4 @@ def _report(summary: dict[str, Any]) -> None:
         lines.append(
             f"  peak {peak['surprise']:.4f} in {peak['file']} at byte {peak['offset']:,}: {peak['excerpt']}"
         )
-    print("\n".join(lines), file=sys.stderr)
+    report("\n".join(lines))

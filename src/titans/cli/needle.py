@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.outputs import check_output
+from titans.cli.outputs import check_picture
 from titans.zoo.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class EvalNeedle:
             raise UsageError("lengths: none given; name at least one")
         lengths = [_tokens(text) for text in self.lengths]
         depths = [_depth(text) for text in self.depths]
-        check_output("plot", self.plot)
+        check_picture("plot", self.plot, [Path(self.haystack)])
         model, tokenizer = load_checkpoint(self.checkpoint)
         from titans.cli.progress import ReadingProgress
         from titans.data import hold_out, load_corpus

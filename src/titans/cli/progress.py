@@ -7,7 +7,10 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from titans.cli.terminal import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -46,10 +49,11 @@ class ReadingProgress:
 
     def update(self, done: float, tokens: int, what: str = "reading") -> None:
         """`done` of the total is read, which were so many tokens; `what` is being read."""
+        what = printable(what)
         now = time.perf_counter()
         rate = tokens / max(now - self._began, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=what, rate=f"{rate:,.0f}")
+            self._bar.update(self._task, completed=done, description=escape(what), rate=f"{rate:,.0f}")
         elif done >= self.total or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._began) * (self.total - done) / max(done, 1e-9)

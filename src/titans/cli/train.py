@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.outputs import check_run_folder
+from titans.cli.terminal import report
 from titans.train.settings import SETTINGS_FILE, TrainSettings, check_type, field_types
 
 
@@ -61,6 +62,7 @@ class Train(TrainSettings):
             settings.check()
         except ValueError as error:
             raise UsageError(str(error)) from None
+        check_run_folder("output", settings.output)
         from titans.train.progress import ProgressLine
         from titans.train.recipe import TrainingRun, check
 
@@ -69,11 +71,11 @@ class Train(TrainSettings):
         except ValueError as error:
             raise UsageError(str(error)) from None
         run = TrainingRun(settings)
-        print(run.summary(), file=sys.stderr)
+        report(run.summary())
         with ProgressLine(settings.steps, bytes_are_tokens=settings.tokenizer == "bytes") as progress:
             result = run.run(progress)
         held_out = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits/byte held out; "
-        print(f"done: {held_out}{result.output} holds the model", file=sys.stderr)
+        report(f"done: {held_out}{result.output} holds the model")
         if self.json:
             print(json.dumps({**dataclasses.asdict(result), "output": str(result.output)}))
         return 0

@@ -3,7 +3,6 @@ demo`)."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -205,35 +204,24 @@ def _ticker(what: str) -> Callable[[int, int], None]:
     return told
 
 
-def main() -> int:
-    """Run the demo; the page is written to FOLDER/report.html."""
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=320, help="training steps of each model (default 320)")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default demo)")
-    arguments = parser.parse_args()
+def show(steps: int, folder: Path) -> None:
+    """Run the demo with so many training steps of each model, and write FOLDER/report.html and its numbers.
+
+    Raises:
+        ValueError, OSError: if the corpus cannot be loaded or the folder cannot be written.
+    """
     for variant in ("mac", "transformer"):
-        shutil.rmtree(arguments.output / variant, ignore_errors=True)
-    try:
-        result = run_demo(arguments.steps, arguments.output)
-    except (ValueError, OSError) as error:
-        say(f"titans: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    report = arguments.output / "report.html"
+        shutil.rmtree(folder / variant, ignore_errors=True)
+    result = run_demo(steps, folder)
+    report = folder / "report.html"
     write_report(result, report)
     numbers = {
         "models": [asdict(m) for m in result.models],
         "recollection": dict(zip(result.recollection.arms, result.recollection.bits_per_byte, strict=True)),
         "machine": result.machine,
     }
-    (arguments.output / "demo.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "demo.json").write_text(json.dumps(numbers, indent=1))
     say("\nmodel              parameters  held-out bits/byte")
     for model in result.models:
         say(f"{model.name:18} {model.num_parameters:10,}  {model.bits_per_byte:.3f}")
     say(f"\nA sample:\n{result.sample}\n\nThe page: {report} ({result.machine})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
