@@ -16,7 +16,7 @@ from titans.state import map_state
 from titans.train.recorded import RecordedStep
 
 # Local memories in chunks of 16 within shards that run side by side, beside a global one in large chunks.
-TNT = dict(chunk_size=2048, memory_local_chunk_sizes=[16], memory_shard_length=2048)
+TNT = dict(chunk_size=2048, memory={"local_chunk_sizes": [16], "shard_length": 2048})
 # What is trained: a name, a variant, changes of its configuration. The first is what others are beside.
 TRAINED = (
     ("transformer", "transformer", {}),

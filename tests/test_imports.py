@@ -71,7 +71,8 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        configuration keywords state_file
+        flat_config state_file
+        configuration keywords
         cache causal_cache
         modeling
         """,

@@ -31,7 +31,7 @@ def memories_of(model: TitansForCausalLM) -> list[NeuralMemory]:
 
 @torch.no_grad()
 def test_gates_that_see_nothing_are_their_biases() -> None:
-    model = small_model("mac", num_attention_heads=3, memory_normalize_step=False)
+    model = small_model("mac", num_attention_heads=3, memory={"form": {"normalize_step": False}})
     expected = torch.tensor([1024.0, 32e3, 1e6]).double()[:, None].expand(3, 2)  # log-spaced
     layers = gate_statistics(model, DOCUMENTS)
     assert len(layers) == 2
@@ -101,8 +101,11 @@ def written_with(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Te
     [
         ("mac", dict(segment_length=6)),  # segments end within chunks
         ("mag", dict(memory_depth=1)),
-        ("mal", dict(memory_normalize_step=False)),
-        ("lmm", dict(memory_depth=3, memory_norm=True, memory_residual=True, memory_decay_to_initial=False)),
+        ("mal", dict(memory={"form": {"normalize_step": False}})),
+        (
+            "lmm",
+            dict(memory_depth=3, memory={"form": dict(norm=True, residual=True, decay_to_initial=False)}),
+        ),
     ],
 )
 @torch.no_grad()

@@ -60,7 +60,7 @@ def test_a_frozen_evaluation_keeps_what_persistent_tokens_wrote() -> None:
 @pytest.mark.parametrize("variant", BLOCKS)
 @pytest.mark.parametrize("count", [32, 30])
 def test_only_the_memory_is_kept(variant: str, count: int) -> None:
-    model = small_model(variant, memory_row_limit=0.5)
+    model = small_model(variant, memory={"form": {"row_limit": 0.5}})
     cache = after_reading(model, count)
     before = [leaf.clone() for leaf in pytree.tree_leaves(cache.states)]
     kept = keep_memory_only(model, cache)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from titans.experiments import recipe
 from titans.nn.blocks import BLOCKS
+from titans.train import FactSettings
 from titans.train.recipe import check
 
 
@@ -19,7 +20,8 @@ def test_stages_are_settings_that_train(variant, plain, tmp_path):
     planned = recipe.stages(variant, tmp_path, plain)
     for stage in planned:
         check(stage)
-        assert (stage.fact_spacing is None) == (stage.answer_weight == 1) == plain
+        assert (stage.facts.spacing is None) == (stage.facts.answer_weight == 1) == plain
+        assert not plain or stage.facts == FactSettings()
     for before, after in pairwise(planned):
         assert after.start_from == before.output
         assert after.config == before.config
@@ -33,9 +35,9 @@ def test_stages_on_a_gpu_go_on_from_each_other_and_end_as_without_one(variant, t
     assert [stage.output.name for stage in planned] == ["dense", "near", "far", "keep", "hold"]
     for before, after in pairwise(planned):
         assert after.start_from == before.output and after.config == before.config
-    prices = [stage.write_cost for stage in planned]
+    prices = [stage.facts.write_cost for stage in planned]
     assert prices[2] == 0 and prices == sorted(prices)
-    assert not any(stage.write_cost for stage in plain)
+    assert not any(stage.facts.write_cost for stage in plain)
 
 
 def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys):

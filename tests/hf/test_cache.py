@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansConfig, state_file
+from titans.hf.configuration import TitansMemoryConfig
 from titans.hf.state_file import open_state_file
+from titans.nn import FORMS
 from titans.nn.blocks import BLOCKS
 
 from .models import assert_near, filled_cache, logits_of, random_ids, small_config, small_model
@@ -216,29 +218,61 @@ def test_a_wrong_header_is_refused(changes, message, tmp_path):
 
 # What neither shapes a state nor changes what it means to a model.
 FREE = {
-    "vocab_size", "intermediate_size", "num_persistent_tokens", "memory_max_momentum",
-    "memory_max_step_size", "memory_induction_init", "memory_gates_see_keys", "memory_gate_hidden_size",
-    "memory_bounded_half_lives", "memory_shortest_half_life", "memory_longest_half_life", "rms_norm_eps",
-    "initializer_range", "tie_word_embeddings", "use_cache", "layer_types", "pad_token_id", "bos_token_id",
-    "eos_token_id", "model_type", "keys_to_ignore_at_inference",
+    "vocab_size", "intermediate_size", "num_persistent_tokens", "rms_norm_eps", "initializer_range",
+    "tie_word_embeddings", "use_cache", "layer_types", "pad_token_id", "bos_token_id", "eos_token_id",
+    "model_type", "base_config_key", "keys_to_ignore_at_inference", "sub_configs_defaults", "memory",
 }  # fmt: skip
+FREE_OF_MEMORY = {"start", "half_lives", "model_type", "base_config_key"}
+FREE_OF_FORM = {"max_momentum", "max_step_size", "bounded_half_lives", "gates_see_keys", "gate_hidden_size"}
+DECIDING = TitansConfig.__annotations__.keys() - FREE
 
 
-# Both or neither, and not with MAC: test_tnt.py.
-LOCAL = {"memory_local_chunk_sizes", "memory_shard_length"}
-
-
-@pytest.mark.parametrize("field", sorted(TitansConfig.__annotations__.keys() - FREE - LOCAL))
+@pytest.mark.parametrize("field", sorted(DECIDING))
 def test_a_state_of_another_configuration_is_refused(field, tmp_path):
     path = tmp_path / "memory"
     filled_cache(MODELS["mac"], TEXT).save(path)
     old = getattr(MODELS["mac"].config, field)
-    other = {"variant": "mag", "memory_activation": "gelu", "memory_combination": "sum"}
-    new = other[field] if field in other else not old if type(old) is bool else 2 * old
+    new = "mag" if field == "variant" else 2 * old
     with pytest.raises(
         ValueError, match=f"was written with {field}={old!r}, the model has {new!r}: load it with"
     ):
         TitansCache.load(path, small_config(**{"variant": "mac", field: new}))
+
+
+@pytest.mark.parametrize(
+    ("field", "memory"),
+    [
+        ("conv_kernel", {"conv_kernel": 8}),
+        ("combination", {"combination": "sum"}),
+        ("objective.name", {"objective": "huber"}),
+        ("rule.row_limit", {"rule": {"name": "momentum", "row_limit": 4.0}}),
+        ("form.activation", {"form": {"activation": "gelu"}}),
+        ("form.residual", {"form": {"residual": True}}),
+        ("form.norm", {"form": {"norm": True}}),
+        ("form.decay_to_initial", {"form": {"decay_to_initial": False}}),
+        ("rule.normalize_step", {"form": {"normalize_step": False}}),
+        ("rule.length_floor", {"form": {"length_floor": 0.5}}),
+        ("rule.row_limit", {"form": {"row_limit": None}}),
+    ],
+)
+def test_a_state_of_another_memory_is_refused(field, memory, tmp_path):
+    path, other = tmp_path / "memory", small_config("mac", memory=memory)
+    cache = filled_cache(MODELS["mac"], TEXT)
+    cache.save(path)
+    with pytest.raises(ValueError, match=f"was written with memory.{field}=.*, the model has"):
+        TitansCache.load(path, other)
+    with pytest.raises(ValueError, match=f"was made with memory.{field}=.*, the model has"):
+        cache.check_fits(other)
+
+
+def test_what_decides_a_state_is_known_of_every_field():
+    """A new field stands in `state_fields`, or here among those that decide nothing."""
+    decides = MODELS["mac"].config.state_fields()
+    assert decides.keys() == DECIDING | {"memory"}
+    memory = decides["memory"]
+    assert memory.keys() == TitansMemoryConfig.__annotations__.keys() - FREE_OF_MEMORY
+    of_form = memory["form"].keys() | memory["rule"].keys() - {"name"}
+    assert of_form == vars(FORMS["stable"]).keys() - FREE_OF_FORM
 
 
 def position_names(tensors):

@@ -141,7 +141,7 @@ def test_an_early_token_matters_beyond_the_reach_of_attention(variant):
     other = ids.clone()
     other[0, 3] = (ids[0, 3] + 1) % VOCAB
     # What attention and convolutions of all layers together can reach.
-    reach = 3 + LAYERS * (max(WINDOW, SEGMENT) + model.config.conv_kernel)
+    reach = 3 + LAYERS * (max(WINDOW, SEGMENT) + model.config.memory.conv_kernel)
     late = slice(reach + SEGMENT, None)
     moved = (logits_of(model, other) - logits_of(model, ids)).abs()
     if variant == "window":

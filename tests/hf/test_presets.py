@@ -31,17 +31,18 @@ def parts(config: TitansConfig) -> dict[str, int]:
         config.num_attention_heads * config.head_dim,
     )
     depth, e = config.memory_depth, config.memory_expansion
-    conv, p = config.conv_kernel, config.num_persistent_tokens
+    memory, p = config.memory, config.num_persistent_tokens
+    form, conv = memory.memory_form, memory.conv_kernel
     hidden = dim * e
     initial = heads * (dim * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
-    norm = (2 if config.memory_norm else 0) * width
+    norm = (2 if form.norm else 0) * width
     # What the text taught and what training did are normalised apart.
-    reads = (2 if config.memory_decay_to_initial else 1) * width
+    reads = (2 if form.decay_to_initial else 1) * width
     has_memory = config.has_memory
-    memories = 1 + len(config.memory_local_chunk_sizes or ())
-    gates = 3 * memories * heads * depth * (d + 1 + dim * config.memory_gates_see_keys)
-    seen = d + width * config.memory_gates_see_keys
-    gates += memories * config.memory_gate_hidden_size * (seen + 3 * heads * depth)
+    memories = 1 + len(memory.local_chunk_sizes or ())
+    gates = 3 * memories * heads * depth * (d + 1 + dim * form.gates_see_keys)
+    seen = d + width * form.gates_see_keys
+    gates += memories * form.gate_hidden_size * (seen + 3 * heads * depth)
     return {
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
@@ -80,8 +81,9 @@ def test_every_preset_has_the_parameters_of_the_formula(preset, variant):
 
 @pytest.mark.parametrize("variant", ["mag", "mal", "lmm"])
 def test_the_formula_holds_with_local_memories(variant):
-    local = dict(memory_local_chunk_sizes=[4, 8], memory_shard_length=64, memory_norm=True)
-    config = TitansConfig.from_preset("tiny", variant=variant, **local, memory_gates_see_keys=True)
+    form = dict(norm=True, gates_see_keys=True)
+    memory = dict(local_chunk_sizes=[4, 8], shard_length=64, form=form)
+    config = TitansConfig.from_preset("tiny", variant=variant, memory=memory)
     assert count(config) == sum(parts(config).values())
 
 
@@ -89,11 +91,11 @@ def test_the_formula_holds_with_local_memories(variant):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(memory_depth=1, memory_norm=True, memory_decay_to_initial=False, tie_word_embeddings=False),
-        dict(memory_depth=4, head_dim=6, num_attention_heads=5, conv_kernel=1, num_persistent_tokens=0),
-        dict(memory_depth=3, memory_expansion=1, intermediate_size=7, conv_kernel=3),
-        dict(memory_gates_see_keys=True, memory_gate_hidden_size=7),
-        dict(memory_gate_hidden_size=5),
+        dict(memory_depth=1, memory={"form": "paper"}, tie_word_embeddings=False),
+        dict(memory_depth=4, head_dim=6, num_attention_heads=5, memory={"conv_kernel": 1}),
+        dict(memory_depth=3, memory_expansion=1, intermediate_size=7, num_persistent_tokens=0),
+        dict(memory={"form": "recall", "start": "induction"}),
+        dict(memory={"form": {"gate_hidden_size": 5}, "conv_kernel": 3}),
     ],
 )
 def test_the_formula_holds_for_any_sizes(variant, changes):
@@ -127,7 +129,7 @@ def test_the_paper_sizes_are_the_papers(preset):
     assert (*sizes, PEAK_LEARNING_RATES[preset]) == PAPER[preset]
     assert (config.chunk_size, config.segment_length, config.sliding_window) == (16, 512, 2048)
     assert (config.num_persistent_tokens, config.memory_depth, config.memory_expansion) == (128, 2, 4)
-    assert (config.vocab_size, config.conv_kernel, config.head_dim) == (32000, 4, 64)
+    assert (config.vocab_size, config.memory.conv_kernel, config.head_dim) == (32000, 4, 64)
 
 
 @pytest.mark.parametrize("variant", BLOCKS)

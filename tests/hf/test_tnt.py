@@ -18,7 +18,8 @@ from titans.train.write_cost import collected_write_logits
 
 from .models import LAYERS, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
-TNT = dict(chunk_size=9, memory_local_chunk_sizes=[2, 4], memory_shard_length=8)
+LOCAL = dict(local_chunk_sizes=[2, 4], shard_length=8)
+TNT = dict(chunk_size=9, memory=LOCAL)
 VARIANTS = ("lmm", "mag", "mal")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 MODELS = {variant: small_model(variant, **TNT) for variant in VARIANTS}
@@ -57,12 +58,14 @@ def test_a_cache_is_saved_copied_and_reordered(variant, tmp_path):
         assert torch.equal(model(following, past_key_values=loaded).logits, expected)
         assert torch.equal(model(following.flip(0), past_key_values=fork).logits, expected.flip(0))
     for field, old, new in (
-        ("memory_local_chunk_sizes", [2, 4], [1, 4]),
-        ("memory_shard_length", 8, 16),
+        ("local_chunk_sizes", [2, 4], [1, 4]),
+        ("shard_length", 8, 16),
     ):
         with pytest.raises(ValueError) as refusal:
-            TitansCache.load(tmp_path / "memory", small_config(variant, **{**TNT, field: new}))
-        assert f"was written with {field}={old!r}, the model has {new!r}" in str(refusal.value)
+            TitansCache.load(
+                tmp_path / "memory", small_config(variant, **{**TNT, "memory": {**LOCAL, field: new}})
+            )
+        assert f"was written with memory.{field}={old!r}, the model has {new!r}" in str(refusal.value)
 
 
 @every_variant
@@ -101,9 +104,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant):
 def test_another_checkpoint_goes_on_with_finer_chunks(variant, tmp_path):
     MODELS[variant].save_pretrained(tmp_path)
     finer = TitansForCausalLM.from_pretrained(
-        tmp_path, memory_local_chunk_sizes=[1, 2], dtype=torch.float64
+        tmp_path, memory={"local_chunk_sizes": [1, 2]}, dtype=torch.float64
     ).eval()
-    assert finer.config.memory_local_chunk_sizes == [1, 2]
+    assert finer.config.memory.local_chunk_sizes == [1, 2]
     for (name, a), b in zip(finer.named_parameters(), MODELS[variant].parameters(), strict=True):
         assert torch.equal(a, b), name
     ids = random_ids(1, 30)
@@ -155,20 +158,18 @@ def test_a_frozen_model_learns_in_no_memory():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (
-            dict(memory_local_chunk_sizes=[2]),
-            r"memory_local_chunk_sizes=\[2\], memory_shard_length=None: give both",
-        ),
-        (dict(memory_shard_length=8), "memory_local_chunk_sizes=None, memory_shard_length=8: give both"),
-        (dict(TNT, memory_shard_length=6), r"memory_shard_length=6: give a multiple of all of \[2, 4\]"),
-        (dict(TNT, memory_local_chunk_sizes=[0]), r"memory_local_chunk_sizes=\[0\]: give whole numbers"),
-        (dict(TNT, variant="mac"), "memory_shard_length=8 with variant='mac'"),
+        (dict(local_chunk_sizes=[2]), r"memory.local_chunk_sizes=\[2\], memory.shard_length=None: give both"),
+        (dict(shard_length=8), "memory.local_chunk_sizes=None, memory.shard_length=8: give both"),
+        (dict(LOCAL, shard_length=6), r"memory.shard_length=6: give a multiple of all of \[2, 4\]"),
+        (dict(LOCAL, local_chunk_sizes=[0]), r"memory.local_chunk_sizes=\[0\]: give whole numbers"),
     ],
 )
 def test_a_wrong_field_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
-        TitansConfig(**{"variant": "lmm", **wrong})
+        TitansConfig(variant="lmm", memory=wrong)
+    with pytest.raises(ValueError, match=r"memory.local_chunk_sizes=\[2, 4\] with variant='mac'"):
+        TitansConfig(variant="mac", memory=LOCAL)
 
 
 def test_no_local_memories_are_those_of_before():
-    assert TitansConfig(memory_local_chunk_sizes=[]).memory_local_chunk_sizes is None
+    assert TitansConfig(memory={"local_chunk_sizes": []}).memory.local_chunk_sizes is None

@@ -33,7 +33,7 @@ def test_a_compiled_model_is_the_model(variant):
     torch._dynamo.reset()
     sizes = dict(num_hidden_layers=1)
     if variant == "tnt":
-        sizes, variant = sizes | dict(memory_local_chunk_sizes=[2], memory_shard_length=6), "mag"
+        sizes, variant = sizes | dict(memory={"local_chunk_sizes": [2], "shard_length": 6}), "mag"
     model, ids = small_model(variant, **sizes), random_ids(2, 11)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0

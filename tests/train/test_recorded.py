@@ -13,7 +13,7 @@ from titans.memory import assume_aligned, checks
 from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.state import map_state
-from titans.train import TitansTrainer, TrainingRun, TrainSettings
+from titans.train import FactSettings, TitansTrainer, TrainingRun, TrainSettings
 from titans.train.recorded import RecordedStep
 
 Make = Callable[..., TrainSettings]
@@ -76,7 +76,8 @@ def test_replayed_steps_are_the_steps(
     results = []
     for recorded in (False, True):
         # Small updates: Adam makes much of gradients that are nothing but rounding.
-        changes = {"carry_memory": carry, "write_cost": 0.01, "sequence_length": 48, "learning_rate": 1e-4}
+        changes = {"carry_memory": carry, "sequence_length": 48, "learning_rate": 1e-4}
+        changes["facts"] = FactSettings(write_cost=0.01)
         run = TrainingRun(settings(variant=variant, **changes))
         trainer = run._trainer(None)
         trainer.cuda_graph, trainer.current_gradient_accumulation_steps = recorded, 1

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from titans.train import Interrupted, NonFiniteError, TrainingRun, TrainSettings, train
+from titans.train import FactSettings, Interrupted, NonFiniteError, TrainingRun, TrainSettings, train
 from titans.train.checkpoint import alone_in
 
 Make = Callable[..., TrainSettings]
@@ -68,7 +68,7 @@ def test_a_run_leaves_a_model_its_metrics_and_no_pickles(settings: Make) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(carry_memory=True), dict(state_passing=0.5, fact_spacing=100.0)], ids=str
+    "changes", [dict(), dict(carry_memory=True), dict(facts=FactSettings(spacing=100.0))], ids=str
 )
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, changes: dict[str, Any]) -> None:
     whole = settings(steps=13, output=settings().output / "whole", **changes)
@@ -104,10 +104,10 @@ def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> 
     train(settings(steps=3))
     file = settings().output / "checkpoint-3" / "training.json"
     before_a_field_existed = json.loads(file.read_text())
-    del before_a_field_existed["write_cost_reach"]
+    del before_a_field_existed["facts"]["write_cost_reach"]
     file.write_text(json.dumps(before_a_field_existed))
-    with pytest.raises(ValueError, match=r"write_cost_reach=9.0, but .*checkpoint-3"):
-        train(settings(steps=5, resume=True, write_cost_reach=9.0))
+    with pytest.raises(ValueError, match=r"facts.write_cost_reach=9.0, but .*checkpoint-3"):
+        train(settings(steps=5, resume=True, facts=FactSettings(write_cost_reach=9.0)))
     result = train(settings(steps=5, resume=True))
     assert [step for step, _ in result.losses] == [3, 5]
     with pytest.raises(ValueError, match=r"batch_size=2, but .*checkpoint-5 was trained with batch_size=4"):

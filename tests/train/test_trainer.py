@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from titans.data import CarryDataset
 from titans.hf import TitansForCausalLM
-from titans.state import map_state
-from titans.train import TitansTrainer, TrainingRun, TrainSettings, train
+from titans.train import FactSettings, TitansTrainer, TrainingRun, TrainSettings, train
 from titans.train.optimizer import decayed_parameters, make_optimizer, make_schedule
 from titans.train.recipe import model_config
 
@@ -100,7 +99,9 @@ def test_the_gradient_stops_at_the_boundary_and_reaches_the_initial_weights_of_r
 ) -> None:
     # Where fast weights are offsets, every stretch is read on top of the initial ones.
     usual = settings(carry_memory=True, variant="lmm")
-    trainer, model = trainer_of(replace(usual, config={**usual.config, "memory_decay_to_initial": False}))
+    trainer, model = trainer_of(
+        replace(usual, config={**usual.config, "memory": {"form": {"decay_to_initial": False}}})
+    )
     initial = model.model.layers[0].mixer.memory.initial_weights[0]
     first, second = batches(trainer)[:2]
     trainer.compute_loss(model, first).backward()
@@ -181,39 +182,6 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
     assert rates[-1] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("variant", ["mac", "lmm"])
-def test_a_passed_state_is_the_memory_that_another_row_has_left(settings: Make, variant: str) -> None:
-    trainer, model = trainer_of(settings(variant=variant, state_passing=0.5))
-    first, *others = [b for b in batches(trainer) if full_rows(b).all()] * 2
-    trainer.compute_loss(model, first)
-    fresh = passed = 0
-    for step, batch in enumerate(others, start=1):
-        trainer.state.global_step = step
-        left = trainer.carried
-        assert left is not None
-        found = []
-        for row in range(4):
-            mine = [map_state(lambda x, row=row: x[[row - 1]], state) for state in left]
-            states = [
-                layer.mixer.fresh_context(state)
-                for layer, state in zip(model.model.layers, mine, strict=True)
-            ]
-            ids, labels = batch["input_ids"][[row], :-1], batch["labels"][row, 1:]
-            found.append(
-                [
-                    F.cross_entropy(model(ids, use_cache=False, memory_states=s).logits[0], labels).item()
-                    for s in (None, tuple(states))
-                ]
-            )
-        begins = trainer._before(batch)[1]
-        assert begins is not None
-        fresh, passed = fresh + int(begins.sum()), passed + int((~begins).sum())
-        expected = sum(one[0] if new else one[1] for one, new in zip(found, begins.tolist(), strict=True)) / 4
-        assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
-        assert any(abs(one - other) > 1e-4 for one, other in found), "a memory that changes nothing"
-    assert fresh and passed
-
-
 def test_training_goes_on_from_the_weights_of_another_run(settings: Make) -> None:
     run = TrainingRun(settings(output=settings().output / "first"))
     run.run()
@@ -226,24 +194,30 @@ def test_training_goes_on_from_the_weights_of_another_run(settings: Make) -> Non
 
 
 def test_a_second_stage_goes_on_with_finer_local_chunks(settings: Make) -> None:
-    schedule = {**settings().config, "memory_shard_length": 16, "chunk_size": 32}
-    first = settings(variant="lmm", config={**schedule, "memory_local_chunk_sizes": [8]}, steps=4)
+    def schedule(*sizes):
+        memory = {"shard_length": 16, "local_chunk_sizes": [*sizes]}
+        return {**settings().config, "chunk_size": 32, "memory": memory}
+
+    first = settings(variant="lmm", config=schedule(8), steps=4)
     first = replace(first, output=first.output / "first")
     train(first)
-    finer = {**schedule, "memory_local_chunk_sizes": [2]}
+    finer = schedule(2)
     second = TrainingRun(settings(variant="lmm", config=finer, steps=2, start_from=first.output))
     trained = load_file(first.output / "model.safetensors")
     for name, parameter in second.model.named_parameters():
         assert name == "lm_head.weight" or torch.equal(parameter, trained[name])
-    assert second.model.config.memory_local_chunk_sizes == [2]
+    assert second.model.config.memory.local_chunk_sizes == [2]
     second.run()
-    more = {**schedule, "memory_local_chunk_sizes": [2, 4]}
+    more = schedule(2, 4)
     with pytest.raises(ValueError, match="of another model"):
         TrainingRun(replace(second.settings, config=more, output=first.output / "second"))
 
 
 def test_facts_are_inserted_in_training_text_and_not_in_held_out_text(settings: Make) -> None:
-    plain, with_facts = TrainingRun(settings()), TrainingRun(settings(fact_spacing=60.0, fact_distance=64))
+    plain, with_facts = (
+        TrainingRun(settings()),
+        TrainingRun(settings(facts=FactSettings(spacing=60.0, distance=64))),
+    )
     assert with_facts.examples.num_train_tokens > 1.3 * plain.examples.num_train_tokens
     assert with_facts.examples.held_out is not None and plain.examples.held_out is not None
     for one, other in zip(with_facts.examples.held_out.windows, plain.examples.held_out.windows, strict=True):
@@ -251,9 +225,9 @@ def test_facts_are_inserted_in_training_text_and_not_in_held_out_text(settings: 
 
 
 def test_answers_are_weighted_in_the_loss(settings: Make) -> None:
-    facts = dict(fact_spacing=30.0, fact_distance=64)
-    trainer, model = trainer_of(settings(answer_weight=7.0, **facts))
-    once, _ = trainer_of(settings(**facts))
+    facts = FactSettings(spacing=30.0, distance=64)
+    trainer, model = trainer_of(settings(facts=replace(facts, answer_weight=7.0)))
+    once, _ = trainer_of(settings(facts=facts))
     batch = next(b for b in batches(trainer) if not full_rows(b).all())
     assert torch.equal(batch["labels"], next(b for b in batches(once) if not full_rows(b).all())["labels"])
     answers = batch["answers"][:, 1:][batch["labels"][:, 1:] >= 0]
@@ -282,19 +256,26 @@ def test_answers_are_weighted_in_the_loss(settings: Make) -> None:
         ({"learning_rate": float("nan")}, r"learning_rate=nan: give a number"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): give two numbers"),
         ({"dtype": "float16"}, r"dtype='float16': choose one of \['float32', 'tfloat32', 'bfloat16'\]"),
-        ({"fact_distance": 8}, r"fact_distance=8: give a whole number of at least 32"),
-        ({"answer_weight": -1.0}, r"answer_weight=-1.0: give a number from 0 to inf"),
-        ({"answer_weight": 2.0, "tokenizer": "gpt"}, r"answer_weight=2.0 with tokenizer='gpt'"),
-        ({"refrains": 0.95}, r"refrains=0.95: give a number from 0 to 0.9"),
-        ({"facts_alike": 1.5}, r"facts_alike=1.5: give a number from 0 to 1"),
-        ({"state_passing": 2.0}, r"state_passing=2.0: give a number from 0 to 1"),
-        ({"state_passing": 0.5, "carry_memory": True}, r"carry_memory and state_passing both say"),
-        ({"state_passing": 0.5, "variant": "transformer"}, r"state_passing with variant='transformer'"),
-        ({"cuda_graph": True, "state_passing": 0.5}, r"cuda_graph with state_passing=0.5"),
+        ({"facts": FactSettings(distance=8)}, r"facts.distance=8: give a whole number of at least 32"),
+        (
+            {"facts": FactSettings(spacing="many")},
+            r"facts.spacing='many' is of type str: give float or nothing",
+        ),
+        (
+            {"facts": FactSettings(answer_weight=-1.0)},
+            r"facts.answer_weight=-1.0: give a number from 0 to inf",
+        ),
+        (
+            {"facts": FactSettings(answer_weight=2.0), "tokenizer": "gpt"},
+            r"answer_weight=2.0 with tokenizer=",
+        ),
+        ({"facts": FactSettings(refrains=0.95)}, r"facts.refrains=0.95: give a number from 0 to 0.9"),
+        ({"facts": FactSettings(alike=1.5)}, r"facts.alike=1.5: give a number from 0 to 1"),
+        ({"carry_memory": True, "variant": "transformer"}, r"carry_memory with variant='transformer'"),
         ({"cuda_graph": True, "dtype": "bfloat16"}, r"cuda_graph with dtype='bfloat16'"),
         (
             {
-                "config": {"chunk_size": 64, "memory_local_chunk_sizes": [8], "memory_shard_length": 64},
+                "config": {"chunk_size": 64, "memory": {"local_chunk_sizes": [8], "shard_length": 64}},
                 "variant": "lmm",
             },
             r"with chunk_size=64 and local memories: the global memory is read from its second chunk on",

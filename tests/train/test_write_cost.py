@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
-from titans.train import TrainingRun, TrainSettings
+from titans.train import FactSettings, TrainingRun, TrainSettings
 from titans.train.write_cost import collected_write_logits, write_cost
 
 
@@ -60,7 +60,7 @@ def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
     found = []
     for price in (0.0, 0.5):
         output = settings().output.with_name(f"run-{price}")
-        run = TrainingRun(settings(write_cost=price, write_cost_reach=5.0, output=output))
+        run = TrainingRun(settings(facts=FactSettings(write_cost=price, write_cost_reach=5.0), output=output))
         run.settings.output.mkdir()
         trainer = run._trainer(None)
         run.model.train()

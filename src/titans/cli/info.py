@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 2048
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "memory_depth", "memory_expansion", "chunk_size", "segment_length", "sliding_window",
-    "num_persistent_tokens", "conv_kernel", "memory_local_chunk_sizes", "memory_shard_length",
+    "num_persistent_tokens",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
         "preset": _preset(config),
         "parameters": sum(sizes.values()),
         "embedding_parameters": sum(n for name, n in sizes.items() if "embed" in name or "lm_head" in name),
-        **{name: getattr(config, name) for name in _SIZES},
+        **_sizes(config.to_dict()),
     }
 
 
@@ -99,11 +99,24 @@ def _describe_memory(path: Path) -> dict[str, Any]:
         "state_bytes": memory.stats.state_bytes,
         "file_bytes": path.stat().st_size,
         "fingerprint": memory.fingerprint,
-        **{name: memory.config[name] for name in _SIZES if name in memory.config},
+        **_sizes(memory.config),
         "layers": [
             {name: norm for name, norm in asdict(layer).items() if norm is not None}
             for layer in memory.stats.layers
         ],
+    }
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What a reader wants to know of a configuration's fields."""
+    memory = config["memory"]
+    return {
+        **{name: config[name] for name in _SIZES if name in config},
+        "conv_kernel": memory["conv_kernel"],
+        "memory_local_chunk_sizes": memory["local_chunk_sizes"],
+        "memory_shard_length": memory["shard_length"],
+        "memory_form": memory["form"].get("name"),
+        "memory_objective": memory["objective"]["name"],
     }
 
 
@@ -135,7 +148,9 @@ def _preset(config: TitansConfig) -> str | None:
 
     for name in PRESETS:
         preset = type(config).from_preset(name, variant=config.variant)
-        if all(getattr(preset, size) == getattr(config, size) for size in _SIZES):
+        if all(getattr(preset, size) == getattr(config, size) for size in _SIZES) and (
+            preset.memory.conv_kernel == config.memory.conv_kernel
+        ):
             return name
     return None
 

@@ -13,7 +13,15 @@ import tyro
 from titans.cli.errors import UsageError
 from titans.cli.outputs import check_run_folder
 from titans.cli.terminal import report
-from titans.train.settings import SETTINGS_FILE, TrainSettings, check_type, field_types
+from titans.train.settings import (
+    SETTINGS_FILE,
+    FactSettings,
+    TrainSettings,
+    check_type,
+    current_form,
+    dotted,
+    field_types,
+)
 
 
 def _parse_field(text: str) -> tuple[str, Any]:
@@ -26,11 +34,25 @@ def _parse_field(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _parse_fields(texts: list[str]) -> dict[str, Any]:
+    """Fields by name; those of a configuration inside are given as memory.form=recall."""
+    fields: dict[str, Any] = {}
+    for path, value in map(_parse_field, texts):
+        *outer, last = path.split(".")
+        place = fields
+        for name in outer:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path}: {name} is given as a whole, too")
+        place[last] = value
+    return fields
+
+
 FIELDS: tyro.constructors.PrimitiveConstructorSpec[dict[str, Any]] = (
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="FIELD=VALUE",
-        instance_from_str=lambda texts: dict(map(_parse_field, texts)),
+        instance_from_str=_parse_fields,
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda fields: [f"{name}={json.dumps(value)}" for name, value in fields.items()],
     )
@@ -49,7 +71,7 @@ class Train(TrainSettings):
     """
 
     config: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
-    """Fields of TitansConfig that differ from the preset, such as chunk_size=32 hidden_size=192."""
+    """Fields of TitansConfig that differ from the preset, such as chunk_size=32 memory.form=recall."""
     config_file: Path | None = None
     """YAML file with any of these settings; options on the command line win."""
     json: bool = False
@@ -93,7 +115,11 @@ def defaults_of(arguments: list[str]) -> Train | None:
     if "--resume" in arguments:
         folder = _option(arguments, "--output") or values.get("output", TrainSettings.output)
         values = _of_the_run(Path(folder)) | values
-    return Train(**{"data": tyro.MISSING, **values}) if values else None
+    if not values:
+        return None
+    facts = {name.removeprefix("facts."): values.pop(name) for name in [*values] if name.startswith("facts.")}
+    defaults: dict[str, Any] = {"data": tyro.MISSING, **values, "facts": FactSettings(**facts)}
+    return Train(**defaults)
 
 
 def _option(arguments: list[str], option: str) -> str | None:
@@ -114,6 +140,10 @@ def _of_the_run(folder: Path) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name not in ("output", "resume")}
     except (OSError, ValueError, AttributeError):
         raise UsageError(f"{file} is damaged: copy that of the newest checkpoint over it") from None
+    try:
+        values = current_form(values)
+    except ValueError as error:
+        raise UsageError(f"{file}: {error}") from None
     return _checked(values, str(file))
 
 
@@ -130,7 +160,10 @@ def _from_config_file(path: Path) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
-    types = field_types()
+    """The settings by name as `dotted` has them, each of its type."""
+    if not isinstance(values.get("facts", {}), dict):
+        raise UsageError(f"{source}: facts={values['facts']!r} holds no settings: give such as spacing: 400")
+    types, values = field_types(), dotted(values)
     for name, value in values.items():
         if name not in types:
             raise UsageError(f"{source} sets {name!r}: choose from {', '.join(types)}")

@@ -135,9 +135,11 @@ def build(arm: Arm) -> TitansForCausalLM:
             "tiny",
             variant=arm.variant,
             initializer_range=0.1,
-            memory_induction_init=arm.beginning != "random",
-            memory_combination="sum" if arm.combination == "sum" else "gate",
-            conv_kernel=16 if "15 bytes" in arm.beginning else 4,
+            memory={
+                "start": "random" if arm.beginning == "random" else "induction",
+                "combination": "sum" if arm.combination == "sum" else "gate",
+                "conv_kernel": 16 if "15 bytes" in arm.beginning else 4,
+            },
         )
     )
 

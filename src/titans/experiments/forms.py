@@ -27,20 +27,12 @@ from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.train.optimizer import make_optimizer
 
-LITERAL: dict[str, Any] = dict(
-    memory_normalize_step=False,
-    memory_row_limit=None,
-    memory_length_floor=0.0,
-    memory_decay_to_initial=False,
-    memory_max_momentum=0.9,
-    # The largest step that is stable for a linear memory, unit keys and one repeated key.
-    memory_max_step_size=(1 - 0.9) / 16,
-)
-FORMS: dict[str, dict[str, Any]] = {
-    "camera-ready": LITERAL | dict(memory_activation="gelu", memory_residual=True, memory_norm=True),
-    "plain": LITERAL,
+# See `MemoryForm`; the paper's take the largest step that is stable for a linear memory and one repeated key.
+FORMS: dict[str, str | dict[str, Any]] = {
+    "camera-ready": "paper",
+    "plain": {"name": "paper", "activation": "silu", "residual": False, "norm": False},
     # The library's default.
-    "bounded": {},
+    "bounded": "stable",
 }
 # At first, in tokens, log-spaced over the heads from one to the other.
 HALF_LIVES = {"short": (64, 64), "long": (1e6, 1e6), "log-spaced": (64, 1e6), "from 1024": (1024, 1e6)}
@@ -199,7 +191,7 @@ def steps_to_learn(cell: Numbers) -> str:
 
 
 def build(trained: Trained) -> TitansForCausalLM:
-    model = TitansForCausalLM(TitansConfig.from_preset("tiny", **SIZES, **FORMS[trained.form]))
+    model = TitansForCausalLM(TitansConfig.from_preset("tiny", **SIZES, memory={"form": FORMS[trained.form]}))
     for memory in model.modules():
         if isinstance(memory, NeuralMemory):
             memory.set_half_lives(*HALF_LIVES[trained.half_life])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
-from titans.train import Interrupted, TrainSettings, train
+from titans.train import FactSettings, Interrupted, TrainSettings, train
 from titans.train.checkpoint import checkpoints
 from titans.train.metrics import read_metrics
 from titans.train.progress import ProgressLine
@@ -47,21 +47,20 @@ def stages(
     remembers = variant not in WITHOUT_MEMORY
     config: dict[str, Any] = {"initializer_range": 0.1}
     if remembers:
-        config |= {
-            "memory_induction_init": True,
-            "memory_gates_see_keys": True,
-            "memory_gate_hidden_size": 64,
-            # Keys see fifteen bytes, as four tokens of four would tell them.
+        config["memory"] = {
+            "form": "recall",
+            "start": "induction",
+            # Keys see fifteen bytes, as many as four tokens of some four bytes have.
             "conv_kernel": 16,
-            # What is said once is written at up to a quarter.
-            "memory_max_step_size": 0.25,
             # The first head is a short-term memory, whatever it learns; the last need not forget.
-            "memory_shortest_half_life": 1024.0,
-            "memory_longest_half_life": 1e9,
-            "memory_bounded_half_lives": True,
+            "half_lives": [1024.0, 1e9],
+            "combination": "sum" if variant in ("mac", "mag") else "gate",
         }
-    if variant in ("mac", "mag"):
-        config["memory_combination"] = "sum"
+    none = FactSettings()
+
+    def changed(stage: TrainSettings, **fields: Any) -> FactSettings:
+        return none if plain else replace(stage.facts, **fields)
+
     dense = TrainSettings(
         data=CORPUS,
         output=output / "dense",
@@ -70,9 +69,7 @@ def stages(
         steps=200,
         batch_size=8,
         sequence_length=512,
-        fact_spacing=None if plain else 60.0,
-        fact_distance=48,
-        answer_weight=1.0 if plain else 10.0,
+        facts=none if plain else FactSettings(spacing=60.0, distance=48, answer_weight=10.0),
         learning_rate=5e-3,
         min_learning_rate=0.8,
         eval_every=200,
@@ -83,11 +80,7 @@ def stages(
         start_from=dense.output,
         steps=300,
         sequence_length=1024,
-        fact_spacing=None if plain else 400.0,
-        fact_distance=1024,
-        refrains=0.0 if plain else 0.15,
-        numbered_lines=0.0 if plain else 0.25,
-        facts_alike=0.0 if plain else 0.5,
+        facts=changed(dense, spacing=400.0, distance=1024, refrains=0.15, numbered_lines=0.25, alike=0.5),
         learning_rate=4e-3,
         min_learning_rate=0.7,
         eval_every=200,
@@ -99,11 +92,9 @@ def stages(
         start_from=near.output,
         steps=600,
         sequence_length=2048,
-        fact_spacing=None if plain else 1500.0,
-        fact_distance=16384,
+        facts=changed(near, spacing=1500.0, distance=16384, write_cost=0.03 if remembers else 0.0),
         carry_memory=remembers,
         in_order=not remembers,
-        write_cost=0.03 if remembers and not plain else 0.0,
         learning_rate=3e-3,
         min_learning_rate=0.1,
         seed=2,
@@ -113,8 +104,7 @@ def stages(
         output=output / "hold",
         start_from=far.output,
         steps=400,
-        write_cost=far.write_cost and 0.1,
-        write_cost_reach=12.0,
+        facts=changed(far, write_cost=far.facts.write_cost and 0.1, write_cost_reach=12.0),
         learning_rate=2e-3,
         seed=4,
     )
@@ -129,8 +119,7 @@ def stages(
             steps=1020,
             batch_size=16,
             sequence_length=4096,
-            fact_distance=4 * far.fact_distance,
-            write_cost=0.0,
+            facts=changed(far, distance=4 * far.facts.distance, write_cost=0.0),
             dtype="tfloat32",
             cuda_graph=True,
         )

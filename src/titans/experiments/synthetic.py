@@ -75,8 +75,10 @@ class Learner(nn.Module):
             vocab_size=learned.vocab_size,
             num_hidden_layers=2,
             initializer_range=0.1,
-            memory_induction_init=learned.variant != "transformer",
-            memory_combination="sum" if learned.variant in ("mac", "mag") else "gate",
+            memory={
+                "start": "random" if learned.variant == "transformer" else "induction",
+                "combination": "sum" if learned.variant in ("mac", "mag") else "gate",
+            },
         )
         self.model = TitansForCausalLM(
             TitansConfig.from_preset("tiny", variant=learned.variant, **{**config, **learned.config})

@@ -44,7 +44,7 @@ class TrainingLength(Experiment):
             steps=2 if request.quick else STEPS,
             batch_size=TOKENS_PER_STEP // length,
             sequence_length=length,
-            fact_distance=length,
+            facts=replace(near.facts, distance=length),
             min_learning_rate=0.1,
         )
         for stage in (replace(dense, steps=2) if request.quick else dense, rows):

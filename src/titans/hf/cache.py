@@ -6,28 +6,21 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from titans.hf.configuration import TitansConfig
+from titans.hf.configuration import TitansConfig, saved_state_fields
 from titans.hf.state_file import Kind, StateFile, damaged_header, open_state_file, write_state_file
 from titans.nn.attention.full import FullAttentionState
 from titans.nn.blocks import BLOCKS
 from titans.state import map_state, state_nbytes
 
 _NUM_NEWEST = 16
-# Every field that decides what a state means; a file of another value is refused.
-_STATE_FIELDS = (
-    "variant", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "memory_depth",
-    "memory_expansion", "memory_activation", "memory_residual", "memory_norm", "memory_normalize_step",
-    "memory_row_limit", "memory_length_floor", "memory_decay_to_initial",
-    "memory_combination", "memory_local_chunk_sizes", "memory_shard_length", "chunk_size", "segment_length",
-    "sliding_window", "conv_kernel", "rope_theta",
-)  # fmt: skip
 
 
 @dataclass
@@ -126,11 +119,12 @@ class TitansCache(Cache):
         Raises:
             ValueError: naming the first field that differs.
         """
-        name = None if config is self.config else _first_difference(vars(self.config), config)
-        if name is not None:
+        if config is self.config:
+            return
+        if found := _first_difference(self.config.state_fields(), config.state_fields()):
             raise ValueError(
-                f"the cache was made with {name}={getattr(self.config, name)!r}, the model has "
-                f"{getattr(config, name)!r}: use the model it was made with"
+                f"the cache was made with {found.name}={found.theirs!r}, the model has {found.ours!r}: use "
+                "the model it was made with"
             )
 
     def _map(self, function: Any) -> None:
@@ -195,7 +189,7 @@ class TitansCache(Cache):
         positions = next(leaf for leaf in pytree.tree_leaves(self.states) if leaf.dtype == torch.int64)
         about = {
             **(metadata or {}),
-            "config": json.dumps({name: getattr(self.config, name) for name in _STATE_FIELDS}),
+            "config": json.dumps(self.config.state_fields()),
             "num_columns": str(self.num_columns),
             "tokens_per_row": json.dumps(positions.tolist()),
             "newest_ids": json.dumps(None if self._newest_ids is None else self._newest_ids.tolist()),
@@ -220,10 +214,10 @@ class TitansCache(Cache):
     ) -> TitansCache:
         """`load`, from a file that is open already."""
         saved, num_columns = saved_sizes(file)
-        if (name := _first_difference(saved, config)) is not None:
+        if found := _first_difference(saved, config.state_fields()):
             raise ValueError(
-                f"{file.path} was written with {name}={saved.get(name)!r}, the model has "
-                f"{getattr(config, name)!r}: load it with the checkpoint it was made with"
+                f"{file.path} was written with {found.name}={found.theirs!r}, the model has {found.ours!r}: "
+                "load it with the checkpoint it was made with"
             )
         template = _template(config)
         slots = _check_kinds(file, template)
@@ -260,25 +254,47 @@ def _saved_ids(file: StateFile, rows: int, vocab_size: int) -> Tensor | None:
     raise damaged_header(file.path)
 
 
-def _first_difference(fields: dict[str, Any], config: TitansConfig) -> str | None:
-    """The first field in which another state is meant, or None."""
-    return next((name for name in _STATE_FIELDS if fields.get(name) != getattr(config, name)), None)
+class _Difference(NamedTuple):
+    """A field in which two states mean something else; `name` is dotted inside the memory's fields."""
+
+    name: str
+    theirs: Any
+    ours: Any
+
+
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> _Difference | None:
+    """The first of `TitansConfig.state_fields` in which two states differ, or None."""
+    for name, own in ours.items():
+        other = theirs.get(name)
+        if isinstance(own, dict) and isinstance(other, dict):
+            if inner := _first_difference(other, own):
+                return inner._replace(name=f"{name}.{inner.name}")
+        elif own != other:
+            return _Difference(name, other, own)
+    unknown = next(iter(theirs.keys() - ours.keys()), None)
+    return None if unknown is None else _Difference(unknown, theirs[unknown], None)
 
 
 def saved_sizes(file: StateFile) -> tuple[dict[str, Any], int]:
-    """The fields of the configuration that a state file was written with, and how many columns it has read.
+    """`TitansConfig.state_fields` of the model that wrote a state file, and how many columns it has read.
 
     Raises:
-        ValueError: if the header does not tell.
+        ValueError: if the header does not state them, or states what no model of this version can be.
     """
     try:
-        config, num_columns = json.loads(file.about["config"]), int(file.about["num_columns"])
+        saved, num_columns = json.loads(file.about["config"]), int(file.about["num_columns"])
         # Positions are turned into float64 angles, which are exact up to here.
-        if 0 <= num_columns < 2**53 and int(config["num_hidden_layers"]) <= len(file.kinds):
-            return config, num_columns
+        damaged = not 0 <= num_columns < 2**53 or int(saved["num_hidden_layers"]) > len(file.kinds)
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
-        pass
-    raise damaged_header(file.path)
+        raise damaged_header(file.path) from None
+    if damaged:
+        raise damaged_header(file.path)
+    try:
+        return saved_state_fields(saved), num_columns
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{file.path} was written by a model that this version cannot make: {error}"
+        ) from None
 
 
 def _named_leaves(states: Any) -> list[tuple[str, Tensor]]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
+from titans.hf.flat_config import nested, remedy
+from titans.memory import OBJECTIVES, UPDATE_RULES
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
 from titans.nn.combine import COMBINATIONS
-from titans.nn.memory.form import MemoryForm
-from titans.nn.memory.layer import HALF_LIVES
+from titans.nn.memory.form import RULE_FIELDS, MemoryForm
+from titans.nn.memory.layer import HALF_LIVES, STARTS
 from titans.nn.memory.tnt.layer import refuses
 
 # What the library itself hands to a configuration beside its fields.
@@ -29,6 +33,125 @@ _LAYER_TYPES = {
 
 
 @strict
+class TitansMemoryConfig(PreTrainedConfig):
+    """The memory of a Titans model, apart from its sizes: `TitansConfig.memory`. Unknown fields are an error.
+
+    Args:
+        form: what keeps the memory stable and what its gates see: "stable", "paper", "recall", or
+            {"name": "recall", "gate_hidden_size": 32} for a named form with some fields replaced, see
+            `MemoryForm`. It is kept with all its fields, so that a checkpoint does not depend on the names.
+        objective: what the memory minimises while it reads: a name in `titans.memory.OBJECTIVES`, or
+            {"name": "huber", "delta": 0.5}.
+        rule: how its weights are updated: a name in `titans.memory.UPDATE_RULES`, or {"name": …, parameter:
+            …}; None for the momentum rule of the form. What a rule and a form both have, such as
+            normalize_step, is the form's unless given here.
+        start: "random", or "induction": an associative memory of what followed what.
+        conv_kernel: width of the convolution on the memory's queries, keys and values.
+        half_lives: the shortest and the longest with which the heads forget at first, in tokens.
+        combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
+        local_chunk_sizes: chunks of local memories, which begin anew with every shard, so that shards are
+            read in parallel: the TNT schedule, see `TNTMemory`. Then the model's chunk_size is the global
+            memory's, hundreds of tokens. None for one memory ("mac" has no other). The same number of other
+            sizes takes the same weights.
+        shard_length: tokens of a shard; needed with local memories, a multiple of their chunks.
+
+    Raises:
+        ValueError: for an unknown field or a value outside its domain, named `memory.FIELD`.
+    """
+
+    model_type = "titans_memory"
+    base_config_key = "memory"
+
+    form: Any = "stable"
+    objective: Any = "squared_error"
+    rule: Any = None
+    start: str = "random"
+    conv_kernel: int = 4
+    half_lives: Any = HALF_LIVES
+    combination: str = "gate"
+    local_chunk_sizes: list[int] | None = None
+    shard_length: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_unknown(kwargs, TitansMemoryConfig)
+        # No local memories, stated in one way.
+        self.local_chunk_sizes = self.local_chunk_sizes or None
+        # Once more than the library does, which would wrap the reason in an error of its own kind.
+        self.validate_architecture()
+        self.half_lives = [*self.half_lives]
+        self.objective = OBJECTIVES.describe(OBJECTIVES.make(self.objective))
+        given = self.form if isinstance(self.form, Mapping) else {"name": self.form}
+        name = {} if isinstance(self.form, MemoryForm) else {"name": given.get("name", "stable")}
+        form = self.memory_form
+        if self.rule is not None:
+            self.rule = _described_rule(form, self.rule)
+        self.form = name | asdict(form)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Called by the library too, whenever a configuration is made, saved or loaded."""
+        for name, check in (
+            ("form", lambda: self.memory_form),
+            ("objective", lambda: OBJECTIVES.make(self.objective)),
+            ("rule", lambda: self.memory_form.rule(self.rule)),
+        ):
+            try:
+                check()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"memory.{name}: {error}") from None
+        for name, known in (("start", STARTS), ("combination", sorted(COMBINATIONS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"memory.{name}={getattr(self, name)!r}: choose one of {list(known)}")
+        if type(self.conv_kernel) is not int or self.conv_kernel < 1:
+            raise ValueError(f"memory.conv_kernel={self.conv_kernel!r}: give a whole number of at least 1")
+        if self.start == "induction" and self.conv_kernel < 2:
+            raise ValueError(
+                "memory.start='induction' looks one token back: give a conv_kernel of at least 2"
+            )
+        if not _are_half_lives(self.half_lives):
+            raise ValueError(
+                f"memory.half_lives={self.half_lives!r}: give two numbers above 0, the shorter one first"
+            )
+        sizes, shard = self.local_chunk_sizes, self.shard_length
+        if (sizes is None) is not (shard is None):
+            raise ValueError(
+                f"memory.local_chunk_sizes={sizes!r}, memory.shard_length={shard!r}: give both or neither"
+            )
+        if sizes is not None and shard is not None and (reason := refuses(sizes, shard)) is not None:
+            raise ValueError(f"memory.{reason}")
+
+    @property
+    def memory_form(self) -> MemoryForm:
+        """The form as an object."""
+        return MemoryForm.of(self.form)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `NeuralMemory`."""
+        return {
+            "objective": self.objective,
+            "rule": self.rule,
+            "form": self.memory_form,
+            "start": self.start,
+            "conv_kernel": self.conv_kernel,
+            "half_lives": (self.half_lives[0], self.half_lives[1]),
+        }
+
+    def state_fields(self) -> dict[str, Any]:
+        """What decides shape and meaning of a memory's state, see `TitansConfig.state_fields`."""
+        form = self.memory_form
+        names = ("activation", "residual", "norm", "decay_to_initial")
+        return {
+            "form": {name: getattr(form, name) for name in names},
+            "objective": self.objective,
+            "rule": UPDATE_RULES.describe(form.rule(self.rule)),
+            **{
+                name: getattr(self, name)
+                for name in ("conv_kernel", "combination", "local_chunk_sizes", "shard_length")
+            },
+        }
+
+
+@strict
 class TitansConfig(PreTrainedConfig):
     """Sizes and choices of a Titans model; unknown fields are an error.
 
@@ -38,26 +161,11 @@ class TitansConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in any language model.
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
-        memory_activation, memory_residual, memory_norm: its form, see `titans.memory.MemoryNetwork`.
-        memory_normalize_step, memory_row_limit, memory_length_floor,
-            memory_decay_to_initial, memory_max_momentum: what keeps it stable, see `NeuralMemory`.
-        memory_induction_init: begin as an associative memory of what followed what, see `NeuralMemory`.
-        memory_gates_see_keys: gates of the token and of each head's key, not of the token alone.
-        memory_gate_hidden_size: units of a hidden layer in the gates, 0 for none, see `NeuralMemory`.
-        memory_shortest_half_life, memory_longest_half_life: with which the heads forget at first, in tokens.
-        memory_bounded_half_lives: no head ever forgets more slowly than at first.
-        memory_max_step_size: upper bound of the step-size gate; None for the default of `NeuralMemory`.
-        memory_combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
-        memory_local_chunk_sizes: chunks of local memories, which begin anew with every shard, so that shards
-            are read side by side: the TNT schedule, see `TNTMemory`. Then chunk_size is the global memory's,
-            hundreds of tokens. None for one memory ("mac" has no other). As many chunks of other sizes take
-            the same weights.
-        memory_shard_length: tokens of a shard; needed with local memories, a multiple of their chunks.
+        memory: a `TitansMemoryConfig` or a dict of its fields, such as {"form": "recall"}.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
         sliding_window: tokens a token attends to, itself included ("mag", "mal", "window").
         num_persistent_tokens: learned tokens per layer.
-        conv_kernel: width of the convolution on the memory's queries, keys and values.
 
     Raises:
         ValueError: for an unknown field or a value outside its domain.
@@ -65,6 +173,7 @@ class TitansConfig(PreTrainedConfig):
 
     model_type = "titans"
     keys_to_ignore_at_inference = ["past_key_values", "memory_states"]
+    sub_configs_defaults = {"memory": SubConfigSpec(TitansMemoryConfig)}
 
     variant: str = "mac"
     vocab_size: int = 32000
@@ -75,29 +184,11 @@ class TitansConfig(PreTrainedConfig):
     head_dim: int = 64
     memory_depth: int = 2
     memory_expansion: int = 4
-    memory_activation: str = "silu"
-    memory_residual: bool = False
-    memory_norm: bool = False
-    memory_normalize_step: bool = True
-    memory_row_limit: float | None = 8.0
-    memory_length_floor: float = 1.0
-    memory_decay_to_initial: bool = True
-    memory_max_momentum: float = 0.5
-    memory_max_step_size: float | None = None
-    memory_shortest_half_life: float = HALF_LIVES[0]
-    memory_longest_half_life: float = HALF_LIVES[1]
-    memory_induction_init: bool = False
-    memory_bounded_half_lives: bool = False
-    memory_gates_see_keys: bool = False
-    memory_gate_hidden_size: int = 0
-    memory_combination: str = "gate"
-    memory_local_chunk_sizes: list[int] | None = None
-    memory_shard_length: int | None = None
+    memory: Any = None
     chunk_size: int = 16
     segment_length: int = 512
     sliding_window: int = 2048
     num_persistent_tokens: int = 128
-    conv_kernel: int = 4
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -109,19 +200,25 @@ class TitansConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_unknown(kwargs)
-        # No local memories, said in one way.
-        self.memory_local_chunk_sizes = self.memory_local_chunk_sizes or None
+        _refuse_unknown(kwargs, TitansConfig)
+        memory = self.memory
+        if memory is None or isinstance(memory, Mapping):
+            self.memory = memory = TitansMemoryConfig(**(memory or {}))
         # Once more than the library does, which would wrap the reason in an error of its own kind.
         self.validate_architecture()
         if self.layer_types is None:
             kind = _LAYER_TYPES.get(self.variant, "hybrid_sliding")
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # As the library does when it loads a model.
+        memory.dtype = self.dtype
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A configuration from saved fields, and changes of them: `from_pretrained(folder, chunk_size=32)`.
+
+        Of `memory={…}` only the fields given are changed, and of its form, unless that is given by name.
+        Configurations saved before the memory had one of its own are translated.
 
         Raises:
             ValueError: for a field that is not known or outside its domain.
@@ -130,65 +227,43 @@ class TitansConfig(PreTrainedConfig):
         changes = {name: kwargs.pop(name) for name in [*kwargs] if name in TitansConfig.__annotations__}
         if changes.keys() & {"variant", "num_hidden_layers"}:
             changes.setdefault("layer_types", None)
-        found = super().from_dict({**config_dict, **changes}, **kwargs)
+        saved = nested(config_dict)
+        if isinstance(changes.get("memory"), Mapping):
+            changes["memory"] = _changed_memory(saved.get("memory"), changes["memory"])
+        found = super().from_dict({**saved, **changes}, **kwargs)
         if not kwargs.get("return_unused_kwargs", False):
-            _refuse_unknown({name: value for name, value in kwargs.items() if not hasattr(found, name)})
+            unused = {name: value for name, value in kwargs.items() if not hasattr(found, name)}
+            _refuse_unknown(unused, TitansConfig)
         return found
 
     def validate_architecture(self) -> None:
         """Called by the library too, whenever a configuration is made, saved or loaded."""
         if self.variant not in BLOCKS:
             raise ValueError(f"variant={self.variant!r}: choose one of {sorted(BLOCKS)}")
-        if self.memory_activation not in ("gelu", "silu"):
-            raise ValueError(f"memory_activation={self.memory_activation!r}: choose 'gelu' or 'silu'")
-        if self.memory_combination not in COMBINATIONS:
-            raise ValueError(
-                f"memory_combination={self.memory_combination!r}: choose one of {sorted(COMBINATIONS)}"
-            )
         for name, kind in TitansConfig.__annotations__.items():
             value = getattr(self, name)
             if kind == "bool" and type(value) is not bool:
                 raise ValueError(f"{name}={value!r}: give True or False")
-            least = 0 if name in ("num_persistent_tokens", "memory_gate_hidden_size") else 1
+            least = 0 if name == "num_persistent_tokens" else 1
             if kind == "int" and (type(value) is not int or value < least):
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
             if kind == "float" and (type(value) not in (int, float) or not 0 <= value < math.inf):
                 raise ValueError(f"{name}={value!r}: give a finite number of at least 0")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even number")
-        if self.memory_max_momentum >= 1:
-            raise ValueError(f"memory_max_momentum={self.memory_max_momentum}: give a number in [0, 1)")
-        for name, least in (("memory_max_step_size", "at least"), ("memory_row_limit", "above")):
-            value = getattr(self, name)
-            known = value is None or (type(value) in (int, float) and 0 <= value < math.inf)
-            if not known or (value == 0 and least == "above"):
-                raise ValueError(f"{name}={value!r}: give None or a finite number {least} 0")
-        shortest, longest = self.memory_shortest_half_life, self.memory_longest_half_life
-        if not 0 < shortest <= longest:
-            raise ValueError(
-                f"memory_shortest_half_life={shortest}, memory_longest_half_life={longest}: give numbers "
-                "above 0, the second at least the first"
-            )
-        self._validate_local_memories()
         if not self.rope_theta or not self.rms_norm_eps:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: give numbers above 0"
             )
-
-    def _validate_local_memories(self) -> None:
-        sizes, shard = self.memory_local_chunk_sizes, self.memory_shard_length
-        said = f"memory_local_chunk_sizes={sizes!r}, memory_shard_length={shard!r}"
-        if (sizes is None) is not (shard is None):
-            raise ValueError(f"{said}: give both or neither")
-        if sizes is None or shard is None:
-            return
-        if self.variant == "mac":
+        if not isinstance(self.memory, TitansMemoryConfig):
+            raise ValueError(f"memory={self.memory!r}: give a TitansMemoryConfig or a dict of its fields")
+        sizes = self.memory.local_chunk_sizes
+        if self.variant == "mac" and sizes is not None:
             raise ValueError(
-                f"{said} with variant='mac': what it writes depends on what it has recalled segment by "
-                "segment, so no shard could be read beside another; give None for both, or another variant"
+                f"memory.local_chunk_sizes={sizes!r} with variant='mac': what it writes depends on what it "
+                "has recalled segment by segment, so shards cannot be read in parallel; give None for it and "
+                "for memory.shard_length, or another variant"
             )
-        if (reason := refuses(sizes, shard)) is not None:
-            raise ValueError(f"memory_{reason}")
 
     @property
     def has_memory(self) -> bool:
@@ -197,7 +272,7 @@ class TitansConfig(PreTrainedConfig):
 
     def block_settings(self) -> BlockSettings:
         """The same sizes as the blocks take them."""
-        local = self.memory_local_chunk_sizes
+        local = self.memory.local_chunk_sizes
         return BlockSettings(
             hidden_size=self.hidden_size,
             num_heads=self.num_attention_heads,
@@ -206,33 +281,28 @@ class TitansConfig(PreTrainedConfig):
             segment_length=self.segment_length,
             window=self.sliding_window,
             num_persistent_tokens=self.num_persistent_tokens,
-            conv_kernel=self.conv_kernel,
+            conv_kernel=self.memory.conv_kernel,
             memory_depth=self.memory_depth,
             memory_expansion=self.memory_expansion,
             rope_theta=self.rope_theta,
             norm_eps=self.rms_norm_eps,
-            memory_combination=self.memory_combination,
-            memory_options={
-                "form": MemoryForm(
-                    activation=self.memory_activation,
-                    residual=self.memory_residual,
-                    norm=self.memory_norm,
-                    normalize_step=self.memory_normalize_step,
-                    row_limit=self.memory_row_limit,
-                    length_floor=self.memory_length_floor,
-                    decay_to_initial=self.memory_decay_to_initial,
-                    max_momentum=self.memory_max_momentum,
-                    max_step_size=self.memory_max_step_size,
-                    bounded_half_lives=self.memory_bounded_half_lives,
-                    gates_see_keys=self.memory_gates_see_keys,
-                    gate_hidden_size=self.memory_gate_hidden_size,
-                ),
-                "start": "induction" if self.memory_induction_init else "random",
-                "half_lives": (self.memory_shortest_half_life, self.memory_longest_half_life),
-            },
+            memory_combination=self.memory.combination,
+            memory_options=self.memory.options(),
             local_chunk_sizes=None if local is None else tuple(local),
-            shard_length=self.memory_shard_length,
+            shard_length=self.memory.shard_length,
         )
+
+    def state_fields(self) -> dict[str, Any]:
+        """What decides shape and meaning of a model's state, as plain JSON values.
+
+        A state saved with other values means nothing to this model. They are arguments of a `TitansConfig`
+        that has the same states.
+        """
+        names = (
+            "variant", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "memory_depth",
+            "memory_expansion", "chunk_size", "segment_length", "sliding_window", "rope_theta",
+        )  # fmt: skip
+        return {**{name: getattr(self, name) for name in names}, "memory": self.memory.state_fields()}
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> TitansConfig:
@@ -246,14 +316,51 @@ class TitansConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
 
-def _refuse_unknown(values: dict[str, Any]) -> None:
+def saved_state_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`TitansConfig.state_fields` as a file holds them, in the form of this version.
+
+    Raises:
+        ValueError: for a memory that this version cannot make.
+    """
+    fields = nested(saved)
+    if isinstance(memory := fields.get("memory"), dict):
+        fields["memory"] = TitansMemoryConfig(**memory).state_fields()
+    return fields
+
+
+def _are_half_lives(given: Any) -> bool:
+    numbers = isinstance(given, (list, tuple)) and all(type(x) in (int, float) for x in given)
+    return numbers and len(given) == 2 and 0 < given[0] <= given[1] < math.inf
+
+
+def _described_rule(form: MemoryForm, given: Any) -> dict[str, Any]:
+    """A rule's name and parameters without those that it takes from the form."""
+    described = UPDATE_RULES.describe(form.rule(given))
+    if isinstance(given, str):
+        given = {"name": given}
+    if isinstance(given, Mapping):
+        shared = {*RULE_FIELDS} - {*given}
+        described = {name: value for name, value in described.items() if name not in shared}
+    return described
+
+
+def _changed_memory(saved: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved fields of a memory's configuration with some replaced, and of its form as well."""
+    saved = dict(saved or {})
+    form, change = saved.get("form", "stable"), changes.get("form")
+    if isinstance(change, Mapping) and "name" not in change:
+        change = {**({"name": form} if isinstance(form, str) else form), **change}
+        changes = {**changes, "form": change}
+    return {**saved, **changes}
+
+
+def _refuse_unknown(values: dict[str, Any], kind: type[PreTrainedConfig]) -> None:
     known = _LIBRARY_KEYS | GenerationConfig._get_default_generation_params().keys()
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
     if unknown:
-        own = sorted(f.name for f in fields(TitansConfig) if f.name in TitansConfig.__annotations__)
-        raise ValueError(
-            f"{unknown[0]}={values[unknown[0]]!r} is not a field of TitansConfig: choose from {own}"
-        )
+        own = sorted(kind.__annotations__)
+        advice = remedy(unknown[0]) or f"choose from {own}"
+        raise ValueError(f"{unknown[0]}={values[unknown[0]]!r} is not a field of {kind.__name__}: {advice}")
 
 
 def _paper(num_layers: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 # Loaded on first use: the command line needs the settings alone to answer --help.
 _HOME = {
+    "FactSettings": "titans.train.settings",
     "Interrupted": "titans.train.recipe",
     "NonFiniteError": "titans.train.trainer",
     "TitansTrainer": "titans.train.trainer",
@@ -17,6 +18,7 @@ _HOME = {
 }
 
 __all__ = [
+    "FactSettings",
     "Interrupted",
     "NonFiniteError",
     "TitansTrainer",
@@ -28,7 +30,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from titans.train.recipe import Interrupted, TrainingRun, TrainResult, train
-    from titans.train.settings import TrainSettings
+    from titans.train.settings import FactSettings, TrainSettings
     from titans.train.trainer import NonFiniteError, TitansTrainer
 
 

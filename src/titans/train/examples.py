@@ -100,7 +100,8 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
-    unchanged = settings.fact_spacing is None and not settings.refrains and not settings.numbered_lines
+    facts = settings.facts
+    unchanged = facts.spacing is None and not facts.refrains and not facts.numbered_lines
 
     def make_epoch(epoch: int) -> WindowDataset | CarryDataset:
         changed, marks = _with_insertions(documents, settings, epoch)
@@ -133,25 +134,25 @@ def _with_insertions(
 
     Also, where the loss depends on it, a mark (`STATEMENT`, `ANSWER` or 0) for each byte of each document.
     """
-    generator = np.random.default_rng([settings.seed, epoch])
+    generator, facts = np.random.default_rng([settings.seed, epoch]), settings.facts
     changed, marks = [], []
     for document in documents:
-        text = with_refrains(document.data, generator, settings.refrains)
-        one = TextWithFacts(with_numbered_lines(text, generator, settings.numbered_lines), [], [])
-        if settings.fact_spacing is not None:
+        text = with_refrains(document.data, generator, facts.refrains)
+        one = TextWithFacts(with_numbered_lines(text, generator, facts.numbered_lines), [], [])
+        if facts.spacing is not None:
             one = state_facts(
                 one.text,
                 generator,
-                settings.fact_spacing,
-                farthest=settings.fact_distance,
-                alike=settings.facts_alike,
+                facts.spacing,
+                farthest=facts.distance,
+                alike=facts.alike,
             )
         changed.append(Document(document.name, one.text))
         marks.append(np.zeros(len(one.text), dtype=np.uint8))
         for spans, mark in ((one.statements, STATEMENT), (one.answers, ANSWER)):
             for begin, end in spans:
                 marks[-1][begin:end] = mark
-    marks_used = settings.answer_weight != 1 or settings.write_cost
+    marks_used = facts.answer_weight != 1 or facts.write_cost
     return changed, marks if marks_used and settings.tokenizer == "bytes" else None
 
 

@@ -84,8 +84,11 @@ def check(settings: TrainSettings) -> None:
     """
     settings.check()
     config = model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
-    continues = settings.carry_memory or settings.state_passing
-    if config.memory_local_chunk_sizes and settings.sequence_length <= config.chunk_size and not continues:
+    if (
+        config.memory.local_chunk_sizes
+        and settings.sequence_length <= config.chunk_size
+        and not settings.carry_memory
+    ):
         raise ValueError(
             f"sequence_length={settings.sequence_length} with chunk_size={config.chunk_size} and local "
             "memories: the global memory is read from its second chunk on, so that a row needs two; give "
@@ -94,7 +97,7 @@ def check(settings: TrainSettings) -> None:
     if settings.cuda_graph:
         if not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and there is none: leave it out")
-        whole = math.lcm(config.chunk_size, config.segment_length, config.memory_shard_length or 1)
+        whole = math.lcm(config.chunk_size, config.segment_length, config.memory.shard_length or 1)
         if settings.sequence_length % whole:
             raise ValueError(
                 f"cuda_graph with sequence_length={settings.sequence_length}: give a multiple of {whole}, so "
@@ -244,10 +247,9 @@ class TrainingRun:
             (optimizer, make_schedule(optimizer, settings.steps, warmup, settings.min_learning_rate)),
             MetricsLog(settings.output / METRICS_FILE, on_log),
             carry_memory=settings.carry_memory,
-            state_passing=settings.state_passing,
-            answer_weight=settings.answer_weight,
-            write_cost=settings.write_cost,
-            write_cost_reach=settings.write_cost_reach,
+            answer_weight=settings.facts.answer_weight,
+            write_cost=settings.facts.write_cost,
+            write_cost_reach=settings.facts.write_cost_reach,
             cuda_graph=settings.cuda_graph,
             eval_every=settings.eval_every,
             save_every=settings.save_every,

@@ -15,9 +15,34 @@ SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
     "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
-    "carry_memory", "in_order", "seed", "fact_spacing", "fact_distance", "facts_alike", "answer_weight",
-    "refrains", "numbered_lines", "write_cost", "write_cost_reach", "start_from", "state_passing",
+    "carry_memory", "in_order", "seed", "facts", "start_from",
 )  # fmt: skip
+# Flat names of before the facts had settings of their own.
+_FACTS_WERE = {"fact_spacing": "spacing", "fact_distance": "distance", "facts_alike": "alike"} | {
+    name: name for name in ("answer_weight", "refrains", "numbered_lines", "write_cost", "write_cost_reach")
+}
+
+
+@dataclass(frozen=True)
+class FactSettings:
+    """Facts in the training text, and what the loss counts, so that a memory learns to recall."""
+
+    spacing: float | None = None
+    """State facts in the training text, one in so many bytes, and ask for them again; by default none."""
+    distance: int = 256
+    """Most bytes of text from a fact to where it is asked for."""
+    alike: float = 0.0
+    """Share of the facts about a name that are followed by one to four others in the same words."""
+    answer_weight: float = 1.0
+    """How much a byte of an answer about a fact counts in the loss; other bytes count 1."""
+    refrains: float = 0.0
+    """Share of the training text in which a few sentences are repeated again and again."""
+    numbered_lines: float = 0.0
+    """Share of the training text that lies in stretches whose lines are numbered."""
+    write_cost: float = 0.0
+    """What the slower half of a memory's heads pay for writing, see `titans.train.write_cost`."""
+    write_cost_reach: float = 8.0
+    """How small a write still pays: down to e to minus this of the largest step."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +71,8 @@ class TrainSettings:
     """Consecutive steps read consecutive segments of a document, and the memory is carried over."""
     in_order: bool = False
     """Rows read their documents in order, as when the memory is carried, but every row with a fresh state."""
-    state_passing: float = 0.0
-    """Fraction of the rows that begin with the memory another row has left in the step before."""
-    fact_spacing: float | None = None
-    """Say facts in the training text, one in so many bytes, and ask for them again; by default none."""
-    fact_distance: int = 256
-    """Most bytes of text from a fact to where it is asked for."""
-    facts_alike: float = 0.0
-    """Share of the facts about a name that are followed by one to four others in the same words."""
-    answer_weight: float = 1.0
-    """How much a byte of an answer about a fact counts in the loss; other bytes count 1."""
-    refrains: float = 0.0
-    """Share of the training text in which a few sentences are said again and again."""
-    numbered_lines: float = 0.0
-    """Share of the training text that lies in stretches whose lines are numbered."""
-    write_cost: float = 0.0
-    """What the slower half of a memory's heads pay for writing, see `titans.train.write_cost`."""
-    write_cost_reach: float = 8.0
-    """How small a write still pays: down to e to minus this of the largest step."""
+    facts: FactSettings = field(default_factory=FactSettings)
+    """Facts in the training text, for a memory that recalls them."""
     start_from: Path | None = None
     """Folder of a model whose weights to begin with: of the same shapes; chunk sizes may be others."""
     learning_rate: float | None = None
@@ -111,49 +120,39 @@ class TrainSettings:
         Raises:
             ValueError: naming the field, its value and the remedy.
         """
-        for name in field_types():
-            check_type(name, getattr(self, name))
+        values = dotted({**vars(self), "facts": vars(self.facts)})
+        for name, value in values.items():
+            check_type(name, value)
         least = {"steps": 1, "batch_size": 1, "sequence_length": 1, "eval_every": 1, "eval_tokens": 1,
                  "save_every": 1, "log_every": 1, "seed": 0, "warmup_steps": 0, "threads": 1,
-                 "fact_distance": 32, "fact_spacing": 1}  # fmt: skip
+                 "facts.distance": 32, "facts.spacing": 1}  # fmt: skip
         for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least {bound}")
+            if values[name] is not None and values[name] < bound:
+                raise ValueError(f"{name}={values[name]!r}: give a whole number of at least {bound}")
         most = {"learning_rate": math.inf, "min_learning_rate": 1, "weight_decay": math.inf,
-                "max_grad_norm": math.inf, "hold_out": 1, "state_passing": 1, "facts_alike": 1,
-                "answer_weight": math.inf, "refrains": 0.9, "numbered_lines": 0.9, "write_cost": math.inf,
-                "write_cost_reach": math.inf}  # fmt: skip
+                "max_grad_norm": math.inf, "hold_out": 1, "facts.alike": 1, "facts.answer_weight": math.inf,
+                "facts.refrains": 0.9, "facts.numbered_lines": 0.9, "facts.write_cost": math.inf,
+                "facts.write_cost_reach": math.inf}  # fmt: skip
         for name, bound in most.items():
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= bound:
-                raise ValueError(f"{name}={value!r}: give a number from 0 to {bound}")
+            if values[name] is not None and not 0 <= values[name] <= bound:
+                raise ValueError(f"{name}={values[name]!r}: give a number from 0 to {bound}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: give two numbers in [0, 1)")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: choose one of {list(DTYPES)}")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
-        for name in ("carry_memory", "state_passing"):
-            if getattr(self, name) and self.variant in _without_memory():
-                raise ValueError(
-                    f"{name} with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"
-                )
-        if self.answer_weight != 1 and self.tokenizer != "bytes":
+        if self.carry_memory and self.variant in _without_memory():
             raise ValueError(
-                f"answer_weight={self.answer_weight} with tokenizer={self.tokenizer!r}: only of bytes is it "
-                "known which are answers; use tokenizer='bytes'"
+                f"carry_memory with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"
             )
-        if self.cuda_graph:
-            if self.state_passing:
-                raise ValueError(
-                    f"cuda_graph with state_passing={self.state_passing}: a recorded step cannot do that; "
-                    "leave one of them out"
-                )
-            if self.dtype == "bfloat16":
-                raise ValueError("cuda_graph with dtype='bfloat16': choose 'float32' or 'tfloat32'")
-        if self.carry_memory and self.state_passing:
-            raise ValueError("carry_memory and state_passing both say where a row begins: choose one")
+        if self.facts.answer_weight != 1 and self.tokenizer != "bytes":
+            raise ValueError(
+                f"facts.answer_weight={self.facts.answer_weight} with tokenizer={self.tokenizer!r}: only of "
+                "bytes is it known which are answers; use tokenizer='bytes'"
+            )
+        if self.cuda_graph and self.dtype == "bfloat16":
+            raise ValueError("cuda_graph with dtype='bfloat16': choose 'float32' or 'tfloat32'")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -167,25 +166,56 @@ class TrainSettings:
             ValueError: naming the first field that differs, or if the settings file is damaged.
         """
         try:
-            # A run from before a field existed had its default.
-            saved = TrainSettings(data="").to_json() | json.loads((folder / SETTINGS_FILE).read_text())
-            differing = [name for name in _FIXED if saved[name] != self.to_json()[name]]
-        except (KeyError, TypeError, json.JSONDecodeError):
+            saved = json.loads((folder / SETTINGS_FILE).read_text())
+            # A run from before a setting existed had its default.
+            theirs = dotted(TrainSettings(data="").to_json()) | dotted(current_form(saved))
+        except (TypeError, AttributeError, json.JSONDecodeError):
             raise ValueError(
                 f"{folder / SETTINGS_FILE} is damaged: delete the checkpoint to use an older one"
             ) from None
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{name}={getattr(self, name)!r}, but {folder} was trained with {name}={saved[name]!r}: "
-                "resume with the same value, or start another run in another output folder"
-            )
+        for name, ours in dotted(self.to_json()).items():
+            if name.partition(".")[0] in _FIXED and theirs[name] != ours:
+                raise ValueError(
+                    f"{name}={ours!r}, but {folder} was trained with {name}={theirs[name]!r}: resume with "
+                    "the same value, or start another run in another output folder"
+                )
+
+
+def current_form(saved: dict[str, Any]) -> dict[str, Any]:
+    """Settings that `TrainSettings.to_json` wrote, now or when all of them were flat, by their names of now.
+
+    Raises:
+        ValueError: for a setting that no run can have any more.
+    """
+    # Not at the top: see `_without_memory`.
+    from titans.hf.flat_config import nested
+
+    if saved.get("state_passing"):
+        raise ValueError(
+            f"state_passing={saved['state_passing']}: no row begins with the memory of another any more; "
+            "start a new run"
+        )
+    facts = {new: saved[old] for old, new in _FACTS_WERE.items() if old in saved}
+    values = {name: saved[name] for name in saved if name not in (*_FACTS_WERE, "state_passing")}
+    if facts:
+        values["facts"] = facts
+    if "config" in values:
+        values["config"] = nested(values["config"])
+    return values
+
+
+def dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, those of the facts as facts.NAME."""
+    flat = {name: value for name, value in values.items() if name != "facts"}
+    return flat | {f"facts.{name}": value for name, value in values.get("facts", {}).items()}
 
 
 @cache
 def field_types() -> dict[str, tuple[type, ...]]:
-    """Every field's name and the types it may have."""
+    """Every setting's name, as `dotted` has them, and the types it may have."""
     hints = get_type_hints(TrainSettings)
+    del hints["facts"]
+    hints |= {f"facts.{name}": hint for name, hint in get_type_hints(FactSettings).items()}
     return {
         name: tuple(
             get_origin(option) or option

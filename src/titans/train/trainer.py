@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -57,8 +56,6 @@ class TitansTrainer(Trainer):
         optimizers: the optimizer and its schedule.
         metrics: where results are written.
         carry_memory: whether states pass from step to step.
-        state_passing: fraction of the rows that begin with the memory another row has left in the step
-            before, in place of an empty one; the text, and with it all else, is new.
         answer_weight: weight in the loss of labels that the examples' `answers` marks; others have 1.
         write_cost: weight of `titans.train.write_cost` in the loss. write_cost_reach: its `reach`.
         cuda_graph: record the step and replay it; padding is then read like text.
@@ -76,7 +73,6 @@ class TitansTrainer(Trainer):
         metrics: MetricsLog,
         *,
         carry_memory: bool = False,
-        state_passing: float = 0.0,
         answer_weight: float = 1.0,
         write_cost: float = 0.0,
         write_cost_reach: float = 8.0,
@@ -86,8 +82,8 @@ class TitansTrainer(Trainer):
         log_every: int = 10,
         save_extras: Callable[[Path], None] | None = None,
     ) -> None:
-        if (carry_memory or state_passing) and not model.config.has_memory:
-            raise ValueError(f"carry_memory, state_passing: variant {model.config.variant!r} has no memory")
+        if carry_memory and not model.config.has_memory:
+            raise ValueError(f"carry_memory=True: variant {model.config.variant!r} has no memory")
         super().__init__(
             model,
             args,
@@ -104,7 +100,7 @@ class TitansTrainer(Trainer):
         self._adamw, self._schedule = optimizers
         self.held_out = held_out
         self.metrics = metrics
-        self.carry_memory, self.state_passing = carry_memory, state_passing
+        self.carry_memory = carry_memory
         self.answer_weight = answer_weight
         self.write_cost, self.write_cost_reach = write_cost, write_cost_reach
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
@@ -160,10 +156,6 @@ class TitansTrainer(Trainer):
         loss, reported, _, states = self._loss(model, inputs, states, inputs.get("restart"), masked=False)
         return loss, reported, states
 
-    @property
-    def _passes_on(self) -> bool:
-        return self.carry_memory or self.state_passing > 0
-
     def _loss(
         self,
         model: nn.Module,
@@ -181,7 +173,7 @@ class TitansTrainer(Trainer):
                 use_cache=False,
                 memory_states=states,
                 restart=restart,
-                return_memory_states=self._passes_on,
+                return_memory_states=self.carry_memory,
             )
         logits, states = output.logits, output.memory_states
         each = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
@@ -193,29 +185,20 @@ class TitansTrainer(Trainer):
         if self.write_cost:
             cost = write_cost(write_logits, self.write_cost_reach, read.get("facts"))
             loss = loss + self.write_cost * cost.to(loss.device)
-        return loss, reported, logits, map_state(Tensor.detach, states) if self._passes_on else None
+        return loss, reported, logits, map_state(Tensor.detach, states) if self.carry_memory else None
 
     def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:
         """Record a step's loss, if it is finite, and its states."""
         value = reported.item()
         self._refuse_non_finite(value, "loss")
-        if self._passes_on:
+        if self.carry_memory:
             self.carried = states
             self._columns_carried += inputs["input_ids"].shape[1] - 1
         self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
 
     def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
         """The rows' states before this step, and which rows start with an empty memory all the same."""
-        if self.carried is None or self.carry_memory:
-            return self.carried, None if self.carried is None else inputs["restart"]
-        layers = self._network.model.layers
-        of_others = map_state(lambda x: x.roll(1, 0), self.carried)
-        states = tuple(
-            layer.mixer.fresh_context(state) for layer, state in zip(layers, of_others, strict=True)
-        )
-        generator = np.random.default_rng([self.args.seed, self.state.global_step])
-        fresh = generator.random(len(inputs["input_ids"])) >= self.state_passing
-        return states, torch.from_numpy(fresh).to(inputs["input_ids"].device)
+        return self.carried, None if self.carried is None else inputs["restart"]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last call before the optimizer step: a bad gradient must not reach the weights.
@@ -310,7 +293,7 @@ class TitansTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         load_weights(self._network, folder)
-        if self.carry_memory or (self.state_passing and (folder / _MEMORY_FILE).exists()):
+        if self.carry_memory:
             cache = TitansCache.load(folder / _MEMORY_FILE, self._network.config, self.args.device)
             self.carried, self._columns_carried = cache.states, cache.num_columns
         self.metrics.load(folder)

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from titans.memory import InnerProblem, MemoryNetwork, MomentumRule
+from titans.memory import OBJECTIVES, UPDATE_RULES, InnerProblem, MemoryNetwork
 from titans.memory.network import ACTIVATIONS
+from titans.memory.objectives import Objective
+from titans.memory.rules import UpdateRule
+
+# Options of an update rule that a form states for it.
+RULE_FIELDS = ("normalize_step", "length_floor", "row_limit")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class MemoryForm:
         decay_to_initial: the fast weights are offsets on the learned initial ones, so that forgetting decays
             towards these. Otherwise they start there and decay towards 0, as in equation 13.
         max_momentum: upper bound of the momentum gate, below 1.
-        max_step_size: upper bound of the step-size gate; None for `default_step_size`.
+        max_step_size: upper bound of the step-size gate; None for what is safe, see `largest_step`.
         bounded_half_lives: no head ever forgets more slowly than at first, so that the first heads stay
             short-term memories.
         gates_see_keys: gates are functions of the token and of each head's key, which depends on the tokens
@@ -87,28 +92,57 @@ class MemoryForm:
             )
         changes: dict[str, Any] = dict(given)
         name = changes.pop("name", "stable")
-        if name not in FORMS:
+        if not isinstance(name, str) or name not in FORMS:
             raise ValueError(f"form={name!r}: choose one of {sorted(FORMS)}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(changes.keys() - {*known}):
             raise ValueError(f"form has no field {unknown[0]!r}: choose from {known}")
         return replace(FORMS[name], **changes)
 
-    def inner(self, head_dim: int, depth: int, expansion: int) -> InnerProblem:
-        """What one head learns in this form, and how."""
-        return InnerProblem(
-            MemoryNetwork(head_dim, depth, expansion, self.activation, self.residual, self.norm),
-            rule=MomentumRule(self.normalize_step, self.length_floor, self.row_limit),
-        )
+    def rule(self, given: UpdateRule | str | Mapping[str, Any] | None = None) -> UpdateRule:
+        """The update rule of a memory in this form.
 
-    def default_step_size(self, depth: int, chunk_size: int) -> float:
-        """The bound of the step-size gate where `max_step_size` is None.
+        Args:
+            given: a rule itself, which is taken unchanged; a name in `UPDATE_RULES`, or {"name": …,
+                parameter: …}, whose parameters in `RULE_FIELDS` are the form's unless given; None for
+                "momentum".
 
-        With it a chunk that repeats one token corrects its error at most once in each layer: min(depth, 2)
-        (1 − max_momentum) / chunk_size for normalised steps (docs/decisions/memory.md), and without the
-        factor for others, the largest stable step of a linear memory with unit keys.
+        Raises:
+            ValueError: for an unknown name or parameter, or a value outside its domain.
         """
-        layers = min(depth, 2) if self.normalize_step else 1
+        if given is None or isinstance(given, str):
+            given = {"name": given or "momentum"}
+        if isinstance(given, Mapping):
+            known = UPDATE_RULES.get(str(given.get("name")))
+            parameters = {field.name for field in fields(known)} if isinstance(known, type) else set()
+            own = {name: getattr(self, name) for name in RULE_FIELDS if name in parameters}
+            given = {**own, **given}
+        return UPDATE_RULES.make(given)
+
+    def inner(
+        self,
+        head_dim: int,
+        depth: int,
+        expansion: int,
+        objective: Objective | str | Mapping[str, Any] = "squared_error",
+        rule: UpdateRule | str | Mapping[str, Any] | None = None,
+    ) -> InnerProblem:
+        """What one head learns in this form, and how; objective and rule as `OBJECTIVES.make` and `rule` take
+        them.
+        """
+        network = MemoryNetwork(head_dim, depth, expansion, self.activation, self.residual, self.norm)
+        return InnerProblem(network, OBJECTIVES.make(objective), self.rule(rule))
+
+    def largest_step(self, inner: InnerProblem, chunk_size: int) -> float:
+        """The upper bound of the step-size gate: `max_step_size`, or by default what is safe for the chunk.
+
+        With the default a chunk that repeats one token corrects its error at most once in each layer:
+        min(depth, 2) (1 − max_momentum) / chunk_size for normalised steps (docs/decisions/memory.md), and
+        without the factor for others, the largest stable step of a linear memory with unit keys.
+        """
+        if self.max_step_size is not None:
+            return self.max_step_size
+        layers = min(inner.network.depth, 2) if inner.rule.normalize_step else 1
         return layers * (1 - self.max_momentum) / chunk_size
 
 

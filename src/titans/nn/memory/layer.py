@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import MemoryState
+from titans.memory.objectives import Objective
+from titans.memory.rules import UpdateRule
 from titans.nn.conv import CausalConv
 from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
@@ -64,6 +66,11 @@ class NeuralMemory(Learner):
         depth: weight matrices of a head's network; 1 is a linear memory.
         expansion: hidden width of that network divided by head_dim.
         chunk_size: tokens that share one set of gradient weights.
+        objective: what the memory minimises while it reads: a name in `OBJECTIVES` ("squared_error", "huber",
+            "lp"), {"name": …, parameter: …}, or an object.
+        rule: how its weights are updated: a name in `UPDATE_RULES`, {"name": …, parameter: …}, or an object;
+            None for the momentum rule. What form and rule both have is the form's, unless the rule is given
+            with it.
         form: a name in `FORMS` ("stable", "paper", "recall"), {"name": …, field: …} for a named form with
             some fields of `MemoryForm` replaced, or a `MemoryForm`.
         start: "random", or "induction": an associative memory of what followed what, see
@@ -89,6 +96,8 @@ class NeuralMemory(Learner):
         expansion: int = 4,
         chunk_size: int = 16,
         *,
+        objective: Objective | str | Mapping[str, Any] = "squared_error",
+        rule: UpdateRule | str | Mapping[str, Any] | None = None,
         form: MemoryForm | str | Mapping[str, Any] = "stable",
         start: str = "random",
         conv_kernel: int = 4,
@@ -110,11 +119,9 @@ class NeuralMemory(Learner):
         if start == "induction" and conv_kernel < 2:
             raise ValueError("start='induction' looks one token back: give a conv_kernel of at least 2")
         form = MemoryForm.of(form)
-        max_step_size = form.max_step_size
-        if max_step_size is None:
-            max_step_size = form.default_step_size(depth, chunk_size)
-        inner = form.inner(head_dim, depth, expansion)
-        super().__init__(hidden_size, num_heads, inner, chunk_size, form, max_step_size, half_lives)
+        inner = form.inner(head_dim, depth, expansion, objective, rule)
+        largest = form.largest_step(inner, chunk_size)
+        super().__init__(hidden_size, num_heads, inner, chunk_size, form, largest, half_lives)
         self.start, self.backend = start, backend
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
