@@ -50,6 +50,22 @@ def test_without_a_compiler_auto_takes_the_next_backend(cache, monkeypatch, caps
         assert torch.equal(found, expected)
 
 
+def test_a_damaged_library_is_built_again_and_a_sound_one_is_not(cache):
+    compiler = cache / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho once >> {cache}/builds\n'
+        'while [ "$1" != -o ]; do shift; done; echo "some machine code" > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    library = build._built(str(compiler), build.SOURCES)
+    content = library.read_bytes()
+    for damaged in (content, content[:5], b"", content[::-1]):
+        library.write_bytes(damaged)
+        assert build._built(str(compiler), build.SOURCES) == library and library.read_bytes() == content
+    assert (cache / "builds").read_text().count("once") == 4
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")
 @pytest.mark.parametrize(
     ("processor", "capability"),

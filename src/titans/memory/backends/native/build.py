@@ -81,21 +81,24 @@ def _built(compiler: str, folder: Path) -> Path:
         [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
     ).stdout
     sources = sorted(folder.glob("*.h")) + sorted(folder.glob("*.cpp"))
-    told = [
+    decisive = [
         version,
         torch.__version__,
         _processor(),
         *flags(),
         *(path.read_text("utf-8") for path in sources),
     ]
-    name = hashlib.sha256("\0".join(told).encode("utf-8", "replace")).hexdigest()[:16]
-    library = _cache() / f"{folder.name}-{name}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256("\0".join(decisive).encode("utf-8", "replace")).hexdigest()[:16]
+    cache = _cache()
+    # A library's name ends in its content's digest: a truncated one would kill the process that loads it.
+    for library in cache.glob(f"{folder.name}-{name}-*.so"):
+        if library.stem.endswith(_digest(library)):
+            return library
+        library.unlink(missing_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     print(f"titans: compiling {folder.name} operators, once (about half a minute)", file=sys.stderr)
     # Two processes may build at the same time: each under a name of its own, and the last one stands.
-    handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
+    handle, temporary = tempfile.mkstemp(dir=cache, suffix=".so")
     os.close(handle)
     try:
         command = [compiler, *map(str, sorted(folder.glob("*.cpp"))), "-o", temporary, *flags()]
@@ -103,7 +106,12 @@ def _built(compiler: str, folder: Path) -> Path:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else done.stderr[-500:])
+        library = cache / f"{folder.name}-{name}-{_digest(Path(temporary))}.so"
         os.replace(temporary, library)
     finally:
         Path(temporary).unlink(missing_ok=True)
     return library
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
