@@ -35,6 +35,9 @@ from contenders import Case, floating_operations
 from goals import goals
 from report import SLOWER, comparison, paired, picture, ratios, tables
 
+from titans.experiments.results import encoded
+from titans.train.checkpoint import write_bytes
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 SOURCE = HERE.parents[1] / "src"
@@ -289,14 +292,12 @@ def main() -> int:
 def save(about: str, rows: list[Row]) -> None:
     """The tables, the numbers and the picture, each in place of the last."""
     RESULTS.mkdir(exist_ok=True)
-    for ending, text in (
-        ("md", f"{tables(about, rows)}\n### Goals\n\n{goals(rows)}\n"),
-        ("json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n"),
+    kept = [{key: value for key, value in row.items() if key not in ("first", "repeat")} for row in rows]
+    for ending, content in (
+        ("md", f"{tables(about, rows)}\n### Goals\n\n{goals(rows)}\n".encode()),
+        ("json", encoded({"about": about}, kept, "rows")),
     ):
-        name = f"{results_name()}.{ending}"
-        temporary = RESULTS / (name + ".part")
-        temporary.write_text(text)
-        temporary.replace(RESULTS / name)
+        write_bytes(RESULTS / f"{results_name()}.{ending}", content)
     picture(rows, RESULTS / f"{results_name()}.png")
 
 

@@ -15,7 +15,7 @@ from titans.train.checkpoint import write_bytes
 
 LIMIT = 100_000
 # Significant digits, and fewer where a file would be larger than the limit.
-DIGITS = (6, 5, 4, 3)
+DIGITS = (7, 6, 5, 4, 3)
 
 Numbers = dict[str, Any]
 

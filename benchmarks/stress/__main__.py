@@ -1,18 +1,17 @@
-"""Can the memory be broken? Hostile streams at the limits of its gates, an enemy that searches, whole models.
+"""Can the memory be broken? Hostile streams at the limits of its gates, a search for worse, whole models.
 
-    python benchmarks/stress.py            # everything, about ten minutes on one core
-    python benchmarks/stress.py --quick    # a subset, one or two minutes; writes only where --results says
-    python benchmarks/stress.py --long     # also a stream of 10⁶ tokens through each whole model
+    python benchmarks/stress            # everything, about ten minutes on one core
+    python benchmarks/stress --quick    # a subset, one or two minutes; writes only where --results points to
+    python benchmarks/stress --long     # also a stream of 10⁶ tokens through each whole model
 
-The default form of `NeuralMemory` beside forms that are known to break, so that the checks are known to be
-able to fail. Tables go to benchmarks/results/stress.md and .json.
+The default form of `NeuralMemory`, and forms that are known to break, which shows that the checks can fail.
+Tables go to benchmarks/results/stress.md and .json.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import platform
@@ -23,17 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import DISTANCES, HEAD_DIM, PARTS, TOKENS, kept_results, report, write_results
 
 from titans.evaluate.hostile import PAPER_FORM, StressedMemory, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
 
-RESULTS = Path(__file__).parent / "results"
-HEAD_DIM = 8
-TOKENS = 4096
-GROWTH_LIMIT = 100
-DISTANCES = (256, 512, 1024, 2048, 4096)
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCHEDULES = (
     "all at max", "no momentum", "write, then coast", "momentum every other chunk", "random", "switching",
 )  # fmt: skip
@@ -42,13 +38,11 @@ THOROUGH = [(s, "0") for s in SCHEDULES] + [(s, f) for s in ("all at max", "swit
 FEW = [("all at max", "0"), ("switching", "0.001")]
 COUNTER = [(s, f) for s in ("all at max", "write, then coast") for f in FORGETS[:3]]
 NORMED: dict[str, Any] = PAPER_FORM | dict(norm=True, residual=True, gain=1.0)
-EARLIER: dict[str, Any] = NORMED | dict(normalize_step=True, row_limit=1.0, gain=0.5, max_momentum=0.9)
-PARTS = ("default", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
 
 
 class Progress:
-    """Lines on stderr: what was done, and how long the rest will take, by expected seconds of each part."""
+    """Lines on stderr: what was done, and the time left, by the expected seconds of each part."""
 
     def __init__(self, expected: float) -> None:
         self.expected, self.done, self.started = expected, 0.0, time.perf_counter()
@@ -113,7 +107,7 @@ def default_form(quick: bool, progress: Progress) -> list[Row]:
 
 
 def counter_examples(quick: bool, progress: Progress) -> list[Row]:
-    """Forms that are known to break, and two of the same kind that do not."""
+    """Forms that are known to break, and one of the same kind that does not."""
     all_at_max, coast = [("all at max", "0")], [("write, then coast", "0")]
     swing = (14, 20, 26, 32, 44)
     linear = [
@@ -135,10 +129,6 @@ def counter_examples(quick: bool, progress: Progress) -> list[Row]:
          PAPER_FORM | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
         ("paper, residual + LayerNorm, η 0.9, θ = (1 − η)/chunk", (HEAD_DIM, 2, 16),
          NORMED | dict(max_momentum=0.9, max_step_size=0.1 / 16), COUNTER, (), True),
-        ("earlier default: + normalize_step, row_limit 1, 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),
-         EARLIER | dict(max_step_size=0.8 / 16), COUNTER, (), True),
-        ("the same with (1 − η)/chunk", (HEAD_DIM, 2, 16),
-         EARLIER | dict(max_step_size=0.1 / 16), COUNTER, (), False),
         ("default with a step limit of 8 (1 − η)/chunk", (HEAD_DIM, 2, 16),
          dict(max_step_size=0.5 * 8 / 16), COUNTER, (), True),
         ("default with length_floor 0", (HEAD_DIM, 2, 16), dict(length_floor=0.0), COUNTER, (), True),
@@ -158,7 +148,7 @@ def counter_examples(quick: bool, progress: Progress) -> list[Row]:
 
 
 def searches(quick: bool, progress: Progress) -> list[Row]:
-    """An enemy that learns, against the default limits and others of the step size."""
+    """Gradient ascent on the growth, at the default limits and others of the step size."""
     rows = []
     for depth in (1, 2):
         for chunk in (4,) if quick else (4, 16):
@@ -286,177 +276,12 @@ def models(quick: bool, long: bool, progress: Progress) -> list[Row]:
     return rows
 
 
-def number(x: float) -> str:
-    return f"{x:.3g}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table and an empty line."""
-    return [
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-
-
-def fraction(row: Row, part: str) -> str:
-    """The longest row seen, and how much of the bound that is."""
-    seen = max(row[part])
-    if f"bound_{part}" not in row:
-        return number(seen)
-    share = max(s / b for s, b in zip(row[part], row[f"bound_{part}"], strict=True))
-    return f"{number(seen)} ({100 * share:.0f} %)"
-
-
-def report(found: dict[str, Any]) -> str:
-    """Everything as Markdown."""
-    defaults = found["default"]
-
-    def gradients(row: Row) -> list[str]:
-        return [number(row["gradients"][d]) if d in row["gradients"] else "–" for d in DISTANCES]
-
-    columns = [f"∂ at {d}" for d in DISTANCES]
-    passed = all(r["growth"] < GROWTH_LIMIT and r["growth_of_key"] < GROWTH_LIMIT for r in defaults)
-    broke = all(
-        (r["growth"] > GROWTH_LIMIT or not r["finite"]) == r["breaks"] for r in found["counter_examples"]
-    )
-    searched = {
-        depth: max(
-            max(r["growth"], *r["repeated"])
-            for r in found["search"]
-            if r["step"] == 1 and r["depth"] == depth
-        )
-        for depth in (1, 2)
-    }
-    finite = all(r["finite"] for part in ("default", "layer", "models") for r in found[part])
-    lines = [
-        found["machine"],
-        "",
-        f"- Fixed streams: {sum(r['cases'] for r in defaults):,} on the default form, the largest growth of "
-        f"a disturbance is {number(max(max(r['growth'], r['growth_of_key']) for r in defaults))} "
-        f"(limit {GROWTH_LIMIT}: {'kept' if passed else 'BROKEN'}).",
-        f"- Forms that must break do, and their repaired kin do not: {'yes' if broke else 'NO'}.",
-        f"- NaN or infinity in the default form, a layer or a model: {'none' if finite else 'FOUND'}.",
-        f"- A search by gradient ascent, at the default limits: "
-        f"{', '.join(f'{number(x)}-fold at depth {depth}' for depth, x in searched.items())}. "
-        "See below.",
-        "",
-        "## The default form at the limits of its gates",
-        "",
-        "Growth: the largest distance between the weights of two memories over the stream, divided by that "
-        "of their beginnings (10⁻⁹), or by the change of the first key. Weights and momentum: the longest "
-        "row seen, and how much that is of what `state_bound` allows. ∂ at T: the largest gradient of the "
-        f"loss with respect to a key T tokens back. head_dim {HEAD_DIM}, expansion 2, float64. “learned”: "
-        "with a base whose last layer is not empty.",
-        "",
-        *table(
-            ["depth", "chunk", "streams", "growth", "of a key", "weights", "momentum", *columns],
-            [
-                [
-                    str(r["depth"]),
-                    str(r["chunk_size"]) + (" learned" if r["last"] else ""),
-                    str(r["cases"]),
-                    number(r["growth"]),
-                    number(r["growth_of_key"]),
-                    fraction(r, "weights"),
-                    fraction(r, "momentum"),
-                    *gradients(r),
-                ]
-                for r in defaults
-            ],
-        ),
-        "## Forms that break",
-        "",
-        *table(
-            ["form", "breaks", "growth", "by", "longest row", *columns],
-            [
-                [
-                    r["form"],
-                    "yes" if r["growth"] > GROWTH_LIMIT or not r["finite"] else "no",
-                    number(r["growth"]),
-                    r["worst"],
-                    number(max(r["weights"])),
-                    *gradients(r),
-                ]
-                for r in found["counter_examples"]
-            ],
-        ),
-        "## An enemy that searches",
-        "",
-        "Gradient ascent over keys, values and gates, head_dim 4, 12 streams at a time, on the growth of a "
-        "disturbance of the weights; the worst stream is then repeated. The growth is the largest over time. "
-        "Found is what the search ends on, not proof that nothing worse exists.",
-        "",
-        *table(
-            ["depth", "chunk", "× default step", "period", "growth found", "over 4096 tokens", "over 16384"],
-            [
-                [
-                    str(r["depth"]),
-                    str(r["chunk_size"]),
-                    f"{r['step']:g}",
-                    str(r["period"]),
-                    f"{number(r['growth'])} in {r['tokens']}",
-                    *(number(x) for x in r["repeated"]),
-                ]
-                for r in found["search"]
-            ],
-        ),
-        "## A layer, its inputs scaled",
-        "",
-        *table(
-            ["norm", "dtype", "inputs ×", "finite", "largest output", "longest row", "largest gradient"],
-            [
-                [
-                    "yes" if r["norm"] else "no",
-                    r["dtype"],
-                    f"{r['scale']:g}",
-                    "yes" if r["finite"] else "NO",
-                    number(r["output"]),
-                    number(r["longest_row"]),
-                    number(r["gradient"]),
-                ]
-                for r in found["layer"]
-            ],
-        ),
-        "## Whole models, untrained",
-        "",
-        *table(
-            ["variant", "dtype", "stream", "tokens", "finite", "largest loss", "largest gradient"],
-            [
-                [
-                    r["variant"],
-                    r["dtype"],
-                    r["stream"],
-                    f"{r['tokens']:,}",
-                    "yes" if r["finite"] else "NO",
-                    "–" if r["worst_loss"] is None else number(r["worst_loss"]),
-                    number(r["gradient"]),
-                ]
-                for r in found["models"]
-            ],
-        ),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def revived(content: dict[str, Any]) -> dict[Any, Any]:
-    """What is read back from JSON, as it was before it was written."""
-
-    def value(x: Any) -> Any:
-        if isinstance(x, list):
-            return [value(y) for y in x]
-        return float(x) if x in ("Infinity", "NaN") else x
-
-    return {int(k) if k.isdecimal() else k: value(v) for k, v in content.items()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a subset")
-    parser.add_argument("--long", action="store_true", help="10⁶ tokens through every model, too")
+    parser.add_argument("--long", action="store_true", help="also 10⁶ tokens through every model")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="the others are kept")
     parser.add_argument("--results", type=Path, default=None, help=f"where to write, by default {RESULTS}")
     arguments = parser.parse_args()
@@ -466,8 +291,7 @@ def main() -> int:
     if len(arguments.parts) < len(PARTS):
         if folder is None or not (folder / "stress.json").exists():
             parser.error("--parts keeps the other parts of earlier results, and there are none")
-        # A string where a number is not finite, as written below; JSON makes strings of keys.
-        kept = json.loads((folder / "stress.json").read_text(), object_hook=revived)
+        kept = kept_results(folder)
     torch.set_num_threads(1)
     per_model = (8192 if quick else 98304) + (10**6 if long else 0)
     seconds = {
@@ -490,18 +314,14 @@ def main() -> int:
     flags = "".join(f" --{name}" for name in ("quick", "long") if getattr(arguments, name))
     found["machine"] = kept.get("machine") or (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
-        f"`python benchmarks/stress.py{flags}`, one thread, {time.perf_counter() - began:.0f} s."
+        f"`python benchmarks/stress{flags}`, one thread, {time.perf_counter() - began:.0f} s."
     )
     if kept:
         found["machine"] += f" Again on {datetime.date.today()}: {', '.join(arguments.parts)}."
     text = report(found)
     print(text)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stress.md").write_text(text)
-        # Infinity is not JSON; a string says the same.
-        content = json.loads(json.dumps(found), parse_constant=str)
-        (folder / "stress.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_results(folder, found, text)
     return 0
 
 

@@ -1,0 +1,191 @@
+"""Pages and files of what the stress test has found."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from titans.experiments.results import encoded
+from titans.experiments.tables import markdown
+from titans.train.checkpoint import write_bytes
+
+HEAD_DIM = 8
+TOKENS = 4096
+GROWTH_LIMIT = 100
+DISTANCES = (256, 512, 1024, 2048, 4096)
+PARTS = ("default", "counter_examples", "search", "layer", "models")
+Row = dict[str, Any]
+
+
+def number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def fraction(row: Row, part: str) -> str:
+    """The longest row seen, and how much of the bound that is."""
+    seen = max(row[part])
+    if f"bound_{part}" not in row:
+        return number(seen)
+    share = max(s / b for s, b in zip(row[part], row[f"bound_{part}"], strict=True))
+    return f"{number(seen)} ({100 * share:.0f} %)"
+
+
+def report(found: dict[str, Any]) -> str:
+    """Everything as Markdown."""
+    defaults = found["default"]
+
+    def gradients(row: Row) -> list[str]:
+        return [number(row["gradients"][d]) if d in row["gradients"] else "–" for d in DISTANCES]
+
+    columns = [f"∂ at {d}" for d in DISTANCES]
+    passed = all(r["growth"] < GROWTH_LIMIT and r["growth_of_key"] < GROWTH_LIMIT for r in defaults)
+    broke = all(
+        (r["growth"] > GROWTH_LIMIT or not r["finite"]) == r["breaks"] for r in found["counter_examples"]
+    )
+    searched = {
+        depth: max(
+            max(r["growth"], *r["repeated"])
+            for r in found["search"]
+            if r["step"] == 1 and r["depth"] == depth
+        )
+        for depth in (1, 2)
+    }
+    finite = all(r["finite"] for part in ("default", "layer", "models") for r in found[part])
+    bullets = [
+        f"- Fixed streams: {sum(r['cases'] for r in defaults):,} on the default form, the largest growth of "
+        f"a disturbance is {number(max(max(r['growth'], r['growth_of_key']) for r in defaults))} "
+        f"(limit {GROWTH_LIMIT}: {'kept' if passed else 'BROKEN'}).",
+        f"- Forms that must break do, and the repaired one does not: {'yes' if broke else 'NO'}.",
+        f"- NaN or infinity in the default form, a layer or a model: {'none' if finite else 'FOUND'}.",
+        f"- A search by gradient ascent, at the default limits: "
+        f"{', '.join(f'{number(x)}-fold at depth {depth}' for depth, x in searched.items())}. "
+        "See below.",
+    ]
+    parts = [
+        found["machine"],
+        "\n".join(bullets),
+        "## The default form at the limits of its gates",
+        "Growth: the largest distance between the weights of two memories over the stream, divided by that "
+        "of their beginnings (10⁻⁹), or by the change of the first key. Weights and momentum: the longest "
+        "row seen, and how much that is of what `state_bound` allows. ∂ at T: the largest gradient of the "
+        f"loss with respect to a key T tokens back. head_dim {HEAD_DIM}, expansion 2, float64. “learned”: "
+        "with a base whose last layer is not empty.",
+        markdown(
+            ["depth", "chunk", "streams", "growth", "of a key", "weights", "momentum", *columns],
+            [
+                [
+                    str(r["depth"]),
+                    str(r["chunk_size"]) + (" learned" if r["last"] else ""),
+                    str(r["cases"]),
+                    number(r["growth"]),
+                    number(r["growth_of_key"]),
+                    fraction(r, "weights"),
+                    fraction(r, "momentum"),
+                    *gradients(r),
+                ]
+                for r in defaults
+            ],
+        ),
+        "## Forms that break",
+        markdown(
+            ["form", "breaks", "growth", "by", "longest row", *columns],
+            [
+                [
+                    r["form"],
+                    "yes" if r["growth"] > GROWTH_LIMIT or not r["finite"] else "no",
+                    number(r["growth"]),
+                    r["worst"],
+                    number(max(r["weights"])),
+                    *gradients(r),
+                ]
+                for r in found["counter_examples"]
+            ],
+        ),
+        "## A search for the worst stream",
+        "Gradient ascent over keys, values and gates, head_dim 4, 12 streams at a time, on the growth of a "
+        "disturbance of the weights; the worst stream is then repeated. The growth is the largest over time. "
+        "Found is what the search ends on, not proof that nothing worse exists.",
+        markdown(
+            ["depth", "chunk", "× default step", "period", "growth found", "over 4096 tokens", "over 16384"],
+            [
+                [
+                    str(r["depth"]),
+                    str(r["chunk_size"]),
+                    f"{r['step']:g}",
+                    str(r["period"]),
+                    f"{number(r['growth'])} in {r['tokens']}",
+                    *(number(x) for x in r["repeated"]),
+                ]
+                for r in found["search"]
+            ],
+        ),
+        "## A layer, its inputs scaled",
+        markdown(
+            ["norm", "dtype", "inputs ×", "finite", "largest output", "longest row", "largest gradient"],
+            [
+                [
+                    "yes" if r["norm"] else "no",
+                    r["dtype"],
+                    f"{r['scale']:g}",
+                    "yes" if r["finite"] else "NO",
+                    number(r["output"]),
+                    number(r["longest_row"]),
+                    number(r["gradient"]),
+                ]
+                for r in found["layer"]
+            ],
+        ),
+        "## Whole models, untrained",
+        markdown(
+            ["variant", "dtype", "stream", "tokens", "finite", "largest loss", "largest gradient"],
+            [
+                [
+                    r["variant"],
+                    r["dtype"],
+                    r["stream"],
+                    f"{r['tokens']:,}",
+                    "yes" if r["finite"] else "NO",
+                    "–" if r["worst_loss"] is None else number(r["worst_loss"]),
+                    number(r["gradient"]),
+                ]
+                for r in found["models"]
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_results(folder: Path, found: dict[str, Any], text: str) -> None:
+    """stress.md, and stress.json with a row in every line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"part": part, **as_text(row)} for part in PARTS for row in found[part]]
+    write_bytes(folder / "stress.md", text.encode())
+    write_bytes(folder / "stress.json", encoded({"machine": found["machine"]}, rows, "rows"))
+
+
+def as_text(value: Any) -> Any:
+    """The same with strings for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def kept_results(folder: Path) -> dict[str, Any]:
+    """What `write_results` has written."""
+
+    def as_number(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {int(k) if k.isdecimal() else k: as_number(item) for k, item in value.items()}
+        if isinstance(value, list):
+            return [as_number(item) for item in value]
+        return float(value) if value in ("inf", "nan") else value
+
+    content = json.loads((folder / "stress.json").read_text())
+    found: dict[str, Any] = {"machine": content["machine"], **{part: [] for part in PARTS}}
+    for row in content["rows"]:
+        found[row.pop("part")].append(as_number(row))
+    return found
