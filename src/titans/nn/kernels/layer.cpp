@@ -38,7 +38,7 @@ Vec<T> sigmoid(const Vec<T>& x) {
 }
 
 template <class Function>
-Tensors dispatch(const Tensor& x, const Function& function) {
+Tensors in_dtype_of(const Tensor& x, const Function& function) {
   if (x.scalar_type() == at::kDouble) return function(double());
   TORCH_CHECK(x.scalar_type() == at::kFloat, "the native layer operators compute in float32 or float64");
   return function(float());
@@ -203,7 +203,7 @@ Tensors filter(
   Tensors found;
   for (int64_t part = 0; part < parts; ++part)
     found.push_back(at::empty({x.size(0), x.size(1), heads, size}, x.options()));
-  return dispatch(x, [&](auto type) {
+  return in_dtype_of(x, [&](auto type) {
     using T = decltype(type);
     for_heads(x.size(0), parts * heads, [&](int64_t row, int64_t head) {
       filter_head<T>(of, row, head * size, head_of<T>(found[head / heads], row, head % heads));
@@ -220,7 +220,7 @@ Tensors filter_backward(
   const int64_t parts = longest.size(), heads = of.heads();
   const Tensor x_grad = at::empty(x.sizes(), x.options()), tail_grad = at::empty(tail.sizes(), x.options());
   const Tensor weight_grad = at::empty({x.size(0), weight.size(0), weight.size(1)}, x.options());
-  return dispatch(x, [&](auto type) {
+  return in_dtype_of(x, [&](auto type) {
     using T = decltype(type);
     for_heads(x.size(0), parts * heads, [&](int64_t row, int64_t head) {
       const int64_t first = head * size;
@@ -279,7 +279,7 @@ Tensor answer(
     const Tensor& prior_weight, double eps) {
   const Answers of{reads, prior, gate, taught_weight, prior_weight, eps};
   const Tensor to = at::empty(gate.sizes(), reads.options());
-  dispatch(reads, [&](auto type) {
+  in_dtype_of(reads, [&](auto type) {
     using T = decltype(type);
     for_heads(reads.size(0), reads.size(2), [&](int64_t row, int64_t head) {
       const Answer<T> in(of, row, head);
@@ -308,7 +308,7 @@ Tensors answer_backward(
   const Tensor reads_grad = at::empty_like(reads), prior_grad = at::empty_like(prior);
   const Tensor gate_grad = at::empty(gate.sizes(), gate.options());
   const Tensor weights_grad = at::empty({2, reads.size(0), reads.size(2), reads.size(3)}, reads.options());
-  return dispatch(reads, [&](auto type) {
+  return in_dtype_of(reads, [&](auto type) {
     using T = decltype(type);
     for_heads(reads.size(0), reads.size(2), [&](int64_t row, int64_t head) {
       const Answer<T> in(of, row, head);
