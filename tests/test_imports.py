@@ -74,6 +74,7 @@ ORDER = {
         flat_config state_file
         configuration keywords
         cache causal_cache
+        generation
         modeling
         """,
     "titans.stream": """

@@ -62,6 +62,34 @@ def test_rows_of_a_padded_batch_are_continued_as_alone(variant):
     for row, continuation in zip(rows, new, strict=True):
         assert torch.equal(continuation, loop(model, row[None], 20)[0])
     assert len(set(new.flatten().tolist())) > 5
+    # Padding at the right, as most tokenizers have it, and a prompt that is returned as it was given.
+    right = torch.stack([torch.cat([row, row.new_zeros(9 - len(row))]) for row in rows])
+    options = dict(attention_mask=mask.flip(1), pad_token_id=0, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(right, **options), torch.cat([right, new], 1))
+    embedded = model.get_input_embeddings()(right).detach()
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), new)
+    with pytest.raises(ValueError, match="hides every token of row 1"):
+        model.generate(right, attention_mask=mask.flip(1) * torch.tensor([[1], [0], [1]]))
+
+
+def test_padding_after_the_end_of_a_row_is_not_read(variant):
+    model = MODELS[variant]
+    rows = [random_ids(n, seed=n) for n in (9, 2, 6)]
+    alone = [loop(model, row[None], 12)[0] for row in rows]
+    # The first row ends after five tokens, the others later or not at all.
+    end, cache = int(alone[0][4]), TitansCache(model.config)
+    ids, mask = left_padded(rows)
+    new = greedy(model, ids, 12, attention_mask=mask, pad_token_id=0, eos_token_id=end, past_key_values=cache)
+    # Every row but the longest has read all tokens up to its end; the last of all is not read.
+    for row, (prompt, text) in enumerate(zip(rows, alone, strict=True)):
+        length = text.tolist().index(end) + 1 if end in text.tolist() else 12
+        assert new[row].tolist() == [*text[:length].tolist(), *[0] * (12 - length)]
+        read = torch.cat([prompt, text[: min(length, 11)], random_ids(1, 3)[0]])
+        mine = cache.clone()
+        mine.batch_select_indices(torch.tensor([row]))
+        with torch.no_grad():
+            logits = model(random_ids(1, 3), past_key_values=mine).logits
+        assert_near(logits[0, -1], logits_of(model, read[None])[0, -1])
 
 
 def test_a_prompt_is_read_in_bounded_stretches(variant, monkeypatch):

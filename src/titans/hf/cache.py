@@ -73,6 +73,8 @@ class TitansCache(Cache):
         super().__init__(layers=[TitansCacheLayer(self._columns) for _ in range(config.num_hidden_layers)])
         self.config = config
         self._newest_ids: Tensor | None = None
+        # Of the present call of `generate`: (batch,) bool, rows that are padded from here on.
+        self.ended_rows: Tensor | None = None
 
     @property
     def num_columns(self) -> int:

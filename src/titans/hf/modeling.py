@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, StoppingCriteriaList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
+from titans.hf.generation import note_ended_rows, padding_first, with_prompt
 from titans.hf.keywords import Documents, check_keywords, documents_of
 from titans.nn.blocks import BLOCKS, BlockContext
 from titans.nn.mlp import SwiGLU
@@ -24,6 +25,7 @@ from titans.nn.packing import real_tokens, take, zero_padding
 from titans.state import where_rows
 
 PREFILL_LENGTH = 2048
+_PROMPTS = ("input_ids", "inputs_embeds")
 
 
 @dataclass
@@ -390,8 +392,26 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             return
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = TitansCache(self.config)
+        vars(generation_config)["_titans_cache"] = cache = model_kwargs["past_key_values"]
+        cache.ended_rows = None
         if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
             generation_config.prefill_chunk_size = PREFILL_LENGTH
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        criteria: Callable[..., StoppingCriteriaList] = super()._get_stopping_criteria
+        cache = vars(generation_config).pop("_titans_cache", None)
+        return note_ended_rows(criteria(generation_config, *args, **kwargs), generation_config, cache)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What the library prepares; the padding of rows that have ended is masked."""
+        prepare: Callable[..., Any] = super().prepare_inputs_for_generation
+        inputs: dict[str, Any] = prepare(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.ended_rows is not None and bool(cache.ended_rows.any()):
+            inputs["attention_mask"] = (~cache.ended_rows).long().unsqueeze(1)
+        return inputs
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -400,11 +420,12 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         The library would need an attention mask over everything ever seen to continue, and drops tokens
         silently without one. Here new ids alone are enough, with a mask of their own, over seen + new, or
         none; the whole text again, with a mask, is recognised by the ids that the cache has seen last
-        (embeddings by their number). Without a mask every id is a real token, the padding id too.
+        (embeddings by their number). Without a mask every id is a real token, the padding id too. With one,
+        padding may stand anywhere, also at the right. What the library pads after a row's end is not read.
 
         Raises:
-            ValueError: for a mask of any other length, nothing to continue with, a cache of another kind or
-                configuration, or a cache that is not to be used.
+            ValueError: for a mask of any other length, nothing to continue with in some row, a cache of
+                another kind or configuration, or a cache that is not to be used.
         """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         prompt = kwargs.get("inputs_embeds")
@@ -435,14 +456,23 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 f"attention_mask has shape {tuple(mask.shape)}: give ({rows}, {given}), or "
                 f"({rows}, {seen + given}) with everything seen"
             )
-        kwargs["attention_mask"] = mask[:, mask.shape[1] - given :]
-        if cache is None or whole_text_again:
-            return generate(inputs, *args, **kwargs)
-        cache.begin_call(fresh=True)
+        mask = mask[:, mask.shape[1] - given :]
+        order = padding_first(mask, seen if whole_text_again else 0)
+        if order is not None:
+            # The library takes the last column for the last token.
+            mask = mask.gather(1, order)
+            inputs = None if inputs is None else take(inputs, order)
+            kwargs |= {name: take(kwargs[name], order) for name in _PROMPTS if kwargs.get(name) is not None}
+        kwargs["attention_mask"] = mask
+        fresh = cache is not None and not whole_text_again
+        if cache is not None:
+            cache.begin_call(fresh)
         try:
-            return generate(inputs, *args, **kwargs)
+            found = generate(inputs, *args, **kwargs)
         finally:
-            cache.begin_call(fresh=False)
+            if cache is not None:
+                cache.begin_call(fresh=False)
+        return found if order is None or prompt.is_floating_point() else with_prompt(found, prompt)
 
     @staticmethod
     def _repeats_what_was_seen(cache: TitansCache | None, prompt: Tensor) -> bool:
