@@ -98,6 +98,8 @@ def test_a_file_continues_to_the_bit(variant, dtype, tmp_path):
     again = TitansCache.load(path, model.config)
     assert parts_of(path)[1]["note"] == "three rows"
     assert (again.num_columns, again.batch_size) == (17, 3)
+    whole = torch.cat([TEXT, MORE], 1)
+    assert again.is_beginning_of(whole) and not again.is_beginning_of(whole.flip(1))
     assert torch.equal(continued(model, again), continued(model, cache))
     again.save(path)
     for actual, expected in zip(

@@ -79,12 +79,14 @@ def test_padding_after_the_end_of_a_row_is_not_read(variant):
     # The first row ends after five tokens, the others later or not at all.
     end, cache = int(alone[0][4]), TitansCache(model.config)
     ids, mask = left_padded(rows)
-    new = greedy(model, ids, 12, attention_mask=mask, pad_token_id=0, eos_token_id=end, past_key_values=cache)
-    # Every row but the longest has read all tokens up to its end; the last of all is not read.
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=end)
+    new = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, 9:]
+    # Each row has read its tokens up to its end; the last that was generated is never read.
+    steps = new.shape[1]
     for row, (prompt, text) in enumerate(zip(rows, alone, strict=True)):
         length = text.tolist().index(end) + 1 if end in text.tolist() else 12
-        assert new[row].tolist() == [*text[:length].tolist(), *[0] * (12 - length)]
-        read = torch.cat([prompt, text[: min(length, 11)], random_ids(1, 3)[0]])
+        assert new[row].tolist() == [*text[:length].tolist(), *[0] * (steps - length)]
+        read = torch.cat([prompt, text[: min(length, steps - 1)], random_ids(1, 3)[0]])
         mine = cache.clone()
         mine.batch_select_indices(torch.tensor([row]))
         with torch.no_grad():
