@@ -36,7 +36,7 @@ TYPES = {
 )  # fmt: skip
 MEMORY = dict(
     HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, FLOOR=1.0, RADIUS=8.0, EPS=1e-5, NORM=False,
-    ALWAYS=False, GELU=False,
+    GELU=False, OBJECTIVE=0, PARAMETER=0.0,
 )  # fmt: skip
 SCAN = dict(MEMORY, MARKED=False)
 # depth, head_dim, hidden width, tokens in a chunk, more.

@@ -48,6 +48,10 @@ stretches = st.tuples(st.integers(1, 7), st.integers(0, 13), st.integers(0, 6)).
 )
 
 
+# Errors on both sides of the threshold; a power whose third derivative has no bound at an error of 0.
+HUBER, LP = {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}
+
+
 def tame(found: tuple[dict[str, Tensor], Tensor]) -> bool:
     """No gradient so large that it says a rounding is amplified beyond what 1e-10 allows."""
     return all(x.abs().max() < 1e4 for x in found[0].values() if x.numel())
@@ -60,7 +64,7 @@ def agree(problem: Problem, backend: str) -> None:
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 @settings(max_examples=150)
-@given(call=calls, stretch=stretches, objective=st.sampled_from(sorted(OBJECTIVES)))
+@given(call=calls, stretch=stretches, objective=st.sampled_from([*sorted(OBJECTIVES), HUBER, LP]))
 def test_any_call(backend, rule, call, stretch, objective):
     # A row of one number that is rescaled has a gradient of exactly 0, and what is found is rounding.
     assume(call["head_dim"] > 1 or call["row_limit"] is None)
@@ -103,6 +107,9 @@ CORNERS = {
     ),
     "features of one number": dict(head_dim=1, expansion=1, depth=3, activation="silu"),
     "norm without gain": dict(affine=False, normalize_step=True),
+    "outliers": dict(objective=HUBER, batch=1, heads=1, time=9, normalize_step=True),
+    "errors to a power": dict(objective=LP, batch=1, heads=1, time=9, normalize_step=True, norm=False),
+    "errors to a power, with a norm": dict(objective=LP, batch=1, heads=1, time=9, normalize_step=True),
 }
 
 
@@ -110,6 +117,19 @@ CORNERS = {
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner(backend, corner):
     agree(make_problem(**CORNERS[corner]), backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("objective", [HUBER, LP, {"name": "lp", "p": 4}])
+def test_errors_that_tie_share_the_gradient_of_the_curvature(backend, objective):
+    """An empty memory whose values are ±1, on some tokens 0: an error of 0 has no slope at all."""
+    problem = make_problem(
+        time=12, chunk_size=6, depth=1, norm=False, residual=False, normalize_step=True, objective=objective
+    )
+    values = problem.leaves["values"].sign()
+    values[:, 2::5] = 0
+    problem = problem.change(values=values, **{name: 0 * x for name, x in parts(problem.state).items()})
+    agree(problem, backend)
 
 
 @pytest.mark.parametrize("backend", FAST)

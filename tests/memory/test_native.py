@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from titans.memory import MomentumRule, SquaredError
 from titans.memory.backends import native
 from titans.memory.backends.native import build, missing
 from titans.nn import kernels
 
-from .problems import everything, make_problem
+from ..tolerances import FLOAT64, assert_close
+from .problems import answers, everything, make_problem
 
 
 @pytest.fixture
@@ -83,6 +85,27 @@ def test_every_processor_has_its_sources(processor, capability):
     assert done.returncode == 0, done.stderr
 
 
+@dataclass(frozen=True)
+class MyRule(MomentumRule):
+    """A rule that may do something else."""
+
+
+class MyObjective(SquaredError):
+    """An objective that may be something else."""
+
+
+def test_other_objectives_and_rules_are_left_to_the_next_backend():
+    problem = make_problem(time=5)
+    for change, reason in (
+        (dict(objective=MyObjective()), "SquaredError, Huber and Lp, and not MyObjective"),
+        (dict(rule=MyRule()), "the update rule MomentumRule, and not MyRule"),
+    ):
+        changed = replace(problem, inner=replace(problem.inner, **change))
+        with pytest.raises(ValueError, match=f"refuses this call: .*{reason}"):
+            changed.scan("native")
+        assert torch.equal(changed.scan("auto")[0], problem.scan("chunkwise")[0])
+
+
 # torch's own forward-mode formulas go through what it deprecates.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_forward_mode_and_giant_chunks_are_left_to_the_next_backend(monkeypatch):
@@ -98,6 +121,24 @@ def test_forward_mode_and_giant_chunks_are_left_to_the_next_backend(monkeypatch)
     with pytest.raises(ValueError, match="give a chunk_size of at most 3"):
         problem.scan("native")
     assert problem.scan("auto")[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "objective", ["squared_error", {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}]
+)
+@pytest.mark.parametrize("options", [dict(norm=False, row_limit=0.7), dict(activation="silu", base=True)])
+def test_a_token_without_autograd_is_the_oracle(objective, options):
+    # A head of whole vectors, which has a loop of its own.
+    problem = make_problem(
+        time=9, head_dim=16, position="same", normalize_step=True, objective=objective, **options
+    )
+    states = dict.fromkeys(("native", "reference"), problem.state)
+    with torch.no_grad():
+        for t in range(problem.time):
+            found, expected = (problem.scan(name, state, slice(t, t + 1)) for name, state in states.items())
+            states = dict(native=found[1], reference=expected[1])
+            for name, value in answers(*expected).items():
+                assert_close(answers(*found)[name], value, FLOAT64, f"{name} after token {t}")
 
 
 @pytest.mark.parametrize("backend", ["native_bfloat16"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans.memory import BACKENDS
+from titans.memory import BACKENDS, SquaredError
 from titans.nn.conv import CausalConv
 
 from ..tolerances import FLOAT64, assert_close
@@ -19,6 +19,10 @@ pytest.importorskip("triton")
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+class Mine(SquaredError):
+    """An objective that no kernel knows."""
 
 
 def problem(**changes):
@@ -41,6 +45,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     activation=st.sampled_from(["gelu", "silu"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
+    objective=st.sampled_from(["squared_error", {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}]),
     row_limit=st.sampled_from([None, 0.7]),
     length_floor=st.sampled_from([0.0, 0.9]),
     base=st.booleans(),
@@ -65,6 +70,7 @@ def test_any_call(norm, **call) -> None:
     activation=st.sampled_from(["gelu", "silu"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
+    objective=st.sampled_from(["squared_error", {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}]),
     row_limit=st.sampled_from([None, 0.7]),
     base=st.booleans(),
 )
@@ -136,6 +142,7 @@ def test_a_carried_state_is_its_own_anchor_from_call_to_call() -> None:
         (dict(chunk_size=65), "chunk_size is 65"),
         (dict(head_dim=24), "head_dim is 24"),
         (dict(head_dim=16, expansion=3), "expansion is 48"),
+        (dict(objective=Mine()), "SquaredError, Huber and Lp, and not Mine"),
     ],
 )
 def test_other_shapes_are_refused_with_the_reason(changes: dict[str, object], reason: str) -> None:

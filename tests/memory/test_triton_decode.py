@@ -52,6 +52,7 @@ def scan(call: Problem, name: str, cuts: Sequence[int] = ()) -> tuple[dict[str, 
 
 
 # The square of the floor is exact in float32, which the interpreter makes of constants.
+HUBER, LP = dict(objective={"name": "huber", "delta": 0.5}), dict(objective={"name": "lp", "p": 2.5})
 NORMALIZED = dict(base=True, normalize_step=True, length_floor=0.875)
 
 
@@ -61,15 +62,15 @@ NORMALIZED = dict(base=True, normalize_step=True, length_floor=0.875)
     "tile, changes",
     [
         (64, dict(depth=1)),
-        (2048, dict(depth=1, **NORMALIZED, residual=False, mask="random")),
+        (2048, dict(depth=1, **NORMALIZED, **LP, residual=False, mask="random")),
         (128, dict(depth=1, row_limit=0.7, mask="rows", chunk_size=3, seed=1)),
-        (256, dict(expansion=1, chunk_size=1, row_limit=0.7)),
+        (256, dict(expansion=1, chunk_size=1, row_limit=0.7, objective="lp")),
         (256, dict(expansion=2, activation="silu", residual=False, mask="random", row_limit=0.7)),
-        (512, dict(expansion=4, **NORMALIZED, row_limit=0.7, chunk_size=5, heads=3)),
+        (512, dict(expansion=4, **NORMALIZED, **HUBER, row_limit=0.7, chunk_size=5, heads=3)),
         (2048, dict(expansion=2, base=True, normalize_step=True, mask="random", row_limit=0.7)),
         (64, dict(depth=1, norm=True, **NORMALIZED, mask="random", reset="random", row_limit=0.7)),
         (2048, dict(depth=1, norm=True, affine=False, residual=False, reset="last", initial_momentum=True)),
-        (256, dict(norm=True, expansion=2, **NORMALIZED, mask="random", reset="random", row_limit=0.7)),
+        (256, dict(norm=True, expansion=2, **NORMALIZED, **LP, mask="random", reset="random", row_limit=0.7)),
         (2048, dict(norm=True, expansion=1, mask="rows", reset="random", initial_momentum=True)),
     ],
 )

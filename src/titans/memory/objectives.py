@@ -64,8 +64,9 @@ class Huber:
             raise ValueError(f"delta={self.delta!r}: give a finite number above 0")
 
     def value(self, answer: Tensor, target: Tensor) -> Tensor:
-        error = (answer - target).abs()
-        within = error.clamp_max(self.delta)
+        # Without |error|, whose second derivative autograd takes to be 0 where the error is.
+        error = answer - target
+        within = error.clamp(-self.delta, self.delta)
         return (within * (2 * error - within)).sum(-1)
 
     def gradient(self, answer: Tensor, target: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans.memory.backends.known import objective_switch, refuses_parts
 from titans.memory.backends.native.build import missing
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.groups import Arguments, Marks, Slow, State, Tokens, refuse_second_derivatives
 from titans.memory.chunkwise.scan import scan_laid_out
 from titans.memory.inner import InnerProblem
-from titans.memory.objectives import SquaredError
 from titans.memory.problem import ScanProblem
 from titans.memory.rules import MomentumRule
 from titans.memory.state import MemoryState
@@ -33,8 +33,8 @@ def refuses(problem: ScanProblem) -> str | None:
     """Why the compiled loop cannot run this problem, or None."""
     if problem.keys.device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
-    if type(problem.inner.objective) is not SquaredError or type(problem.inner.rule) is not MomentumRule:
-        return "it knows the objective 'squared_error' and the update rule 'momentum'"
+    if reason := refuses_parts(problem.inner):
+        return reason
     if torch.autograd.forward_ad._current_level >= 0:
         return "it knows no forward-mode derivatives; call it outside of dual_level()"
     if min(problem.chunk_size, problem.keys.shape[1]) > WIDEST_CHUNK:
@@ -71,10 +71,11 @@ def _sizes(inner: InnerProblem, narrow: bool) -> tuple[list[int], list[float]]:
     net, rule = inner.network, inner.rule
     assert isinstance(rule, MomentumRule)
     hidden = net.head_dim * net.expansion
-    flags = (net.activation == "gelu", net.residual, net.norm, rule.normalize_step)
-    numbers = [rule.length_floor, 1.0 if rule.row_limit is None else rule.row_limit]
-    rescale = int(rule.row_limit is not None)
-    return [net.depth, net.head_dim, hidden, *map(int, flags), rescale, int(narrow)], numbers
+    limited = rule.row_limit is not None
+    flags = (net.activation == "gelu", net.residual, net.norm, rule.normalize_step, limited, narrow)
+    kind, parameter = objective_switch(inner.objective)
+    numbers = [rule.length_floor, rule.row_limit or 0.0, parameter]
+    return [net.depth, net.head_dim, hidden, *map(int, flags), kind], numbers
 
 
 def _problem(

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "coefficients.h"
-#include "network.h"
+#include "objective.h"
 
 namespace titans {
 
@@ -95,7 +95,7 @@ template <class T>
 struct Scratch {
   T *wide, *wide2, *wide3;  // a token matrix of any layer, or (slots, slots)
   T *square, *square2;      // (slots, slots)
-  T* norm;                  // for LayerNorm
+  T* norm;                  // for LayerNorm and the objective
   Products products;
   std::vector<double> gates;
 
@@ -104,7 +104,7 @@ struct Scratch {
     const int most = std::max(padded(std::max(net.head_dim, net.hidden), kLanes<T>), slots);
     wide = arena.take<T>(most * slots), wide2 = arena.take<T>(most * slots), wide3 = arena.take<T>(most * slots);
     square = arena.take<T>(slots * slots), square2 = arena.take<T>(slots * slots);
-    norm = arena.take<T>((3 * net.head_dim + 8) * slots);
+    norm = arena.take<T>((4 * net.head_dim + 8) * slots);
   }
 };
 
@@ -134,18 +134,17 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
           net.gelu, out * slots, tape.outputs[l], tape.inputs[l + 1], tape.slopes[l], tape.curvatures[l]);
     to_right(in, slots, stride, tape.inputs[l], tape.inputs_right[l]);
   }
-  T* slope = tape.bounds[last];
   objective(
-      net, slots, tape.outputs[last], tape.keys, tape.values, affine, tape.deltas[last], tape.surprise, slope,
-      scratch.norm);
+      net, slots, tape.outputs[last], tape.keys, tape.values, affine, tape.deltas[last], tape.surprise,
+      tape.bounds[last], scratch.norm);
   if (net.normalize) {
     for (int l = 0; l <= last; ++l) {
       dot_columns(net.in(l), slots, tape.inputs[l], tape.inputs[l], tape.input_squares[l]);
       if (l) tape.weight_squares[l] = dot(Matrices<T>::size(net, l), now.total[l], now.total[l]);
     }
     step_normalizers(
-        net, slots, slope, tape.input_squares.layer.data(), tape.weight_squares.data(),
-        tape.bounds.layer.data(), tape.normalizers.layer.data());
+        net, slots, tape.input_squares.layer.data(), tape.weight_squares.data(), tape.bounds.layer.data(),
+        tape.normalizers.layer.data());
   }
   for (int l = last - 1; l >= 0; --l) {
     const int out = net.out(l), stride = Matrices<T>::stride(net, l + 1);
@@ -164,8 +163,7 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
 template <class T>
 inline T row_scale(const Network& net, T square) {
   const T length = std::sqrt(square);
-  const bool rescaled = net.rescale == Network::kAlways ? length > 0 : length > T(net.radius);
-  return net.rescale != Network::kNever && rescaled ? T(net.radius) / length : T(1);
+  return net.limited && length > T(net.row_limit) ? T(net.row_limit) / length : T(1);
 }
 
 // Layer l's weights and momentum after the chunk, and, where it is complete, settled and with their total.
@@ -205,7 +203,7 @@ void write_layer(
     if (next_total != now.total[l]) std::copy_n(now.total[l], Matrices<T>::size(net, l), next_total);
     return;
   }
-  for (int i = 0; net.rescale != Network::kNever && i < out; ++i) {
+  for (int i = 0; net.limited && i < out; ++i) {
     const T scale = tape.row_scales[l][i] = row_scale(net, sum_of<T>(load(squares + i * kLanes<T>)));
     if (scale == T(1)) continue;
     for (std::ptrdiff_t at = std::ptrdiff_t(i) * stride; at < std::ptrdiff_t(i + 1) * stride; ++at) {

@@ -28,7 +28,7 @@ struct TokenGradients {
   TokenMatrices<T> above_right;            // (slots, in)
   TokenMatrices<T> normalizers, input_squares;
   T *deposit_weights, *deposit_momentum;
-  T *queries, *keys, *values, *slope, *bound;
+  T *queries, *keys, *values, *bound;
   std::vector<T> weight_squares;
   std::vector<Coefficients<T>> coefficients;
 
@@ -44,7 +44,7 @@ struct TokenGradients {
     deposit_weights = arena.take<T>(most * slots), deposit_momentum = arena.take<T>(most * slots);
     queries = arena.take<T>(net.head_dim * slots), keys = arena.take<T>(net.head_dim * slots);
     values = arena.take<T>(net.head_dim * slots);
-    slope = arena.take<T>(slots), bound = arena.take<T>(slots);
+    bound = arena.take<T>(slots);
     weight_squares.resize(net.depth);
     for (int l = 0; l < net.depth; ++l) coefficients.push_back(make_coefficients<T>(slots, arena));
   }
@@ -66,13 +66,13 @@ void settle_backward(const Network& net, const Fast<T>& next, const Tape<T>& tap
   join_anchor(net, grads);
   for (int l = 0; l < net.depth; ++l) {
     const int stride = Matrices<T>::stride(net, l);
-    for (int i = 0; net.rescale != Network::kNever && i < net.out(l); ++i) {
+    for (int i = 0; net.limited && i < net.out(l); ++i) {
       const T scale = tape.row_scales[l][i];
-      if (net.rescale == Network::kLonger && scale == T(1)) continue;
+      if (scale == T(1)) continue;
       const T* settled = next.weights[l] + std::ptrdiff_t(i) * stride;
       T *grad = grads.weights[l] + std::ptrdiff_t(i) * stride, along = 0;
       for (int j = 0; j < stride; ++j) along += settled[j] * grad[j];
-      along /= T(net.radius * net.radius);
+      along /= T(net.row_limit * net.row_limit);
       for (int j = 0; j < stride; ++j) grad[j] = scale * (grad[j] - settled[j] * along);
     }
   }
@@ -180,8 +180,8 @@ void key_backward(
     }
     step_normalizers_backward(
         net, slots, tape.input_squares.layer.data(), tape.weight_squares.data(), tape.bounds.layer.data(),
-        found.normalizers.layer.data(), found.slope, found.input_squares.layer.data(),
-        found.weight_squares.data(), found.bound);
+        found.normalizers.layer.data(), found.input_squares.layer.data(), found.weight_squares.data(),
+        found.bound);
     for (int l = 0; l <= last; ++l)
       for (int i = 0; i < net.in(l); ++i)
         for (int t = 0; t < slots; ++t)
@@ -202,7 +202,7 @@ void key_backward(
   std::fill_n(found.keys, net.head_dim * slots, T(0));
   objective_backward(
       net, slots, tape.outputs[last], tape.keys, tape.values, affine, found.scaled[last],
-      net.normalize ? found.slope : nullptr, found.by_key[last], found.keys, found.values,
+      net.normalize ? found.bound : nullptr, found.by_key[last], found.keys, found.values,
       affine.gain ? grads.gain : nullptr, affine.bias ? grads.bias : nullptr, scratch.norm);
 
   // Down through z_l = W_l h_{l-1}.

@@ -18,7 +18,7 @@ template <class T>
 struct TokenBuffers {
   TokenMatrices<T> inputs, outputs, slopes, deltas;
   T *read, *answer, *scratch;
-  std::vector<T> slope, surprise, input_squares, weight_squares, bounds, normalizers;
+  std::vector<T> surprise, input_squares, weight_squares, bounds, normalizers;
 
   TokenBuffers(Arena& arena, const Network& net) {
     const int most = std::max(net.head_dim, net.hidden);
@@ -27,7 +27,7 @@ struct TokenBuffers {
     inputs = make(), outputs = make(), slopes = make(), deltas = make();
     read = arena.take<T>(most), answer = arena.take<T>(most), scratch = arena.take<T>(3 * most + 8);
     for (auto* numbers : {&input_squares, &weight_squares, &bounds, &normalizers}) numbers->resize(net.depth);
-    slope.resize(1), surprise.resize(1);
+    surprise.resize(1);
   }
 };
 
@@ -61,7 +61,7 @@ void run_token(
     if (l < last) activate<T>(net.gelu, out, at.outputs[l], at.inputs[l + 1], at.slopes[l], nullptr);
   }
   objective(
-      net, 1, at.outputs[last], key, value, affine, at.deltas[last], at.surprise.data(), at.slope.data(),
+      net, 1, at.outputs[last], key, value, affine, at.deltas[last], at.surprise.data(), &at.bounds[last],
       at.scratch);
   if (net.normalize) {
     std::vector<T*> bounds, normalizers;
@@ -71,8 +71,7 @@ void run_token(
       input_squares.push_back(&at.input_squares[l]);
     }
     step_normalizers(
-        net, 1, at.slope.data(), input_squares.data(), at.weight_squares.data(), bounds.data(),
-        normalizers.data());
+        net, 1, input_squares.data(), at.weight_squares.data(), bounds.data(), normalizers.data());
   }
   for (int l = last - 1; l >= 0; --l) {
     const int in = net.in(l + 1), out = net.out(l + 1);

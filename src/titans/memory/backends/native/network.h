@@ -1,5 +1,5 @@
-// The fast network of one head where it is not a matrix product: activation, LayerNorm, objective, step
-// normalizers, each forward and backward. Token matrices are (features, slots), a vector runs along slots.
+// The fast network of one head where it is not a matrix product: activation, LayerNorm, step normalizers, each
+// forward and backward. Token matrices are (features, slots), a vector runs along slots.
 #pragma once
 
 #include <cmath>
@@ -12,12 +12,14 @@ constexpr double kNormEps = 1e-5;
 constexpr double kNormalizerFloor = 1e-6;
 constexpr double kActivationSlope = 1.13;
 
+// The inner problem of one head.
 struct Network {
   int depth, head_dim, hidden;
   bool gelu, residual, norm, normalize;
-  enum Rescale { kNever, kLonger, kAlways } rescale;
+  bool limited;  // rows longer than `row_limit` are shortened to it where a chunk ends
   bool narrow;
-  double length_floor, radius;
+  enum Objective { kSquaredError, kHuber, kLp } objective;
+  double length_floor, row_limit, parameter;  // the last is the objective's: delta or p
 
   int in(int layer) const { return layer ? hidden : head_dim; }
   int out(int layer) const { return layer + 1 < depth ? hidden : head_dim; }
@@ -196,123 +198,13 @@ inline T largest_gain(const Network& net, Affine<T> affine) {
   return largest;
 }
 
-// The gradient of ‖M(k) − v‖² with respect to f(k), the objective itself, and ρ², the norm's squared slope.
-template <class T>
-inline void objective(
-    const Network& net, int slots, const T* features, const T* keys, const T* values, Affine<T> affine,
-    T* delta, T* surprise, T* slope, T* scratch) {
-  const int d = net.head_dim;
-  std::fill_n(surprise, slots, T(0));
-  if (!net.norm) {
-    std::fill_n(slope, slots, T(1));
-    for (int i = 0; i < d; ++i)
-      for (int t = 0; t < slots; ++t) {
-        const int at = i * slots + t;
-        const T error = (net.residual ? features[at] + keys[at] : features[at]) - values[at];
-        surprise[t] += error * error;
-        delta[at] = 2 * error;
-      }
-    return;
-  }
-  T *normed = scratch, *scaled = scratch + d * slots, *scale = scratch + 2 * d * slots;
-  T *mean = scale + slots, *along = mean + slots;
-  layer_norm(d, slots, features, normed, scale, mean);
-  for (int i = 0; i < d; ++i)
-    for (int t = 0; t < slots; ++t) {
-      const int at = i * slots + t;
-      T answer = normed[at] * affine.scale(i) + affine.shift(i);
-      if (net.residual) answer += keys[at];
-      const T error = answer - values[at];
-      surprise[t] += error * error;
-      scaled[at] = 2 * error * affine.scale(i);
-    }
-  const T largest = largest_gain(net, affine);
-  for (int t = 0; t < slots; ++t) slope[t] = largest * largest * scale[t] * scale[t];
-  layer_norm_backward(d, slots, normed, scale, scaled, static_cast<const T*>(nullptr), delta, mean, along);
-}
-
-// Backward of `objective` from the gradients of delta and slope: features, keys (added to) and values are
-// written to, gain and bias added to.
-template <class T>
-inline void objective_backward(
-    const Network& net, int slots, const T* features, const T* keys, const T* values, Affine<T> affine,
-    const T* delta_grad, const T* slope_grad, T* features_grad, T* keys_grad, T* values_grad, T* gain_grad,
-    T* bias_grad, T* scratch) {
-  const int d = net.head_dim, n = d * slots;
-  if (!net.norm) {
-    for (int i = 0; i < n; ++i) {
-      features_grad[i] = 2 * delta_grad[i];
-      values_grad[i] = -2 * delta_grad[i];
-      if (net.residual) keys_grad[i] += 2 * delta_grad[i];
-    }
-    return;
-  }
-  T *normed = scratch, *error = scratch + n, *normed_grad = scratch + 2 * n;
-  T *scale = scratch + 3 * n, *mean = scale + slots, *along = mean + slots, *mean_grad = along + slots,
-    *along_grad = mean_grad + slots, *scale_grad = along_grad + slots;
-  layer_norm(d, slots, features, normed, scale, mean);
-  std::fill_n(mean, 5 * slots, T(0));
-  for (int i = 0; i < d; ++i)
-    for (int t = 0; t < slots; ++t) {
-      const int at = i * slots + t;
-      T answer = normed[at] * affine.scale(i) + affine.shift(i);
-      if (net.residual) answer += keys[at];
-      error[at] = 2 * (answer - values[at]);
-      const T scaled = error[at] * affine.scale(i);
-      mean[t] += scaled;
-      along[t] += scaled * normed[at];
-      mean_grad[t] += delta_grad[at];
-      along_grad[t] += delta_grad[at] * normed[at];
-    }
-  for (int t = 0; t < slots; ++t) {
-    mean[t] /= T(d);
-    along[t] /= T(d);
-    mean_grad[t] /= T(d);
-    along_grad[t] /= T(d);
-  }
-  // δ = scale · (error · gain − mean − normed · along).
-  const T largest = largest_gain(net, affine);
-  for (int i = 0; i < d; ++i) {
-    T gain = 0, bias = 0;
-    for (int t = 0; t < slots; ++t) {
-      const int at = i * slots + t;
-      const T scaled = error[at] * affine.scale(i);
-      scale_grad[t] += delta_grad[at] * (scaled - mean[t] - normed[at] * along[t]);
-      const T scaled_grad = scale[t] * (delta_grad[at] - mean_grad[t] - normed[at] * along_grad[t]);
-      const T answer_grad = 2 * scaled_grad * affine.scale(i);
-      normed_grad[at] = answer_grad * affine.scale(i) -
-          scale[t] * (delta_grad[at] * along[t] + scaled * along_grad[t]);
-      gain += scaled_grad * error[at] + answer_grad * normed[at];
-      bias += answer_grad;
-      values_grad[at] = -answer_grad;
-      if (net.residual) keys_grad[at] += answer_grad;
-    }
-    if (gain_grad) gain_grad[i] += gain;
-    if (bias_grad) bias_grad[i] += bias;
-  }
-  if (slope_grad) {
-    T largest_grad = 0;
-    int ties = 0;
-    for (int t = 0; t < slots; ++t) {
-      scale_grad[t] += 2 * largest * largest * scale[t] * slope_grad[t];
-      largest_grad += 2 * largest * scale[t] * scale[t] * slope_grad[t];
-    }
-    for (int i = 0; gain_grad && i < d; ++i) ties += std::abs(affine.gain[i]) == largest;
-    for (int i = 0; gain_grad && i < d; ++i)
-      if (std::abs(affine.gain[i]) == largest && largest > 0)
-        gain_grad[i] += (affine.gain[i] < 0 ? -largest_grad : largest_grad) / T(ties);
-  }
-  // normed = (f − mean f) · scale, and the scale depends on f as well.
-  layer_norm_backward(d, slots, normed, scale, normed_grad, scale_grad, features_grad, mean, along);
-}
-
-// Per layer the divisor of its step sizes, L · max(c, floor), and the bound on the slope above it.
+// Per layer the divisor of its step sizes, L · max(c, floor), and the bound on the curvature above it, of which the
+// last layer's is given.
 template <class T>
 inline void step_normalizers(
-    const Network& net, int slots, const T* slope, const T* const* input_squares, const T* weight_squares,
-    T* const* bounds, T* const* normalizers) {
+    const Network& net, int slots, const T* const* input_squares, const T* weight_squares, T* const* bounds,
+    T* const* normalizers) {
   const T shortest = T(net.length_floor * net.length_floor);
-  for (int t = 0; t < slots; ++t) bounds[net.depth - 1][t] = 2 * slope[t];
   for (int l = net.depth - 1; l >= 0; --l) {
     for (int t = 0; t < slots; ++t) {
       const T curvature = bounds[l][t] * std::max(input_squares[l][t], shortest);
@@ -324,11 +216,11 @@ inline void step_normalizers(
   }
 }
 
-// From the gradients of the normalizers to those of slope, input squares and weight squares.
+// From the gradients of the normalizers to those of input squares, weight squares and the last layer's bound.
 template <class T>
 inline void step_normalizers_backward(
     const Network& net, int slots, const T* const* input_squares, const T* weight_squares,
-    const T* const* bounds, const T* const* normalizer_grads, T* slope_grad, T* const* input_square_grads,
+    const T* const* bounds, const T* const* normalizer_grads, T* const* input_square_grads,
     T* weight_square_grads, T* bound_grad) {
   const T shortest = T(net.length_floor * net.length_floor);
   std::fill_n(bound_grad, slots, T(0));
@@ -349,7 +241,6 @@ inline void step_normalizers_backward(
       bound_grad[t] *= above;
     }
   }
-  for (int t = 0; t < slots; ++t) slope_grad[t] = 2 * bound_grad[t];
 }
 
 }  // namespace titans

@@ -27,8 +27,9 @@ const T* data(const OptionalTensor& x) {
 }
 
 Network network(at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  return {int(sizes[0]),  int(sizes[1]), int(sizes[2]), bool(sizes[3]), bool(sizes[4]),
-          bool(sizes[5]), bool(sizes[6]), Network::Rescale(sizes[7]), bool(sizes[8]), numbers[0], numbers[1]};
+  return {int(sizes[0]),  int(sizes[1]),  int(sizes[2]), bool(sizes[3]), bool(sizes[4]),
+          bool(sizes[5]), bool(sizes[6]), bool(sizes[7]), bool(sizes[8]), Network::Objective(sizes[9]),
+          numbers[0],     numbers[1],     numbers[2]};
 }
 
 // The arguments of a scan: tokens (chunks, rows, width, …), gates (chunks, depth, rows, width), flags (chunks, rows).

@@ -13,11 +13,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from titans.memory.backends.known import refuses_parts
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.scan import chunkwise_scan, scan_laid_out
-from titans.memory.objectives import SquaredError
 from titans.memory.problem import ScanProblem
-from titans.memory.rules import MomentumRule
 from titans.memory.state import MemoryState
 
 __all__ = ["refuses", "triton_scan"]
@@ -44,8 +43,8 @@ def refuses(problem: ScanProblem) -> str | None:
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if not interpreted() and not _is_new_enough(keys.device):
         return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
-    if type(problem.inner.objective) is not SquaredError or type(problem.inner.rule) is not MomentumRule:
-        return "it knows the objective 'squared_error' and the update rule 'momentum'"
+    if reason := refuses_parts(problem.inner):
+        return reason
     if keys.dtype == torch.float64 and not interpreted():
         return "it computes in float32, and the problem is in float64"
     if reason := hand_written_refuses():

@@ -24,7 +24,7 @@ from titans.memory.backends.triton.elementary import (
     _unsettle,
     _with_base,
 )
-from titans.memory.backends.triton.objective import _objective, _objective_backward
+from titans.memory.backends.triton.objective import _curvature, _objective, _objective_backward
 from titans.memory.backends.triton.update import _add, _moved_backward, _outer
 
 
@@ -50,7 +50,8 @@ def backward_kernel(
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_BASE: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
-    ALWAYS: tl.constexpr, GELU: tl.constexpr, MARKED: tl.constexpr, PRECISION: tl.constexpr,
+    GELU: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, MARKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_weights … grad_anchor: of the state that was left, and at the end of that which was begun with.
 
@@ -106,14 +107,17 @@ def backward_kernel(
         # What the forward knew of each token.
         features, k = tl.load(tape_features + tokens + token), tl.load(keys + tokens + token)
         v = tl.load(values + tokens + token)
-        _, delta, _, scale = _objective(features, k, v, shift, offset, EPS, NORM, RESIDUAL)
+        error, delta, _, scale = _objective(
+            features, k, v, shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE, PARAMETER
+        )
         d = delta
         squares = tl.zeros([CHUNK], k.dtype)
-        factor = squares + 2
+        curvature = _curvature(error, OBJECTIVE, PARAMETER)
+        factor = squares + curvature
         if NORMALIZE:
             squares = tl.load(tape_squares + here * CHUNK + step)
             if NORM:
-                factor = 2 * scale * scale * steep
+                factor = curvature * scale * scale * steep
             divisor = _normalizer(squares, factor, FLOOR, DEPTH)
             d /= divisor[:, None]
         go = tl.load(grad_reads + tokens + token)
@@ -298,10 +302,11 @@ def backward_kernel(
         # What was found at the anchor. Here and above, what is cheap to have again is not kept in registers.
         features, v = tl.load(tape_features + tokens + token), tl.load(values + tokens + token)
         error, _, normed, scale = _objective(
-            features, tl.load(keys + tokens + token), v, shift, offset, EPS, NORM, RESIDUAL
-        )
+            features, tl.load(keys + tokens + token), v, shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE,
+            PARAMETER,
+        )  # fmt: skip
         by_error, gf, more_gain, more_steepness = _objective_backward(
-            gd, error, normed, scale, steep, grad_factor, shift, NORM
+            gd, error, normed, scale, steep, grad_factor, shift, NORM, OBJECTIVE, PARAMETER
         )
         if NORM:
             by_gain += more_gain

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans.memory.backends.known import objective_switch
 from titans.memory.backends.triton.elementary import (
     _activation,
     _kappa,
@@ -25,7 +26,7 @@ from titans.memory.backends.triton.elementary import (
     _tile,
     _with_base,
 )
-from titans.memory.backends.triton.objective import _objective
+from titans.memory.backends.triton.objective import _curvature, _loss, _objective
 from titans.memory.network import NORM_EPS
 from titans.memory.problem import ScanProblem
 from titans.memory.rules import MomentumRule
@@ -63,7 +64,7 @@ def decode_kernel(
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_BASE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr,
-    RESCALE: tl.constexpr, ALWAYS: tl.constexpr, GELU: tl.constexpr,
+    RESCALE: tl.constexpr, GELU: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """Two passes over the hidden units, BLOCK at a time: rows of W_up and columns of W_down.
 
@@ -133,17 +134,27 @@ def decode_kernel(
                 hidden_squares += hidden * hidden
         v = tl.load(values + token * DIM + dim, real, 0.0)
         error, delta, normed, scale = _objective(
-            features[None, :], k[None, :], v[None, :], shift, offset, EPS, NORM, RESIDUAL
+            features[None, :],
+            k[None, :],
+            v[None, :],
+            shift,
+            offset,
+            EPS,
+            NORM,
+            RESIDUAL,
+            OBJECTIVE,
+            PARAMETER,
         )
-        tl.store(surprise + token, tl.where(real, tl.sum(tl.sum(error * error, 1), 0), 0.0))
+        loss = tl.sum(tl.sum(_loss(error, OBJECTIVE, PARAMETER), 1), 0)
+        tl.store(surprise + token, tl.where(real, loss, 0.0))
         d_down = tl.sum(delta, 0)
         if DEPTH == 2:
             theta_up = tl.load(step_size + gate - 1, real, 0.0)
         if NORMALIZE:
-            factor = 2.0
+            factor = tl.sum(tl.zeros([1], k.dtype) + _curvature(error, OBJECTIVE, PARAMETER), 0)
             if NORM:
                 steepest = tl.max(tl.abs(shift), 0) * tl.sum(scale, 0)
-                factor = 2 * steepest * steepest
+                factor *= steepest * steepest
             theta_down /= _normalizer(tl.sum(hidden_squares, 0), factor, FLOOR, DEPTH)
             if DEPTH == 2:
                 theta_up /= _normalizer(tl.sum(k * k, 0), factor * _kappa(squares, FLOOR), FLOOR, DEPTH)
@@ -169,7 +180,7 @@ def decode_kernel(
                 )  # fmt: skip
                 read = _activation(tl.sum(_with_base(w, base_up + at, HAS_BASE) * q[None, :], 1), GELU)
                 if RESCALE:
-                    factors = _row_scale(tl.sum(w * w, 1), RADIUS, ALWAYS)[0]
+                    factors = _row_scale(tl.sum(w * w, 1), RADIUS)[0]
                     w = tl.where(ends, w * factors[:, None], w)
                 tl.store(new_weights_up + at, w)
                 tl.store(new_anchor_up + at, tl.where(ends, w, tl.load(anchor_up + at)))
@@ -194,7 +205,7 @@ def decode_kernel(
         tl.store(reads + token * DIM + dim, out)
         if RESCALE:  # noqa: SIM102
             if ends:
-                factors = _row_scale(squares, RADIUS, ALWAYS)[0]
+                factors = _row_scale(squares, RADIUS)[0]
                 tl.debug_barrier()
                 for begin in range(0, HIDDEN, BLOCK):
                     into = begin + down
@@ -216,6 +227,7 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     assert isinstance(rule, MomentumRule)
     batch, time, heads, dim = keys.shape
     hidden, unused = net.weight_shapes[-1][1], keys.new_empty(1)
+    objective = objective_switch(problem.inner.objective)
 
     def pair(layers: tuple[Tensor, ...] | list[Tensor] | None) -> list[Tensor]:
         """What the kernel calls up and down."""
@@ -263,8 +275,9 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         RESIDUAL=net.residual,
         NORMALIZE=rule.normalize_step,
         RESCALE=rule.row_limit is not None,
-        ALWAYS=False,
         GELU=net.activation == "gelu",
+        OBJECTIVE=objective.kind,
+        PARAMETER=objective.parameter,
         num_warps=_WARPS,
         num_stages=1,
     )  # fmt: skip

@@ -61,10 +61,10 @@ def _with_base(fast, base, HAS_BASE: tl.constexpr):
 
 
 @triton.jit
-def _row_scale(square, radius, ALWAYS: tl.constexpr):
+def _row_scale(square, radius):
     """What rows of that squared length are multiplied by when they settle, and 0 for those left alone."""
     length = tl.sqrt(square)
-    rescaled = length > 0 if ALWAYS else length > radius
+    rescaled = length > radius
     scale = radius / tl.where(rescaled, length, 1.0)
     return tl.where(rescaled, scale, 1.0), tl.where(rescaled, scale, 0.0)
 

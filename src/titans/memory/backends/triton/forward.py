@@ -6,8 +6,8 @@ over the hidden units BLOCK at a time, rows of W_up and columns of W_down, so th
 and no more registers. docs/triton.md says where the data is and what bounds the time.
 
 Sizes: CHUNK tokens; a memory matrix has `size` numbers, and `num_rows` of them lie together. EPS, FLOOR,
-RADIUS: the norm's, the squared `length_floor`, the `row_limit`. MARKED: rows may begin afresh, and their
-chunk may stay open; a row's anchor is then a state of its own.
+RADIUS: the norm's, the squared `length_floor`, the `row_limit`. OBJECTIVE, PARAMETER: see `objective.py`.
+MARKED: rows may begin afresh, and their chunk may stay open; a row's anchor is then a state of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from titans.memory.backends.triton.elementary import (
     _tile,
     _with_base,
 )
-from titans.memory.backends.triton.objective import _objective
+from titans.memory.backends.triton.objective import _curvature, _loss, _objective
 from titans.memory.backends.triton.update import _moved
 
 
@@ -46,8 +46,8 @@ def forward_kernel(
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_BASE: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
-    ALWAYS: tl.constexpr, GELU: tl.constexpr, MARKED: tl.constexpr, TAPE: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GELU: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, MARKED: tl.constexpr,
+    TAPE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunks in sequence.
 
@@ -136,16 +136,18 @@ def forward_kernel(
                 if DEPTH == 2:
                     row_squares += tl.sum(total * total, 1)
         error, delta, _, scale = _objective(
-            features, k, tl.load(values + tokens + token), shift, offset, EPS, NORM, RESIDUAL
-        )
-        tl.store(surprise + here * CHUNK + step, tl.sum(error * error, 1))
+            features, k, tl.load(values + tokens + token), shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE,
+            PARAMETER,
+        )  # fmt: skip
+        tl.store(surprise + here * CHUNK + step, tl.sum(_loss(error, OBJECTIVE, PARAMETER), 1))
         if TAPE:
             tl.store(tape_features + tokens + token, features)
         d, divisor = delta, squares
         if NORMALIZE:
-            factor = squares * 0 + 2
+            curvature = _curvature(error, OBJECTIVE, PARAMETER)
+            factor = squares * 0 + curvature
             if NORM:
-                factor = 2 * scale * scale * tl.load(steepness + row)
+                factor = curvature * scale * scale * tl.load(steepness + row)
             d /= _normalizer(squares, factor, FLOOR, DEPTH)[:, None]
             if TAPE:
                 tl.store(tape_squares + here * CHUNK + step, squares)
@@ -189,7 +191,7 @@ def forward_kernel(
                     PRECISION,
                 )  # fmt: skip
                 if RESCALE:
-                    factors, kept = _row_scale(tl.sum(w * w, 1), RADIUS, ALWAYS)
+                    factors, kept = _row_scale(tl.sum(w * w, 1), RADIUS)
                     w *= tl.where(closes, factors, 1.0)[:, None]
                     if TAPE:
                         kept = tl.where(closes, kept, 0.0)
@@ -244,7 +246,7 @@ def forward_kernel(
 
         # Rows of W_down are whole only now.
         if RESCALE or (MARKED and not TAPE):
-            factors, kept = _row_scale(row_squares, RADIUS, ALWAYS)
+            factors, kept = _row_scale(row_squares, RADIUS)
             if RESCALE and TAPE:
                 kept = tl.where(closes, kept, 0.0)
                 tl.store(scales_down + here * DIM + tl.arange(0, DIM), kept)

@@ -21,7 +21,7 @@ from titans.memory.backends.triton.elementary import (
     _tile,
     _with_base,
 )
-from titans.memory.backends.triton.objective import _objective
+from titans.memory.backends.triton.objective import _curvature, _loss, _objective
 from titans.memory.backends.triton.update import _moved
 
 
@@ -39,8 +39,9 @@ def resident_kernel(
     num_chunks, num_rows, group,
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
     HIDDEN: tl.constexpr, DEPTH: tl.constexpr, HAS_BASE: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr, ALWAYS: tl.constexpr,
-    GELU: tl.constexpr, TAPE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr, GELU: tl.constexpr,
+    OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, TAPE: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Names, sizes, slots, TAPE and KEEP are those of `forward_kernel`."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,16 +87,18 @@ def resident_kernel(
         total = _with_base(w_down, base_down + down, HAS_BASE)
         features = _dot(hidden, tl.trans(total), PRECISION)
         error, delta, _, scale = _objective(
-            features, k, tl.load(values + tokens + token), shift, offset, EPS, NORM, RESIDUAL
-        )
-        tl.store(surprise + here * CHUNK + step, tl.sum(error * error, 1))
+            features, k, tl.load(values + tokens + token), shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE,
+            PARAMETER,
+        )  # fmt: skip
+        tl.store(surprise + here * CHUNK + step, tl.sum(_loss(error, OBJECTIVE, PARAMETER), 1))
         d = delta
         squares = tl.sum(hidden * hidden, 1)
         divisor = squares
         if NORMALIZE:
-            factor = squares * 0 + 2
+            curvature = _curvature(error, OBJECTIVE, PARAMETER)
+            factor = squares * 0 + curvature
             if NORM:
-                factor = 2 * scale * scale * tl.load(steepness + row)
+                factor = curvature * scale * scale * tl.load(steepness + row)
             d /= _normalizer(squares, factor, FLOOR, DEPTH)[:, None]
             if TAPE:
                 tl.store(tape_squares + here * CHUNK + step, squares)
@@ -130,7 +133,7 @@ def resident_kernel(
                 PRECISION,
             )  # fmt: skip
             if RESCALE:
-                factors, kept = _row_scale(tl.sum(w_up * w_up, 1), RADIUS, ALWAYS)
+                factors, kept = _row_scale(tl.sum(w_up * w_up, 1), RADIUS)
                 w_up *= factors[:, None]
                 if TAPE:
                     tl.store(scales_up + here * HIDDEN + tl.arange(0, HIDDEN), kept)
@@ -155,7 +158,7 @@ def resident_kernel(
             end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, False, PRECISION,
         )  # fmt: skip
         if RESCALE:
-            factors, kept = _row_scale(tl.sum(w_down * w_down, 1), RADIUS, ALWAYS)
+            factors, kept = _row_scale(tl.sum(w_down * w_down, 1), RADIUS)
             w_down *= factors[:, None]
             if TAPE:
                 tl.store(scales_down + here * DIM + tl.arange(0, DIM), kept)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans.memory.backends.known import objective_switch
 from titans.memory.backends.triton.backward import backward_kernel
 from titans.memory.backends.triton.forward import forward_kernel
 from titans.memory.backends.triton.resident import resident_kernel
@@ -143,6 +144,7 @@ class _Plan(NamedTuple):
     def options(self, keys: Tensor) -> dict[str, Any]:
         net, rule = self.inner.network, self.inner.rule
         assert isinstance(rule, MomentumRule)
+        objective = objective_switch(self.inner.objective)
         return dict(
             EPS=NORM_EPS,
             FLOOR=rule.length_floor**2,
@@ -156,8 +158,9 @@ class _Plan(NamedTuple):
             RESIDUAL=net.residual,
             NORMALIZE=rule.normalize_step,
             RESCALE=rule.row_limit is not None,
-            ALWAYS=False,
             GELU=net.activation == "gelu",
+            OBJECTIVE=objective.kind,
+            PARAMETER=objective.parameter,
             PRECISION=_precision(keys.device),
             num_warps=_WARPS,
             num_stages=1,
