@@ -49,6 +49,7 @@ ORDER = {
         scan
         """,
     "titans.memory.backends": """
+        known
         native triton
         __init__
         traced
