@@ -13,6 +13,9 @@ import pytest
 from rich.console import Console
 
 from titans.cli import main
+from titans.cli.errors import UsageError
+from titans.cli.train import Train, defaults_of
+from titans.train import FactSettings
 from titans.train.progress import ProgressLine
 
 SMALL = [
@@ -168,6 +171,44 @@ def test_a_config_file_sets_what_the_command_line_does_not(
         file.write_text(text)
         assert main(["train", "--config-file", str(file)]) == 2
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_fields_of_the_memory_and_settings_of_the_facts_have_dotted_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[Train] = []
+    monkeypatch.setattr(Train, "run", lambda self: parsed.append(self) or 0)
+    command = ["train", "--data", "excerpt", "--config", "chunk_size=8", "memory.form.norm=true"]
+    assert main([*command, "memory.start=induction", "--facts.answer-weight", "2"]) == 0
+    assert parsed[0].facts == FactSettings(answer_weight=2.0)
+    memory = {"form": {"norm": True}, "start": "induction"}
+    assert parsed[0].config == {"chunk_size": 8, "memory": memory}
+    capsys.readouterr()
+    for both in (["memory.form=recall"], ["memory.start=random", "memory.start.at=3"]):
+        assert main([*command, *both]) == 2
+        assert "is given" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_run_from_before_are_translated(tmp_path: Path) -> None:
+    flat = {"data": "excerpt", "steps": 7, "fact_spacing": 60.0, "facts_alike": 0.5, "answer_weight": 2.0}
+    flat |= {"state_passing": 0.0, "config": {"hidden_size": 32, "memory_norm": True, "conv_kernel": 2}}
+    (tmp_path / "training.json").write_text(json.dumps(flat))
+    (tmp_path / "more.yaml").write_text("facts: {distance: 64}\nsteps: 9\n")
+    arguments = ["--output", str(tmp_path), "--resume", "--config-file", str(tmp_path / "more.yaml")]
+    found = defaults_of(arguments)
+    assert found is not None and found.steps == 9
+    assert found.facts == FactSettings(spacing=60.0, distance=64, alike=0.5, answer_weight=2.0)
+    memory = {"form": {"name": "stable", "norm": True}, "conv_kernel": 2}
+    assert found.config == {"hidden_size": 32, "memory": memory}
+    (tmp_path / "more.yaml").write_text("facts: {spacing: often}\n")
+    with pytest.raises(UsageError, match="could not convert string to float: 'often'"):
+        defaults_of(arguments)
+    (tmp_path / "more.yaml").write_text("facts: 3\n")
+    with pytest.raises(UsageError, match="facts=3 holds no settings"):
+        defaults_of(arguments)
+    (tmp_path / "training.json").write_text(json.dumps(flat | {"state_passing": 0.5}))
+    with pytest.raises(UsageError, match=r"state_passing=0.5: no row begins"):
+        defaults_of(["--output", str(tmp_path), "--resume"])
 
 
 def test_a_terminal_gets_one_live_line() -> None:

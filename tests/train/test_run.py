@@ -103,9 +103,16 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, chan
 def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> None:
     train(settings(steps=3))
     file = settings().output / "checkpoint-3" / "training.json"
-    before_a_field_existed = json.loads(file.read_text())
-    del before_a_field_existed["facts"]["write_cost_reach"]
-    file.write_text(json.dumps(before_a_field_existed))
+    # As it was written when all settings were flat and one of them did not exist.
+    flat = json.loads(file.read_text())
+    facts = flat.pop("facts")
+    del facts["write_cost_reach"]
+    names = {"spacing": "fact_spacing", "distance": "fact_distance", "alike": "facts_alike"}
+    flat |= {names.get(name, name): value for name, value in facts.items()}
+    file.write_text(json.dumps(flat | {"state_passing": 0.5}))
+    with pytest.raises(ValueError, match=r"state_passing=0.5: no row begins with the memory of another"):
+        train(settings(steps=5, resume=True))
+    file.write_text(json.dumps(flat | {"state_passing": 0.0}))
     with pytest.raises(ValueError, match=r"facts.write_cost_reach=9.0, but .*checkpoint-3"):
         train(settings(steps=5, resume=True, facts=FactSettings(write_cost_reach=9.0)))
     result = train(settings(steps=5, resume=True))

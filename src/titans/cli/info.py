@@ -84,6 +84,7 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
         "parameters": sum(sizes.values()),
         "embedding_parameters": sum(n for name, n in sizes.items() if "embed" in name or "lm_head" in name),
         **_sizes(config.to_dict()),
+        **(_memory_parts(config.to_dict()) if config.has_memory else {}),
     }
 
 
@@ -100,6 +101,7 @@ def _describe_memory(path: Path) -> dict[str, Any]:
         "file_bytes": path.stat().st_size,
         "fingerprint": memory.fingerprint,
         **_sizes(memory.config),
+        **_memory_parts(memory.config),
         "layers": [
             {name: norm for name, norm in asdict(layer).items() if norm is not None}
             for layer in memory.stats.layers
@@ -108,15 +110,24 @@ def _describe_memory(path: Path) -> dict[str, Any]:
 
 
 def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """What a reader wants to know of a configuration's fields."""
+    """The fields of a configuration that are sizes, those of the memory too."""
     memory = config["memory"]
     return {
         **{name: config[name] for name in _SIZES if name in config},
         "conv_kernel": memory["conv_kernel"],
         "memory_local_chunk_sizes": memory["local_chunk_sizes"],
         "memory_shard_length": memory["shard_length"],
+    }
+
+
+def _memory_parts(config: dict[str, Any]) -> dict[str, Any]:
+    """What its memory is made of, as far as it has names."""
+    memory = config["memory"]
+    rule = memory["rule"] or {"name": "momentum"}
+    return {
         "memory_form": memory["form"].get("name"),
         "memory_objective": memory["objective"]["name"],
+        "memory_rule": rule["name"],
     }
 
 
@@ -148,9 +159,7 @@ def _preset(config: TitansConfig) -> str | None:
 
     for name in PRESETS:
         preset = type(config).from_preset(name, variant=config.variant)
-        if all(getattr(preset, size) == getattr(config, size) for size in _SIZES) and (
-            preset.memory.conv_kernel == config.memory.conv_kernel
-        ):
+        if _sizes(preset.to_dict()) == _sizes(config.to_dict()):
             return name
     return None
 

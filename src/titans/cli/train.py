@@ -43,7 +43,9 @@ def _parse_fields(texts: list[str]) -> dict[str, Any]:
         for name in outer:
             place = place.setdefault(name, {})
             if not isinstance(place, dict):
-                raise ValueError(f"{path}: {name} is given as a whole, too")
+                raise ValueError(f"{path}: {name} is given as a whole, too; give {name}.name for a name")
+        if isinstance(place.get(last), dict):
+            raise ValueError(f"{path}: {last} is given in parts, too; give {path}.name for a name")
         place[last] = value
     return fields
 
