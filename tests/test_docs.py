@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from titans.baselines import BASELINES
+from titans.memory import OBJECTIVES, UPDATE_RULES
+from titans.nn import BLOCKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -22,16 +28,28 @@ def outputs(page: Path) -> list[tuple[str, str]]:
     found = []
     for code, shown in BLOCK.findall(page.read_text()):
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with redirect_stdout(printed):
             exec(compile(code, str(page), "exec"), names)
         found.append((shown, printed.getvalue()))
     return found
 
 
-def test_give_a_model_a_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a page registers is forgotten after it."""
+    with ExitStack() as stack:
+        for registry in (OBJECTIVES, UPDATE_RULES, BLOCKS, BASELINES):
+            stack.enter_context(mock.patch.dict(registry))
+        yield
+
+
+@pytest.mark.parametrize(("page", "blocks"), [("give-a-model-a-memory", 7), ("extend", 6)])
+def test_a_page_prints_what_it_shows(
+    page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    found = outputs(DOCS / "give-a-model-a-memory.md")
-    assert len(found) == 7
+    found = outputs(DOCS / f"{page}.md")
+    assert len(found) == blocks
     for shown, printed in found:
         assert printed == shown
 
