@@ -56,7 +56,7 @@ ORDER = {
         """,
     "titans.nn": """
         packing norm rotary mlp kernels
-        conv combine
+        conv combine context
         attention memory
         blocks
         """,

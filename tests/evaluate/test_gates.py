@@ -14,7 +14,7 @@ from torch import Tensor
 from titans.evaluate import gate_statistics
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory import MemoryState, memory_scan
-from titans.nn import NeuralMemory
+from titans.nn import BlockContext, NeuralMemory
 from titans.nn.memory import learner
 from titans.stream.reader import initial_states
 
@@ -47,12 +47,12 @@ def test_gates_that_see_nothing_are_their_biases() -> None:
     for layer in gate_statistics(model.float(), DOCUMENTS):
         for quantile in ("at_rest", "10", "median", "90"):
             torch.testing.assert_close(getattr(layer, f"half_life_{quantile}"), expected, **EXACT)
-        # Bounds 0.5 and 2 (1 − 0.5) / 4. Biases 0 and 1, but in one place ± ln 3: sigmoid 3/4 and 1/4.
-        written = 0.25 / (1 + math.exp(-1))
+        # Bounds 0.5 and (1 − 0.5) / 4. Biases 0 and 1, but in one place ± ln 3: sigmoid 3/4 and 1/4.
+        written = 0.125 / (1 + math.exp(-1))
         for found, middle, last in (
             (layer.momentum_mean, 0.25, 0.375),
-            (layer.step_size_median, written, 0.0625),
-            (layer.write_strength_median, written / 0.75, 0.0625 / 0.625),
+            (layer.step_size_median, written, 0.03125),
+            (layer.write_strength_median, written / 0.75, 0.03125 / 0.625),
         ):
             everywhere = torch.full((3, 2), middle, dtype=torch.float64)
             everywhere[2, 1] = last
@@ -161,14 +161,21 @@ def test_statistics_are_those_of_what_is_written(
 def test_a_chunk_may_be_looked_at_in_parts() -> None:
     memory = memories_of(small_model())[0]
     x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    traced = BlockContext(trace=True)
     _, begun = memory(x[:, :4])
     _, running = memory(x[:, 4:5], begun)
-    whole = memory.applied_gates(x[:, 4:], begun)
-    for gate, rest in zip(whole, memory.applied_gates(x[:, 5:], running), strict=True):
-        assert gate.shape == (2, 3, 2, 2)
-        torch.testing.assert_close(rest, gate[:, 1:], rtol=1e-9, atol=0)
-    with pytest.raises(ValueError, match="x has 4 tokens: give at most the 3 left"):
-        memory.applied_gates(x[:, :4], running)
+    _, _, whole = memory(x[:, 4:], begun, context=traced)
+    _, _, rest = memory(x[:, 5:], running, context=traced)
+    for one, other in (
+        (whole.forget, rest.forget),
+        (whole.momentum, rest.momentum),
+        (memory.applied_step_size(whole, begun), memory.applied_step_size(rest, running)),
+    ):
+        assert one.shape == (2, 3, 2, 2)
+        torch.testing.assert_close(other, one[:, 1:], rtol=1e-9, atol=0)
+    _, _, longer = memory(x[:, :4], running, context=traced)
+    with pytest.raises(ValueError, match="trace has 4 tokens: give at most the 3 left"):
+        memory.applied_step_size(longer, running)
 
 
 def test_nothing_to_describe() -> None:

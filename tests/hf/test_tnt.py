@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from titans.evaluate.gates import gate_statistics
-from titans.evaluate.memory import frozen_memory
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
 from titans.nn.memory.learner import Learner
 from titans.stream import Session, describe_memory, feed_together
-from titans.train.write_cost import collected_write_logits
 
 from .models import LAYERS, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
@@ -140,15 +138,13 @@ def test_instruments_look_at_the_global_memory(variant, tmp_path):
     assert len(gate_statistics(model, [ids])) == LAYERS
     found = inspect_text(model, ids, random_ids(24, seed=1), passage_length=10)
     assert found.memory_norm.shape == (3, LAYERS, 2) and json.dumps(found.to_json())
-    with collected_write_logits(model) as logits:
-        logits_of(model, ids[None])
-    assert sum(x.shape[1] == 24 for x in logits) == LAYERS
+    traces = model(ids[None], output_trace=True).traces
+    assert [trace.step_logits.shape for trace in traces] == [(1, 24, 2, 2)] * LAYERS
 
 
 def test_a_frozen_model_learns_in_no_memory():
     model, ids = small_model("lmm", num_persistent_tokens=0, **TNT), random_ids(1, 24)
-    with frozen_memory(model):
-        states = filled_cache(model, ids).states
+    states = model(ids, use_cache=True, freeze_memory=True).past_key_values.states
     for state in states:
         for memory in (state.memory, *state.local.memories):
             assert not any(m.any() for m in memory.momentum)

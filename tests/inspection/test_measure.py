@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ import torch
 from titans.evaluate import keep_memory_only, score
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
-from titans.memory import MemoryState, MomentumRule
-from titans.nn import NeuralMemory
+from titans.memory import MemoryState
+from titans.nn import BlockContext, NeuralMemory
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.stream.saved import find_states
 
@@ -72,12 +71,11 @@ def test_the_gates_are_those_of_the_update() -> None:
     block = model.model.layers[0].mixer
     memory, state = block.memory, block.initial_state(1)
     assert isinstance(memory, NeuralMemory)
-    memory.inner = replace(memory.inner, rule=MomentumRule())
     with torch.no_grad():
         x = block.norm(model.model.embed_tokens(torch.from_numpy(text[:4])[None]))
-        forget, _, step_size = memory.applied_gates(x, state)
-    np.testing.assert_allclose(found.forget[:4, 0], forget[0].mean(-1), rtol=1e-4)
-    np.testing.assert_allclose(found.step_size[:4, 0], step_size[0].mean(-1), rtol=1e-4)
+        _, _, trace = memory(x, state, context=BlockContext(trace=True))
+    np.testing.assert_allclose(found.forget[:4, 0], trace.forget[0].mean(-1), rtol=1e-4)
+    np.testing.assert_allclose(found.step_size[:4, 0], trace.step_size[0].mean(-1), rtol=1e-4)
 
 
 def test_how_it_is_cut_changes_the_views_alone_and_a_cache_is_gone_on_from() -> None:

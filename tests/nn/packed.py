@@ -9,8 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-# step(inputs (batch, time, ...), lengths, positions (batch,), state) → (outputs, state)
-Step = Callable[[Tensor, Tensor | None, Tensor, Any], tuple[Tensor, Any]]
+from titans.nn.packing import Packed
+
+# step(inputs (batch, time, ...), which of them are real, positions (batch,), state) → (outputs, state)
+Step = Callable[[Tensor, Packed, Tensor, Any], tuple[Tensor, Any]]
 
 # Two or three rows; every call gives each row 0 to 7 tokens and is up to two tokens wider than the longest.
 plans = st.integers(1, 3).flatmap(
@@ -58,7 +60,8 @@ def run_in_calls(
                 ]
             )
             ragged = extra > 0 or len(set(now)) > 1
-            y, state = step(stretch, torch.tensor(now) if ragged else None, torch.tensor(positions), state)
+            packed = Packed.first(torch.tensor(now) if ragged else None, time)
+            y, state = step(stretch, packed, torch.tensor(positions), state)
             assert y.shape[:2] == (len(rows), time) and y.isfinite().all()
             for b, n in enumerate(now):
                 assert not y[b, n:].any()

@@ -15,6 +15,7 @@ from titans.nn.attention import attend
 from titans.nn.attention.full import FullAttention, FullAttentionState
 from titans.nn.attention.segment import SegmentAttention, SegmentState
 from titans.nn.attention.window import WindowAttention, WindowState
+from titans.nn.packing import Packed
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 from . import naive
@@ -73,7 +74,7 @@ def test_window_is_the_plain_loop(plan, window, num, begin, seed):
     rows, persistent = random_rows(plan, HIDDEN, seed), persistent_tokens(num, seed)
     state = layer.initial_state(len(rows), dtype=torch.float64) if begin else None
     outputs, state = run_in_calls(
-        lambda x, lengths, positions, state: layer(x, state, persistent, lengths), rows, plan, state
+        lambda x, packed, positions, state: layer(x, state, persistent, packed), rows, plan, state
     )
     made = [naive.attention(row, None, persistent, weights_of(layer), HEADS, window) for row in rows]
     keys, values = (
@@ -91,7 +92,7 @@ def test_full_is_the_plain_loop(plan, begin, seed):
     rows = random_rows(plan, HIDDEN, seed)
     state = layer.initial_state(len(rows), dtype=torch.float64) if begin else None
     outputs, state = run_in_calls(
-        lambda x, lengths, positions, state: layer(x, state, lengths), rows, plan, state
+        lambda x, packed, positions, state: layer(x, state, packed), rows, plan, state
     )
     made = [naive.attention(row, None, None, weights_of(layer), HEADS, 10**9) for row in rows]
     slots = max(totals(plan))
@@ -118,7 +119,8 @@ def test_segment_is_the_plain_loop(plan, length, num, use_fresh, seed):
     rows = random_rows(plan, HIDDEN, seed)
     contexts = random_rows(plan, HIDDEN, seed + 1)
 
-    def step(both, lengths, positions, state):
+    def step(both, packed, positions, state):
+        lengths = packed.lengths
         x, context = both.split(HIDDEN, dim=-1)
         start = positions % length
         if x.shape[1] > length:  # wider than a segment with its padding: cut padding only
@@ -126,7 +128,7 @@ def test_segment_is_the_plain_loop(plan, length, num, use_fresh, seed):
         fresh = use_fresh and not start.any() and (lengths is None or bool((lengths > 0).all()))
         begun = torch.full_like(start, x.shape[1]) if lengths is None else lengths
         state = with_stale_slots(state, start, begun > 0)
-        z, state = layer(x, context, persistent, state, start, lengths, fresh)
+        z, state = layer(x, context, persistent, state, start, Packed.first(lengths, x.shape[1]), fresh)
         return torch.nn.functional.pad(z, (0, 0, 0, both.shape[1] - z.shape[1])), state
 
     joined = [torch.cat(pair, 1) for pair in zip(rows, contexts, strict=True)]

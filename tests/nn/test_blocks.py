@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
-from titans.nn import NeuralMemory
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockContext, BlockSettings
+from titans.nn import BlockContext, MemoryTrace, NeuralMemory
+from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
 from titans.nn.combine import MemoryGate, MemorySum
+from titans.nn.packing import Packed
 
 from ..tolerances import FLOAT64, assert_close
 
@@ -48,9 +49,20 @@ def tokens(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def read(block, x, state=None, lengths=None, surprises=None):
+def read(block, x, state=None, lengths=None):
+    y, state, trace = traced(block, x, state, lengths, trace=False)
+    assert trace is None
+    return y, state
+
+
+def traced(block, x, state=None, lengths=None, trace=True):
     state = block.initial_state(x.shape[0]) if state is None else state
-    return block(x, state, BlockContext(lengths, surprises))
+    return block(x, state, BlockContext(Packed.first(lengths, x.shape[1]), trace))
+
+
+def memory_states(state):
+    found = pytree.tree_leaves(state, is_leaf=lambda x: isinstance(x, MemoryState))
+    return [x for x in found if isinstance(x, MemoryState)]
 
 
 def assert_same_states(actual, expected):
@@ -106,22 +118,24 @@ def test_a_state_is_a_value(variant):
 
 
 @with_memory
-def test_surprise_is_told_once_for_every_token_however_the_text_is_cut(variant):
-    block, x, whole = block_of(variant), tokens(2, 13, HIDDEN), []
-    read(block, x, surprises=whole)
-    assert len(whole) == sum(isinstance(module, NeuralMemory) for module in block.modules()) == 1
-    assert whole[0].shape == (2, 13, HEADS) and (whole[0] > 0).all()
+def test_a_trace_has_every_token_once_however_the_text_is_cut(variant):
+    block, x = block_of(variant), tokens(2, 13, HIDDEN)
+    _, last, whole = traced(block, x)
+    assert whole.surprise.shape == (2, 13, HEADS) and (whole.surprise > 0).all()
+    assert whole.forget.shape == whole.momentum.shape == whole.step_size.shape == (2, 13, HEADS, 2)
     state, parts = None, []
     for begin, end in ((0, 1), (1, 6), (6, 13)):
-        piece: list[Tensor] = []
-        _, state = read(block, x[:, begin:end], state, surprises=piece)
-        parts += piece
-    assert_close(torch.cat(parts, 1), whole[0], FLOAT64, "surprise of pieces")
-    ragged: list[Tensor] = []
-    lengths = torch.tensor([13, 8])
-    read(block, x, lengths=lengths, surprises=ragged)
-    assert_close(ragged[0][0], whole[0][0], FLOAT64, "surprise of a full row")
-    assert_close(ragged[0][1, :8], whole[0][1, :8], FLOAT64, "surprise of a padded row")
+        _, state, trace = traced(block, x[:, begin:end], state)
+        parts.append(trace)
+    ragged = traced(block, x, lengths=torch.tensor([13, 8]))[2]
+    for name, expected in vars(whole).items():
+        assert_close(getattr(MemoryTrace.joined(parts), name), expected, FLOAT64, f"{name} of pieces")
+        assert_close(getattr(ragged, name)[0], expected[0], FLOAT64, f"{name} of a full row")
+        if name != "weight_norm":
+            assert_close(getattr(ragged, name)[1, :8], expected[1, :8], FLOAT64, f"{name} of a padded row")
+    (memory,) = (leaf for leaf in memory_states(last))
+    squared = sum(w.square().sum((-2, -1)) for w in memory.weights)
+    assert_close(whole.weight_norm.square(), squared, FLOAT64, "norm of the fast weights")
 
 
 @with_memory
@@ -132,9 +146,8 @@ def test_a_memory_that_reads_the_same_again_is_less_surprised(variant):
     with torch.no_grad():
         memory.gate_weight.zero_()
         memory.gate_bias[0], memory.gate_bias[1:] = -12.0, 1.0
-    stretch, surprises = tokens(4, 4 * SEGMENT, HIDDEN), []
-    read(block, stretch.repeat(1, 3, 1), surprises=surprises)
-    first, _, third = (part.mean().item() for part in surprises[0].chunk(3, 1))
+    _, _, trace = traced(block, tokens(4, 4 * SEGMENT, HIDDEN).repeat(1, 3, 1))
+    first, _, third = (part.mean().item() for part in trace.surprise.chunk(3, 1))
     assert third < 0.9 * first
 
 
@@ -230,10 +243,13 @@ def test_recall_begins_by_asking_as_the_memory_was_written():
         block.reset_parameters()
         x = torch.nn.functional.rms_norm(torch.randn(1, 16, 128), (128,))
         own, _ = block._own(
-            x, block.recall_conv.initial_tail(1, x.device, x.dtype), torch.zeros(1, dtype=torch.int64), None
+            x,
+            block.recall_conv.initial_tail(1, x.device, x.dtype),
+            torch.zeros(1, dtype=torch.int64),
+            Packed(),
         )
         context = torch.zeros_like(x)
         z, _ = block.attention.attend(own.tokens, context, block.attention.fixed(block.persistent), None)
-        found, _ = block.memory.learn(block.memory_norm(z), None)
+        found, _, _ = block.memory.learn(block.memory_norm(z), None, BlockContext())
         agreement[start] = (own.queries * found.queries).sum(-1)[0, 4:].mean().item()
     assert agreement["induction"] > 0.7 > 0.3 > agreement["random"], agreement

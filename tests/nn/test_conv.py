@@ -23,8 +23,8 @@ def test_any_split_is_the_plain_loop(plan, kernel_size, resets, seed):
     # The flags travel as a fourth channel: at padding, NaN makes them resets that must not matter.
     joined = [torch.cat([row, flag[:, None].double()], 1) for row, flag in zip(rows, flags, strict=True)]
 
-    def step(x, lengths, positions, tail):
-        return conv(x[..., :3], tail, lengths, x[..., 3] != 0 if resets else None)
+    def step(x, packed, positions, tail):
+        return conv(x[..., :3], tail, packed, x[..., 3] != 0 if resets else None)
 
     outputs, tail = run_in_calls(step, joined, plan, None)
     expected = [naive.conv(row, conv.weight, f.tolist()) for row, f in zip(rows, flags, strict=True)]

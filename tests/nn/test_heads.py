@@ -12,6 +12,7 @@ from titans.nn.conv import CausalConv
 from titans.nn.kernels import native as compiled
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.norm import ReadNorm
+from titans.nn.packing import Packed
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no compiled backend: {missing()}")
 
@@ -54,7 +55,8 @@ def test_head_vectors_compiled_are_those_of_torch(batch, time, kernel, ragged, r
     def run(backend):
         x = whole[..., : 3 * 2 * 16]
         assert compiled.refuses(16, x, tail, conv.weight) is None
-        vectors, new_tail = head_vectors(conv, x, tail, 16, (UNIT, UNIT, 4.0), lengths, reset, backend)
+        packed = Packed.first(lengths, time)
+        vectors, new_tail = head_vectors(conv, x, tail, 16, (UNIT, UNIT, 4.0), packed, reset, backend)
         return [*vectors, new_tail]
 
     for got, want in zip(*_both(run, leaves), strict=True):

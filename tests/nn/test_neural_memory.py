@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryNetwork, memory_read
-from titans.nn import FORMS, MemoryForm, NeuralMemory
+from titans.nn import FORMS, BlockContext, MemoryForm, NeuralMemory
 from titans.nn.memory import learner
 
 from ..tolerances import FLOAT64, assert_close
@@ -223,7 +223,7 @@ def test_a_bounded_head_forgets_at_least_as_fast_as_at_first_whatever_its_gate_s
     layer = NeuralMemory(8, 3, 4, half_lives=(64.0, 1e6), form=dict(bounded_half_lives=bounded)).double()
     with torch.no_grad():
         layer.gate_bias[0] = torch.linspace(-60, 3, 2).double()
-    forget, _, _ = layer._gates(*(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (3, 4))))
+    forget, *_ = layer._gates(*(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (3, 4))))
     half_lives = -math.log(2) / torch.log1p(-forget[0, 0])
     assert (half_lives[:, 1] < 1).all(), "an open gate forgets at once"
     if bounded:
@@ -234,12 +234,12 @@ def test_a_bounded_head_forgets_at_least_as_fast_as_at_first_whatever_its_gate_s
 
 @pytest.mark.parametrize("sees", [False, True])
 def test_gates_that_see_keys_know_what_came_before_and_others_the_token_alone(sees):
-    layer = layer_of(dict(form=dict(gates_see_keys=sees, normalize_step=False)))
+    layer = layer_of(dict(form=dict(gates_see_keys=sees)))
     x = tokens(1, CHUNK + 2, HIDDEN)
     other = torch.cat([tokens(1, CHUNK + 1, HIDDEN, seed=9), x[:, -1:]], 1)
-    of_last = [layer.applied_gates(one[:, CHUNK:], layer(one[:, :CHUNK])[1]) for one in (x, other)]
-    for gate, after_another in zip(*of_last, strict=True):
-        assert torch.equal(gate[:, -1], after_another[:, -1]) is not sees
+    one, another = (layer(text, context=BlockContext(trace=True))[2] for text in (x, other))
+    for name in ("forget", "momentum", "step_size"):
+        assert torch.equal(getattr(one, name)[:, -1], getattr(another, name)[:, -1]) is not sees
 
 
 def test_the_logits_of_gates_move_by_what_each_heads_key_has_of_their_direction():

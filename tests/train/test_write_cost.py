@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.train import FactSettings, TrainingRun, TrainSettings
-from titans.train.write_cost import collected_write_logits, write_cost
+from titans.train.write_cost import write_cost
 
 
 def a_model(variant: str = "mag", heads: int = 3) -> TitansForCausalLM:
@@ -22,22 +22,17 @@ def a_model(variant: str = "mag", heads: int = 3) -> TitansForCausalLM:
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
 def test_it_is_the_logarithm_of_the_odds_of_a_step_over_the_slower_half_of_the_heads(variant: str) -> None:
-    model, ids, steps = a_model(variant), torch.arange(22).view(2, 11) % 11, []
+    model, ids = a_model(variant), torch.arange(22).view(2, 11) % 11
     memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
-    hooks = [
-        memory.step_size_gate.register_forward_hook(lambda _, __, opened: steps.append(opened))
-        for memory in memories
-    ]
-    with collected_write_logits(model) as logits:
-        model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    opened = torch.cat([step.flatten(0, 1) for step in steps])[:, 2:]  # of three heads the slowest
+    traces = model(ids, use_cache=False, output_trace=True).traces
+    opened = torch.stack(
+        [trace.step_size / memory.max_step_size for trace, memory in zip(traces, memories, strict=True)]
+    )[..., 2:, :]  # of three heads the slowest
     expected = torch.log1p(math.exp(8) * opened / (1 - opened)).mean()
-    torch.testing.assert_close(write_cost(logits, 8.0), expected)
-    assert model(ids, use_cache=False) is not None and len(logits) == len(steps), "it looks within the block"
+    torch.testing.assert_close(write_cost(traces, 8.0), expected)
 
-    write_cost(logits[:1], 8.0).backward()
+    # Of the first chunk, whose gates no memory has had an effect on.
+    write_cost(traces[:1], 8.0, (torch.arange(11) < 4).expand(2, -1)).backward()
     forget, momentum, step_size = memories[0].gate_bias.grad
     assert (step_size[2] > 0).all() and step_size[:2].abs().max() == 0
     assert forget.abs().max() == momentum.abs().max() == 0
@@ -48,10 +43,8 @@ def test_it_is_the_logarithm_of_the_odds_of_a_step_over_the_slower_half_of_the_h
 
 
 def test_a_baseline_pays_nothing() -> None:
-    model = a_model("window")
-    with collected_write_logits(model) as logits:
-        model(torch.arange(8).view(1, 8), use_cache=False)
-    assert write_cost(logits, 8.0) == 0
+    traces = a_model("window")(torch.arange(8).view(1, 8), use_cache=False, output_trace=True).traces
+    assert write_cost(traces, 8.0) == 0
 
 
 def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
@@ -66,9 +59,9 @@ def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
         run.model.train()
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(run.model, batch)
-        with collected_write_logits(run.model) as logits:
-            run.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        found.append((loss.item(), write_cost(logits, 5.0).item(), trainer.metrics._losses[-1]))
+        read = batch["attention_mask"].bool()
+        output = run.model(batch["input_ids"], batch["attention_mask"], use_cache=False, output_trace=True)
+        found.append((loss.item(), write_cost(output.traces, 5.0, read).item(), trainer.metrics._losses[-1]))
     (plain, price, reported), (paid, same, reported_too) = found
     assert price == pytest.approx(same) and price > 1
     assert paid == pytest.approx(plain + 0.5 * price, rel=1e-5)
@@ -76,18 +69,22 @@ def test_training_adds_it_to_the_loss_and_reports_the_loss_without(
 
 
 @pytest.mark.parametrize("variant", ["lmm", "mac"])
-def test_what_will_be_asked_for_pays_nothing(variant: str) -> None:
+def test_spared_tokens_pay_nothing_and_padding_does_not_count(variant: str) -> None:
     model = a_model(variant)
     ids = torch.arange(80).view(2, 40) % 11
-    with collected_write_logits(model) as logits:
-        model(ids, use_cache=False)
+    traces = model(ids, use_cache=False, output_trace=True).traces
     spared = torch.zeros(2, 40, dtype=torch.bool)
-    assert write_cost(logits, 8.0, spared) == write_cost(logits, 8.0)
-    persistent = [x for x in logits if len(x) == 1]
-    of_all = sum(x[..., (x.shape[-2] + 1) // 2 :, :].numel() for x in logits)
-    of_them = sum(x[..., (x.shape[-2] + 1) // 2 :, :].numel() for x in persistent)
-    rest = write_cost(persistent, 8.0).item() * of_them / of_all
-    assert write_cost(logits, 8.0, ~spared).item() == pytest.approx(rest, abs=1e-6)
+    assert write_cost(traces, 8.0, spared=spared) == write_cost(traces, 8.0)
+    assert write_cost(traces, 8.0, spared=~spared) == 0
     spared[1, 17:23] = True
-    paid = write_cost(logits, 8.0, spared) + write_cost(logits, 8.0, ~spared)
-    assert paid.item() == pytest.approx(write_cost(logits, 8.0).item() + rest, rel=1e-5)
+    paid = write_cost(traces, 8.0, spared=spared) + write_cost(traces, 8.0, spared=~spared)
+    torch.testing.assert_close(paid, write_cost(traces, 8.0))
+
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, 25:] = 0
+    padded = model(ids, mask, use_cache=False, output_trace=True).traces
+    total = 0
+    for row, n in enumerate((25, 40)):
+        alone = model(ids[row : row + 1, :n], use_cache=False, output_trace=True).traces
+        total = total + n * write_cost(alone, 8.0)
+    torch.testing.assert_close(write_cost(padded, 8.0, mask.bool()), total / 65)

@@ -2,7 +2,7 @@
 write, or stands alone."""
 
 from titans.evaluate.gates import LayerGates, gate_statistics
-from titans.evaluate.memory import frozen_memory, keep_memory_only
+from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import Perplexity, PositionLoss, bits_per_byte, score
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Perplexity",
     "PositionLoss",
     "bits_per_byte",
-    "frozen_memory",
     "gate_statistics",
     "keep_memory_only",
     "score",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.nn import NeuralMemory
+from titans.nn import BlockContext, NeuralMemory
 from titans.nn.memory import NeuralMemoryState
 from titans.stream.model import reading
 from titans.stream.reader import initial_states
@@ -72,19 +71,20 @@ def gate_statistics(
     done, length = 0, model.config.chunk_size
     with reading(model):
         initial = initial_states(model)
-        at_rest = [
-            memory.applied_gates(memory.gate_weight.new_zeros(1, 1, memory.gate_weight.shape[1]), state)[0]
-            for memory, state in zip(memories, find_states(NeuralMemoryState, initial), strict=True)
-        ]
+        at_rest = []
+        for memory, state in zip(memories, find_states(NeuralMemoryState, initial), strict=True):
+            nothing = memory.gate_weight.new_zeros(1, 1, memory.gate_weight.shape[1])
+            _, _, trace = memory(nothing, state, context=BlockContext(trace=True))
+            at_rest.append(trace.forget)
         for text in filter(len, texts):
             cache = TitansCache(model.config)
             cache.store(initial, 0)
             for chunk in text.split(length):
                 states = find_states(NeuralMemoryState, cache.states)
-                with _collected_inputs(memories) as inputs:
-                    model.model(chunk[None].long().to(model.device), past_key_values=cache)
-                for memory, x, state, parts in zip(memories, inputs, states, found, strict=True):
-                    gates = memory.applied_gates(torch.cat(x, 1), state)
+                ids = chunk[None].long().to(model.device)
+                traces = model.model(ids, past_key_values=cache, output_trace=True).traces
+                for memory, trace, state, parts in zip(memories, traces, states, found, strict=True):
+                    gates = trace.forget, trace.momentum, memory.applied_step_size(trace, state)
                     parts.append(tuple(gate[0].cpu().double() for gate in gates))
                 done += len(chunk)
                 if progress is not None:
@@ -93,28 +93,6 @@ def gate_statistics(
         _describe(rest[0, 0].cpu().double(), *(torch.cat(gate) for gate in zip(*parts, strict=True)))
         for rest, parts in zip(at_rest, found, strict=True)
     ]
-
-
-@contextmanager
-def _collected_inputs(memories: Sequence[NeuralMemory]) -> Iterator[list[list[Tensor]]]:
-    """What each memory is given within this block, (batch, time, hidden_size) for every time it is called.
-
-    Whatever a memory reads goes through its projection; blocks do not call the layer itself, but `packed`.
-    """
-    inputs: list[list[Tensor]] = [[] for _ in memories]
-
-    def collect_in(found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, arguments: found.append(arguments[0])
-
-    hooks = [
-        memory.input.register_forward_pre_hook(collect_in(found))
-        for memory, found in zip(memories, inputs, strict=True)
-    ]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _describe(at_rest: Tensor, forget: Tensor, momentum: Tensor, step_size: Tensor) -> LayerGates:

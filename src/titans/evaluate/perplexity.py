@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.evaluate.memory import frozen_memory
 from titans.stream.reader import Reader, TitansReader, reader_of
 from titans.stream.session import PIECE_LENGTH
 from titans.stream.text import token_ids
@@ -82,7 +79,8 @@ def bits_per_byte(
         batch_size: documents read side by side.
         piece_length: most tokens of a document in one call; changes the speed alone.
         context_length: forget everything whenever so many tokens of a document have been read.
-        freeze_memory: see `frozen_memory`; what the persistent tokens have written stays. Titans models only.
+        freeze_memory: no memory learns, see `TitansModel.forward`; what persistent tokens have written stays.
+            Titans models only.
         progress: called with the number of tokens predicted so far and in all.
 
     Raises:
@@ -94,8 +92,7 @@ def bits_per_byte(
     ).items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: give a whole number of at least 1")
-    reader = reader_of(model)
-    freeze = _freezing(reader) if freeze_memory else nullcontext
+    reader = _with_frozen_memory(reader_of(model)) if freeze_memory else reader_of(model)
     texts = sorted(_texts(reader, documents, context_length), key=lambda text: len(text.ids))
     total = sum(text.num_predictions for text in texts)
     if not total:
@@ -109,22 +106,21 @@ def bits_per_byte(
         cache = reader.start()
         # States as they are before the first token, persistent tokens read.
         reader.read(torch.zeros(len(group), 0, dtype=torch.int64), cache)
-        with freeze():
-            while group := _drop_finished(group, cache, position):
-                # A shorter piece where a document ends, then up to the next multiple again.
-                most = max(1, min(piece_length, _MAX_LOGITS // (len(group) * reader.vocab_size)))
-                length = min(most - position % most, group[0].num_predictions - position)
-                ids = torch.stack([text.ids[position : position + length + 1].long() for text in group])
-                losses = _losses(reader, ids, cache).cpu().double()
-                place = torch.bucketize(torch.arange(position + 1, position + length + 1), bounds, right=True)
-                rates = torch.tensor([text.bytes_per_token for text in group], dtype=torch.float64)
-                nats.index_add_(0, place, losses.sum(0))
-                num_bytes.index_add_(0, place, rates.sum().expand(length))
-                tokens.index_add_(0, place, torch.full((length,), len(group), dtype=torch.float64))
-                position += length
-                done += length * len(group)
-                if progress is not None:
-                    progress(done, total)
+        while group := _drop_finished(group, cache, position):
+            # A shorter piece where a document ends, then up to the next multiple again.
+            most = max(1, min(piece_length, _MAX_LOGITS // (len(group) * reader.vocab_size)))
+            length = min(most - position % most, group[0].num_predictions - position)
+            ids = torch.stack([text.ids[position : position + length + 1].long() for text in group])
+            losses = _losses(reader, ids, cache).cpu().double()
+            place = torch.bucketize(torch.arange(position + 1, position + length + 1), bounds, right=True)
+            rates = torch.tensor([text.bytes_per_token for text in group], dtype=torch.float64)
+            nats.index_add_(0, place, losses.sum(0))
+            num_bytes.index_add_(0, place, rates.sum().expand(length))
+            tokens.index_add_(0, place, torch.full((length,), len(group), dtype=torch.float64))
+            position += length
+            done += length * len(group)
+            if progress is not None:
+                progress(done, total)
     begins, ends = (0, *POSITION_BOUNDS), (*POSITION_BOUNDS, None)
     by_position = tuple(
         PositionLoss(begins[i], ends[i], int(tokens[i]), *_rates(nats[i], tokens[i], num_bytes[i]))
@@ -175,10 +171,10 @@ def _texts(
     return texts
 
 
-def _freezing(reader: Reader) -> Callable[[], Any]:
+def _with_frozen_memory(reader: Reader) -> Reader:
     if not isinstance(reader, TitansReader):
         raise ValueError("freeze_memory=True: this model has no memory that could be frozen; leave it out")
-    return partial(frozen_memory, reader.inner)
+    return TitansReader(reader.model, freeze_memory=True)
 
 
 def _drop_finished(group: list[_Text], cache: Any, position: int) -> list[_Text]:

@@ -18,10 +18,11 @@ from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
 from titans.hf.generation import note_ended_rows, padding_first, with_prompt
 from titans.hf.keywords import Documents, check_keywords, documents_of
-from titans.nn.blocks import BLOCKS, BlockContext
+from titans.nn.blocks import BLOCKS, BlockResult
+from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.mlp import SwiGLU
 from titans.nn.norm import RMSNorm
-from titans.nn.packing import real_tokens, take, zero_padding
+from titans.nn.packing import Packed
 from titans.state import where_rows
 
 PREFILL_LENGTH = 2048
@@ -35,6 +36,7 @@ class TitansOutput(ModelOutput):
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time, vocab_size). last_hidden_state and
     hidden_states: (batch, time, hidden_size). past_key_values: the cache. memory_states: the blocks' states,
     inside the autograd graph. surprises: per memory layer (batch, time, heads), ‖M(k) − v‖² before the write.
+    traces: per memory layer what it did at each token, 0 at padding.
     """
 
     loss: Tensor | None = None
@@ -44,6 +46,7 @@ class TitansOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     memory_states: tuple[Any, ...] | None = None
     surprises: tuple[Tensor, ...] | None = None
+    traces: tuple[MemoryTrace, ...] | None = None
 
 
 class TitansLayer(GradientCheckpointingLayer):
@@ -55,9 +58,7 @@ class TitansLayer(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, state: Any, restart: Tensor | None, context: BlockContext
-    ) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, state: Any, restart: Tensor | None, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size); state of this layer or None; rows (batch,) to start afresh or None.
 
         The initial state is made here, where sharded parameters have been gathered. The state is an argument
@@ -67,8 +68,8 @@ class TitansLayer(GradientCheckpointingLayer):
             state = self.mixer.initial_state(x.shape[0])
         elif restart is not None:
             state = where_rows(restart, self.mixer.initial_state(x.shape[0]), state)
-        x, state = self.mixer(x, state, context)
-        return x + self.mlp(self.mlp_norm(x)), state
+        x, state, trace = self.mixer(x, state, context)
+        return BlockResult(x + self.mlp(self.mlp_norm(x)), state, trace)
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -141,6 +142,8 @@ class TitansModel(TitansPreTrainedModel):
         restart: Tensor | None = None,
         return_memory_states: bool = False,
         output_surprise: bool = False,
+        output_trace: bool = False,
+        freeze_memory: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **keywords: Any,
@@ -157,6 +160,8 @@ class TitansModel(TitansPreTrainedModel):
             restart: (batch,) bool, rows of `memory_states` that start afresh.
             return_memory_states: return the blocks' states, inside the autograd graph.
             output_surprise: return each memory's surprise at every token.
+            output_trace: return what each memory did at every token, its gates among it.
+            freeze_memory: no memory learns: step sizes are 0, while forgetting and momentum go on.
             keywords: `position_ids` (batch, time): where they restart inside a row, another document begins,
                 which is read as if it stood alone. Other keywords of transformers are accepted where they
                 change nothing.
@@ -194,6 +199,7 @@ class TitansModel(TitansPreTrainedModel):
                 memory_states=memory_states,
                 use_cache=use_cache,
                 return_memory_states=return_memory_states,
+                output_trace=output_trace,
             )
             if wrong := [name for name, value in carried.items() if value not in (None, False)]:
                 raise ValueError(
@@ -205,6 +211,7 @@ class TitansModel(TitansPreTrainedModel):
                 attention_mask=documents.mask,
                 use_cache=False,
                 output_surprise=output_surprise,
+                freeze_memory=freeze_memory,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
             )
@@ -222,28 +229,23 @@ class TitansModel(TitansPreTrainedModel):
                 )
             memory_states = past_key_values.states
 
-        real = self._real_tokens(attention_mask, batch, time, past_key_values)
-        lengths, rank = None, None
-        if real is not None:
-            # Everything stateful sees real tokens only, each row's moved to its front.
-            lengths, rank = real.sum(1), real.cumsum(1) - real.long()
-            x = take(x, torch.argsort(~real, dim=1, stable=True))
-            x = zero_padding(x, real_tokens(lengths, time))
-
-        def unpack(x: Tensor) -> Tensor:
-            return x if real is None or rank is None else torch.where(real.unsqueeze(-1), take(x, rank), 0)
-
-        surprises: list[Tensor] | None = [] if output_surprise else None
-        context = BlockContext(lengths, surprises)
-        hidden_states = [unpack(x)] if output_hidden_states else None
+        if freeze_memory and not self.config.has_memory:
+            raise ValueError(f"freeze_memory=True: variant {self.config.variant!r} has no memory")
+        # Everything stateful sees real tokens only, each row's moved to its front.
+        rows = Packed.of(self._real_tokens(attention_mask, batch, time, past_key_values))
+        x = rows.pack(x)
+        context = BlockContext(rows, trace=output_surprise or output_trace, frozen=freeze_memory)
+        hidden_states = [rows.unpack(x)] if output_hidden_states else None
         states: list[Any] = []
+        traces: list[MemoryTrace] = []
         for index, layer in enumerate(self.layers):
             before = None if memory_states is None else memory_states[index]
-            x, state = layer(x, before, restart, context)
+            x, state, trace = layer(x, before, restart, context)
             states.append(state)
+            traces += [] if trace is None else [trace.map_tokens(rows.unpack)]
             if hidden_states is not None:
-                hidden_states.append(unpack(x))
-        x = self.norm(unpack(x))
+                hidden_states.append(rows.unpack(x))
+        x = self.norm(rows.unpack(x))
 
         if past_key_values is not None:
             past_key_values.store(tuple(states), time, input_ids)
@@ -252,7 +254,8 @@ class TitansModel(TitansPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             memory_states=tuple(states) if return_memory_states else None,
-            surprises=None if surprises is None else tuple(unpack(s) for s in surprises),
+            surprises=tuple(trace.surprise for trace in traces) if output_surprise else None,
+            traces=tuple(traces) if output_trace else None,
         )
         return output if return_dict else output.to_tuple()
 
@@ -334,6 +337,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         restart: Tensor | None = None,
         return_memory_states: bool = False,
         output_surprise: bool = False,
+        output_trace: bool = False,
+        freeze_memory: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -357,6 +362,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             restart=restart,
             return_memory_states=return_memory_states,
             output_surprise=output_surprise,
+            output_trace=output_trace,
+            freeze_memory=freeze_memory,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             **keywords,
@@ -378,6 +385,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             memory_states=output.memory_states,
             surprises=output.surprises,
+            traces=output.traces,
         )
         if return_dict is None:
             return_dict = self.config.return_dict

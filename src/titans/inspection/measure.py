@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,10 +15,8 @@ from torch.utils import _pytree as pytree
 from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.nn import NeuralMemory
 from titans.stream.model import reading
 from titans.stream.reader import initial_states
-from titans.stream.saved import carried_memories
 from titans.stream.text import token_ids
 
 PASSAGE_LENGTH = 1024
@@ -95,8 +92,7 @@ def inspect_text(
     Raises:
         ValueError: for a model without a memory, texts of fewer than two tokens, or foreign token ids.
     """
-    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
-    if not memories:
+    if not model.config.has_memory:
         raise ValueError(f"variant={model.config.variant!r} has no memory to inspect")
     text, beside = (token_ids(each, None, model.config.vocab_size).long() for each in (ids, another))
     for name, read in (("ids", text), ("another", beside)):
@@ -111,7 +107,7 @@ def inspect_text(
         for begin in range(0, len(text), passage_length):
             passage = text[begin : begin + passage_length]
             views = [keep_memory_only(model, held) for held in (own, other, fresh)]
-            found, logits = _stream(model, memories, passage, own, logits)
+            found, logits = _stream(model, passage, own, logits)
             found |= dict(zip(("own", "other", "none"), _views(model, passage, views), strict=True))
             parts.append(found)
             if len(piece := beside[begin : begin + passage_length]):
@@ -124,27 +120,19 @@ def inspect_text(
 
 def _stream(
     model: TitansForCausalLM,
-    memories: list[NeuralMemory],
     passage: Tensor,
     cache: TitansCache,
     before: Tensor,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Read on: what was seen, and the logits (1, vocab) after the last token."""
-    with _opened_gates(memories) as gates:
-        output = model(passage[None].to(model.device), past_key_values=cache, output_surprise=True)
+    output = model(passage[None].to(model.device), past_key_values=cache, output_trace=True)
     logits = torch.cat([before, output.logits[0].float().cpu()])
-    decays, openings = ([torch.cat(each, 1)[0] for each in kind] for kind in gates)
-    norms = [
-        torch.stack([w[0].float().square().sum((-2, -1)) for w in state.weights]).sum(0).sqrt()
-        for state in carried_memories(cache.states)
-    ]
+    traces = output.traces
     found = {
-        "surprise": torch.stack([s[0].float().mean(-1) for s in output.surprises], -1),
-        "forget": torch.stack([(-torch.expm1(-decay)).mean(-1) for decay in decays], 1),
-        "step_size": torch.stack(
-            [memory.max_step_size * gate.mean(-1) for memory, gate in zip(memories, openings, strict=True)], 1
-        ),
-        "memory_norm": torch.stack(norms)[None],
+        "surprise": torch.stack([trace.surprise[0].float().mean(-1) for trace in traces], -1),
+        "forget": torch.stack([trace.forget[0].mean(-1) for trace in traces], 1),
+        "step_size": torch.stack([trace.step_size[0].mean(-1) for trace in traces], 1),
+        "memory_norm": torch.stack([trace.weight_norm[0] for trace in traces])[None],
         "loss": F.cross_entropy(logits[:-1], passage, reduction="none"),
     }
     if before.isnan().any():
@@ -164,24 +152,3 @@ def _views(model: TitansForCausalLM, passage: Tensor, views: list[TitansCache]) 
         logits = model(rows[:, :-1].to(model.device), past_key_values=together).logits.float().cpu()
         losses[:, 1:] = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
     return losses
-
-
-@contextmanager
-def _opened_gates(memories: list[NeuralMemory]) -> Iterator[tuple[list[list[Tensor]], list[list[Tensor]]]]:
-    """What the forget and the step-size gates of each memory give within this block."""
-    forget: list[list[Tensor]] = [[] for _ in memories]
-    steps: list[list[Tensor]] = [[] for _ in memories]
-
-    def kept(found: list[Tensor]) -> Callable[[Any, Any, Tensor], None]:
-        return lambda _, __, gate: found.append(gate)
-
-    hooks = [
-        gate.register_forward_hook(kept(found))
-        for memory, forgot, stepped in zip(memories, forget, steps, strict=True)
-        for gate, found in ((memory.forget_gate, forgot), (memory.step_size_gate, stepped))
-    ]
-    try:
-        yield forget, steps
-    finally:
-        for hook in hooks:
-            hook.remove()

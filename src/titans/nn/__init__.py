@@ -1,15 +1,19 @@
 """Layers and blocks, in torch alone. State goes in as an argument and comes out as a value."""
 
-from titans.nn.blocks import BLOCKS, BlockContext, BlockSettings
+from titans.nn.blocks import BLOCKS, Block, BlockResult, BlockSettings
+from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.memory import FORMS, MemoryForm, NeuralMemory, NeuralMemoryState
 from titans.nn.memory.tnt.layer import TNTMemory, TNTMemoryState
 
 __all__ = [
     "BLOCKS",
     "FORMS",
+    "Block",
     "BlockContext",
+    "BlockResult",
     "BlockSettings",
     "MemoryForm",
+    "MemoryTrace",
     "NeuralMemory",
     "NeuralMemoryState",
     "TNTMemory",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from titans.memory.backends.triton import runs_on as triton_runs_on
 from titans.nn import kernels
-from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
+from titans.nn.packing import ALL_REAL, Packed, newest, zero_padding, zero_padding_
 
 
 class CausalConv(nn.Module):
@@ -39,25 +39,24 @@ class CausalConv(nn.Module):
         self,
         x: Tensor,
         tail: Tensor | None = None,
-        lengths: Tensor | None = None,
+        packed: Packed = ALL_REAL,
         reset: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Filter a stretch; returns y like x (zeros at padding) and the new tail.
 
         x: (batch, time, channels), packed rows. tail: (batch, kernel_size − 1, channels), the last real
-        inputs before x, zeros where there were none; None for the start of a row. lengths: (batch,) int64 or
-        None. reset: (batch, time) bool or None: before this token the row starts afresh, and no filter
-        reaches across. backend: which kernels may run, see `titans.nn.kernels`.
+        inputs before x, zeros where there were none; None for the start of a row. reset: (batch, time) bool
+        or None: before this token the row starts afresh, and no filter reaches across. backend: which
+        kernels may run, see `titans.nn.kernels`.
         """
-        width, time = self.kernel_size, x.shape[1]
-        real = real_tokens(lengths, time)
-        x = zero_padding(x, real)
+        width, time, real = self.kernel_size, x.shape[1], packed.real
+        x = packed.zero_padding(x)
         if tail is None:
             tail = self.initial_tail(x.shape[0], x.device, x.dtype)
         else:
             self.check_tail(x, tail)
-        new_tail = self.next_tail(x, tail, lengths, reset)
+        new_tail = self.next_tail(x, tail, packed, reset)
         if time == 0:
             return x, new_tail
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
@@ -84,17 +83,17 @@ class CausalConv(nn.Module):
             )
 
     def next_tail(
-        self, x: Tensor, tail: Tensor, lengths: Tensor | None = None, reset: Tensor | None = None
+        self, x: Tensor, tail: Tensor, packed: Packed = ALL_REAL, reset: Tensor | None = None
     ) -> Tensor:
         """The tail after x, all arguments as in `forward`."""
-        new_tail = newest(tail, x, lengths, self.kernel_size - 1)
+        new_tail = newest(tail, x, packed.lengths, self.kernel_size - 1)
         if reset is None or not x.shape[1]:
             return new_tail
         time = x.shape[1]
-        stretch = self._stretches(reset, real_tokens(lengths, time))
+        stretch = self._stretches(reset, packed.real)
         index = torch.arange(time, time + self.kernel_size - 1, device=x.device).expand(x.shape[0], -1)
-        if lengths is not None:
-            index = index - time + lengths[:, None]
+        if packed.lengths is not None:
+            index = index - time + packed.lengths[:, None]
         return zero_padding_(new_tail, stretch.gather(1, index) == stretch[:, -1:])
 
     def _stretches(self, reset: Tensor, real: Tensor | None) -> Tensor:

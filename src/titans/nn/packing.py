@@ -1,16 +1,59 @@
-"""Packed rows: the real tokens of row b are its first `lengths[b]`; what follows must not matter."""
+"""Rows of different lengths in one tensor: a row's real tokens come first, what follows must not matter."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def real_tokens(lengths: Tensor | None, time: int) -> Tensor | None:
-    """Which tokens are real: (batch, time) bool, or None where `lengths` is None and all of them are."""
-    if lengths is None:
-        return None
-    return torch.arange(time, device=lengths.device) < lengths[:, None]
+@dataclass(frozen=True)
+class Packed:
+    """Which tokens of packed rows are real, and where they stood before the rows were packed.
+
+    lengths: (batch,) int64, the number of real tokens of each row, which are its first; None where all are.
+    real: (batch, time) bool, the same as a mask of the packed rows; None with `lengths`.
+    order, place, kept: (batch, time), the way there and back: for each slot the token that stands in it, for
+        each token its slot, and which tokens are real; None where the rows were packed from the beginning.
+    """
+
+    lengths: Tensor | None = None
+    real: Tensor | None = None
+    order: Tensor | None = None
+    place: Tensor | None = None
+    kept: Tensor | None = None
+
+    @staticmethod
+    def first(lengths: Tensor | None, time: int) -> Packed:
+        """Rows of `time` slots of which the first lengths (batch,) are real, or all for None."""
+        if lengths is None:
+            return Packed()
+        return Packed(lengths, torch.arange(time, device=lengths.device) < lengths[:, None])
+
+    @staticmethod
+    def of(mask: Tensor | None) -> Packed:
+        """Rows with real tokens anywhere, given by a mask (batch, time) bool, or None for all."""
+        if mask is None:
+            return Packed()
+        rows = Packed.first(mask.sum(1), mask.shape[1])
+        order = torch.argsort(~mask, dim=1, stable=True)
+        return Packed(rows.lengths, rows.real, order, mask.cumsum(1) - mask.long(), mask)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """x (batch, time, ...) with each row's real tokens moved to its front, and zeros behind them."""
+        return self.zero_padding(x if self.order is None else take(x, self.order))
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """The inverse of `pack`: y (batch, time, ...) with every token where it stood, zeros elsewhere."""
+        return y if self.place is None else zero_padding(take(y, self.place), self.kept)
+
+    def zero_padding(self, x: Tensor) -> Tensor:
+        """Packed rows x (batch, time, ...) with zeros where no real token is."""
+        return zero_padding(x, self.real)
+
+
+ALL_REAL = Packed()
 
 
 def zero_padding(x: Tensor, real: Tensor | None) -> Tensor:

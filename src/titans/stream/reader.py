@@ -80,10 +80,13 @@ def reader_of(model: Any) -> Reader:
 
 
 class TitansReader:
-    """A Titans model: exact however the text is cut, at constant memory (with a "transformer": growing)."""
+    """A Titans model: exact however the text is cut, at constant memory (with a "transformer": growing).
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    freeze_memory: see `TitansModel.forward`.
+    """
+
+    def __init__(self, model: Any, freeze_memory: bool = False) -> None:
+        self.model, self.freeze_memory = model, freeze_memory
         self.inner: TitansForCausalLM = unwrapped(model)
         self.vocab_size: int = self.inner.config.vocab_size
 
@@ -99,6 +102,7 @@ class TitansReader:
                 past_key_values=cache,
                 logits_to_keep=0 if all_logits else 1,
                 output_surprise=output_surprise,
+                freeze_memory=self.freeze_memory,
             )
         return Read(output.logits if ids.shape[1] else None, output.surprises or None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from titans.train import checkpoint as files
 from titans.train.examples import EpochAfterEpoch, HeldOut
 from titans.train.metrics import MetricsLog
 from titans.train.recorded import RecordedStep
-from titans.train.write_cost import collected_write_logits, write_cost
+from titans.train.write_cost import write_cost
 
 _MEMORY_FILE = "carried_memory.safetensors"
 _STATE_FILE = "trainer_state.json"
@@ -166,15 +165,15 @@ class TitansTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None]:
         """(loss to minimise, mean cross-entropy to report, logits, detached states after the step)."""
         read, targets = _read_columns(inputs), inputs["labels"][:, 1:].flatten()
-        with collected_write_logits(model) if self.write_cost else nullcontext([]) as write_logits:
-            output = model(
-                input_ids=read["input_ids"],
-                attention_mask=read["attention_mask"] if masked else None,
-                use_cache=False,
-                memory_states=states,
-                restart=restart,
-                return_memory_states=self.carry_memory,
-            )
+        output = model(
+            input_ids=read["input_ids"],
+            attention_mask=read["attention_mask"] if masked else None,
+            use_cache=False,
+            memory_states=states,
+            restart=restart,
+            return_memory_states=self.carry_memory,
+            output_trace=self.write_cost > 0,
+        )
         logits, states = output.logits, output.memory_states
         each = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
         weights = (targets >= 0).to(each.dtype)
@@ -183,7 +182,8 @@ class TitansTrainer(Trainer):
             weights = torch.where(inputs["answers"][:, 1:].flatten(), self.answer_weight, weights)
         loss = (each * weights).sum() / weights.sum()
         if self.write_cost:
-            cost = write_cost(write_logits, self.write_cost_reach, read.get("facts"))
+            tokens = read["attention_mask"].bool() if masked else None
+            cost = write_cost(output.traces, self.write_cost_reach, tokens, read.get("facts"))
             loss = loss + self.write_cost * cost.to(loss.device)
         return loss, reported, logits, map_state(Tensor.detach, states) if self.carry_memory else None
 

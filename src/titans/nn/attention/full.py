@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from titans.nn.packing import place, real_tokens, zero_padding, zero_padding_
+from titans.nn.packing import ALL_REAL, Packed, place, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 
@@ -47,16 +47,15 @@ class FullAttention(nn.Module):
         return FullAttentionState(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=device))
 
     def forward(
-        self, x: Tensor, state: FullAttentionState | None = None, lengths: Tensor | None = None
+        self, x: Tensor, state: FullAttentionState | None = None, packed: Packed = ALL_REAL
     ) -> tuple[Tensor, FullAttentionState]:
         """Attend over a stretch; returns y like x (zeros at padding) and the grown state.
 
-        x: (batch, time, hidden_size), packed rows. state: None for the start of every row. lengths: (batch,)
-        int64 or None. Continuing a state, or ragged rows, reads the positions on the host.
+        x: (batch, time, hidden_size), packed rows. state: None for the start of every row.
+        Continuing a state, or ragged rows, reads the positions on the host.
         """
         batch, time = x.shape[:2]
-        real = real_tokens(lengths, time)
-        x = zero_padding(x, real)
+        x = packed.zero_padding(x)
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         if state is None:
             state = self.initial_state(batch, x.device, keys.dtype)
@@ -67,7 +66,7 @@ class FullAttention(nn.Module):
         cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta, queries.dtype)
         queries, keys = apply_rotary(queries, cos, sin), apply_rotary(keys, cos, sin)
 
-        state = self._grow(state, keys, values, lengths)
+        state = self._grow(state, keys, values, packed.lengths)
         if fresh:
             # Padding stands behind every real token, so the plain causal mask already hides it.
             y = _attention(queries, keys, values, is_causal=True)
@@ -77,7 +76,7 @@ class FullAttention(nn.Module):
             slots = torch.arange(state.keys.shape[1], device=x.device)
             visible = (slots <= positions[..., None])[:, None]
             y = _attention(queries, state.keys, state.values, visible=visible)
-        return zero_padding_(self.output(y.flatten(-2)), real), state
+        return zero_padding_(self.output(y.flatten(-2)), packed.real), state
 
     def _grow(
         self, state: FullAttentionState, keys: Tensor, values: Tensor, lengths: Tensor | None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.attention.attend import attend
-from titans.nn.packing import place, real_tokens, zero_padding, zero_padding_
+from titans.nn.packing import ALL_REAL, Packed, place, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 
@@ -89,7 +89,7 @@ class SegmentAttention(nn.Module):
         persistent: Tensor | None = None,
         state: SegmentState | None = None,
         start: Tensor | None = None,
-        lengths: Tensor | None = None,
+        packed: Packed = ALL_REAL,
         fresh: bool = False,
     ) -> tuple[Tensor, SegmentState]:
         """Attend over a stretch inside one segment per row; returns z like x (zeros at padding) and the new
@@ -104,9 +104,9 @@ class SegmentAttention(nn.Module):
             state, start = None, None
         elif start is None:
             raise ValueError("start=None with a state: pass each row's index in its segment, or fresh=True")
-        x = zero_padding(x, real_tokens(lengths, x.shape[1]))
+        x = packed.zero_padding(x)
         tokens = self.tokens(x, x.new_zeros(1, dtype=torch.int64) if start is None else start)
-        return self.attend(tokens, context, self.fixed(persistent), state, lengths)
+        return self.attend(tokens, context, self.fixed(persistent), state, packed)
 
     def tokens(self, x: Tensor, start: Tensor) -> SegmentTokens:
         """What does not depend on the context, of a stretch that may cross segments.
@@ -132,21 +132,21 @@ class SegmentAttention(nn.Module):
         context: Tensor,
         fixed: tuple[Tensor, Tensor] | None,
         state: SegmentState | None,
-        lengths: Tensor | None = None,
+        packed: Packed = ALL_REAL,
     ) -> tuple[Tensor, SegmentState]:
         """`forward` given `tokens` and `fixed` of its stretch.
 
         context: (batch, time, hidden_size), the context token h_j beside its token s_j. state: what the
-        segment holds before the stretch; None where every row begins its segment with it. lengths: (batch,)
-        int64 or None; start + lengths ≤ segment_length.
+        segment holds before the stretch; None where every row begins its segment with it. No row may go on
+        beyond its segment.
         """
         time = context.shape[1]
         if time > self.segment_length:
             raise ValueError(
                 f"time={time} exceeds segment_length={self.segment_length}: call once per segment"
             )
-        real = real_tokens(lengths, time)
-        context_keys, context_values = self._keys_values(zero_padding(context, real))
+        lengths = packed.lengths
+        context_keys, context_values = self._keys_values(packed.zero_padding(context))
         new = (
             apply_rotary(context_keys, tokens.cos, tokens.sin),
             context_values,
@@ -176,7 +176,7 @@ class SegmentAttention(nn.Module):
             torch.cat([visible, visible], dim=-1),
             fixed,
         )
-        return zero_padding_(self.output(z.flatten(-2)), real), state
+        return zero_padding_(self.output(z.flatten(-2)), packed.real), state
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.key_value(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)

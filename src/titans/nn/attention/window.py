@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.attention.attend import attend
-from titans.nn.packing import newest, real_tokens, zero_padding, zero_padding_
+from titans.nn.packing import ALL_REAL, Packed, newest, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
 
@@ -63,16 +63,15 @@ class WindowAttention(nn.Module):
         x: Tensor,
         state: WindowState | None = None,
         persistent: Tensor | None = None,
-        lengths: Tensor | None = None,
+        packed: Packed = ALL_REAL,
     ) -> tuple[Tensor, WindowState]:
         """Attend over a stretch; returns y like x (zeros at padding) and the new state.
 
         x: (batch, time, hidden_size), packed rows. state: None for the start of every row. persistent:
-        (num_persistent, hidden_size), already normalised, or None. lengths: (batch,) int64 or None.
+        (num_persistent, hidden_size), already normalised, or None.
         """
         batch, time = x.shape[:2]
-        real = real_tokens(lengths, time)
-        x = zero_padding(x, real)
+        x = packed.zero_padding(x)
         plain = (self.query(x) * self.head_dim**-0.5).unflatten(-1, (self.num_heads, self.head_dim))
         keys, values = self._keys_values(x)
         positions = torch.arange(time, device=x.device)
@@ -82,8 +81,8 @@ class WindowAttention(nn.Module):
         rotated, keys = apply_rotary(plain, cos, sin), apply_rotary(keys, cos, sin)
 
         y = self._attend_blocks(rotated, plain, keys, values, state, persistent)
-        y = zero_padding_(self.output(y.flatten(-2)), real)
-        return y, self._next_state(keys, values, state, lengths)
+        y = zero_padding_(self.output(y.flatten(-2)), packed.real)
+        return y, self._next_state(keys, values, state, packed.lengths)
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.key_value(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)

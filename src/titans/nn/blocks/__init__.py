@@ -1,9 +1,8 @@
-"""Token-mixing blocks. To add a variant, write one file and add one entry; the conformance tests then cover
-it.
+"""Token-mixing blocks. To add a variant, write one file and add one entry; conformance tests then cover it.
 
-A block is built from `BlockSettings`, makes its own fresh state with `initial_state(batch)`, and maps
-(x, state, context) to (x, state): norms and residuals are its own, the SwiGLU that follows is the model's.
-`fresh_context(state)` is an initial state that keeps what the long-term memory has learned, and nothing else.
+`Block` says what a block is: built from `BlockSettings`, it makes a state with `initial_state(batch)`, maps
+(x, state, context) to a `BlockResult` (x, state, trace), and `fresh_context(state)` keeps of a state the
+memory alone. Norms and residuals are the block's own, the SwiGLU that follows is the model's.
 """
 
 from titans.nn.blocks.attention import AttentionBlock
@@ -11,7 +10,8 @@ from titans.nn.blocks.lmm import LMMBlock
 from titans.nn.blocks.mac import MACBlock
 from titans.nn.blocks.mag import MAGBlock
 from titans.nn.blocks.mal import MALBlock
-from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.protocol import Block, BlockResult
+from titans.nn.blocks.settings import BlockSettings
 from titans.nn.blocks.window import WindowBlock
 
 BLOCKS = {
@@ -25,4 +25,4 @@ BLOCKS = {
 # Baselines.
 WITHOUT_MEMORY = frozenset({"transformer", "window"})
 
-__all__ = ["BLOCKS", "WITHOUT_MEMORY", "BlockContext", "BlockSettings"]
+__all__ = ["BLOCKS", "WITHOUT_MEMORY", "Block", "BlockResult", "BlockSettings"]

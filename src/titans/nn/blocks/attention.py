@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from titans.nn.attention.full import FullAttention, FullAttentionState
-from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.protocol import BlockResult
+from titans.nn.blocks.settings import BlockSettings
+from titans.nn.context import BlockContext
 from titans.nn.norm import RMSNorm
 
 
@@ -26,9 +28,7 @@ class AttentionBlock(nn.Module):
         """An initial state: nothing is kept, for there is no memory."""
         return self.initial_state(state.position.shape[0])
 
-    def forward(
-        self, x: Tensor, state: FullAttentionState, context: BlockContext
-    ) -> tuple[Tensor, FullAttentionState]:
+    def forward(self, x: Tensor, state: FullAttentionState, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
-        y, state = self.attention(self.norm(x), state, context.lengths)
-        return x + y, state
+        y, state = self.attention(self.norm(x), state, context.packed)
+        return BlockResult(x + y, state)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.protocol import BlockResult
+from titans.nn.blocks.settings import BlockSettings
+from titans.nn.context import BlockContext
 from titans.nn.memory import NeuralMemoryState
 from titans.nn.norm import RMSNorm
 
@@ -25,9 +27,7 @@ class LMMBlock(nn.Module):
         """An initial state that keeps what the memory has learned."""
         return self.memory.fresh_context(state)
 
-    def forward(
-        self, x: Tensor, state: NeuralMemoryState, context: BlockContext
-    ) -> tuple[Tensor, NeuralMemoryState]:
+    def forward(self, x: Tensor, state: NeuralMemoryState, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
-        y, state = self.memory.packed(self.norm(x), state, context.lengths, surprises=context.surprises)
-        return x + y, state
+        y, state, trace = self.memory(self.norm(x), state, context=context)
+        return BlockResult(x + y, state, trace)

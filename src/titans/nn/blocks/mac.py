@@ -20,12 +20,14 @@ from torch.utils import _pytree as pytree
 from titans.memory import MemoryState, memory_read
 from titans.memory.chunkwise.columns import common_phase, cut_columns
 from titans.nn.attention.segment import SegmentAttention, SegmentState, SegmentTokens
-from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.protocol import BlockResult
+from titans.nn.blocks.settings import BlockSettings
+from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
 from titans.nn.memory.heads import UNIT, head_vectors
 from titans.nn.memory.layer import Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
-from titans.nn.packing import real_tokens, take, zero_padding
+from titans.nn.packing import ALL_REAL, Packed, take, zero_padding
 from titans.state import register_state, where_rows
 
 
@@ -113,19 +115,19 @@ class MACBlock(nn.Module):
             self.initial_state(state.recall_tail.shape[0]), memory=memory, snapshot=memory.memory.weights
         )
 
-    def forward(self, x: Tensor, state: MACState, context: BlockContext) -> tuple[Tensor, MACState]:
+    def forward(self, x: Tensor, state: MACState, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
-        position, lengths = state.memory.memory.position, context.lengths
-        cut = _cut(position, x.shape[1], lengths, self.segment_length)
+        position, packed = state.memory.memory.position, context.packed
+        cut = _cut(position, x.shape[1], packed, self.segment_length)
         if not cut.pieces:
-            return x, state
-        normed = zero_padding(self.norm(x), real_tokens(lengths, x.shape[1]))
-        own, tail = self._own(normed, state.recall_tail, position, lengths)
+            return BlockResult(x, state)
+        normed = packed.zero_padding(self.norm(x))
+        own, tail = self._own(normed, state.recall_tail, position, packed)
         fixed = self.attention.fixed(self.persistent)
         memory, snapshot, segment = state.memory, state.snapshot, state.segment
         attended: list[Tensor] = []
         found: list[Found] = []
-        surprises: list[Tensor] | None = None if context.surprises is None else []
+        traces: list[MemoryTrace] = []
         leaves, structure = pytree.tree_flatten(own)
         for piece, *part in zip(cut.pieces, *map(cut.apart, leaves), strict=True):
             mine = pytree.tree_unflatten(part, structure)
@@ -134,20 +136,19 @@ class MACBlock(nn.Module):
                 snapshot = now if piece.begins is True else where_rows(piece.begins, now, snapshot)
             recalled = self._recall(mine, snapshot, memory.memory.position)
             before = None if piece.begins is True else segment
-            z, segment = self.attention.attend(mine.tokens, recalled, fixed, before, piece.lengths)
-            read, memory = self.memory.learn(self.memory_norm(z), memory, piece.lengths, surprises=surprises)
+            z, segment = self.attention.attend(mine.tokens, recalled, fixed, before, piece.packed)
+            now_read = replace(context, packed=piece.packed)
+            read, memory, trace = self.memory.learn(self.memory_norm(z), memory, now_read)
             attended.append(z)
             found.append(read)
+            traces += [] if trace is None else [trace]
         # What a piece leaves to the next is known: the rest needs no order.
         answers = self.memory.answer(Found(*(torch.cat(parts, 1) for parts in zip(*found, strict=True))))
         y = cut.together(self.gate(torch.cat(attended, 1), answers))
-        if context.surprises is not None and surprises is not None:
-            context.surprises.append(cut.together(torch.cat(surprises, 1)))
-        return x + y, MACState(memory, snapshot, segment, tail)
+        trace = MemoryTrace.joined(traces).map_tokens(cut.together) if traces else None
+        return BlockResult(x + y, MACState(memory, snapshot, segment, tail), trace)
 
-    def _own(
-        self, x: Tensor, recall_tail: Tensor, position: Tensor, lengths: Tensor | None
-    ) -> tuple[_Own, Tensor]:
+    def _own(self, x: Tensor, recall_tail: Tensor, position: Tensor, packed: Packed) -> tuple[_Own, Tensor]:
         """What the tokens bring along, whatever the memory says; and the convolution's new tail."""
         projected = self.recall_query(x)
         memory = self.memory
@@ -157,7 +158,7 @@ class MACBlock(nn.Module):
             recall_tail,
             memory.network.head_dim,
             (UNIT,),
-            lengths,
+            packed,
             backend=memory.backend,
         )
         return _Own(queries, memory.prior(queries), self.attention.tokens(x, position)), tail
@@ -187,11 +188,11 @@ class _Own:
 
 
 class _Piece(NamedTuple):
-    """At most one segment of every row: lengths (batch,) or None, and the rows (batch,) whose segment begins
-    with it; True for all of them, None for none.
+    """At most one segment of every row: its tokens, and the rows (batch,) whose segment begins with it; True
+    for all of them, None for none.
     """
 
-    lengths: Tensor | None
+    packed: Packed
     begins: Tensor | Literal[True] | None
 
 
@@ -206,21 +207,23 @@ class _Cut(NamedTuple):
     together: Callable[[Tensor], Tensor]
 
 
-def _cut(position: Tensor, time: int, lengths: Tensor | None, segment_length: int) -> _Cut:
-    phase = common_phase(position, segment_length) if time and lengths is None else None
+def _cut(position: Tensor, time: int, packed: Packed, segment_length: int) -> _Cut:
+    real = packed.real
+    phase = common_phase(position, segment_length) if time and real is None else None
     if phase is not None:
         begins = [*range(-phase, time, segment_length)]
         sizes = [min(b + segment_length, time) - max(b, 0) for b in begins]
-        pieces = [_Piece(None, True if b >= 0 else None) for b in begins]
+        pieces = [_Piece(ALL_REAL, True if b >= 0 else None) for b in begins]
         return _Cut(pieces, lambda x: x.split(sizes, 1), lambda y: y)
-    real = real_tokens(lengths, time)
     if real is None:
         real = torch.ones(len(position), time, dtype=torch.bool, device=position.device)
     columns = cut_columns(position, real, segment_length)
     counts, source = columns.filled.sum(-1), columns.source.flatten(1)
     starts = (columns.start == 0) & (counts > 0)
+    width = columns.source.shape[-1]
+    pieces = [Packed.first(count, width) for count in counts.unbind(1)]
     return _Cut(
-        [*map(_Piece, counts.unbind(1), starts.unbind(1))],
-        lambda x: take(x, source).split(columns.source.shape[-1], 1),
+        [*map(_Piece, pieces, starts.unbind(1))],
+        lambda x: take(x, source).split(width, 1),
         lambda y: zero_padding(take(y, columns.place), real),
     )

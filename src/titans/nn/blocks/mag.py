@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from titans.nn.attention.window import WindowAttention, WindowState
-from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.protocol import BlockResult
+from titans.nn.blocks.settings import BlockSettings
+from titans.nn.context import BlockContext
 from titans.nn.memory import NeuralMemoryState
 from titans.nn.norm import RMSNorm
 from titans.state import register_state
@@ -43,11 +45,9 @@ class MAGBlock(nn.Module):
         fresh = self.initial_state(state.memory.tail.shape[0])
         return replace(fresh, memory=self.memory.fresh_context(state.memory))
 
-    def forward(self, x: Tensor, state: MAGState, context: BlockContext) -> tuple[Tensor, MAGState]:
+    def forward(self, x: Tensor, state: MAGState, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
         normed = self.norm(x)
-        attention, window = self.attention(normed, state.window, self.persistent, context.lengths)
-        memory, remembered = self.memory.packed(
-            normed, state.memory, context.lengths, surprises=context.surprises
-        )
-        return x + self.gate(attention, memory), MAGState(window, remembered)
+        attention, window = self.attention(normed, state.window, self.persistent, context.packed)
+        memory, remembered, trace = self.memory(normed, state.memory, context=context)
+        return BlockResult(x + self.gate(attention, memory), MAGState(window, remembered), trace)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from titans.nn.attention.window import WindowAttention, WindowState
-from titans.nn.blocks.settings import BlockContext, BlockSettings
+from titans.nn.blocks.protocol import BlockResult
+from titans.nn.blocks.settings import BlockSettings
+from titans.nn.context import BlockContext
 from titans.nn.memory import NeuralMemoryState
 from titans.nn.norm import RMSNorm
 from titans.state import register_state
@@ -44,11 +46,9 @@ class MALBlock(nn.Module):
         fresh = self.initial_state(state.memory.tail.shape[0])
         return replace(fresh, memory=self.memory.fresh_context(state.memory))
 
-    def forward(self, x: Tensor, state: MALState, context: BlockContext) -> tuple[Tensor, MALState]:
+    def forward(self, x: Tensor, state: MALState, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
-        y, memory = self.memory.packed(
-            self.memory_norm(x), state.memory, context.lengths, surprises=context.surprises
-        )
+        y, memory, trace = self.memory(self.memory_norm(x), state.memory, context=context)
         x = x + y
-        y, window = self.attention(self.attention_norm(x), state.window, self.persistent, context.lengths)
-        return x + y, MALState(memory, window)
+        y, window = self.attention(self.attention_norm(x), state.window, self.persistent, context.packed)
+        return BlockResult(x + y, MALState(memory, window), trace)

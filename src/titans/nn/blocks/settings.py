@@ -1,4 +1,4 @@
-"""What a block is built from, and what it is told with every call."""
+"""What a block is built from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from titans.nn.combine import COMBINATIONS, MemoryGate, MemorySum
 from titans.nn.memory import NeuralMemory
@@ -66,15 +66,3 @@ class BlockSettings:
     def persistent_tokens(self) -> nn.Parameter:
         """Learned tokens (num_persistent_tokens, hidden_size), on the scale of a normalised token."""
         return nn.Parameter(torch.randn(self.num_persistent_tokens, self.hidden_size))
-
-
-@dataclass(frozen=True)
-class BlockContext:
-    """What a model tells its blocks with a call.
-
-    lengths: (batch,) int64, how many of each row's tokens are real (they come first), or None for all.
-    surprises: a list in which memories leave (batch, time, heads), or None.
-    """
-
-    lengths: Tensor | None = None
-    surprises: list[Tensor] | None = None

@@ -11,6 +11,7 @@ from titans.nn import kernels
 from titans.nn.conv import CausalConv
 from titans.nn.kernels import native
 from titans.nn.norm import ReadNorm, shorten, unit_queries
+from titans.nn.packing import ALL_REAL, Packed
 
 # For `head_vectors`: not shortened to a length but brought to length 1.
 UNIT = 0.0
@@ -22,14 +23,14 @@ def head_vectors(
     tail: Tensor,
     head_dim: int,
     longest: Sequence[float],
-    lengths: Tensor | None = None,
+    packed: Packed = ALL_REAL,
     reset: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """Convolve, pass through SiLU, and bring each head's vectors to their length.
 
     Args:
-        conv: the filter; `tail`, `lengths` and `reset` are as there.
+        conv: the filter; `tail`, `packed` and `reset` are as there.
         x: (batch, time, parts · heads · head_dim), packed rows.
         longest: for each part `UNIT`, or the length that no vector may exceed.
         backend: which kernels may run, see `titans.nn.kernels`.
@@ -43,9 +44,9 @@ def head_vectors(
     if kernels.allows(backend, "native") and native.refuses(head_dim, x, tail, conv.weight) is None:
         # Compiled code would read beyond what there is; below, the filter looks itself.
         conv.check_tail(x, tail)
-        vectors = native.filter_heads(x, tail, conv.weight, reset, lengths, longest, head_dim)
-        return vectors, conv.next_tail(x, tail, lengths, reset)
-    filtered, tail = conv(x, tail, lengths, reset, backend)
+        vectors = native.filter_heads(x, tail, conv.weight, reset, packed.lengths, longest, head_dim)
+        return vectors, conv.next_tail(x, tail, packed, reset)
+    filtered, tail = conv(x, tail, packed, reset, backend)
     parts = F.silu(filtered).unflatten(-1, (len(longest), -1, head_dim)).unbind(2)
     return [
         unit_queries(part) if limit == UNIT else shorten(part, limit)

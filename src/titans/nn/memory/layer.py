@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import MemoryState
 from titans.memory.objectives import Objective
 from titans.memory.rules import UpdateRule
+from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
 from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.nn.memory.learner import Learner, Stretch
-from titans.nn.norm import ReadNorm, shorten
-from titans.nn.packing import real_tokens, take, zero_padding
+from titans.nn.norm import ReadNorm
+from titans.nn.packing import Packed
 from titans.state import map_state, register_state, where_rows
 
 # Measured: docs/decisions/memory.md.
@@ -161,7 +161,8 @@ class NeuralMemory(Learner):
         """
         memory = self.empty_memory(1)
         if persistent is not None and len(persistent):
-            _, after = self.packed(persistent.unsqueeze(0), self._begin(self._empty_tail(1), memory))
+            start = self._begin(self._empty_tail(1), memory)
+            _, after, _ = self.learn(persistent.unsqueeze(0), start, BlockContext())
             written = after.memory
             memory = MemoryState(written.weights, written.momentum, written.weights, memory.position)
         expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
@@ -185,6 +186,28 @@ class NeuralMemory(Learner):
     def _empty_tail(self, batch: int) -> Tensor:
         return self.conv.initial_tail(batch, self.conv.weight.device, self.conv.weight.dtype)
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = ...,
+        mask: Tensor | None = ...,
+        reset: Tensor | None = ...,
+        *,
+        persistent: Tensor | None = ...,
+        context: None = ...,
+    ) -> tuple[Tensor, NeuralMemoryState]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = ...,
+        mask: Tensor | None = ...,
+        reset: Tensor | None = ...,
+        *,
+        persistent: Tensor | None = ...,
+        context: BlockContext,
+    ) -> tuple[Tensor, NeuralMemoryState, MemoryTrace | None]: ...
     def forward(
         self,
         x: Tensor,
@@ -193,36 +216,37 @@ class NeuralMemory(Learner):
         reset: Tensor | None = None,
         *,
         persistent: Tensor | None = None,
-    ) -> tuple[Tensor, NeuralMemoryState]:
-        """Read a stretch; returns the answers and the new state.
+        context: BlockContext | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState] | tuple[Tensor, NeuralMemoryState, MemoryTrace | None]:
+        """Read a stretch; returns the answers and the new state, and with a `context` the trace or None.
 
         Args:
             x: (batch, time, hidden_size).
             state: None for the start of every row.
             mask: (batch, time) bool; a False token is not read, and its answer is 0.
-            reset: (batch, time) bool; before such a token the row starts afresh.
+            reset: (batch, time) bool; before such a token the row starts afresh. In rows packed by `context`
+                a reset in the first slot that holds no token makes the state after the stretch a fresh one.
             persistent: (num_persistent, hidden_size) tokens that a fresh row has read first.
+            context: whether to learn and to return a trace, and which tokens of rows already packed are real;
+                instead of these a `mask`.
 
         Returns:
-            (batch, time, hidden_size) and the state.
+            (batch, time, hidden_size), the state, and with `context` a `MemoryTrace` or None.
 
         Raises:
             ValueError: for a wrong shape or dtype, naming the argument.
         """
         self._check(x, state, mask, reset)
-        if mask is None:
-            return self.packed(x, state, None, reset, persistent=persistent)
-        batch, time = mask.shape
-        rank = mask.cumsum(1) - mask.long()
-        lengths = mask.sum(1)
-        packed_reset = None
-        if reset is not None:
-            # A reset on a masked token takes effect before the next real one, or after the last.
-            resets = torch.zeros(batch, time + 1, dtype=torch.int64, device=x.device)
-            packed_reset = resets.scatter_add(1, rank, reset.long())[:, :time] > 0
-        order = torch.argsort(~mask, dim=1, stable=True)
-        y, state = self.packed(take(x, order), state, lengths, packed_reset, persistent=persistent)
-        return torch.where(mask.unsqueeze(-1), take(y, rank), 0), state
+        how, given = context or BlockContext(), Packed.of(mask)
+        if mask is not None:
+            if how.packed.lengths is not None:
+                raise ValueError("mask with a context of packed rows: give one of them")
+            x, how, reset = given.pack(x), replace(how, packed=given), _packed_reset(given, reset)
+        found, state, trace = self.learn(x, state, how, reset, persistent=persistent)
+        y = given.unpack(self.answer(found))
+        if context is None:
+            return y, state
+        return y, state, None if trace is None else trace.map_tokens(given.unpack)
 
     def _check(
         self, x: Tensor, state: NeuralMemoryState | None, mask: Tensor | None, reset: Tensor | None
@@ -246,60 +270,43 @@ class NeuralMemory(Learner):
         if state is not None and state.tail.shape[0] != x.shape[0]:
             raise ValueError(f"state holds {state.tail.shape[0]} rows: give one for each of x's {x.shape[0]}")
 
-    def packed(
-        self,
-        x: Tensor,
-        state: NeuralMemoryState | None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-        *,
-        persistent: Tensor | None = None,
-        surprises: list[Tensor] | None = None,
-    ) -> tuple[Tensor, NeuralMemoryState]:
-        """`forward` for packed rows: row b's real tokens are its first lengths[b].
-
-        A list given as `surprises` collects them, (batch, time, heads). A reset at slot lengths[b] makes the
-        row's state after the stretch a fresh one.
-        """
-        found, state = self.learn(x, state, lengths, reset, persistent=persistent, surprises=surprises)
-        return self.answer(found), state
-
     def learn(
         self,
         x: Tensor,
         state: NeuralMemoryState | None,
-        lengths: Tensor | None = None,
+        context: BlockContext,
         reset: Tensor | None = None,
         *,
         persistent: Tensor | None = None,
-        surprises: list[Tensor] | None = None,
-    ) -> tuple[Found, NeuralMemoryState]:
-        """The half of `packed` that goes from state to state: what was found, and the new state."""
+    ) -> tuple[Found, NeuralMemoryState, MemoryTrace | None]:
+        """The half of `forward` that goes from state to state, for packed rows.
+
+        Returns what was found, the new state, and the trace if the context asks for it.
+        """
         if state is None:
             state = self.initial_state(x.shape[0], persistent)
-        stretch, gate, tail = self._stretch(x, state.tail, lengths, reset)
+        stretch, gate, tail = self._stretch(x, state.tail, context.packed, reset)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
-        reads, memory, surprise = self.scan(stretch, state.memory, fresh, self.backend)
-        if surprises is not None:
-            surprises.append(surprise)
-        return Found(reads, stretch.queries, gate), NeuralMemoryState(tail, memory)
+        reads, memory, trace = self.scan(
+            stretch, state.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
+        )
+        return Found(reads, stretch.queries, gate), NeuralMemoryState(tail, memory), trace
 
     def _stretch(
-        self, x: Tensor, tail: Tensor, lengths: Tensor | None, reset: Tensor | None
+        self, x: Tensor, tail: Tensor, packed: Packed, reset: Tensor | None
     ) -> tuple[Stretch, Tensor, Tensor]:
         """Packed rows as the memory takes them, the gate on its answers, and the convolution's new tail."""
-        time = x.shape[1]
-        real = real_tokens(lengths, time)
-        x = zero_padding(x, real)
+        x = packed.zero_padding(x)
         heads, head_dim = self.num_heads, self.network.head_dim
         qkv, gate = self.input(x).split([3 * heads * head_dim, heads * head_dim], dim=-1)
         (queries, keys, values), tail = head_vectors(
-            self.conv, qkv, tail, head_dim, (UNIT, UNIT, head_dim**0.5), lengths, reset, self.backend
+            self.conv, qkv, tail, head_dim, (UNIT, UNIT, head_dim**0.5), packed, reset, self.backend
         )
-        if reset is not None and lengths is not None:
-            ended = (reset & (torch.arange(time, device=x.device) == lengths[:, None])).any(1)
+        if reset is not None and packed.lengths is not None:
+            after = torch.arange(x.shape[1], device=x.device) == packed.lengths[:, None]
+            ended = (reset & after).any(1)
             tail = torch.where(ended[:, None, None], 0, tail)
-        return Stretch(x, queries, keys, values, real, reset), gate, tail
+        return Stretch(x, queries, keys, values, packed.real, reset), gate, tail
 
     def answer(self, found: Found) -> Tensor:
         """The other half, which knows no order: (batch, time, hidden_size)."""
@@ -308,36 +315,40 @@ class NeuralMemory(Learner):
         return self.output(y)
 
     @torch.no_grad()
-    def applied_gates(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, Tensor, Tensor]:
-        """Forget, momentum and step size as the update applies them: what the gates have learned, for people.
+    def applied_step_size(self, trace: MemoryTrace, state: NeuralMemoryState) -> Tensor:
+        """Step sizes as the update applies them, (batch, time, heads, depth).
 
-        With `normalize_step` the step size is divided by its normalizer at the weights the chunk began with.
+        With step normalization a step is divided by its normalizer at the weights its chunk began with.
 
         Args:
-            x: (batch, time, hidden_size), the next tokens, at most those that the running chunk lacks.
-
-        Returns:
-            (batch, time, heads, depth) each.
+            trace: of a stretch within the running chunk.
+            state: before that stretch.
 
         Raises:
-            ValueError: for tokens beyond the running chunk.
+            ValueError: for a stretch that goes on beyond the running chunk.
         """
         left = self.chunk_size - int((state.memory.position % self.chunk_size).max())
-        if x.shape[1] > left:
-            raise ValueError(f"x has {x.shape[1]} tokens: give at most the {left} left of the running chunk")
-        width = self.num_heads * self.network.head_dim
-        qkv, _ = self.conv(self.input(x)[..., : 3 * width], state.tail)
-        _, keys, values = F.silu(qkv).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        unit_keys = F.normalize(keys, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
-        forget, momentum, step_size = self._gates(x, unit_keys)
+        if trace.keys.shape[1] > left:
+            raise ValueError(
+                f"trace has {trace.keys.shape[1]} tokens: give at most the {left} left of the running chunk"
+            )
         if not self.inner.rule.normalize_step:
-            return forget, momentum, step_size
+            return trace.step_size
         anchor = self.network.total(state.memory.anchor, self.base)
         dtype = anchor[0].dtype
         gain, bias = (
             None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
         )
-        values = shorten(values.to(dtype), self.network.head_dim**0.5)
-        unit_keys, values = (x.to(dtype).transpose(1, 2) for x in (unit_keys, values))
-        normalizers = self.inner.step_normalizers_at(anchor, unit_keys, values, gain, bias)
-        return forget, momentum, step_size / torch.stack(normalizers, -1).transpose(1, 2)
+        keys, values = (x.to(dtype).transpose(1, 2) for x in (trace.keys, trace.values))
+        normalizers = self.inner.step_normalizers_at(anchor, keys, values, gain, bias)
+        return trace.step_size / torch.stack(normalizers, -1).transpose(1, 2)
+
+
+def _packed_reset(packed: Packed, reset: Tensor | None) -> Tensor | None:
+    """Resets (batch, time) of masked rows as those of the packed ones: a reset on a masked token takes effect
+    before the next real one, or after the last."""
+    if reset is None or packed.place is None:
+        return reset
+    batch, time = reset.shape
+    resets = torch.zeros(batch, time + 1, dtype=torch.int64, device=reset.device)
+    return resets.scatter_add(1, packed.place, reset.long())[:, :time] > 0

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import InnerProblem, MemoryState, memory_scan
+from titans.nn.context import MemoryTrace
 from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.half_lives import DecayRate, spaced_half_lives
 from titans.nn.memory.initial_weights import InitialWeights
@@ -29,6 +30,15 @@ class Stretch(NamedTuple):
     values: Tensor
     real: Tensor | None
     reset: Tensor | None
+
+
+class Gates(NamedTuple):
+    """(batch, time, heads, depth) each, in at least float32; step_logits: step sizes before the sigmoid."""
+
+    forget: Tensor
+    momentum: Tensor
+    step_size: Tensor
+    step_logits: Tensor
 
 
 class Learner(nn.Module):
@@ -62,7 +72,7 @@ class Learner(nn.Module):
         network = inner.network
         self.inner, self.network, self.num_heads, self.chunk_size = inner, network, num_heads, chunk_size
         self.form, self.max_step_size, self.half_lives = form, max_step_size, half_lives
-        # Modules of their own, so that others may look at what goes in and comes out.
+        # Modules of their own, so that an experiment may change what comes out.
         self.forget_gate = DecayRate(half_lives if form.bounded_half_lives else None)
         self.step_size_gate = nn.Sigmoid()
         depth, head_dim = network.depth, network.head_dim
@@ -130,24 +140,33 @@ class Learner(nn.Module):
         return map_state(lambda x: x.expand(batch, *x.shape[1:]), MemoryState.initial(weights))
 
     def scan(
-        self, stretch: Stretch, state: MemoryState, fresh: MemoryState | None, backend: str
-    ) -> tuple[Tensor, MemoryState, Tensor]:
+        self,
+        stretch: Stretch,
+        state: MemoryState,
+        fresh: MemoryState | None,
+        backend: str,
+        *,
+        frozen: bool = False,
+        trace: bool = False,
+    ) -> tuple[Tensor, MemoryState, MemoryTrace | None]:
         """Learn a stretch and answer its queries, see `memory_scan`.
 
-        fresh: one row, what a reset starts from; needed where the stretch has any.
+        fresh: one row, what a reset starts from; needed where the stretch has any. frozen: step sizes are 0.
 
         Returns:
-            Reads (batch, time, heads, head_dim), the new state, and surprise (batch, time, heads).
+            Reads (batch, time, heads, head_dim), the new state, and the trace if asked for.
         """
-        forget, momentum, step_size = self._gates(stretch.x, stretch.keys)
-        return memory_scan(
+        gates = self._gates(stretch.x, stretch.keys)
+        if frozen:
+            gates = gates._replace(step_size=torch.zeros_like(gates.step_size))
+        reads, memory, surprise = memory_scan(
             self.inner,
             stretch.queries,
             stretch.keys,
             stretch.values,
-            forget,
-            momentum,
-            step_size,
+            gates.forget,
+            gates.momentum,
+            gates.step_size,
             state,
             self.chunk_size,
             norm_weight=self.norm_weight,
@@ -161,9 +180,14 @@ class Learner(nn.Module):
             return_surprise=True,
             read_anchor=self.read_anchor,
         )
+        if not trace:
+            return reads, memory, None
+        squared = sum(w.square().sum((-2, -1)) for w in memory.weights)
+        assert isinstance(squared, Tensor)
+        return reads, memory, MemoryTrace(surprise, *gates, stretch.keys, stretch.values, squared.sqrt())
 
-    def _gates(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """forget, momentum and step size, (batch, time, heads, depth) each, in at least float32.
+    def _gates(self, x: Tensor, keys: Tensor) -> Gates:
+        """The gates of tokens.
 
         x: (batch, time, hidden_size). keys: (batch, time, heads, head_dim), unit vectors.
         """
@@ -181,8 +205,9 @@ class Learner(nn.Module):
                 hidden = F.silu(F.linear(seen, self.gate_up_weight.to(dtype)))
                 raw = raw + F.linear(hidden, self.gate_down_weight.to(dtype)).view_as(raw)
             forget, momentum, step_size = raw.unbind(2)
-            return (
+            return Gates(
                 -torch.expm1(-self.forget_gate(forget)),
                 self.form.max_momentum * torch.sigmoid(momentum),
                 self.max_step_size * self.step_size_gate(step_size),
+                step_size,
             )

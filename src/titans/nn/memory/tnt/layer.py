@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from titans.memory import MemoryState
+from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.nn.memory.layer import Found, NeuralMemory, NeuralMemoryState
 from titans.nn.memory.learner import Learner, Stretch
@@ -135,27 +136,26 @@ class TNTMemory(NeuralMemory):
         self,
         x: Tensor,
         state: NeuralMemoryState | None,
-        lengths: Tensor | None = None,
+        context: BlockContext,
         reset: Tensor | None = None,
         *,
         persistent: Tensor | None = None,
-        surprises: list[Tensor] | None = None,
-    ) -> tuple[Found, TNTMemoryState]:
+    ) -> tuple[Found, TNTMemoryState, MemoryTrace | None]:
         """See `NeuralMemory.learn`; the queries found are those that `prior` takes."""
         if state is None:
             state = self.initial_state(x.shape[0], persistent)
         assert isinstance(state, TNTMemoryState)
-        stretch, gate, tail = self._stretch(x, state.tail, lengths, reset)
+        stretch, gate, tail = self._stretch(x, state.tail, context.packed, reset)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
-        reads, memory, surprise = self.scan(stretch, state.memory, fresh, self.backend)
-        if surprises is not None:
-            surprises.append(surprise)
-        told, asked, local = self._scan_shards(stretch, state.memory.position, state.local)
+        reads, memory, trace = self.scan(
+            stretch, state.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
+        )
+        told, asked, local = self._scan_shards(stretch, state.memory.position, state.local, context.frozen)
         found = Found(reads + told, torch.cat([stretch.queries, asked], 2), gate)
-        return found, TNTMemoryState(tail, memory, _at(memory.position, local))
+        return found, TNTMemoryState(tail, memory, _at(memory.position, local)), trace
 
     def _scan_shards(
-        self, stretch: Stretch, position: Tensor, local: ShardState
+        self, stretch: Stretch, position: Tensor, local: ShardState, frozen: bool
     ) -> tuple[Tensor, Tensor, ShardState]:
         """The sum of what the local memories answer, what they were asked, and their new state."""
         shards = cut_shards(position, stretch.x.shape[1], stretch.real, stretch.reset, self.shard_length)
@@ -167,7 +167,7 @@ class TNTMemory(NeuralMemory):
             folded = Stretch(x, seen, keys, values, parts.real, None)
             reads, memories = torch.zeros_like(seen), []
             for learner, memory in zip(self._locals(), known.memories, strict=True):
-                read, memory, _ = learner.scan(folded, memory, None, self.backend)
+                read, memory, _ = learner.scan(folded, memory, None, self.backend, frozen=frozen)
                 reads = reads + read
                 memories.append(memory)
             told.append(reads)
