@@ -22,7 +22,7 @@ from titans.nn.blocks import BLOCKS, BlockResult
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.mlp import SwiGLU
 from titans.nn.norm import RMSNorm
-from titans.nn.packing import Packed
+from titans.nn.packing import Packed, take
 from titans.state import where_rows
 
 PREFILL_LENGTH = 2048
