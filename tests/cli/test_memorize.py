@@ -109,6 +109,10 @@ def test_a_killed_reading_goes_on_to_the_very_same_memory(
 
     assert "holds a reading that was cut off: go on with --resume" in run(2, *texts, "-o", cut)[1]
     assert "give the same files to go on" in run(1, texts[0], "-o", cut, "--resume")[1]
+    text = texts[0].read_bytes()
+    texts[0].write_bytes(text[::-1])
+    assert f"{texts[0]} has changed since" in run(1, *texts, "-o", cut, "--resume")[1]
+    texts[0].write_bytes(text)
     found = json.loads(run(0, *texts, "-o", cut, "--resume", "--json")[0])
     assert_same_memory(cut, whole)
     for name in ("tokens", "tokens_in_memory", "bytes", "mean_surprise", "peak", "files"):
@@ -212,7 +216,8 @@ def test_a_folder_is_read_file_by_file_and_a_pdf_page_by_page(
     [
         ({"a.pdf": b"%PDF-1.4 and no more"}, "is a PDF that could not be read"),
         ({"a.pdf": a_pdf("")}, "is a PDF without text"),
-        ({"a.png": b"x"}, "has no .txt, .md, .text, .pdf file"),
+        ({"a.png": b"x"}, "has no .txt, .md, .text, .pdf, .txt.gz"),
+        ({"a.txt": b"", "b.md": b""}, "holds no text: all its files are empty"),
     ],
 )
 def test_what_cannot_be_read_is_named(

@@ -192,7 +192,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(ValueError, match=r"secret\.txt could not be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"secret\.txt' could not be read \(Permission denied\)"):
         load_corpus(tmp_path)
 
 

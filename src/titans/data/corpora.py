@@ -8,7 +8,7 @@ from typing import Any
 
 from titans.data.builtin import BUILTIN_CORPORA
 from titans.data.documents import Document
-from titans.stream.reading.sources import TEXT_SUFFIXES, files_below
+from titans.stream.reading.sources import SUFFIXES, files_below, read_text
 
 
 def list_corpora() -> dict[str, str]:
@@ -24,8 +24,9 @@ def load_corpus(source: str | Path) -> list[Document]:
     - `hf:NAME[:config[:split[:column]]]`, a Hugging Face data set, one document per row (unless named, split
       `train` and column `text`, or the only column of strings);
     - a folder written by `datasets.save_to_disk`, likewise;
-    - any other folder: every `.txt`, `.md` and `.text` file below it, hidden and empty ones left out;
-    - a file of any kind, which is one document.
+    - any other folder: every file of text below it, hidden and empty ones left out;
+    - a file of any name, which is one document. Compressed files are unpacked, text is taken out of PDF, and
+      formats that hold no plain text are refused.
 
     Raises ValueError when there is no such source or nothing in it, ConnectionError when a download fails.
     """
@@ -36,7 +37,7 @@ def load_corpus(source: str | Path) -> list[Document]:
     else:
         path = Path(source)
         if path.is_file():
-            documents = [Document(path.name, _read(path))]
+            documents = [Document(path.name, read_text(path))]
         elif not path.is_dir():
             raise ValueError(
                 f"corpus={str(source)!r} is neither a file nor a folder nor a built-in name "
@@ -46,25 +47,15 @@ def load_corpus(source: str | Path) -> list[Document]:
             documents = _from_saved_dataset(path)
         else:
             documents = [
-                Document(file.relative_to(path).as_posix(), _read(file))
-                for file in files_below(path, TEXT_SUFFIXES)
+                Document(file.relative_to(path).as_posix(), read_text(file)) for file in files_below(path)
             ]
     documents = [document for document in documents if document.data]
     if not documents:
         raise ValueError(
             f"corpus={str(source)!r} holds no text: a file must not be empty, and in a folder only "
-            f"{', '.join(TEXT_SUFFIXES)} files are read"
+            f"{', '.join(SUFFIXES)} files are read"
         )
     return documents
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{path} could not be read ({error.strerror}); remove it or change its rights"
-        ) from error
 
 
 def _datasets() -> Any:

@@ -64,6 +64,8 @@ class Reading:
             ValueError: for a source that is not valid text for the tokenizer.
         """
         sizes = [source.num_bytes for source in self.sources]
+        for source in self.sources:
+            _ = source.digest  # of the text before it is read
         for number in range(self._place.file, len(self.sources)):
             source, done = self.sources[number], sum(sizes[:number])
             pieces = read_pieces(source.text, self.tokenizer, begin=self._place.offset, name=source.name)
@@ -86,7 +88,7 @@ class Reading:
         place = self._place
         taken = self.session.num_tokens - self._piece_began
         about = {
-            "sources": [[source.name, source.num_bytes] for source in self.sources],
+            "sources": [[source.name, source.num_bytes, source.digest] for source in self.sources],
             "place": asdict(place) | {"taken": taken},
             "survey": self.survey.to_json(),
         }
@@ -107,11 +109,18 @@ class Reading:
                 self.survey.restore(saved["survey"])
             except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
                 raise damaged_header(path) from None
-        now = [(source.name, source.num_bytes) for source in self.sources]
-        if before != now:
+        now = [(source.name, source.num_bytes, source.digest) for source in self.sources]
+        # A file of an earlier version has no digests.
+        if [source[:2] for source in before] != [source[:2] for source in now]:
             raise ValueError(
                 f"{path} was reading {_named(before)}, and not {_named(now)}: give the same files to go on"
             )
+        for then, source in zip(before, now, strict=True):
+            if then != source[: len(then)]:
+                raise ValueError(
+                    f"{source[0]} has changed since {path} began to read it: restore it, or read it anew "
+                    "into another file"
+                )
         self._place, self._piece_began = place, self.session.num_tokens - place.taken
 
     def _move(self, file: int, offset: int) -> None:
@@ -136,4 +145,4 @@ def _show(
 
 
 def _named(sources: Sequence[tuple[Any, ...]]) -> str:
-    return ", ".join(f"{name} ({size:,} bytes)" for name, size in sources)
+    return ", ".join(f"{name} ({size:,} bytes)" for name, size, *_ in sources)
