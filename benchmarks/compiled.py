@@ -1,6 +1,6 @@
-"""Does torch.compile pay? A model's training step and forward pass, compiled whole, beside the same as it is.
+"""Does torch.compile pay? A model's training step and forward pass, compiled whole and not compiled.
 
-    python benchmarks/compiled.py                     # every model that comes with the library (MAC: slowly)
+    python benchmarks/compiled.py                     # every model in the zoo (MAC: slowly)
     python benchmarks/compiled.py --models titans-lmm-tiny --rows 8
 
 Both are run in turn in one process, the fastest run of each counts. The table goes to stdout.

@@ -29,15 +29,15 @@ SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
         layer_rows,
     ),
     (
-        "Decoding: a memory layer token by token, float32, without gradients. Tokens per second as it is, "
-        "and recorded as a CUDA graph of 32 tokens; what the kernel has to move, per second:",
-        "| layer | backend | batch | as it is | recorded | µs a token, recorded | GB/s |",
+        "Decoding: a memory layer token by token, float32, without gradients. Tokens per second not "
+        "recorded, and recorded as a CUDA graph of 32 tokens; what the kernel has to move, per second:",
+        "| layer | backend | batch | not recorded | recorded | µs a token, recorded | GB/s |",
         decode_rows,
     ),
     (
-        "Training step of tiny models, tfloat32, memory carried: tokens per second as it is, and recorded as "
+        "Training step of tiny models, tfloat32, memory carried: tokens per second, and recorded as "
         "a CUDA graph (`cuda_graph` in training); once: recording; error: of any gradient, by norm:",
-        "| model | batch × time | as it is | recorded | once | error |",
+        "| model | batch × time | not recorded | recorded | once | error |",
         step_rows,
     ),
     (
@@ -46,8 +46,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
         model_rows,
     ),
     (
-        "One token more of one row, bfloat16, as it is; a transformer's is a token behind 64 others, and in "
-        "each layer attention to as many keys:",
+        "One more token of one row, bfloat16, not recorded; a transformer's is a token after 64 others, and "
+        "attention to as many keys in each layer:",
         "| model | tokens before | ms | transformer, ms | times |",
         decoding_rows,
     ),

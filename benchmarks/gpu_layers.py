@@ -21,7 +21,7 @@ from titans.memory import (
 
 # Of float32, for products that are float32 too, as they are while it is checked.
 TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "tfloat32 operands": 1e-2, "bfloat16 operands": 5e-2}
-# What PyTorch is told, for products with rounded operands.
+# PyTorch's settings for products with rounded operands.
 PRECISIONS = {"tfloat32 operands": "high", "bfloat16 operands": "medium"}
 # TFLOP/s of dense products, by a part of the device's name.
 BFLOAT16_PEAK = {"H100": 989, "H200": 989, "A100": 312}
@@ -205,7 +205,7 @@ def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
 
 
 def layer_rows(deadline: float) -> Iterator[str]:
-    """Tokens per second of one memory layer, forward and forward + backward, beside a linear memory's."""
+    """Tokens per second of one memory layer, forward and forward + backward, and a linear memory's."""
     yield gated_delta_row(11, 12, 4096)
     large = MemoryNetwork(64, 2, 4)
     for inner, batch, heads, backend, operands, chunk_size, time_steps in (
@@ -270,7 +270,7 @@ def gated_delta_row(batch: int, heads: int, time_steps: int) -> str:
 
 
 def decode_rows(deadline: float) -> Iterator[str]:
-    """Tokens per second of one memory layer, token by token, as it is and recorded."""
+    """Tokens per second of one memory layer, token by token, not recorded and recorded."""
     for inner, batch, heads in (
         (MODELS_MEMORY, 1, 4),
         (MODELS_MEMORY, 64, 4),
@@ -290,8 +290,8 @@ def decode_rows(deadline: float) -> Iterator[str]:
                 return decode(inner, tensors, 16, backend)
 
             took = milliseconds(run) / 32
-            # The plain path looks at the position, unless it is told one: then no chunk ends, and its time is
-            # that of a token all the same.
+            # The plain path looks at the position, unless it is given one: then no chunk ends, and its time
+            # is that of a token all the same.
             with assume_aligned():
                 replayed = milliseconds(recorded(run)[0]) / 32
             rate = f"{moved / replayed / 1e6:,.0f}" if backend == "triton" else "–"

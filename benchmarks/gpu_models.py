@@ -1,4 +1,4 @@
-"""Models on a CUDA device, for `gpu.py`: training steps, reading and decoding, beside a transformer."""
+"""Models on a CUDA device, for `gpu.py`: training, reading and decoding, compared with a transformer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from titans.hf import TitansConfig, TitansForCausalLM
 from titans.state import map_state
 from titans.train.recorded import RecordedStep
 
-# Local memories in chunks of 16 within shards that run side by side, beside a global one in large chunks.
+# Local memories in chunks of 16 within shards that run side by side, and a global one in large chunks.
 TNT = dict(chunk_size=2048, memory={"local_chunk_sizes": [16], "shard_length": 2048})
-# What is trained: a name, a variant, changes of its configuration. The first is what others are beside.
+# What is trained: a name, a variant, changes of its configuration. The others are compared with the first.
 TRAINED = (
     ("transformer", "transformer", {}),
     ("mag", "mag", {}),
@@ -26,7 +26,7 @@ TRAINED = (
     ("mac", "mac", {}),
     ("mal", "mal", {}),
 )
-# Batch and tokens of a step; tokens behind which one more is timed; and how many are read at a time.
+# Batch and tokens of a step; tokens after which one more is timed; and how many are read at a time.
 TRAINED_SIZES = ((2, 2**12), (1, 2**15))
 DECODED_BEHIND = (2**12, 2**17, 2**20)
 PIECE = 2**14
@@ -42,7 +42,7 @@ def tokens_of(model: TitansForCausalLM, batch: int, time_steps: int) -> Tensor:
 
 
 def model_rows(deadline: float, preset: str = "170m", device: str = "cuda") -> Iterator[str]:
-    """Tokens per second of a training step in bfloat16, beside the transformer with flash attention."""
+    """Tokens per second of a training step in bfloat16, and of the transformer with flash attention."""
     took: dict[tuple[str, int], float] = {}
     for batch, time_steps in TRAINED_SIZES:
         for name, variant, changes in TRAINED:
@@ -61,8 +61,8 @@ def model_rows(deadline: float, preset: str = "170m", device: str = "cuda") -> I
             try:
                 took[name, time_steps] = milliseconds(step, 3)
                 peak = torch.cuda.max_memory_allocated() / 2**30
-                beside = took.get((TRAINED[0][0], time_steps))
-                times = f"{took[name, time_steps] / beside:.2f}" if beside else "–"
+                theirs = took.get((TRAINED[0][0], time_steps))
+                times = f"{took[name, time_steps] / theirs:.2f}" if theirs else "–"
                 rate = 1000 * ids.numel() / took[name, time_steps]
                 cells = f"{rate:,.0f} | {times} | {peak:.1f} GiB"
             except torch.OutOfMemoryError:
@@ -74,9 +74,9 @@ def model_rows(deadline: float, preset: str = "170m", device: str = "cuda") -> I
 
 @torch.no_grad()
 def decoding_rows(deadline: float, preset: str = "170m", device: str = "cuda") -> Iterator[str]:
-    """Milliseconds of a token behind more and more of them, one row, bfloat16.
+    """Milliseconds of a token after more and more of them, one row, bfloat16.
 
-    The transformer's: a token behind 64 others, and in each layer attention to as many keys as are said, by
+    The transformer's: a token after 64 others, and in each layer attention to that many keys, by
     the faster of two ways, without the cost of keeping them. The others have read as many random tokens.
     """
     model = make(preset, "transformer", device).to(torch.bfloat16).eval()
@@ -92,9 +92,9 @@ def decoding_rows(deadline: float, preset: str = "170m", device: str = "cuda") -
             heads = (1, config.num_attention_heads, length, config.head_dim)
             keys = torch.randn(heads, device=device, dtype=torch.bfloat16)
             attended = attention_milliseconds(keys, torch.randn_like(keys))
-            beside = alone + config.num_hidden_layers * attended
+            theirs = alone + config.num_hidden_layers * attended
             took = token_milliseconds(reader, cache)
-            yield f"| {preset} {variant} | {length:,} | {took:.2f} | {beside:.2f} | {beside / took:.1f} |"
+            yield f"| {preset} {variant} | {length:,} | {took:.2f} | {theirs:.2f} | {theirs / took:.1f} |"
 
 
 def read(model: TitansForCausalLM, cache: Any, count: int) -> Any:
@@ -106,7 +106,7 @@ def read(model: TitansForCausalLM, cache: Any, count: int) -> Any:
 
 
 def token_milliseconds(model: TitansForCausalLM, cache: Any) -> float:
-    """Of one more token; the cache is left as it was."""
+    """Of one more token; the cache is left unchanged."""
     ids, cache = tokens_of(model, 1, 1), cache.clone()
     return milliseconds(lambda: model(ids, past_key_values=cache, use_cache=True), 16)
 
@@ -123,7 +123,7 @@ def attention_milliseconds(keys: Tensor, values: Tensor) -> float:
 
 
 def step_row(variant: str, batch: int, time_steps: int) -> str:
-    """A tfloat32 training step of a tiny model, memory carried: as it is, and recorded and replayed."""
+    """A tfloat32 training step of a tiny model, memory carried: not recorded, and recorded and replayed."""
     model = make("tiny", variant, "cuda")
     ids = tokens_of(model, batch, time_steps)
     states = tuple(layer.mixer.initial_state(batch) for layer in model.model.layers)

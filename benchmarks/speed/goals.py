@@ -1,4 +1,4 @@
-"""What we set out to reach, beside what was reached: each goal a ratio of two rows of one run."""
+"""The goals and what was reached: each goal is a ratio of two rows of one run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def goals(rows: list[Row]) -> str:
     found = _times(rows, "titans-pytorch, per token", NATIVE, **LAYER, time=1024, backward=True)
     add("the same at 1,024 tokens: titans-pytorch, per token", 100, found, "×")
     found = _times(rows, NATIVE, BFLOAT16, **trained)
-    add("layer, operands in bfloat16 beside float32", 1, found, "×")
+    add("layer, operands in bfloat16 compared with float32", 1, found, "×")
     ours, peer = (_find(rows, name, **trained) for name in (NATIVE, "titans-pytorch"))
     if ours and peer and ours.get("bytes") and peer.get("bytes"):
         add(
@@ -104,4 +104,4 @@ def goals(rows: list[Row]) -> str:
     if early and late:
         what = "decoding with the 10M MAC after 16,384 tokens: of that after 1,024"
         add(what, 1.1, late["median"] / early["median"], "×", True)
-    return table(["goal (one thread unless said)", "wanted", "found", "reached"], lines)
+    return table(["goal (one thread unless stated)", "wanted", "found", "reached"], lines)

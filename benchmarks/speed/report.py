@@ -133,7 +133,7 @@ def _others(rows: list[Row], kinds: tuple[str, ...]) -> str:
 
 
 def tables(about: str, rows: list[Row]) -> str:
-    """Everything as Markdown; who could not run anywhere is said once, with the reason."""
+    """Everything as Markdown; a contender that ran nowhere is listed once, with the reason."""
     ran = {r["contender"] for r in rows if "median" in r}
     refused = {r["contender"]: r["error"] for r in rows if r["contender"] not in ran and "error" in r}
     rows = [r for r in rows if r["contender"] in ran]

@@ -1,6 +1,6 @@
 """What rounding the operands of matrix products to bfloat16 costs: `python benchmarks/speed/rounding.py`
 
-Relative errors, ‖found − exact‖ / ‖exact‖, of backend native_bfloat16 beside native in float32.
+Relative errors, ‖found − exact‖ / ‖exact‖, of backend native_bfloat16 compared with native in float32.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def test_there_is_a_surprise_for_every_byte(model: TitansForCausalLM) -> None:
     before, passage = TEXT[:100], TEXT[100:300]
     surprise = surprise_of(model, before, passage)
     with torch.no_grad():
-        told = model(ids(before + passage)[None], output_surprise=True).surprises
-    layers = torch.stack([s[0, 100:].mean(-1) for s in told], 1)
+        surprises = model(ids(before + passage)[None], output_surprise=True).surprises
+    layers = torch.stack([s[0, 100:].mean(-1) for s in surprises], 1)
     assert surprise.shape == (200,)
     # Sessions keep surprises in float32.
     np.testing.assert_allclose(surprise, (layers / layers.mean(0)).mean(1).numpy(), rtol=1e-6)

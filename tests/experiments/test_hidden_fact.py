@@ -1,4 +1,4 @@
-"""A fact hidden in a text: what was read is told, and only the right answer is right."""
+"""A fact hidden in a text: every question is answered, and only the right answer counts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def test_the_text_is_read_with_the_fact_in_it_and_the_answer_judged():
     found = hide_and_ask(model, byte_tokenizer(), text, (100, 3000), progress=read.append)
     assert read[-1] == 3000 and [reply.num_bytes for reply in found.replies] == [100, 3000]
     assert found.state_bytes > 1000 and found.seconds > 0 and found.answer in found.statement
-    assert all(reply.told and not found.is_right(reply) for reply in found.replies)
+    assert all(reply.answer and not found.is_right(reply) for reply in found.replies)
     assert found.is_right(Reply(1, f" {found.answer}. And"))
     assert not found.is_right(Reply(1, f"1{found.answer}"))
-    # To be asked changes nothing for the reader.
+    # A question changes nothing for the reader.
     assert hide_and_ask(model, byte_tokenizer(), text, (3000,)).replies == found.replies[1:]
     other = hide_and_ask(model, byte_tokenizer(), text, (500,), task="word", seed=1)
     assert other.answer != found.answer and other.question.endswith("is:")

@@ -122,7 +122,7 @@ class Beginnings(Experiment):
         )
         if any("filters" in name for name in kept):
             about += (
-                " Filters: the keys' filter is one token behind the queries', with projections of their own; "
+                " Filters: the keys' filter lags the queries' by one token, with projections of their own; "
                 "no longer measured."
             )
         head = ["variant, beginning, combination, weight of answers", "step 100", "step 200", "step 300"]

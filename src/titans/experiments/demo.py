@@ -1,5 +1,4 @@
-"""Train a small model on Shakespeare beside a transformer, then ask what its memory is worth (`make
-demo`)."""
+"""Train a small model and a transformer on Shakespeare, and measure what the memory is worth: `make demo`."""
 
 from __future__ import annotations
 
@@ -8,9 +7,7 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from titans.data import Document, byte_tokenizer, hold_out, load_corpus
 from titans.experiments.hidden_fact import HiddenFact, hide_and_ask
 from titans.experiments.recollection import Recollection, recollect, shuffled_lines
 from titans.experiments.report import DemoResult, TrainedModel, write_report
+from titans.experiments.runner import Ticker, say
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.stream import Session
 from titans.train import TrainingRun, TrainSettings
@@ -32,12 +30,8 @@ PASSAGE_LENGTH = 1500
 SAMPLE_LENGTH = 500
 TEMPERATURE = 0.8
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256
-# Which of the models that come with the library is asked for a fact, in which books, behind how many bytes.
+# The model in the zoo that is asked for a fact, the books, and the bytes between fact and question.
 REMEMBERING, BOOKS, DISTANCES = "titans-mag-tiny", "bible", (1_000, 10_000, 100_000, 1_000_000)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def same_size_config(variant: str) -> dict[str, int]:
@@ -58,7 +52,7 @@ def same_size_config(variant: str) -> dict[str, int]:
     return {"intermediate_size": config.intermediate_size + wider}
 
 
-def train_beside(variant: str, steps: int, folder: Path) -> TrainedModel:
+def train_variant(variant: str, steps: int, folder: Path) -> TrainedModel:
     """Train one variant of the tiny preset; all variants read the same bytes in the same order."""
     settings = TrainSettings(
         data=CORPUS,
@@ -109,7 +103,7 @@ def surprise_of(model: TitansForCausalLM, before: bytes, passage: bytes) -> np.n
 def run_demo(steps: int, folder: Path) -> DemoResult:
     """Train, evaluate, sample; prints as it goes and returns what the report shows."""
     began = time.perf_counter()
-    models = tuple(train_beside(variant, steps, folder) for variant in ("mac", "transformer"))
+    models = tuple(train_variant(variant, steps, folder) for variant in ("mac", "transformer"))
     model = TitansForCausalLM.from_pretrained(folder / "mac").eval()
     _, held_out = hold_out(load_corpus(CORPUS))
     play, other = held_out[-1], held_out[0]
@@ -122,7 +116,7 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
         f"first half of {other.name}": halves(other)[0],
         "nothing": b"",
     }
-    found = recollect(model, pasts, second, _ticker("bytes of each arm"))
+    found = recollect(model, pasts, second, Ticker("bytes of each arm", 5))
     for arm, bits in zip(found.arms, found.bits_per_byte, strict=True):
         say(f"  {bits:.4f} bits/byte after {arm}")
     verdict = verdict_on(found)
@@ -134,7 +128,7 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
     torch.manual_seed(0)
     sample = session.generate(max_new_tokens=SAMPLE_LENGTH, do_sample=True, temperature=TEMPERATURE)
     assert isinstance(sample, str)
-    hidden = ask_behind_books()
+    hidden = ask_in_books()
     minutes = (time.perf_counter() - began) / 60
     return DemoResult(
         setting=f"Two models of the tiny preset, trained on {steps * BATCH_SIZE * SEQUENCE_LENGTH:,} bytes "
@@ -161,18 +155,18 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
     )
 
 
-def ask_behind_books() -> HiddenFact:
+def ask_in_books() -> HiddenFact:
     """Tell a trained model a fact, have it read a million bytes of books, and ask on the way."""
     model, tokenizer = load(REMEMBERING)
     text = b"\n".join(document.data for document in load_corpus(BOOKS))
     say(f"\nA fact, then {DISTANCES[-1]:,} bytes of the {BOOKS}, read by {REMEMBERING}")
-    tick = _ticker("bytes")
+    tick = Ticker("bytes", 5)
     hidden = hide_and_ask(model, tokenizer, text, DISTANCES, progress=lambda read: tick(read, DISTANCES[-1]))
-    say(f"  told:     {hidden.statement}")
+    say(f"  stated:   {hidden.statement}")
     say(f"  asked:    {hidden.question}")
     for reply in hidden.replies:
         verdict = "right" if hidden.is_right(reply) else f"wrong: {hidden.answer}"
-        say(f"  behind {reply.num_bytes:>9,} bytes: {reply.told.strip()} ({verdict})")
+        say(f"  after {reply.num_bytes:>9,} bytes: {reply.answer.strip()} ({verdict})")
     say(f"  in {hidden.seconds:.0f} s, with {hidden.state_bytes:,} bytes of state")
     return hidden
 
@@ -188,20 +182,6 @@ def verdict_on(found: Recollection) -> str:
         f"{'better' if own < shuffled else 'worse'} than its lines shuffled by {abs(shuffled - own):.4f}",
     ]
     return "; ".join(parts) + ". One play, one seed: a demonstration, not a measurement."
-
-
-def _ticker(what: str) -> Callable[[int, int], None]:
-    began, last = time.perf_counter(), 0.0
-
-    def told(done: int, total: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if done and now - last > 5:
-            last, rate = now, done / (now - began)
-            left = (total - done) / rate
-            say(f"  {done:,}/{total:,} {what} · {rate:,.0f} bytes/s · {left:.0f} s left")
-
-    return told
 
 
 def show(steps: int, folder: Path) -> None:

@@ -78,10 +78,10 @@ class Endless(Experiment):
         for name, cell in sorted(results.cells.items()):
             for tokens, taken, seconds, peak, growth, state in cell["rows"]:
                 at = cell["asked"].get(str(tokens))
-                told = [f"{at[0]:.3f}", percent(at[1], ROWS)] if at else ["", ""]
+                answers = [f"{at[0]:.3f}", percent(at[1], ROWS)] if at else ["", ""]
                 speed = f"{taken / seconds:,.0f}"
                 sizes = [f"{peak / 1e6:.0f}", f"{growth:+.2f} %", f"{state:,}"]
-                rows.append([name, f"{tokens:,}", speed, *sizes, *told])
+                rows.append([name, f"{tokens:,}", speed, *sizes, *answers])
         about = (
             "One reader, distinct bytes, a token is a byte. Peak: the largest resident memory of the "
             f"process, and its growth since the first {EARLY:,} tokens. Bits per byte of the first "

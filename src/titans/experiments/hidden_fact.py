@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from titans.hf import TitansForCausalLM
 
-# Behind so much text, the fact is said.
+# Bytes of text before the fact.
 _BEFORE = 1000
 
 
 class Reply(NamedTuple):
-    """What the model told when so many bytes lay between the fact and the question."""
+    """What the model answered with so many bytes between the fact and the question."""
 
     num_bytes: int
-    told: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HiddenFact:
     state_bytes: int
 
     def is_right(self, reply: Reply) -> bool:
-        return is_answer(reply.told, self.answer)
+        return is_answer(reply.answer, self.answer)
 
 
 def hide_and_ask(
@@ -53,7 +53,7 @@ def hide_and_ask(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> HiddenFact:
-    """Say a fact near the beginning of the text, read on, and have the model answer on the way.
+    """Insert a fact near the beginning of the text, read on, and have the model answer on the way.
 
     Args:
         distances: bytes from the fact to each question, ascending. The reader itself never sees a question.
@@ -74,8 +74,8 @@ def hide_and_ask(
         place = at + distance
         asked = session.fork()
         asked.feed(question)
-        told = asked.generate(max_new_tokens=len(answer) + 1, do_sample=False)
-        assert isinstance(told, str)
-        replies.append(Reply(distance, told))
+        answered = asked.generate(max_new_tokens=len(answer) + 1, do_sample=False)
+        assert isinstance(answered, str)
+        replies.append(Reply(distance, answered))
     seconds, size = time.perf_counter() - began, session.stats().state_bytes
     return HiddenFact(statement.strip(), question.strip(), answer, tuple(replies), seconds, size)

@@ -29,15 +29,16 @@ def stages(
 ) -> list[TrainSettings]:
     """Settings one after the other, each going on from the weights of the one before.
 
-    dense: facts in every line, asked for at once, so that there is one to tell from the text and not several
-    from each other; what a memory has to do is learned here, in minutes. near: fewer, within 1,024 bytes.
+    dense: facts in every line, asked for at once, so that the one fact there is has to be distinguished from
+        the text and not from other facts; what a memory has to do is learned here, in minutes.
+    near: fewer facts, asked for within 1,024 bytes.
     far: text with a fact in every 1,500 bytes, asked for within 16,384, read in order with the memory carried
-    over: what must not be lost has to survive all that is read between, and writing what will not be asked
-    for has a price (`titans.train.write_cost`). hold: the same at a higher price, which steps of some
-    millionths pay too: in a million bytes they add up.
+        over. Facts have to survive all text between, and writing what will not be asked for has a price
+        (`titans.train.write_cost`).
+    hold: the same at a higher price, which steps of some millionths pay too: in a million bytes they add up.
 
     On a GPU far is seven times as long, in rows of 4,096 bytes, with facts asked for within 65,536 and no
-    price yet; keep is what far is without a GPU, and hold follows.
+    price yet; keep is the far stage of a CPU, and hold follows.
 
     Args:
         plain: the same text without facts.

@@ -56,7 +56,7 @@ def recollect(
     length = min(len(pasts[name]) for name in filled)
     total = length + len(text)
 
-    def told(done: int) -> None:
+    def report(done: int) -> None:
         if progress is not None:
             progress(done, total)
 
@@ -65,7 +65,7 @@ def recollect(
         cache = TitansCache(model.config)
         for begin in range(0, length, PIECE_LENGTH):
             model(before[:, begin : begin + PIECE_LENGTH], past_key_values=cache, logits_to_keep=1)
-            told(begin)
+            report(begin)
         cache = _with_fresh_rows(model, keep_memory_only(model, cache), len(pasts) - len(filled))
         arms = filled + [name for name, past in pasts.items() if not past]
 
@@ -75,7 +75,7 @@ def recollect(
             piece = ids[:, begin : begin + PIECE_LENGTH + 1]
             logits = model(piece[:, :-1], past_key_values=cache).logits
             losses.append(F.cross_entropy(logits.transpose(1, 2), piece[:, 1:], reduction="none"))
-            told(length + begin)
+            report(length + begin)
     curve = torch.stack([loss.mean(1) for loss in losses], 1) / math.log(2)
     means = torch.cat(losses, 1).mean(1) / math.log(2)
     order = [arms.index(name) for name in pasts]

@@ -125,12 +125,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _asked(hidden: HiddenFact) -> list[str]:
-    rows = [["told", hidden.statement], ["asked", hidden.question]]
+    rows = [["stated", hidden.statement], ["asked", hidden.question]]
     for reply in hidden.replies:
         verdict = "right" if hidden.is_right(reply) else f"wrong, it is {hidden.answer}"
-        rows.append([f"{reply.num_bytes:,} bytes later", f"{reply.told.strip()} ({verdict})"])
+        rows.append([f"{reply.num_bytes:,} bytes later", f"{reply.answer.strip()} ({verdict})"])
     rows.append(["read in", f"{hidden.seconds:.0f} s"])
-    rows.append(["kept of all that", f"{hidden.state_bytes:,} bytes"])
+    rows.append(["state", f"{hidden.state_bytes:,} bytes"])
     body = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
     return [f"<table>{body}</table>"]
 

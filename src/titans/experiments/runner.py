@@ -161,7 +161,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def write_page(experiment: Experiment, results: Results) -> str:
-    """The page of what is known so far, written beside the results with its pictures."""
+    """The page of what is known so far, written with its pictures to the folder of the results."""
     folder = results.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     command = f"`python -m titans.experiments {experiment.name}`"
