@@ -53,7 +53,12 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'titans' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(_HOME[name]), name)
+    try:
+        value = getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("titans", "torch"):
+            raise
+        raise ImportError(f"titans.{name}: {error}; pip install 'titans-ltm[hf]'", name=error.name) from None
     globals()[name] = value
     return value
 

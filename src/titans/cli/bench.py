@@ -12,7 +12,7 @@ import tyro
 from titans.cli.errors import UsageError
 from titans.cli.terminal import report
 from titans.cli.train import FIELDS
-from titans.zoo.checkpoint import load_checkpoint
+from titans.zoo.checkpoint import load_titans
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class Bench:
 
     def _model(self) -> TitansForCausalLM:
         if self.checkpoint is not None:
-            return load_checkpoint(self.checkpoint)[0]
+            return load_titans(self.checkpoint)[0]
         from huggingface_hub.errors import StrictDataclassError
 
         from titans.hf import TitansConfig, TitansForCausalLM

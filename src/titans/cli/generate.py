@@ -26,7 +26,7 @@ class Generate:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
+    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
     prompt: str = ""
     """Text to continue; may be empty where a memory is given."""
     memory: Path | None = None

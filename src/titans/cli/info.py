@@ -13,7 +13,7 @@ import tyro
 
 from titans.cli.errors import UsageError
 from titans.cli.terminal import printable
-from titans.zoo.checkpoint import folder_of, load_checkpoint, load_config, or_by_name
+from titans.zoo.checkpoint import folder_of, load_config, load_titans, or_by_name
 
 if TYPE_CHECKING:
     from titans.hf import TitansConfig
@@ -95,7 +95,8 @@ def _describe_memory(path: Path) -> dict[str, Any]:
     return {
         "kind": "memory",
         "path": str(path),
-        "variant": memory.config["variant"],
+        # Of another causal model its type.
+        "variant": memory.config.get("variant") or memory.config["model_type"],
         "tokens": memory.stats.tokens,
         "state_bytes": memory.stats.state_bytes,
         "file_bytes": path.stat().st_size,
@@ -111,9 +112,11 @@ def _describe_memory(path: Path) -> dict[str, Any]:
 
 def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that are sizes, those of the memory too."""
-    memory = config["memory"]
+    sizes = {name: config[name] for name in _SIZES if name in config}
+    if (memory := config.get("memory")) is None:
+        return sizes
     return {
-        **{name: config[name] for name in _SIZES if name in config},
+        **sizes,
         "conv_kernel": memory["conv_kernel"],
         "memory_local_chunk_sizes": memory["local_chunk_sizes"],
         "memory_shard_length": memory["shard_length"],
@@ -169,7 +172,7 @@ def _measure_gates(folder: Path, sources: tuple[str, ...]) -> dict[str, Any]:
 
     A half-life without end is None, which JSON can say.
     """
-    model, tokenizer = load_checkpoint(folder)
+    model, tokenizer = load_titans(folder)
     from titans.cli.progress import ReadingProgress
     from titans.data import encode_document, load_corpus
     from titans.evaluate import LayerGates, gate_statistics

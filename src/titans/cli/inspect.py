@@ -13,7 +13,7 @@ import tyro
 from titans.cli.errors import UsageError
 from titans.cli.outputs import check_page_and_picture
 from titans.cli.terminal import report
-from titans.zoo.checkpoint import load_checkpoint
+from titans.zoo.checkpoint import load_titans
 
 # Arrays of one text are held in memory, some 200 bytes a token.
 _MOST_BYTES = 4_000_000
@@ -64,7 +64,7 @@ class Inspect:
             with source.text.open("rb") as file:
                 content = file.read(self.most)
         other = b"\n".join(document.data for document in load_corpus(self.another))[: len(content)]
-        model, tokenizer = load_checkpoint(self.checkpoint)
+        model, tokenizer = load_titans(self.checkpoint)
         cache = Session.load(self.memory, model, tokenizer).cache if self.memory else None
         with ReadingProgress(len(content)) as progress:
             found = inspect_text(

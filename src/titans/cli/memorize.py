@@ -28,7 +28,7 @@ class Memorize:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
+    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Texts, PDF files and folders of them to read, one after the other."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]

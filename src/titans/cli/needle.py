@@ -59,7 +59,7 @@ class EvalNeedle:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
+    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
     task: Literal["passkey", "number", "word", "uuid", "qa1", "qa2", "qa3"] = "passkey"
     """passkey: five digits in repeated filler. number, word, uuid: these in natural text. qa1, qa2,
     qa3: where is a person, a thing, and where was it before? Like bAbI's, in natural text."""

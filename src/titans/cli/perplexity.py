@@ -24,7 +24,7 @@ class EvalPerplexity:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
+    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
     data: tuple[str, ...]
     """Corpora, each a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare,
     bible."""
@@ -51,10 +51,9 @@ class EvalPerplexity:
         if not 0 <= self.hold_out < 1:
             raise UsageError(f"hold_out={self.hold_out}: give a fraction from 0 up to, but not including, 1")
         model, tokenizer = load_checkpoint(self.checkpoint)
-        if self.freeze_memory and not model.config.has_memory:
-            raise UsageError(
-                f"freeze_memory with variant={model.config.variant!r}: it has no memory; leave the option out"
-            )
+        if self.freeze_memory and not getattr(model.config, "has_memory", False):
+            kind = getattr(model.config, "variant", model.config.model_type)
+            raise UsageError(f"freeze_memory with a model {kind!r}: it has no memory; leave the option out")
         from titans.cli.progress import ReadingProgress
         from titans.data import encode_document, hold_out, load_corpus
         from titans.evaluate import bits_per_byte

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from titans.zoo.checkpoint import load_checkpoint, load_config, names
+from titans.zoo.checkpoint import load_checkpoint, load_config, load_titans, names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from titans.hf import TitansForCausalLM
-
-__all__ = ["load", "load_checkpoint", "load_config", "names"]
+__all__ = ["load", "load_checkpoint", "load_config", "load_titans", "names"]
 
 
-def load(name: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
+def load(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model, ready to evaluate, and tokenizer: of a name in `names()`, or of a folder of `titans train`.
 
+    A folder may also hold any other causal LM, as transformers' `save_pretrained` writes it.
+
     Raises:
+        ImportError: without the extra `hf`; says how to install it.
         ValueError: if there is neither, or what is there is damaged.
     """
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"titans.load: {error}; pip install 'titans-ltm[hf]'", name=error.name) from None
     return load_checkpoint(Path(name))

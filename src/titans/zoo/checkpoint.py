@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from titans.hf import TitansConfig, TitansForCausalLM
 
@@ -41,89 +41,133 @@ def load_config(folder: Path) -> TitansConfig:
         raise ValueError(
             f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train`{or_by_name()}"
         )
-    path = folder / "config.json"
-    if not path.is_file():
+    fields = _config_fields(folder)
+    if (kind := fields.get("model_type")) != "titans":
         raise ValueError(
-            f"checkpoint={str(folder)!r} has no config.json: give a folder written by `titans train`"
+            f"checkpoint={str(folder)!r} is a model of type {kind!r}: this needs a Titans model, as `titans "
+            "train` writes it; generate, memorize and eval read other causal models, too"
         )
     from huggingface_hub.errors import StrictDataclassError
 
     from titans.hf import TitansConfig
 
     try:
-        fields = json.loads(path.read_bytes())
-        if not isinstance(fields, dict):
-            raise ValueError("it holds no JSON object")
-        if fields.get("model_type") != "titans":
-            raise ValueError(f"model_type is {fields.get('model_type')!r}, not 'titans'")
         return TitansConfig.from_dict(fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(
-            f"{path} is damaged or of another kind of model ({error}): restore the file"
+            f"{folder / 'config.json'} is damaged or of another version ({error}): restore the file"
         ) from None
 
 
-def load_checkpoint(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
+def _config_fields(folder: Path) -> dict[str, Any]:
+    """What config.json holds; ValueError where there is none, or no JSON object in it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"checkpoint={str(folder)!r} has no config.json: give a folder that `titans train` or "
+            "`save_pretrained` wrote"
+        )
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore the file") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): restore the file")
+    return fields
+
+
+def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint folder, or by name, on the GPU if there is one; without tokenizer
     files, bytes.
+
+    A Titans model, or any causal LM that transformers has saved as safetensors. Nothing is downloaded, no code of
+    the folder is executed, and nothing is unpickled.
 
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
     """
     folder = folder_of(folder)
+    if not folder.is_dir() or _config_fields(folder).get("model_type") == "titans":
+        return load_titans(folder)
+    from transformers import AutoModelForCausalLM
+
+    model = _load_model(folder, AutoModelForCausalLM)
+    return model, _load_tokenizer(folder, model.config.get_text_config(decoder=True).vocab_size)
+
+
+def load_titans(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
+    """`load_checkpoint` for what needs a Titans model; ValueError for any other."""
+    folder = folder_of(folder)
     config = load_config(folder)
+    from titans.hf import TitansForCausalLM
+
+    return _load_model(folder, TitansForCausalLM, config=config), _load_tokenizer(folder, config.vocab_size)
+
+
+def _load_model(folder: Path, kind: Any, **options: Any) -> Any:
     if not any(folder.glob("model*.safetensors*")):
         raise ValueError(
-            f"checkpoint={str(folder)!r} has no model.safetensors: give a folder written by `titans train`"
+            f"checkpoint={str(folder)!r} has no model.safetensors: give a folder that `titans train` or "
+            "`save_pretrained` wrote (pickled weights are not opened)"
         )
     import safetensors
     import torch
     import transformers
-
-    from titans.hf import TitansForCausalLM
+    from huggingface_hub.errors import StrictDataclassError
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded: Any = TitansForCausalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             folder,
-            config=config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
         )
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} are damaged ({error}): copy them again, or use an older checkpoint"
         ) from None
-    model, found = loaded
-    for kind, names in found.items():
-        if names:
+    except (OSError, ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"checkpoint={str(folder)!r} is no causal model that transformers can open ({reason})"
+        ) from None
+    for reason, names in found.items():
+        # Other models may leave out parts that were saved with them, such as heads for drafts.
+        if names and (options or reason != "unexpected_keys"):
             name = sorted(map(str, names))[0]
             raise ValueError(
-                f"the weights in {folder} do not fit its config.json ({kind.replace('_', ' ')}: {name}): "
+                f"the weights in {folder} do not fit its config.json ({reason.replace('_', ' ')}: {name}): "
                 "the two files must come from the same model"
             )
-    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.isfinite().all()
+    ]
     if broken:
         raise ValueError(f"the weights in {folder} hold NaN or Inf ({broken[0]}): use an older checkpoint")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), _load_tokenizer(folder, config)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _load_tokenizer(folder: Path, config: TitansConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     from titans.data import byte_tokenizer, load_tokenizer
 
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer = load_tokenizer(folder)
-    elif config.vocab_size == 256:
+    elif vocab_size == 256:
         tokenizer = byte_tokenizer()
     else:
         raise ValueError(
             f"checkpoint={str(folder)!r} has no tokenizer: save the one of its training beside the model"
         )
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {vocab_size}: "
             "use the tokenizer the model was trained with"
         )
     return tokenizer

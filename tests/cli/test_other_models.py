@@ -1,0 +1,75 @@
+"""The commands that read with any causal model of transformers, from a folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import titans
+from titans.cli import main
+from titans.stream import describe_memory
+
+from ..models import small_causal_lm
+
+
+@pytest.fixture(scope="module", params=["llama", "mamba2", "qwen3_next"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp(request.param)
+    small_causal_lm(request.param).save_pretrained(path)
+    return str(path)
+
+
+def test_perplexity_needles_memory_and_new_text(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (book, memory) = (tmp_path / "book.txt", str(tmp_path / "memory"))
+    book.write_text("To be, or not to be, that is the question. " * 8)
+
+    def run(*arguments: str) -> dict:
+        assert main([*arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = run("eval", "perplexity", folder, "--data", str(book))
+    assert found["tokens"] == book.stat().st_size - 1 and found["bits_per_byte"] > 4
+    assert run("eval", "needle", folder, "--lengths", "300", "--depths", "0.5", "--samples", "2")["cells"]
+    read = run("memorize", folder, str(book), "-o", memory)
+    assert read["tokens"] == book.stat().st_size and read["mean_surprise"] is None
+    options = ["--memory", memory, "--max-new-tokens", "5", "--greedy"]
+    first, again = run("generate", folder, *options), run("generate", folder, *options)
+    assert first["text"] == again["text"] and first["tokens"] == 5
+    assert describe_memory(memory).stats.tokens == book.stat().st_size
+    for needs_a_memory in (
+        ("info", folder), ("info", memory), ("eval", "perplexity", folder, "--data", str(book), "--freeze-memory"),
+        ("inspect", folder, str(book)), ("bench", "--checkpoint", folder),
+    ):  # fmt: skip
+        code, text = main(list(needs_a_memory)), capsys.readouterr()
+        assert code == (0 if needs_a_memory[1] == memory else 2 if "--freeze-memory" in needs_a_memory else 1)
+        assert "Traceback" not in text.err and (code == 0 or "memory" in text.err or "Titans model" in text.err)
+
+
+def test_nothing_is_unpickled_downloaded_or_executed(tmp_path: Path) -> None:
+    small_causal_lm("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(tmp_path / "model.safetensors")
+    foreign = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "code.py").write_text("raise SystemExit('executed')")
+    for changes, message in (
+        ({"model_type": "mine", "auto_map": foreign}, "is no causal model that transformers can open"),
+        ({"model_type": "t5"}, "is no causal model that transformers can open"),
+        ({"hidden_size": 64}, "do not fit its config.json"),
+        ({"vocab_size": 300}, "do not fit its config.json"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError, match=message):
+            titans.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, tokenizer = titans.load(tmp_path)
+    assert len(tokenizer) == 256 and torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no model\.safetensors.*pickled weights are not opened"):
+        titans.load(tmp_path)
