@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -22,6 +23,7 @@ from transformers import (
 from titans.data import byte_tokenizer
 from titans.evaluate import bits_per_byte, score
 from titans.evaluate.needle import attention_reach, needle_table
+from titans.hf import TitansConfig, TitansForCausalLM
 from titans.stream import Session, describe_memory, feed_together, reader_of
 from titans.stream import session as session_module
 from titans.stream.causal import position_limit
@@ -190,3 +192,30 @@ def test_a_memory_file_belongs_to_its_kind_of_model(
     empty.save(tmp_path / "memory")
     loaded = Session.load(tmp_path / "memory", models["llama"])
     torch.testing.assert_close(next_logits(loaded), next_logits(empty), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_read_with_and_learned_prompts_are_refused(
+    models: dict[str, PreTrainedModel], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    titans = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="lmm", num_hidden_layers=1))
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    for base in (titans.eval(), copy.deepcopy(models["llama"])):
+        with pytest.raises(ValueError, match="PROMPT_TUNING: a learned prompt stands before every piece"):
+            Session(get_peft_model(copy.deepcopy(base), prompt))
+        before = in_one_call(base, IDS)
+        adapter = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        tuned = get_peft_model(base, adapter).eval()
+        session = Session(tuned)
+        session.feed(IDS[:30])
+        session.feed(IDS[30:])
+        expected = in_one_call(tuned, IDS)
+        assert not torch.allclose(before, expected, atol=1e-3)
+        torch.testing.assert_close(next_logits(session), expected[-1], rtol=0, atol=1e-4)
+        session.save(tmp_path / "memory")
+        assert torch.equal(next_logits(Session.load(tmp_path / "memory", tuned)), next_logits(session))
+        with torch.no_grad():
+            next(p for name, p in tuned.named_parameters() if "lora_B" in name).mul_(2)
+        with pytest.raises(ValueError, match="another checkpoint"):
+            Session.load(tmp_path / "memory", tuned)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
-from titans.hf.state_file import open_state_file, write_state_file
+from titans.hf.state_file import StateFile, open_state_file, write_state_file
 from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
 from titans.stream import Session, describe_memory, feed_together, fingerprint
 from titans.stream import session as session_module
@@ -418,6 +421,127 @@ def test_what_cannot_be_fed_together_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             feed_together(sessions, texts)
     assert one.num_tokens == other.num_tokens == 0
+
+
+def test_a_session_is_of_one_file_even_if_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = small_model(), tmp_path / "memory"
+    session = Session(model)
+    session.feed(some_ids(20))
+    session.save(path)
+    session.feed(some_ids(13, seed=1))
+    session.save(tmp_path / "later")
+    read = StateFile.tensors
+
+    def replaced(file: StateFile) -> dict[str, Tensor]:
+        os.replace(tmp_path / "later", path)
+        return read(file)
+
+    monkeypatch.setattr(StateFile, "tensors", replaced)
+    loaded, expected = Session.load(path, model), Session(model)
+    expected.feed(some_ids(20))
+    assert loaded.num_tokens == 20 and loaded._now.recent == expected._now.recent
+    torch.testing.assert_close(next_logits(loaded), next_logits(expected), rtol=0, atol=1e-8)
+
+
+def test_what_is_fed_while_a_stream_is_open_is_refused_and_not_lost() -> None:
+    session = Session(small_model("lmm"))
+    session.feed(some_ids(9))
+    stream = session.generate(stream=True, max_new_tokens=30, do_sample=False)
+    next(stream)
+    for change in (
+        lambda: session.feed([1, 2, 3]),
+        lambda: session.generate(max_new_tokens=1),
+        lambda: next(session.generate(stream=True, max_new_tokens=1)),
+        lambda: feed_together([session], [[1]]),
+        session.reset,
+    ):
+        with pytest.raises(RuntimeError, match="stream of generated text is open"):
+            change()
+    stream.close()
+    before = session.num_tokens
+    assert before > 9 and session.feed([1, 2, 3]).tokens == 3 and session.num_tokens == before + 3
+    with pytest.raises(RuntimeError, match="stream of generated text is open"):
+        session.feed(bytes([token]) for token in session.generate(stream=True, max_new_tokens=5))
+    assert session.feed([4]).tokens == 1
+
+
+def test_threads_share_sessions_and_leave_the_model_in_its_mode(short_pieces: None) -> None:
+    model = small_model("lmm").train()
+    frozen = model.model.layers[1].eval()
+    shared, own = Session(model), [Session(model) for _ in range(3)]
+    texts = [some_ids(200, seed) for seed in range(3)]
+    together = threading.Barrier(6)
+
+    def feed(session: Session, text: np.ndarray) -> None:
+        together.wait()
+        session.feed(text)
+
+    threads = [
+        threading.Thread(target=feed, args=pair)
+        for pair in [*zip(own, texts, strict=True), *((shared, text) for text in texts)]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.training and model.model.layers[0].mixer.training and not frozen.training
+    assert not any(module.training for module in frozen.modules())
+    # Each text was read as a whole, in some order.
+    orders = []
+    for order in itertools.permutations(texts):
+        whole = Session(model)
+        whole.feed(np.concatenate(order))
+        orders.append(next_logits(whole))
+    assert shared.num_tokens == 600
+    assert min(float((next_logits(shared) - logits).abs().max()) for logits in orders) < 1e-8
+    for session, text in zip(own, texts, strict=True):
+        alone = Session(model)
+        alone.feed(text)
+        assert torch.equal(next_logits(session), next_logits(alone))
+
+
+def test_a_memory_knows_its_weights_in_float16_and_old_files_in_bfloat16(tmp_path: Path) -> None:
+    path, model = tmp_path / "memory", small_model().float()
+    session = Session(model)
+    session.feed(some_ids(20))
+    session.save(path)
+    half = small_model().half()
+    assert fingerprint(half) != fingerprint(model), "an easy case"
+    assert Session.load(path, half).num_tokens == 20
+    with torch.no_grad():
+        half.lm_head.weight.mul_(1 + 2**-8)
+    with pytest.raises(ValueError, match="another checkpoint"):
+        Session.load(path, half)
+    # And the other way round.
+    session = Session(small_model().half())
+    session.feed([1])
+    session.save(tmp_path / "half")
+    assert Session.load(tmp_path / "half", model).num_tokens == 1
+    for wrong in ("{", "3", '{"of": "", "values": "AAA=", "precision": 1}'):
+        change_header(tmp_path / "half", weights=wrong)
+        with pytest.raises(ValueError, match="damaged header"):
+            Session.load(tmp_path / "half", model)
+    with open_state_file(path) as file:
+        tensors, about = file.tensors(), dict(file.about)
+    del about["weights"]
+    write_state_file(path, tensors, about)
+    assert Session.load(path, small_model().bfloat16()).num_tokens == 20
+    with pytest.raises(ValueError, match="another checkpoint"):
+        Session.load(path, small_model(seed=1))
+
+
+def test_a_file_that_may_not_be_read_is_not_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "memory").touch()
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        Session.load(tmp_path / "memory", small_model())
 
 
 def test_a_reader_of_300_000_tokens_holds_no_more_than_one_of_100_000() -> None:

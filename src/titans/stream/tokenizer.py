@@ -62,7 +62,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
+        return cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False),
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -80,8 +80,8 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """Model and tokenizer of a checkpoint folder, or by name, on the GPU if there is one; without tokenizer
     files, bytes.
 
-    A Titans model, or any causal LM that transformers has saved as safetensors. Nothing is downloaded, no code of
-    the folder is executed, and nothing is unpickled.
+    A Titans model, or any causal LM that transformers has saved as safetensors. Nothing is downloaded, no
+    code of the folder is executed, and nothing is unpickled.
 
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
