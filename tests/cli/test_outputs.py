@@ -20,8 +20,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_: Path) -> None:
         raise AssertionError("the work began")
 
-    for module in ("memorize", "inspect", "generate", "needle"):
+    for module in ("memorize", "generate", "needle"):
         monkeypatch.setattr(f"titans.cli.{module}.load_checkpoint", load)
+    monkeypatch.setattr("titans.cli.inspect.load_titans", load)
     monkeypatch.setattr("titans.train.recipe.TrainingRun.__init__", load)
 
 

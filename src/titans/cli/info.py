@@ -124,8 +124,9 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory_parts(config: dict[str, Any]) -> dict[str, Any]:
-    """What its memory is made of, as far as it has names."""
-    memory = config["memory"]
+    """What its memory is made of, as far as it has names; nothing for a model of another kind."""
+    if (memory := config.get("memory")) is None:
+        return {}
     rule = memory["rule"] or {"name": "momentum"}
     return {
         "memory_form": memory["form"].get("name"),
