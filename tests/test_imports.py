@@ -72,7 +72,7 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        flat_config state_file
+        flat_config state_file offload
         configuration keywords
         cache causal_cache
         generation

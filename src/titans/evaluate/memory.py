@@ -18,5 +18,5 @@ def keep_memory_only(model: TitansForCausalLM, cache: TitansCache) -> TitansCach
     """
     kept = TitansCache(model.config)
     for layer, was, now in zip(model.model.layers, cache.layers, kept.layers, strict=True):
-        now.state = None if was.state is None else layer.mixer.fresh_context(was.state)
+        now.state = None if was.state is None else layer.fresh_context(was.state)
     return kept

@@ -93,7 +93,7 @@ def _with_fresh_rows(model: TitansForCausalLM, cache: TitansCache, count: int) -
     joined = TitansCache(model.config)
     states = []
     for layer, state in zip(model.model.layers, cache.states or (), strict=True):
-        fresh = layer.mixer.initial_state(count)
+        fresh = layer.initial_state(count)
         states.append(pytree.tree_map(lambda a, b: torch.cat([a, b]), state, fresh))
     joined.store(tuple(states), 0)
     return joined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
 from titans.hf.generation import note_ended_rows, padding_first, with_prompt
 from titans.hf.keywords import Documents, check_keywords, documents_of
+from titans.hf.offload import all_parameters, execution_device, is_offloaded
 from titans.nn.blocks import BLOCKS, BlockResult
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.mlp import SwiGLU
@@ -64,12 +66,23 @@ class TitansLayer(GradientCheckpointingLayer):
         The initial state is made here, where sharded parameters have been gathered. The state is an argument
         and a result of the layer because gradient checkpointing drops any cache.
         """
-        if state is None:
-            state = self.mixer.initial_state(x.shape[0])
-        elif restart is not None:
-            state = where_rows(restart, self.mixer.initial_state(x.shape[0]), state)
-        x, state, trace = self.mixer(x, state, context)
-        return BlockResult(x + self.mlp(self.mlp_norm(x)), state, trace)
+        with all_parameters(self) if is_offloaded(self.mlp_norm) else nullcontext():
+            if state is None:
+                state = self.mixer.initial_state(x.shape[0])
+            elif restart is not None:
+                state = where_rows(restart, self.mixer.initial_state(x.shape[0]), state)
+            x, state, trace = self.mixer(x, state, context)
+            return BlockResult(x + self.mlp(self.mlp_norm(x)), state, trace)
+
+    def initial_state(self, batch: int) -> Any:
+        """The state of rows that have read nothing, wherever the parameters are kept."""
+        with all_parameters(self):
+            return self.mixer.initial_state(batch)
+
+    def fresh_context(self, state: Any) -> Any:
+        """An initial state that keeps the memory alone, likewise."""
+        with all_parameters(self):
+            return self.mixer.fresh_context(state)
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -83,6 +96,11 @@ class TitansPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
     _supports_sdpa = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: where an offloaded model computes, not where its parameters are kept."""
+        return execution_device(self.get_input_embeddings()) or super().device
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

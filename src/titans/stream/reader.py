@@ -132,4 +132,4 @@ class TitansReader:
 @torch.no_grad()
 def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:
     """The states of one row that has read nothing."""
-    return tuple(layer.mixer.initial_state(1) for layer in model.model.layers)
+    return tuple(layer.initial_state(1) for layer in model.model.layers)

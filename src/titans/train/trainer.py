@@ -143,7 +143,7 @@ class TitansTrainer(Trainer):
                 # A graph of autograd that is alive would draw its own stream into the recording.
                 with torch.no_grad():
                     layers, rows = self._network.model.layers, len(inputs["input_ids"])
-                    states = tuple(layer.mixer.initial_state(rows) for layer in layers)
+                    states = tuple(layer.initial_state(rows) for layer in layers)
             self._recorded = RecordedStep(model, partial(self._recorded_loss, model), inputs, states)
         loss, reported = self._recorded(inputs)
         self._count(reported, inputs, self._recorded.states)
