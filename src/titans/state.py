@@ -20,45 +20,49 @@ def register_state(cls: type[State]) -> type[State]:
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """Apply a function to every tensor of any state; batch is dimension 0 of every one of them.
-
-    A tensor that stands in two places, as weights that are their own anchor, does so in the result too.
-    """
-    done: dict[int, Tensor] = {}
-
-    def once(x: Tensor) -> Tensor:
-        if id(x) not in done:
-            done[id(x)] = function(x)
-        return done[id(x)]
-
-    return pytree.tree_map_only(Tensor, once, state)
+    """Apply a function to every tensor of any state; batch is dimension 0 of every one of them."""
+    return pytree.tree_map_only(Tensor, function, state)
 
 
 def state_nbytes(state: object) -> int:
-    """Bytes held by every tensor of any state, counting a tensor that stands in two places once."""
-    tensors = {id(t): t.nbytes for t in pytree.tree_leaves(state) if isinstance(t, Tensor)}
-    return sum(tensors.values())
+    """Bytes held by every tensor of any state; memory that two tensors share counts once."""
+    tensors = (leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def expanded(states: State) -> State:
+    """States in which everything is written out that a class leaves out where it equals another part: such a
+    class has a method `expanded`, as `MemoryState` has."""
+    return pytree.tree_map(
+        lambda part: part.expanded() if hasattr(part, "expanded") else part,
+        states,
+        is_leaf=lambda part: hasattr(part, "expanded"),
+    )
+
+
+def compact(states: State) -> State:
+    """The inverse of `expanded`: what equals another part is left out. Reads values."""
+    return pytree.tree_map(
+        lambda part: part.compact() if hasattr(part, "compact") else part,
+        states,
+        is_leaf=lambda part: hasattr(part, "compact"),
+    )
 
 
 def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
     """For each batch row, `chosen` where `rows` (batch,) is true, else `otherwise`.
 
     A leaf of `chosen` that is shorter in dimension 1, as the keys of a row that has read less, is filled up
-    with
-    zeros: what a row has not reached is never looked at.
+    with zeros: what a row has not reached is never looked at.
     """
 
-    # What stands in two places in both does so in the result.
-    picked: dict[tuple[int, int], Tensor] = {}
-
     def pick(a: Tensor, b: Tensor) -> Tensor:
-        if (id(a), id(b)) not in picked:
-            picked[id(a), id(b)] = choose(a, b)
-        return picked[id(a), id(b)]
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
         if a.shape != b.shape:
             a = torch.cat([a, a.new_zeros(a.shape[0], b.shape[1] - a.shape[1], *a.shape[2:])], 1)
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
-    return pytree.tree_map(pick, chosen, otherwise)
+    (mine, structure), (theirs, other) = pytree.tree_flatten(chosen), pytree.tree_flatten(otherwise)
+    if structure != other:
+        mine, structure = pytree.tree_flatten(expanded(chosen))
+        theirs = pytree.tree_leaves(expanded(otherwise))
+    return pytree.tree_unflatten([pick(a, b) for a, b in zip(mine, theirs, strict=True)], structure)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.network import MemoryNetwork
+from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
 
@@ -64,6 +65,8 @@ def check_read(
     batch, _, heads, head_dim = queries.shape
     for part in ("weights", "momentum", "anchor"):
         _check_weights(f"state.{part}", getattr(state, part), net, (batch, heads), "(batch, heads, out, in)")
+    if state.position is None:
+        raise ValueError("state.position=None: give (batch,) numbers of tokens read, 0 at first")
     _expect_shape("state.position", state.position, (batch,), "one position for each row")
     if state.position.dtype != torch.int64:
         raise ValueError(f"state.position has dtype {state.position.dtype}: give torch.int64")
@@ -87,49 +90,49 @@ def _check_weights(
         _expect_floating(f"{name}[{layer}]", weight)
 
 
-def check_scan(
-    net: MemoryNetwork,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    forget: Tensor,
-    momentum: Tensor,
-    step_size: Tensor,
-    state: MemoryState,
-    chunk_size: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    initial: Sequence[Tensor] | None,
-    initial_momentum: Sequence[Tensor] | None,
-    base: Sequence[Tensor] | None,
-) -> None:
+def check_scan(problem: ScanProblem) -> None:
     """Raise ValueError for the first argument of `memory_scan` that is wrong."""
-    check_read(net, queries, state, norm_weight, norm_bias, base)
+    p, queries, net = problem, problem.queries, problem.inner.network
+    check_read(net, queries, p.state, p.norm_weight, p.norm_bias, p.base)
     batch, time, heads, _ = queries.shape
-    for name, tensor in (("keys", keys), ("values", values)):
+    for name, tensor in (("keys", p.keys), ("values", p.values)):
         _expect_shape(name, tensor, queries.shape, "the shape of queries")
         _expect_floating(name, tensor)
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1")
-    for name, flags in (("mask", mask), ("reset", reset)):
+    if type(p.chunk_size) is not int or p.chunk_size < 1:
+        raise ValueError(f"chunk_size={p.chunk_size!r}: give a whole number of at least 1")
+    for name, flags in (("mask", p.mask), ("reset", p.reset)):
         if flags is not None:
             _expect_shape(name, flags, (batch, time), "(batch, time)")
             if flags.dtype != torch.bool:
                 raise ValueError(f"{name} has dtype {flags.dtype}: give torch.bool")
     for name, gate, highest in (
-        ("forget", forget, 1.0),
-        ("momentum", momentum, 1.0),
-        ("step_size", step_size, None),
+        ("forget", p.forget, 1.0),
+        ("momentum", p.momentum, 1.0),
+        ("step_size", p.step_size, None),
     ):
         _expect_shape(name, gate, (batch, time, heads, net.depth), "(batch, time, heads, depth)")
         _expect_floating(name, gate)
-        _expect_range(name, gate, mask, highest)
-    if reset is not None and initial is None:
+        _expect_range(name, gate, p.mask, highest)
+    if p.reset is not None and p.initial is None:
         raise ValueError(
             "initial=None: with reset, give the weights to start afresh from, (heads, out, in) each"
         )
-    for name, weights in (("initial", initial), ("initial_momentum", initial_momentum)):
+    for name, weights in (("initial", p.initial), ("initial_momentum", p.initial_momentum)):
         if weights is not None:
             _check_weights(name, weights, net, (heads,), "(heads, out, in)")
+    shapes = p.inner.rule.extra_shapes(net.weight_shapes)
+    _check_extra("state.extra", p.state.extra, shapes, (batch, heads))
+    if p.initial_extra is not None:
+        _check_extra("initial_extra", p.initial_extra, shapes, (heads,))
+
+
+def _check_extra(
+    name: str, extra: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], leading: tuple[int, ...]
+) -> None:
+    if len(extra) != len(shapes):
+        raise ValueError(
+            f"{name} has {len(extra)} tensors: the rule carries {len(shapes)}; see InnerProblem.initial_state"
+        )
+    for index, (tensor, shape) in enumerate(zip(extra, shapes, strict=True)):
+        _expect_shape(f"{name}[{index}]", tensor, (*leading, *shape), "as the rule has it")
+        _expect_floating(f"{name}[{index}]", tensor)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
 
 from titans.memory.network import ACTIVATION_SLOPE, MemoryNetwork
 from titans.memory.objectives import OBJECTIVES, Objective, SquaredError
 from titans.memory.rules import UPDATE_RULES, MomentumRule, UpdateRule
+from titans.memory.state import MemoryState
 
 STEP_NORMALIZER_FLOOR = 1e-6
 
@@ -43,6 +44,12 @@ class InnerProblem:
         if isinstance(given, InnerProblem):
             return given
         return cls(given, SquaredError(), MomentumRule(given.normalize_step))
+
+    def initial_state(self, weights: Sequence[Tensor]) -> MemoryState:
+        """A memory that has read nothing: these weights, each (batch, heads, out, in), no momentum, and what
+        the rule carries besides. In at least float32."""
+        state = MemoryState.initial(weights)
+        return replace(state, extra=self.rule.fresh_extra(state.weights))
 
     def describe(self) -> str:
         """The inner problem in words and numbers, as JSON: what `described` takes.

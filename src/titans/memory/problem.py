@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from titans.memory.inner import InnerProblem
 from titans.memory.state import MemoryState
@@ -13,15 +15,8 @@ from titans.memory.state import MemoryState
 
 @dataclass(frozen=True)
 class ScanProblem:
-    """The arguments of `memory_scan`, all floating tensors in the compute dtype.
-
-    queries, keys, values: (batch, time, heads, head_dim). forget, momentum, step_size: (batch, time, heads,
-        depth).
-    gain, bias: (heads, 1, head_dim) or None. mask, reset: (batch, time) bool or None.
-    base: (heads, out, in) each, added to the fast weights wherever the network is run, or None.
-    initial, initial_momentum: (heads, out, in) each, or None; where `reset` starts a row afresh.
-    read_anchor: answer with the weights the chunk began with, not with those just written.
-    """
+    """The arguments of `memory_scan`, which describes them; as backends receive them, all floating tensors are
+    in the compute dtype."""
 
     inner: InnerProblem
     queries: Tensor
@@ -32,32 +27,83 @@ class ScanProblem:
     step_size: Tensor
     state: MemoryState
     chunk_size: int
-    gain: Tensor | None
-    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
     mask: Tensor | None
     reset: Tensor | None
-    initial: tuple[Tensor, ...] | None
-    initial_momentum: tuple[Tensor, ...] | None
-    base: tuple[Tensor, ...] | None
+    initial: Sequence[Tensor] | None
+    initial_momentum: Sequence[Tensor] | None
+    initial_extra: Sequence[Tensor] | None
+    base: Sequence[Tensor] | None
     read_anchor: bool
+
+    @property
+    def gain(self) -> Tensor | None:
+        """The norm's weight as it broadcasts against tokens, (heads, 1, head_dim)."""
+        return None if self.norm_weight is None else self.norm_weight.unsqueeze(1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The norm's bias as it broadcasts against tokens, (heads, 1, head_dim)."""
+        return None if self.norm_bias is None else self.norm_bias.unsqueeze(1)
+
+    def promoted(self) -> ScanProblem:
+        """The same with every floating tensor in promote_types(dtype, float32)."""
+        dtype = compute_dtype(self.queries, self.keys, self.values, *self.state.weights)
+
+        def raised(x: Tensor) -> Tensor:
+            return x.to(dtype)
+
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(dtype)
+
+        def layers(tensors: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+            return None if tensors is None else tuple(map(raised, tensors))
+
+        return ScanProblem(
+            self.inner,
+            *map(raised, (self.queries, self.keys, self.values)),
+            *map(raised, (self.forget, self.momentum, self.step_size)),
+            self.state.map(raised, self.state.position),
+            self.chunk_size,
+            *map(optional, (self.norm_weight, self.norm_bias)),
+            self.mask,
+            self.reset,
+            *map(layers, (self.initial, self.initial_momentum, self.initial_extra, self.base)),
+            self.read_anchor,
+        )
 
     @property
     def needs_grad(self) -> bool:
         """Whether autograd has to know of this scan."""
-        layered = (*self.state.weights, *self.state.momentum, *self.state.anchor, *(self.base or ()))
-        slow = (self.gain, self.bias, *(self.initial or ()), *(self.initial_momentum or ()))
+        if not torch.is_grad_enabled():
+            return False
+        slow = (self.norm_weight, self.norm_bias, self.initial, self.initial_momentum, self.initial_extra, self.base)
         tokens = (self.queries, self.keys, self.values, self.forget, self.momentum, self.step_size)
-        return torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (*tokens, *layered, *slow)
-        )
+        leaves = pytree.tree_leaves((tokens, self.state, slow))
+        return any(x is not None and x.requires_grad for x in leaves)
 
     def fresh_state(self) -> MemoryState:
         """The state in which a reset leaves a row, for every row."""
         assert self.initial is not None
         batch = self.keys.shape[0]
-        weights = tuple(w.expand(batch, *w.shape) for w in self.initial)
-        if self.initial_momentum is None:
-            momentum = tuple(torch.zeros_like(w) for w in weights)
-        else:
-            momentum = tuple(m.expand(batch, *m.shape) for m in self.initial_momentum)
-        return MemoryState(weights, momentum, weights, torch.zeros_like(self.state.position))
+
+        def each(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(x.expand(batch, *x.shape) for x in tensors)
+
+        momentum = self.initial_momentum
+        if momentum is None:
+            momentum = tuple(torch.zeros_like(w) for w in self.initial)
+        extra = self.initial_extra
+        if extra is None:
+            extra = self.inner.rule.fresh_extra(tuple(self.initial))
+        position = torch.zeros_like(self.state.position)
+        return MemoryState(each(self.initial), each(momentum), None, position, each(extra))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which a scan computes: at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

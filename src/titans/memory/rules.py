@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titans.memory.decay import decay_products
 from titans.memory.registry import Registry
+from titans.memory.state import MemoryState, Weights
 
 
 class ChunkCoefficients(NamedTuple):
@@ -84,13 +85,28 @@ class UpdateRule:
         if not 0 <= self.length_floor < math.inf:
             raise ValueError(f"length_floor={self.length_floor!r}: give a finite number of at least 0")
 
-    def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The weights as a finished chunk leaves them."""
-        return tuple(weights)
+    def extra_shapes(
+        self, weight_shapes: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Shapes, for one head, of the tensors that the rule carries from chunk to chunk besides weights and
+        momentum: `state.extra`, (batch, heads, *shape) each."""
+        return ()
 
-    def settle_backward(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients with respect to the arguments of `settle` from those of its results."""
-        return list(grads)
+    def fresh_extra(self, weights: Weights) -> tuple[Tensor, ...]:
+        """What they are where nothing has been read, with these weights (…, out, in): zeros."""
+        leading = weights[0].shape[:-2]
+        shapes = self.extra_shapes([(w.shape[-2], w.shape[-1]) for w in weights])
+        return tuple(weights[0].new_zeros(*leading, *shape) for shape in shapes)
+
+    def end(self, state: MemoryState) -> MemoryState:
+        """The state as a finished chunk leaves it: here, unchanged. What need not be linear in the gradients
+        belongs here. Any leading dimensions; autograd must be able to follow.
+
+        Args:
+            state: after the chunk's last token. `state.anchor` are the weights with which the chunk began; the
+                ones returned are the next chunk's anchor.
+        """
+        return state
 
     def coefficients(
         self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
@@ -147,31 +163,18 @@ class MomentumRule(UpdateRule):
         if self.row_limit is not None and not 0 < self.row_limit < math.inf:
             raise ValueError(f"row_limit={self.row_limit!r}: give None or a finite number above 0")
 
-    def settle(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The weights as a finished chunk leaves them."""
+    def end(self, state: MemoryState) -> MemoryState:
         if self.row_limit is None:
-            return tuple(weights)
-        return tuple(weight * self._row_scales(weight)[0] for weight in weights)
+            return state
+        return replace(state, weights=tuple(shorten_rows(w, self.row_limit) for w in state.weights))
 
-    def settle_backward(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients with respect to the arguments of `settle` from those of its results."""
-        if self.row_limit is None:
-            return list(grads)
-        before = []
-        for weight, grad in zip(weights, grads, strict=True):
-            scale, rescaled = self._row_scales(weight)
-            along = (weight * grad).sum(-1, keepdim=True) * scale**3 / self.row_limit**2
-            before.append((grad * scale).addcmul_(weight, torch.where(rescaled, along, 0), value=-1))
-        return before
 
-    def _row_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What each row is multiplied by when a chunk ends, and whether it is rescaled at all: (…, out,
-        1)."""
-        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
-        # A row of zeros stays; the inner where keeps its gradient finite.
-        assert self.row_limit is not None
-        rescaled = length > self.row_limit
-        return torch.where(rescaled, self.row_limit / torch.where(rescaled, length, 1), 1), rescaled
+def shorten_rows(weight: Tensor, longest: float) -> Tensor:
+    """weight (…, out, in), its rows longer than `longest` shortened to that."""
+    length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    # A row of zeros has no slope: the inner where keeps its gradient finite.
+    long = length > longest
+    return weight * torch.where(long, longest / torch.where(long, length, 1), 1)
 
 
 # Tokens in a block of `end_coefficients`: as much in tables of a block as in passing from block to block.

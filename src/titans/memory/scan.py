@@ -13,9 +13,8 @@ from titans.memory.backends.traced import traced_scan
 from titans.memory.checks import check_read, check_scan
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
-from titans.memory.problem import ScanProblem
+from titans.memory.problem import ScanProblem, compute_dtype
 from titans.memory.state import MemoryState
-from titans.state import map_state
 
 
 @overload
@@ -41,6 +40,7 @@ def memory_scan(
     reset: Tensor | None = None,
     initial: Sequence[Tensor] | None = None,
     initial_momentum: Sequence[Tensor] | None = None,
+    initial_extra: Sequence[Tensor] | None = None,
     base: Sequence[Tensor] | None = None,
     backend: str = "auto",
     return_surprise: bool = False,
@@ -67,6 +67,7 @@ def memory_scan(
             `initial_momentum` and position 0.
         initial: (heads, out, in) for each layer; needed with `reset`.
         initial_momentum: (heads, out, in) for each layer; zero by default.
+        initial_extra: what the rule carries besides, (heads, …) each; `UpdateRule.fresh_extra` by default.
         base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
             run with their sum, so that what is forgotten decays towards `base` and not towards 0.
         backend: "auto", or a name in `BACKENDS`: "native", "triton", "chunkwise", "reference",
@@ -83,34 +84,13 @@ def memory_scan(
     Raises:
         ValueError: for a wrong shape, dtype or range, or a backend that refuses, naming the argument.
     """
-    inner = InnerProblem.of(inner)
-    check_scan(
-        inner.network, queries, keys, values, forget, momentum, step_size, state, chunk_size,
-        norm_weight, norm_bias, mask, reset, initial, initial_momentum, base,
+    problem = ScanProblem(
+        InnerProblem.of(inner), queries, keys, values, forget, momentum, step_size, state, chunk_size,
+        norm_weight, norm_bias, mask, reset, initial, initial_momentum, initial_extra, base, read_anchor,
     )  # fmt: skip
+    check_scan(problem)
     with torch.autocast(queries.device.type, enabled=False):
-        dtype = _compute_dtype(queries, keys, values, *state.weights)
-
-        def raised(x: Tensor) -> Tensor:
-            return x.to(dtype)
-
-        def affine(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(dtype).unsqueeze(1)
-
-        problem = ScanProblem(
-            inner,
-            *map(raised, (queries, keys, values, forget, momentum, step_size)),
-            state=_raise_state(state, dtype),
-            chunk_size=chunk_size,
-            gain=affine(norm_weight),
-            bias=affine(norm_bias),
-            mask=mask,
-            reset=reset,
-            initial=None if initial is None else tuple(map(raised, initial)),
-            initial_momentum=None if initial_momentum is None else tuple(map(raised, initial_momentum)),
-            base=None if base is None else tuple(map(raised, base)),
-            read_anchor=read_anchor,
-        )
+        problem = problem.promoted()
         if torch.compiler.is_compiling():
             reads, new_state, surprise = traced_scan(problem, backend)
         else:
@@ -145,20 +125,9 @@ def memory_read(
     net = InnerProblem.of(inner).network
     check_read(net, queries, state, norm_weight, norm_bias, base)
     with torch.autocast(queries.device.type, enabled=False):
-        dtype = _compute_dtype(queries, *state.weights)
+        dtype = compute_dtype(queries, *state.weights)
         gain, bias = (None if x is None else x.to(dtype).unsqueeze(1) for x in (norm_weight, norm_bias))
         raised_base = None if base is None else [b.to(dtype) for b in base]
         weights = net.total([w.to(dtype) for w in state.weights], raised_base)
         answers = net(weights, queries.to(dtype).transpose(1, 2), gain, bias)
     return answers.transpose(1, 2).to(queries.dtype)
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _raise_state(state: MemoryState, dtype: torch.dtype) -> MemoryState:
-    return map_state(lambda x: x.to(dtype) if x.is_floating_point() else x, state)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.utils import _pytree as pytree
 
 from titans.memory.backends import choose_backend
 from titans.memory.inner import InnerProblem
@@ -21,51 +22,61 @@ from titans.memory.state import MemoryState
 _REST = "bool[] there, str inner, int chunk_size, bool read_anchor, str backend"
 
 
+def _sizes(inner: InnerProblem) -> tuple[int, int]:
+    """How many layers a state has, and how many tensors of the rule's own."""
+    shapes = inner.network.weight_shapes
+    return len(shapes), len(inner.rule.extra_shapes(shapes))
+
+
+def _structure(inner: InnerProblem) -> pytree.TreeSpec:
+    """Of the states on both sides of an operator. A graph knows no values, and so not whether weights and anchor
+    have become the same: the anchor is always there."""
+    depth, extra = _sizes(inner)
+    layers = (torch.empty(0),) * depth
+    return pytree.tree_structure(
+        MemoryState(layers, layers, None, torch.empty(0), (torch.empty(0),) * extra).expanded()
+    )
+
+
 def traced_scan(problem: ScanProblem, backend: str) -> tuple[Tensor, MemoryState, Tensor]:
     """What the backend of that name makes of a problem, as one node of the graph."""
-    p, depth = problem, problem.inner.network.depth
-
-    def layers(tensors: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
-        return [None] * depth if tensors is None else tensors
-
-    flat = [
-        p.queries, p.keys, p.values, p.forget, p.momentum, p.step_size,
-        *p.state.weights, *p.state.momentum, *p.state.anchor, p.state.position,
-        p.gain, p.bias, p.mask, p.reset, *layers(p.initial), *layers(p.initial_momentum), *layers(p.base),
-    ]  # fmt: skip
-    there = [x is not None for x in flat]
-    inner = problem.inner.describe()
-    found = torch.ops.titans.scan(
-        [x for x in flat if x is not None], there, inner, p.chunk_size, p.read_anchor, backend
-    )
-    reads, surprise, *state, position = found
-    weights, momentum, anchor = (tuple(state[i : i + depth]) for i in range(0, 3 * depth, depth))
-    return reads, MemoryState(weights, momentum, anchor, position), surprise
+    p = problem
+    depth, extra = _sizes(p.inner)
+    leaves, structure = pytree.tree_flatten(p.state.expanded())
+    flat = [*leaves, p.queries, p.keys, p.values, p.forget, p.momentum, p.step_size]
+    flat += [p.norm_weight, p.norm_bias, p.mask, p.reset]
+    slow = ((p.initial, depth), (p.initial_momentum, depth), (p.initial_extra, extra), (p.base, depth))
+    for tensors, count in slow:
+        flat += [None] * count if tensors is None else tensors
+    reads, surprise, *after = torch.ops.titans.scan(
+        [x for x in flat if x is not None], [x is not None for x in flat], p.inner.describe(),
+        p.chunk_size, p.read_anchor, backend,
+    )  # fmt: skip
+    return reads, pytree.tree_unflatten(after, structure), surprise
 
 
 def _run(flat: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
-    """Reads, surprise, weights, momentum, anchor and position."""
+    """Reads, surprise, and the leaves of the state."""
     there, description, chunk_size, read_anchor, backend = rest
     inner = InnerProblem.described(description)
+    structure, (depth, extra) = _structure(inner), _sizes(inner)
     given = iter(flat)
     found: Any = (next(given) if is_there else None for is_there in there)
 
-    def layers() -> tuple[Any, ...]:
-        return tuple(next(found) for _ in range(inner.network.depth))
+    def several(count: int) -> list[Any]:
+        return [next(found) for _ in range(count)]
 
-    def optional() -> tuple[Tensor, ...] | None:
-        taken = layers()
-        return None if taken[0] is None else taken
+    def optional(count: int) -> list[Any] | None:
+        taken = several(count)
+        return None if None in taken else taken
 
-    tokens = [next(found) for _ in range(6)]
-    state = MemoryState(layers(), layers(), layers(), next(found))
-    affine_and_flags = [next(found) for _ in range(4)]
-    fresh_and_base = [optional() for _ in range(3)]
-    arguments: list[Any] = [*tokens, state, chunk_size, *affine_and_flags, *fresh_and_base, read_anchor]
-    problem = ScanProblem(inner, *arguments)
+    state = pytree.tree_unflatten(several(structure.num_leaves), structure)
+    tokens, flags = several(6), several(4)
+    slow = [optional(count) for count in (depth, depth, extra, depth)]
+    problem = ScanProblem(inner, *tokens, state, chunk_size, *flags, *slow, read_anchor)
     with torch.autocast(problem.keys.device.type, enabled=False):
         reads, after, surprise = choose_backend(backend, problem).scan(problem)
-    return [reads, surprise, *after.weights, *after.momentum, *after.anchor, after.position]
+    return [reads, surprise, *pytree.tree_leaves(after.expanded())]
 
 
 def _apart(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -89,8 +100,9 @@ def _scan(flat: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 @_scan.register_fake
 def _(flat: Sequence[Tensor], there: Sequence[bool], inner: str, *rest: Any) -> list[Tensor]:
-    depth = InnerProblem.described(inner).network.depth
-    return _fresh_like([flat[0], flat[0][..., 0], *flat[6 : 7 + 3 * depth]])
+    leaves = _structure(InnerProblem.described(inner)).num_leaves
+    queries = flat[leaves]
+    return _fresh_like([queries, queries[..., 0], *flat[:leaves]])
 
 
 @library.custom_op(

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from titans.memory.chunkwise.chunk import key_pass
-from titans.memory.chunkwise.groups import Marks, Slow, State, Tokens, begin_chunk, end_chunk
+from titans.memory.chunkwise.groups import Marks, Slow, Tokens, begin_chunk, end_chunk
 from titans.memory.inner import InnerProblem
 from titans.memory.rules import EndCoefficients, end_coefficients
+from titans.memory.state import MemoryState
 
 
 def scan_anchored_chunks(
-    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
-) -> tuple[Tensor, Tensor, State]:
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
     """Reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the state after them.
 
     Plain torch throughout: a scan of large chunks has few of them, so autograd may keep all it likes.
@@ -41,5 +42,6 @@ def scan_anchored_chunks(
             moved = weight + (weight * c.end_weights + moment * c.end_momentum)
             weights.append(moved.baddbmm((d * c.end_steps).mT, h, alpha=-1))
             momentum.append((moment * c.momentum_momentum).baddbmm((d * c.momentum_steps).mT, h, alpha=-1))
-        state = end_chunk(inner, here, tuple(weights), tuple(momentum), state.anchor)
+        written = MemoryState(tuple(weights), tuple(momentum), state.anchor, None, state.extra)
+        state = end_chunk(inner, here, written)
     return torch.stack(reads), torch.stack(surprises).detach(), state

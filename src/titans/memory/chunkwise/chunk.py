@@ -20,8 +20,7 @@ from torch import Tensor
 from titans.memory.inner import InnerProblem
 from titans.memory.network import ACTIVATION_BACKWARDS, ACTIVATIONS, NORM_EPS, MemoryNetwork
 from titans.memory.rules import ChunkCoefficients
-
-Weights = tuple[Tensor, ...]
+from titans.memory.state import MemoryState, Weights
 
 
 class Chunk(NamedTuple):
@@ -169,11 +168,11 @@ def key_pass(
 
 
 def run_chunk(
-    inner: InnerProblem, chunk: Chunk, weights: Weights, momentum: Weights, anchor: Weights
+    inner: InnerProblem, chunk: Chunk, state: MemoryState
 ) -> tuple[Tensor, Weights, Weights, ChunkTape]:
-    """Reads of a chunk, and weights and momentum after its last token (not yet settled)."""
-    net = inner.network
-    total = net.total(anchor, chunk.base)
+    """Reads of a chunk, and weights and momentum after its last token, before the rule ends the chunk."""
+    net, weights, momentum = inner.network, state.weights, state.momentum
+    total = net.total(state.anchor, chunk.base)
     keys = key_pass(inner, chunk.keys, chunk.values, chunk.gain, chunk.bias, total)
     hidden, reads, new_weights, new_momentum = chunk.queries, [], [], []
     for layer, (c, h, d) in enumerate(zip(chunk.coefficients, keys.inputs, keys.scaled, strict=True)):
@@ -192,8 +191,7 @@ def run_chunk(
         carried = moment * c.momentum_momentum
         new_momentum.append(carried.baddbmm_((d * c.momentum_steps).mT, h, alpha=-1))
     answers = net.finish(out, chunk.queries, chunk.gain, chunk.bias)
-    shared = all(a is w for a, w in zip(anchor, weights, strict=True))
-    tape = ChunkTape(chunk, weights, momentum, total, shared, keys, reads)
+    tape = ChunkTape(chunk, weights, momentum, total, state.is_shared, keys, reads)
     return answers, tuple(new_weights), tuple(new_momentum), tape
 
 

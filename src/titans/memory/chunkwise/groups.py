@@ -6,14 +6,19 @@ With √chunks groups, training memory grows with the square root of the length 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, Weights, chunk_backward, run_chunk
+from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, chunk_backward, run_chunk
 from titans.memory.inner import InnerProblem
-from titans.memory.rules import ChunkCoefficients
+from titans.memory.rules import ChunkCoefficients, UpdateRule
+from titans.memory.state import MemoryState, Weights
+from titans.state import map_state, where_rows
 
 
 class Tokens(NamedTuple):
@@ -28,13 +33,12 @@ class Tokens(NamedTuple):
 
 
 class Slow(NamedTuple):
-    """What every chunk shares: gain and bias (rows, 1, head_dim); per layer (rows, out, in) the weights of a
-    fresh row and the base, empty tuples where there are none."""
+    """What every chunk shares: gain and bias (rows, 1, head_dim), the state of a fresh row, None where no row
+    starts afresh, and per layer the base (rows, out, in), an empty tuple where there is none."""
 
     gain: Tensor | None
     bias: Tensor | None
-    initial: Weights
-    initial_momentum: Weights
+    fresh: MemoryState | None
     base: Weights
 
 
@@ -58,47 +62,20 @@ class Marks(NamedTuple):
         )
 
 
-class State(NamedTuple):
-    """Weights (rows, out, in) per layer. After a whole chunk `anchor` is `weights`, the same tensors."""
-
-    weights: Weights
-    momentum: Weights
-    anchor: Weights
-
-    @property
-    def is_anchored(self) -> bool:
-        """Every layer's anchor is its weights, the same tensor."""
-        return all(a is w for a, w in zip(self.anchor, self.weights, strict=True))
-
-
-def _where(rows: Tensor, chosen: Weights, otherwise: Weights) -> Weights:
-    return tuple(torch.where(rows[:, None, None], a, b) for a, b in zip(chosen, otherwise, strict=True))
-
-
-def begin_chunk(marks: Marks, slow: Slow, state: State) -> State:
+def begin_chunk(marks: Marks, slow: Slow, state: MemoryState) -> MemoryState:
     """The state with which a chunk begins: rows that start afresh do so now."""
-    if marks.fresh is None:
+    if marks.fresh is None or slow.fresh is None:
         return state
-    return State(
-        _where(marks.fresh, slow.initial, state.weights),
-        _where(marks.fresh, slow.initial_momentum, state.momentum),
-        _where(marks.fresh, slow.initial, state.anchor),
-    )
+    return where_rows(marks.fresh, slow.fresh, state)
 
 
-def end_chunk(
-    inner: InnerProblem, marks: Marks, weights: Weights, momentum: Weights, anchor: Weights
-) -> State:
-    """The state a chunk leaves: where it is complete its weights settle and become the anchor."""
-    if isinstance(marks.complete, Tensor):
-        settled = inner.rule.settle(weights)
-        return State(
-            _where(marks.complete, settled, weights), momentum, _where(marks.complete, settled, anchor)
-        )
-    if marks.complete:
-        settled = inner.rule.settle(weights)
-        return State(settled, momentum, settled)
-    return State(weights, momentum, anchor)
+def end_chunk(inner: InnerProblem, marks: Marks, written: MemoryState) -> MemoryState:
+    """The state a chunk leaves: where it is complete the rule ends it, and its weights become the anchor."""
+    if marks.complete is False:
+        return written
+    ended = inner.rule.end(written)
+    ended = replace(ended, anchor=ended.weights)
+    return ended if marks.complete is True else where_rows(marks.complete, ended, written)
 
 
 def coefficients_of(inner: InnerProblem, tokens: Tokens, marks: Marks) -> ChunkCoefficients:
@@ -119,10 +96,11 @@ def scan_group(
     coefficients: ChunkCoefficients,
     marks: Marks,
     slow: Slow,
-    state: State,
-    tapes: list[tuple[ChunkTape, Weights]] | None = None,
-) -> tuple[Tensor, Tensor, State]:
-    """A few chunks in sequence: reads, surprise, and the state after them; a list collects the tapes."""
+    state: MemoryState,
+    tapes: list[tuple[ChunkTape, MemoryState]] | None = None,
+) -> tuple[Tensor, Tensor, MemoryState]:
+    """A few chunks in sequence: reads, surprise, and the state after them; a list collects the tapes, each with
+    the state after the chunk's last token."""
     reads, surprises = [], []
     for n in range(tokens.keys.shape[0]):
         here = marks.at(n)
@@ -136,40 +114,39 @@ def scan_group(
             slow.bias,
             slow.base or None,
         )
-        read, weights, momentum, tape = run_chunk(inner, chunk, *state)
-        state = end_chunk(inner, here, weights, momentum, state.anchor)
+        read, weights, momentum, tape = run_chunk(inner, chunk, state)
+        written = MemoryState(weights, momentum, state.anchor, None, state.extra)
+        state = end_chunk(inner, here, written)
         reads.append(read)
         surprises.append(tape.keys.surprise)
         if tapes is not None:
-            tapes.append((tape, weights))
+            tapes.append((tape, written))
     return torch.stack(reads), torch.stack(surprises), state
 
 
 class Arguments:
-    """The tensors of a scan, flattened for autograd and put back together; optional ones keep their place."""
+    """The tensors of a scan, flattened for autograd and put back together; what is None keeps its place."""
 
-    def __init__(self, inner: InnerProblem, marks: Marks, tokens: Tokens, slow: Slow, state: State) -> None:
-        self.inner, self.marks = inner, marks
-        self.has_base = bool(slow.base)
-        self.flat = [*tokens, slow.gain, slow.bias, *slow.initial, *slow.initial_momentum, *slow.base]
-        self.flat += [w for part in state for w in part]
+    def __init__(
+        self, inner: InnerProblem, marks: Marks, tokens: Tokens, slow: Slow, state: MemoryState
+    ) -> None:
+        self.inner, self.marks, self._state = inner, marks, state
+        self.flat, self._structure = pytree.tree_flatten((tokens, slow, state))
 
     @property
     def needs_grad(self) -> bool:
         """Whether autograd has to know of this scan."""
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.flat)
 
-    def unflatten(self, flat: Any) -> tuple[Tokens, Slow, State]:
-        depth = self.inner.network.depth
-        layered = [tuple(flat[i : i + depth]) for i in range(8, len(flat), depth)]
-        # Without resets there are no initial weights to put back.
-        initial, initial_momentum = layered[:2] if self.marks.fresh is not None else ((), ())
-        base = layered[-4] if self.has_base else ()
-        return (
-            Tokens(*flat[:6]),
-            Slow(flat[6], flat[7], initial, initial_momentum, base),
-            State(*layered[-3:]),
-        )
+    def unflatten(self, flat: Iterable[Tensor | None]) -> tuple[Tokens, Slow, MemoryState]:
+        return pytree.tree_unflatten(flat, self._structure)
+
+    def state_after(self, leaves: Iterable[Tensor]) -> MemoryState:
+        """The state after the scan from its leaves: with an anchor of its own unless the last chunk is complete
+        in every row."""
+        closed = self.marks.complete is True
+        after = replace(self._state, anchor=self._state.weights) if closed else self._state.expanded()
+        return pytree.tree_unflatten(leaves, pytree.tree_structure(after))
 
 
 def refuse_second_derivatives(backend: str) -> None:
@@ -192,12 +169,12 @@ class _GroupedScan(torch.autograd.Function):
         size = math.isqrt(num_chunks - 1) + 1
         ctx.arguments, ctx.groups = arguments, [slice(i, i + size) for i in range(0, num_chunks, size)]
         starts: list[Tensor] = []
-        # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
-        ctx.shared = []
+        ctx.structures = []
         reads, surprises = [], []
         for group in ctx.groups:
-            ctx.shared.append(state.is_anchored)
-            starts += [*state.weights, *state.momentum, *state.anchor]
+            leaves, structure = pytree.tree_flatten(state)
+            starts += leaves
+            ctx.structures.append(structure)
             part, marks = Tokens(*(x[group] for x in tokens)), arguments.marks.at(group)
             read, surprise, state = scan_group(
                 inner, part, coefficients_of(inner, part, marks), marks, slow, state
@@ -208,9 +185,7 @@ class _GroupedScan(torch.autograd.Function):
         ctx.save_for_backward(*flat, *starts)
         surprise = torch.cat(surprises)
         ctx.mark_non_differentiable(surprise)
-        # Autograd must see distinct outputs: after a whole chunk the anchor is the weights themselves.
-        anchor = (x.clone() for x in state.anchor)
-        return (torch.cat(reads), surprise, *state.weights, *state.momentum, *anchor)
+        return (torch.cat(reads), surprise, *pytree.tree_leaves(state))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -223,20 +198,17 @@ class _GroupedScan(torch.autograd.Function):
     def _recompute(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments: Arguments = ctx.arguments
         inner, marks = arguments.inner, arguments.marks
-        depth = inner.network.depth
         saved = ctx.saved_tensors
-        tokens, slow, _ = arguments.unflatten(saved[: ctx.num_inputs])
-        starts = saved[ctx.num_inputs :]
+        tokens, slow, first = arguments.unflatten(saved[: ctx.num_inputs])
+        starts = iter(saved[ctx.num_inputs :])
+        begun = [
+            pytree.tree_unflatten([next(starts) for _ in range(structure.num_leaves)], structure)
+            for structure in ctx.structures
+        ]
         token_grads = Tokens(*(torch.empty_like(x) for x in tokens))
         slow_grads = _SlowGradients(slow)
-        weights, momentum, anchor = (list(grads[i : i + depth]) for i in range(2, 2 + 3 * depth, depth))
-        state_grads = _StateGradients(weights, momentum, anchor)
-        for g in reversed(range(len(ctx.groups))):
-            group = ctx.groups[g]
-            flat = starts[g * 3 * depth : (g + 1) * 3 * depth]
-            start = State(*(tuple(flat[i : i + depth]) for i in range(0, 3 * depth, depth)))
-            if ctx.shared[g]:
-                start = start._replace(anchor=start.weights)
+        state_grads = _StateGradients(arguments.state_after(grads[2:]))
+        for group, start in zip(reversed(ctx.groups), reversed(begun), strict=True):
             part, here = Tokens(*(x[group] for x in tokens)), marks.at(group)
             gates = [x.detach().requires_grad_() for x in part[3:]]
             with torch.enable_grad():
@@ -244,14 +216,14 @@ class _GroupedScan(torch.autograd.Function):
                     inner, part._replace(forget=gates[0], momentum=gates[1], step_size=gates[2]), here
                 )
             coefficients = ChunkCoefficients(*(c.detach() for c in attached))
-            tapes: list[tuple[ChunkTape, Weights]] = []
+            tapes: list[tuple[ChunkTape, MemoryState]] = []
             scan_group(inner, part, coefficients, here, slow, start, tapes)
 
             coefficient_grads: list[list[ChunkCoefficients]] = []
             for n in reversed(range(len(tapes))):
-                tape, unsettled = tapes.pop()
+                tape, written = tapes.pop()
                 at = here.at(n)
-                state_grads.through_end(inner, at, unsettled)
+                state_grads.through_end(inner, at, written)
                 chunk_grads = chunk_backward(
                     inner, tape, grads[0][group.start + n], state_grads.weights, state_grads.momentum
                 )
@@ -270,7 +242,7 @@ class _GroupedScan(torch.autograd.Function):
                 token_grads[3:], torch.autograd.grad(attached, gates, stacked), strict=True
             ):
                 into[group] = grad
-        return (None, *token_grads, *slow_grads.flat(), *state_grads.flat(ctx.shared[0]))
+        return (None, *pytree.tree_leaves((token_grads, slow_grads.of(slow), state_grads.of(first))))
 
 
 class _SlowGradients:
@@ -278,9 +250,8 @@ class _SlowGradients:
 
     def __init__(self, slow: Slow) -> None:
         self.gain, self.bias = (None if x is None else torch.zeros_like(x) for x in (slow.gain, slow.bias))
-        self.initial = [torch.zeros_like(w) for w in slow.initial]
-        self.initial_momentum = [torch.zeros_like(m) for m in slow.initial_momentum]
-        self.base = [torch.zeros_like(b) for b in slow.base]
+        self.fresh = None if slow.fresh is None else map_state(torch.zeros_like, slow.fresh)
+        self.base = tuple(torch.zeros_like(b) for b in slow.base)
 
     def add(self, grads: ChunkGradients) -> None:
         for total, part in ((self.gain, grads.gain), (self.bias, grads.bias)):
@@ -289,33 +260,38 @@ class _SlowGradients:
         for total, part in zip(self.base, grads.base or (), strict=True):
             total += part
 
-    def flat(self) -> list[Tensor | None]:
-        return [self.gain, self.bias, *self.initial, *self.initial_momentum, *self.base]
+    def of(self, slow: Slow) -> Slow:
+        """In the structure of what they are the gradients of."""
+        return Slow(self.gain, self.bias, self.fresh, self.base)
 
 
 class _StateGradients:
     """The gradient of the state on its way back through the chunks. `anchor` is None while it is in
     `weights`."""
 
-    def __init__(self, weights: list[Tensor], momentum: list[Tensor], anchor: list[Tensor] | None) -> None:
-        self.weights, self.momentum, self.anchor = weights, momentum, anchor
+    def __init__(self, grads: MemoryState) -> None:
+        self.weights, self.momentum, self.extra = [*grads.weights], [*grads.momentum], [*grads.extra]
+        self.anchor = None if grads.is_shared else [*grads.anchor]
 
-    def through_end(self, inner: InnerProblem, marks: Marks, unsettled: Weights) -> None:
+    def through_end(self, inner: InnerProblem, marks: Marks, written: MemoryState) -> None:
         """Back through `end_chunk`."""
         if marks.complete is False:
             return
-        if marks.complete is True:
-            both = self.weights
-            if self.anchor is not None:
-                both = [w + a for w, a in zip(self.weights, self.anchor, strict=True)]
-            self.weights, self.anchor = inner.rule.settle_backward(unsettled, both), None
-            return
-        closed = marks.complete[:, None, None]
-        assert self.anchor is not None
-        settled = [torch.where(closed, w + a, 0) for w, a in zip(self.weights, self.anchor, strict=True)]
-        settled = inner.rule.settle_backward(unsettled, settled)
-        self.weights = [torch.where(closed, s, w) for s, w in zip(settled, self.weights, strict=True)]
-        self.anchor = [torch.where(closed, 0, a) for a in self.anchor]
+        weights, anchor = self.weights, self.anchor
+        if anchor is not None:
+            weights = [w + a for w, a in zip(weights, anchor, strict=True)]
+        found = end_backward(inner.rule, written, [weights, self.momentum, self.extra])
+        if isinstance(marks.complete, Tensor):
+            assert anchor is not None
+            found = [
+                [_where(marks.complete, new, old) for new, old in zip(part, before, strict=True)]
+                for part, before in zip(
+                    found, (self.weights, self.momentum, self.extra, anchor), strict=True
+                )
+            ]
+        self.weights, self.momentum, self.extra = found[:3]
+        by_anchor = [g for g in found[3] if g is not None]
+        self.anchor = by_anchor or None
 
     def through_chunk(self, grads: ChunkGradients) -> None:
         """Back through `run_chunk`, which uses the anchor and hands it on."""
@@ -333,39 +309,77 @@ class _StateGradients:
 
     def through_begin(self, marks: Marks, slow: _SlowGradients) -> None:
         """Back through `begin_chunk`."""
-        if marks.fresh is None:
+        fresh = slow.fresh
+        if marks.fresh is None or fresh is None:
             return
-        fresh = marks.fresh[:, None, None]
-        assert self.anchor is not None
         for into, parts in (
-            (slow.initial, self.weights),
-            (slow.initial, self.anchor),
-            (slow.initial_momentum, self.momentum),
+            (fresh.weights, self.weights),
+            (fresh.weights, self.anchor or ()),
+            (fresh.momentum, self.momentum),
+            (fresh.extra, self.extra),
         ):
-            for total, part in zip(into, parts, strict=True):
-                total += torch.where(fresh, part, 0)
-        self.weights, self.momentum, self.anchor = (
-            [torch.where(fresh, 0, x) for x in part] for part in (self.weights, self.momentum, self.anchor)
-        )
+            for total, part in zip(into, parts, strict=bool(parts)):
+                total += _where(marks.fresh, part, None)
+        for parts in (self.weights, self.momentum, self.extra, self.anchor or []):
+            parts[:] = [_where(marks.fresh, None, part) for part in parts]
 
-    def flat(self, shared: bool) -> list[Tensor | None]:
-        """Per input; an anchor that is the weights themselves has its gradient in theirs."""
-        anchor: list[Tensor | None] = [None] * len(self.weights)
-        if self.anchor is not None:
-            anchor = list(self.anchor)
-        elif not shared:
-            anchor = [torch.zeros_like(w) for w in self.weights]
-        return [*self.weights, *self.momentum, *anchor]
+    def of(self, state: MemoryState) -> MemoryState:
+        """In the structure of what they are the gradients of."""
+        anchor = None
+        if not state.is_shared:
+            anchor = tuple(self.anchor or map(torch.zeros_like, state.anchor))
+        return MemoryState(tuple(self.weights), tuple(self.momentum), anchor, None, tuple(self.extra))
+
+
+def _where(rows: Tensor, chosen: Tensor | None, otherwise: Tensor | None) -> Tensor:
+    """Row by row, either of which may be None for zeros."""
+    like = otherwise if chosen is None else chosen
+    assert like is not None
+    rows = rows.view(-1, *[1] * (like.dim() - 1))
+    return torch.where(rows, 0 if chosen is None else chosen, 0 if otherwise is None else otherwise)
+
+
+def end_backward(
+    rule: UpdateRule, written: MemoryState, grads: Sequence[list[Tensor]]
+) -> list[list[Tensor | None]]:
+    """Gradients of what `rule.end` was given, by autograd, from those of what it returned.
+
+    grads: of weights, momentum and extra. Returns those of weights, momentum, extra and anchor; of the anchor
+    None where the rule has not looked at it. What the rule hands on unchanged costs nothing.
+    """
+    given = map_state(lambda x: x.detach().requires_grad_(), written)
+    with torch.enable_grad():
+        ended = rule.end(given)
+    wanted = [*given.weights, *given.momentum, *given.extra, *given.anchor]
+    results = [*ended.weights, *ended.momentum, *ended.extra]
+    total: list[Tensor | None] = [None] * len(wanted)
+    moved: list[tuple[Tensor, Tensor]] = []
+    for place, (result, grad) in enumerate(zip(results, (g for part in grads for g in part), strict=True)):
+        if result is wanted[place]:
+            total[place] = grad
+        elif result.requires_grad:
+            moved.append((result, grad))
+    if moved:
+        outputs, of_outputs = zip(*moved, strict=True)
+        found = torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True)
+        for place, grad in enumerate(found):
+            if grad is not None:
+                before = total[place]
+                total[place] = grad if before is None else before + grad
+    depth = len(given.weights)
+    for place in range(len(results)):
+        if total[place] is None:
+            total[place] = torch.zeros_like(results[place])
+    return [total[:depth], total[depth : 2 * depth], total[2 * depth : -depth], total[-depth:]]
 
 
 def scan_chunks(
-    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
-) -> tuple[Tensor, Tensor, State]:
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
     """Run laid-out chunks: reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the
     state."""
     arguments = Arguments(inner, marks, tokens, slow, state)
     if not arguments.needs_grad:
         return scan_group(inner, tokens, coefficients_of(inner, tokens, marks), marks, slow, state)
     reads, surprise, *leaves = _GroupedScan.apply(arguments, *arguments.flat)
-    depth = inner.network.depth
-    return reads, surprise, State(*(tuple(leaves[i : i + depth]) for i in range(0, 3 * depth, depth)))
+    return reads, surprise, arguments.state_after(leaves)

@@ -6,53 +6,44 @@ Read `chunk.py` for the algorithm and `groups.py` for what training keeps; here 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from titans.memory.chunkwise.anchored import scan_anchored_chunks
-from titans.memory.chunkwise.chunk import Weights
 from titans.memory.chunkwise.columns import Columns, common_phase, cut_columns
-from titans.memory.chunkwise.groups import Marks, Slow, State, Tokens, scan_chunks
+from titans.memory.chunkwise.groups import Marks, Slow, Tokens, scan_chunks
 from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
+from titans.state import where_rows
 
-# `grouped.scan_chunks` or what computes the same.
-ScanChunks = Callable[[InnerProblem, Tokens, Marks, Slow, State], tuple[Tensor, Tensor, State]]
+# `groups.scan_chunks` or what computes the same.
+ScanChunks = Callable[
+    [InnerProblem, Tokens, Marks, Slow, MemoryState], tuple[Tensor, Tensor, MemoryState]
+]
 
 
 def _scan_columns(
     problem: ScanProblem, run: ScanChunks, tokens: Tokens, marks: Marks, state: MemoryState
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state (no
-    position)."""
+    """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state, its position
+    being that of before."""
     batch, _, heads, _ = problem.keys.shape
     rows = batch * heads
 
     def per_row(x: Tensor) -> Tensor:
         return x.expand(batch, *x.shape).reshape(rows, *x.shape[1:])
 
-    # An anchor that is the weights stays the same tensors, which spares a second set of them.
-    reshaped: dict[int, Tensor] = {}
+    def flat(state: MemoryState) -> MemoryState:
+        return state.map(lambda x: x.reshape(rows, *x.shape[2:]))
 
-    def flat(weights: Weights) -> Weights:
-        return tuple(reshaped.setdefault(id(w), w.reshape(rows, *w.shape[2:])) for w in weights)
-
-    def by_head(weights: Weights) -> Weights:
-        return tuple(reshaped.setdefault(id(w), w.view(batch, heads, *w.shape[1:])) for w in weights)
-
-    initial: Weights = ()
-    initial_momentum: Weights = ()
-    if marks.fresh is not None:
-        fresh = problem.fresh_state()
-        initial, initial_momentum = flat(fresh.weights), flat(fresh.momentum)
+    fresh = None if marks.fresh is None else flat(problem.fresh_state())
     gain, bias = (None if x is None else per_row(x) for x in (problem.gain, problem.bias))
-    slow = Slow(gain, bias, initial, initial_momentum, tuple(map(per_row, problem.base or ())))
-    start = State(flat(state.weights), flat(state.momentum), flat(state.anchor))
-    reads, surprise, parts = run(problem.inner, tokens, marks, slow, start)
-    weights, momentum, anchor = map(by_head, parts)
-    return reads, surprise, MemoryState(weights, momentum, anchor, state.position)
+    slow = Slow(gain, bias, fresh, tuple(map(per_row, problem.base or ())))
+    reads, surprise, after = run(problem.inner, tokens, marks, slow, flat(state))
+    return reads, surprise, after.map(lambda x: x.view(batch, heads, *x.shape[1:]), state.position)
 
 
 def _by_chunk(x: Tensor, num_chunks: int) -> Tensor:
@@ -94,8 +85,7 @@ def _scan_aligned(problem: ScanProblem, run: ScanChunks, phase: int) -> tuple[Te
         read, surprise, state = _scan_columns(problem, run, tokens, Marks(None, None, complete), state)
         reads.append(_by_time(read, batch))
         surprises.append(_by_time(surprise.unsqueeze(-1), batch).squeeze(-1))
-    position = problem.state.position + time
-    state = MemoryState(state.weights, state.momentum, state.anchor, position)
+    state = replace(state, position=problem.state.position + time)
     return torch.cat(reads, 1), state, torch.cat(surprises, 1)
 
 
@@ -135,18 +125,8 @@ def _scan_ragged(
 
         reads, surprises = back(read), back(surprise.unsqueeze(-1)).squeeze(-1)
     if problem.reset is not None:
-        fresh, after = problem.fresh_state(), columns.fresh_after[:, None, None, None]
-
-        def restart(new: Weights, old: Weights) -> Weights:
-            return tuple(torch.where(after, a, b) for a, b in zip(new, old, strict=True))
-
-        state = MemoryState(
-            restart(fresh.weights, state.weights),
-            restart(fresh.momentum, state.momentum),
-            restart(fresh.anchor, state.anchor),
-            columns.position,
-        )
-    return reads, MemoryState(state.weights, state.momentum, state.anchor, columns.position), surprises
+        state = where_rows(columns.fresh_after, problem.fresh_state(), state)
+    return reads, replace(state, position=columns.position), surprises
 
 
 def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from titans.memory.backends.known import objective_switch, refuses_parts
 from titans.memory.backends.native.build import missing
 from titans.memory.checks import hand_written_refuses
-from titans.memory.chunkwise.groups import Arguments, Marks, Slow, State, Tokens, refuse_second_derivatives
+from titans.memory.chunkwise.groups import Arguments, Marks, Slow, Tokens, refuse_second_derivatives
 from titans.memory.chunkwise.scan import scan_laid_out
 from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
@@ -79,13 +80,15 @@ def _sizes(inner: InnerProblem, narrow: bool) -> tuple[list[int], list[float]]:
 
 
 def _problem(
-    narrow: bool, inner: InnerProblem, marks: Marks, tokens: Tokens, slow: Slow, state: State
+    narrow: bool, inner: InnerProblem, marks: Marks, tokens: Tokens, slow: Slow, state: MemoryState
 ) -> list[Any]:
     """The arguments that both operators begin with."""
     chunks, rows = tokens.keys.shape[:2]
     complete = marks.complete
     if not isinstance(complete, Tensor):
         complete = torch.full((chunks, rows), complete, device=tokens.keys.device)
+
+    fresh = ((), ()) if slow.fresh is None else (slow.fresh.weights, slow.fresh.momentum)
 
     def each(tensors: Any) -> list[Tensor]:
         return [x.contiguous() for x in tensors]
@@ -96,9 +99,9 @@ def _problem(
         *(None if x is None else x.contiguous() for x in (marks.filled, marks.fresh)),
         complete.contiguous(),
         *(None if x is None else x.contiguous() for x in (slow.gain, slow.bias)),
-        *map(each, (slow.initial, slow.initial_momentum, slow.base)),
+        *map(each, (*fresh, slow.base)),
         each([*state.weights, *state.momentum, *state.anchor]),
-        state.is_anchored,
+        state.is_shared,
     ]
 
 
@@ -107,24 +110,19 @@ def _is_ragged(marks: Marks) -> bool:
     return isinstance(marks.complete, Tensor)
 
 
-def _split(results: list[Tensor], depth: int) -> State:
-    return State(*(tuple(results[i : i + depth]) for i in range(0, 3 * depth, depth)))
-
-
 def _scan_chunks(
-    narrow: bool, inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
-) -> tuple[Tensor, Tensor, State]:
-    depth = inner.network.depth
+    narrow: bool, inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
     arguments = Arguments(inner, marks, tokens, slow, state)
     if arguments.needs_grad:
         reads, surprise, *leaves = _NativeScan.apply(narrow, arguments, *arguments.flat)
-        return reads, surprise, _split(leaves, depth)
+        return reads, surprise, arguments.state_after(leaves)
     problem = _problem(narrow, inner, marks, tokens, slow, state)
     ragged = _is_ragged(marks)
     reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, ragged)
-    if not ragged:
-        leaves += leaves[:depth] if marks.complete else state.anchor
-    return reads, surprise, _split(leaves, depth)
+    if marks.complete is False:
+        leaves += state.anchor
+    return reads, surprise, arguments.state_after(leaves)
 
 
 class _NativeScan(torch.autograd.Function):
@@ -137,11 +135,12 @@ class _NativeScan(torch.autograd.Function):
         depth = inner.network.depth
         ctx.narrow, ctx.arguments, ctx.num_inputs = narrow, arguments, len(flat)
         tokens, slow, state = arguments.unflatten(flat)
-        ctx.shared = state.is_anchored
         ctx.group = math.isqrt(len(tokens.keys) - 1) + 1
         problem = _problem(narrow, inner, marks, tokens, slow, state)
         found = torch.ops.titans_native.scan(*problem, ctx.group, True, _is_ragged(marks))
-        outputs, starts = found[: 2 + 3 * depth], found[2 + 3 * depth :]
+        # The anchor comes out in any case; where it is the weights autograd sees it once.
+        shared = marks.complete is True
+        outputs, starts = found[: 2 + (2 if shared else 3) * depth], found[2 + 3 * depth :]
         ctx.save_for_backward(*flat, *starts)
         ctx.mark_non_differentiable(outputs[1])
         return tuple(outputs)
@@ -154,19 +153,19 @@ class _NativeScan(torch.autograd.Function):
         depth = inner.network.depth
         saved = ctx.saved_tensors
         tokens, slow, state = arguments.unflatten(saved[: ctx.num_inputs])
-        if ctx.shared:
-            # Saved tensors come back as new objects: whether the anchor was the weights has to be remembered.
-            state = state._replace(anchor=state.weights)
         problem = _problem(ctx.narrow, inner, marks, tokens, slow, state)
         wanted = [x.contiguous() for x in (grads[0], *grads[2:])]
+        if marks.complete is True:
+            wanted += [torch.zeros_like(x) for x in wanted[1 : 1 + depth]]
         found = torch.ops.titans_native.scan_backward(*problem, ctx.group, saved[ctx.num_inputs :], wanted)
-        token_grads, (gain, bias), rest = found[:6], found[6:8], found[8:]
-        slow_grads = [
-            None if slow.gain is None else gain.unsqueeze(1),
-            None if slow.bias is None else bias.unsqueeze(1),
-            *rest[: -3 * depth],
-        ]
-        state_grads = list(rest[-3 * depth :])
-        if ctx.shared:
-            state_grads[-depth:] = [None] * depth
-        return (None, None, *token_grads, *slow_grads, *state_grads)
+        layered = iter(tuple(found[i : i + depth]) for i in range(8, len(found), depth))
+        fresh = None if slow.fresh is None else MemoryState(next(layered), next(layered))
+        base = next(layered) if slow.base else ()
+        weights, momentum, anchor = layered
+        gain, bias = (
+            None if x is None else grad.unsqueeze(1)
+            for x, grad in zip((slow.gain, slow.bias), found[6:8], strict=True)
+        )
+        by_slow = Slow(gain, bias, fresh, base)
+        by_state = MemoryState(weights, momentum, None if state.is_shared else anchor)
+        return (None, None, *pytree.tree_leaves((Tokens(*found[:6]), by_slow, by_state)))

@@ -17,11 +17,9 @@ from titans.memory.backends.known import objective_switch
 from titans.memory.backends.triton.backward import backward_kernel
 from titans.memory.backends.triton.forward import forward_kernel
 from titans.memory.backends.triton.resident import resident_kernel
-from titans.memory.chunkwise.chunk import Weights
 from titans.memory.chunkwise.groups import (
     Marks,
     Slow,
-    State,
     Tokens,
     coefficients_of,
     refuse_second_derivatives,
@@ -29,6 +27,7 @@ from titans.memory.chunkwise.groups import (
 from titans.memory.inner import InnerProblem
 from titans.memory.network import NORM_EPS, MemoryNetwork
 from titans.memory.rules import MomentumRule
+from titans.memory.state import MemoryState, Weights
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
 KEPT_BYTES = 2**31
@@ -55,8 +54,8 @@ class _Marks(NamedTuple):
 
 
 def scan(
-    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: State
-) -> tuple[Tensor, Tensor, State]:
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
     """Laid-out chunks, as `grouped.scan_chunks` has them."""
     chunks, rows, width, _ = tokens.keys.shape
     # Tensor cores take 16 tokens at least. Slots that no token fills are written nothing.
@@ -70,21 +69,22 @@ def scan(
             *(F.pad(x, (0, 0, 0, missing)) for x in tokens[:3]), *(F.pad(x, (0, missing)) for x in tokens[3:])
         )
     marked = None
-    if marks.fresh is not None or marks.complete is not True or not state.is_anchored:
-        marked = _marked(tokens.keys, marks, state.is_anchored)
+    if marks.fresh is not None or marks.complete is not True or not state.is_shared:
+        marked = _marked(tokens.keys, marks, state.is_shared)
     gain, bias, steepness = _affine(inner.network, slow, tokens.keys)
+    fresh = () if slow.fresh is None else (*slow.fresh.weights, *slow.fresh.momentum)
     flat = (
         *tokens[:3], *coefficients_of(inner, tokens, marks), gain, bias, steepness, *slow.base,
-        *slow.initial, *slow.initial_momentum, *state.weights, *state.momentum,
+        *fresh, *state.weights, *state.momentum,
         *(() if marked is None else state.anchor),
     )  # fmt: skip
-    plan = _Plan(inner, marked, bool(slow.base), bool(slow.initial))
+    plan = _Plan(inner, marked, bool(slow.base), slow.fresh is not None)
     reads, surprise, *end = _Scan.apply(plan, *(x.contiguous() for x in flat))
     depth = inner.network.depth
     weights, momentum = tuple(end[:depth]), tuple(end[depth : 2 * depth])
     closed = marked is None or marks.complete is True
-    anchor = weights if closed else tuple(end[2 * depth :])
-    return reads[:, :, :width], surprise[:, :, :width], State(weights, momentum, anchor)
+    after = MemoryState(weights, momentum, weights if closed else tuple(end[2 * depth :]))
+    return reads[:, :, :width], surprise[:, :, :width], after
 
 
 def block_of(chunk: int, hidden: int) -> int:
