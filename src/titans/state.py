@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -49,6 +49,14 @@ def compact(states: State) -> State:
     )
 
 
+def flatten_alike(states: Sequence[State]) -> tuple[list[list[Tensor]], pytree.TreeSpec]:
+    """The leaves of several states and their common structure: `expanded` where the structures differ."""
+    leaves, structures = zip(*map(pytree.tree_flatten, states), strict=True)
+    if any(structure != structures[0] for structure in structures[1:]):
+        leaves, structures = zip(*(pytree.tree_flatten(expanded(state)) for state in states), strict=True)
+    return list(leaves), structures[0]
+
+
 def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
     """For each batch row, `chosen` where `rows` (batch,) is true, else `otherwise`.
 
@@ -61,8 +69,5 @@ def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
             a = torch.cat([a, a.new_zeros(a.shape[0], b.shape[1] - a.shape[1], *a.shape[2:])], 1)
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
-    (mine, structure), (theirs, other) = pytree.tree_flatten(chosen), pytree.tree_flatten(otherwise)
-    if structure != other:
-        mine, structure = pytree.tree_flatten(expanded(chosen))
-        theirs = pytree.tree_leaves(expanded(otherwise))
+    (mine, theirs), structure = flatten_alike((chosen, otherwise))
     return pytree.tree_unflatten([pick(a, b) for a, b in zip(mine, theirs, strict=True)], structure)

@@ -54,7 +54,9 @@ class Problem:
 
     @property
     def state(self) -> MemoryState:
-        return MemoryState(*(self.layers(f"state.{part}") for part in STATE), self.position)
+        weights, momentum, anchor = (self.layers(f"state.{part}") for part in STATE)
+        extra = tuple(x for name, x in self.leaves.items() if name.startswith("state.extra."))
+        return MemoryState(weights, momentum, anchor, self.position, extra)
 
     @property
     def slow(self) -> dict[str, Tensor]:
@@ -98,7 +100,9 @@ class Problem:
 def parts(state: MemoryState) -> dict[str, Tensor]:
     """The floating leaves of a state by name."""
     return {
-        f"state.{part}.{layer}": leaf for part in STATE for layer, leaf in enumerate(getattr(state, part))
+        f"state.{part}.{layer}": leaf
+        for part in (*STATE, "extra")
+        for layer, leaf in enumerate(getattr(state, part))
     }
 
 
@@ -209,6 +213,8 @@ def make_problem(
         leaves["norm_weight"] = 0.5 + 0.3 * normal(heads, head_dim)
         leaves["norm_bias"] = 0.3 * normal(heads, head_dim)
 
+    shapes = inner.rule.extra_shapes(net.weight_shapes)
+    leaves |= {f"state.extra.{i}": normal(batch, heads, *shape) for i, shape in enumerate(shapes)}
     if base:
         leaves |= {f"base.{layer}": 0.5 * x for layer, x in enumerate(weights(heads))}
     flags = {}

@@ -26,9 +26,9 @@ def test_a_new_memory(given, kept):
     state = MemoryState.initial(weights)
     assert {x.dtype for x in parts(state).values()} == {kept}
     assert state.position.tolist() == [0, 0] and state.position.dtype == torch.int64
-    for weight, anchor, momentum, w in zip(state.weights, state.anchor, state.momentum, weights, strict=True):
-        assert anchor is weight and torch.equal(weight, w.to(kept)) and not momentum.any()
-    # The anchor is the weights: counted once.
+    assert state.is_shared and state.anchor is state.weights
+    for weight, momentum, w in zip(state.weights, state.momentum, weights, strict=True):
+        assert torch.equal(weight, w.to(kept)) and not momentum.any()
     assert state.nbytes() == 2 * sum(w.nbytes for w in state.weights) + 2 * 8
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from titans.memory import assume_aligned
+from titans.memory import MemoryState, assume_aligned
 from titans.nn import BLOCKS, BlockSettings, NeuralMemory, TNTMemory
 from titans.nn.memory.learner import Learner
 from titans.nn.memory.tnt.key_space import towards_keys
@@ -103,7 +103,8 @@ class Oracle:
         ]
         self.count += 1
         if self.count % learner.chunk_size == 0:
-            self.weights = self.anchor = list(learner.inner.rule.settle(self.weights))
+            written = MemoryState(tuple(self.weights), tuple(self.momentum))
+            self.weights = self.anchor = list(learner.inner.rule.end(written).weights)
 
 
 def rms(x, norm):

@@ -18,7 +18,7 @@ from titans.hf.configuration import TitansConfig, saved_state_fields
 from titans.hf.state_file import Kind, StateFile, damaged_header, open_state_file, write_state_file
 from titans.nn.attention.full import FullAttentionState
 from titans.nn.blocks import BLOCKS
-from titans.state import map_state, state_nbytes
+from titans.state import compact, expanded, map_state, state_nbytes
 
 _NUM_NEWEST = 16
 
@@ -226,7 +226,7 @@ class TitansCache(Cache):
         read = file.tensors()
         moved = {id(tensor): tensor.to(device) for tensor in read.values()}
         stored = {name: moved[id(tensor)] for name, tensor in read.items()}
-        # Equal weights and anchors are one tensor, as they were; positions equal by chance are not.
+        # Positions that are equal by chance must not be one tensor.
         tensors = {n: x if x.is_floating_point() else x.clone() for n, x in stored.items()}
         states = _as_states(file.path, tensors, template, slots, num_columns)
         cache = cls(config)
@@ -300,7 +300,8 @@ def saved_sizes(file: StateFile) -> tuple[dict[str, Any], int]:
 
 
 def _named_leaves(states: Any) -> list[tuple[str, Tensor]]:
-    pairs, _ = pytree.tree_flatten_with_path(states)
+    # Anchors have their names in a file even where they are the weights.
+    pairs, _ = pytree.tree_flatten_with_path(expanded(states))
     return [(pytree.keystr(path).lstrip("."), leaf) for path, leaf in pairs]
 
 
@@ -339,8 +340,8 @@ def _as_states(
         raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
     if _growing_leaves(template) and positions.max() > slots:
         raise ValueError(f"{path}: its positions reach beyond the keys it holds; the memory is damaged")
-    structure = pytree.tree_structure(template)
-    return pytree.tree_unflatten([tensors[name] for name, _ in named], structure)
+    structure = pytree.tree_structure(expanded(template))
+    return compact(pytree.tree_unflatten([tensors[name] for name, _ in named], structure))
 
 
 def _template(config: TitansConfig) -> tuple[Any, ...]:

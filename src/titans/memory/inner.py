@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -52,7 +52,7 @@ class InnerProblem:
         return replace(state, extra=self.rule.fresh_extra(state.weights))
 
     def describe(self) -> str:
-        """The inner problem in words and numbers, as JSON: what `described` takes.
+        """The inner problem as the text of a Python literal, which a compiled graph can hold.
 
         Raises:
             ValueError: for an objective or a rule of a class that is not registered.
@@ -62,13 +62,13 @@ class InnerProblem:
             "objective": OBJECTIVES.describe(self.objective),
             "rule": UPDATE_RULES.describe(self.rule),
         }
-        return json.dumps(parts)
+        return repr(parts)
 
     @staticmethod
     @functools.lru_cache
     def described(description: str) -> InnerProblem:
-        """The inner problem of a description."""
-        parts = json.loads(description)
+        """The inner problem of what `describe` returned."""
+        parts = ast.literal_eval(description)
         return InnerProblem(
             MemoryNetwork(**parts["network"]),
             OBJECTIVES.make(parts["objective"]),

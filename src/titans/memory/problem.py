@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from titans.memory.state import MemoryState
 
 @dataclass(frozen=True)
 class ScanProblem:
-    """The arguments of `memory_scan`, which describes them; as backends receive them, all floating tensors are
-    in the compute dtype."""
+    """The arguments of `memory_scan`, which describes them; as backends receive them, all floating tensors
+    are in the compute dtype."""
 
     inner: InnerProblem
     queries: Tensor
@@ -60,17 +60,21 @@ class ScanProblem:
         def layers(tensors: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
             return None if tensors is None else tuple(map(raised, tensors))
 
-        return ScanProblem(
-            self.inner,
-            *map(raised, (self.queries, self.keys, self.values)),
-            *map(raised, (self.forget, self.momentum, self.step_size)),
-            self.state.map(raised, self.state.position),
-            self.chunk_size,
-            *map(optional, (self.norm_weight, self.norm_bias)),
-            self.mask,
-            self.reset,
-            *map(layers, (self.initial, self.initial_momentum, self.initial_extra, self.base)),
-            self.read_anchor,
+        return replace(
+            self,
+            queries=raised(self.queries),
+            keys=raised(self.keys),
+            values=raised(self.values),
+            forget=raised(self.forget),
+            momentum=raised(self.momentum),
+            step_size=raised(self.step_size),
+            state=self.state.map(raised, self.state.position),
+            norm_weight=optional(self.norm_weight),
+            norm_bias=optional(self.norm_bias),
+            initial=layers(self.initial),
+            initial_momentum=layers(self.initial_momentum),
+            initial_extra=layers(self.initial_extra),
+            base=layers(self.base),
         )
 
     @property
@@ -78,7 +82,14 @@ class ScanProblem:
         """Whether autograd has to know of this scan."""
         if not torch.is_grad_enabled():
             return False
-        slow = (self.norm_weight, self.norm_bias, self.initial, self.initial_momentum, self.initial_extra, self.base)
+        slow = (
+            self.norm_weight,
+            self.norm_bias,
+            self.initial,
+            self.initial_momentum,
+            self.initial_extra,
+            self.base,
+        )
         tokens = (self.queries, self.keys, self.values, self.forget, self.momentum, self.step_size)
         leaves = pytree.tree_leaves((tokens, self.state, slow))
         return any(x is not None and x.requires_grad for x in leaves)

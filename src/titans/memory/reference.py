@@ -78,9 +78,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         reads.append(torch.where(real[:, None, None], read, 0))
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 
-        written = MemoryState(
-            tuple(weights), tuple(momentum), state.anchor, state.position + 1, state.extra
-        )
+        written = MemoryState(tuple(weights), tuple(momentum), state.anchor, state.position + 1, state.extra)
         closed = replace(ended := rule.end(written), anchor=ended.weights)
         chunk_ends = written.position % problem.chunk_size == 0
         state = where_rows(real, where_rows(chunk_ends, closed, written), state)

@@ -37,10 +37,7 @@ class Registry(dict[str, Any], Generic[Part]):
         if name not in self:
             raise ValueError(f"{self.argument}={name!r}: choose one of {sorted(self)}")
         made = self[name]
-        if not isinstance(made, type):
-            made, known = (lambda: self[name]), []
-        else:
-            known = [field.name for field in fields(made)]
+        known = [field.name for field in fields(made)]
         if unknown := sorted(parameters.keys() - {*known}):
             raise ValueError(
                 f"{self.argument} {name!r} has no parameter {unknown[0]!r}: choose from {known or 'none'}"
@@ -54,9 +51,8 @@ class Registry(dict[str, Any], Generic[Part]):
             ValueError: for a part of a class that is not registered.
         """
         for name, known in self.items():
-            if known is part or (isinstance(known, type) and type(part) is known):
-                kept = fields(known) if isinstance(known, type) else ()
-                return {"name": name, **{field.name: getattr(part, field.name) for field in kept}}
+            if type(part) is known:
+                return {"name": name, **{field.name: getattr(part, field.name) for field in fields(part)}}
         raise ValueError(
             f"{self.argument}={part!r} is not registered: give its class a name in the registry first"
         )

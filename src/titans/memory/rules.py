@@ -85,9 +85,7 @@ class UpdateRule:
         if not 0 <= self.length_floor < math.inf:
             raise ValueError(f"length_floor={self.length_floor!r}: give a finite number of at least 0")
 
-    def extra_shapes(
-        self, weight_shapes: Sequence[tuple[int, int]]
-    ) -> tuple[tuple[int, ...], ...]:
+    def extra_shapes(self, weight_shapes: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
         """Shapes, for one head, of the tensors that the rule carries from chunk to chunk besides weights and
         momentum: `state.extra`, (batch, heads, *shape) each."""
         return ()
@@ -99,12 +97,13 @@ class UpdateRule:
         return tuple(weights[0].new_zeros(*leading, *shape) for shape in shapes)
 
     def end(self, state: MemoryState) -> MemoryState:
-        """The state as a finished chunk leaves it: here, unchanged. What need not be linear in the gradients
-        belongs here. Any leading dimensions; autograd must be able to follow.
+        """The state as a finished chunk leaves it; here, unchanged. This is the place of what is not linear
+        in the gradients. Leading dimensions are any number of rows, which must not depend on each other, and
+        autograd must be able to follow.
 
         Args:
-            state: after the chunk's last token. `state.anchor` are the weights with which the chunk began; the
-                ones returned are the next chunk's anchor.
+            state: after the chunk's last token. `state.anchor` are the weights with which the chunk began;
+                those returned are the next chunk's anchor.
         """
         return state
 

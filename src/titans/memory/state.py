@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,31 +16,29 @@ from titans.state import map_state, state_nbytes
 Weights = tuple[Tensor, ...]
 
 
-def _anchor_or_weights(state: MemoryState) -> Weights:
-    return state.weights if state._anchor is None else state._anchor
-
-
 @dataclass(frozen=True, init=False, eq=False)
 class MemoryState:
     """Everything a memory carries from one call to the next.
 
-    An anchor that is the weights, as whenever position % chunk_size == 0, is not stored: one set of tensors is
-    carried then, and one gradient. `expanded` and `compact` go from one form to the other.
+    An anchor that is the weights, as whenever position % chunk_size == 0, is not stored: one set of tensors
+    is carried then, and one gradient. `expanded` and `compact` go from one form to the other.
 
     Args:
         weights: W_1 … W_L of every sequence and head, each (batch, heads, out, in).
         momentum: S_1 … S_L, past surprise, the same shapes (equation 14).
         anchor: the weights at the start of the running chunk, at which every gradient of the chunk is taken;
             None, or the very tuple given as `weights`, where these are the same. Read, it is always weights.
-        position: (batch,) int64, real tokens written so far.
+        position: (batch,) int64, real tokens written so far. Inside a backend, where sequences and heads are
+            one dimension of rows, there is none.
         extra: what the update rule carries besides, (batch, heads, …) each; see `UpdateRule.extra_shapes`.
     """
 
+    _anchor: ClassVar[Weights | None]
     weights: Weights
     momentum: Weights
-    anchor: Weights = property(_anchor_or_weights)  # type: ignore[assignment]
-    position: Tensor | None = None
-    extra: Weights = ()
+    anchor: Weights
+    position: Tensor
+    extra: Weights
 
     def __init__(
         self,
@@ -50,7 +48,10 @@ class MemoryState:
         position: Tensor | None = None,
         extra: Weights = (),
     ) -> None:
-        given = (weights, momentum, None if anchor is weights else anchor, position, extra)
+        # A compiled graph does not know whether two tuples are one, and has every anchor written out anyway.
+        if not torch.compiler.is_compiling() and anchor is weights:
+            anchor = None
+        given = (weights, momentum, anchor, position, extra)
         for name, value in zip(("weights", "momentum", "_anchor", "position", "extra"), given, strict=True):
             object.__setattr__(self, name, value)
 
@@ -97,6 +98,14 @@ class MemoryState:
     def nbytes(self) -> int:
         """Bytes held."""
         return state_nbytes(self)
+
+
+def _anchor_or_weights(state: MemoryState) -> Weights:
+    return state.weights if state._anchor is None else state._anchor
+
+
+# A field for `dataclasses.replace`, and read through `_anchor`, where None stands for the weights.
+MemoryState.anchor = property(_anchor_or_weights)  # type: ignore[assignment]
 
 
 def _flatten(state: MemoryState) -> tuple[list[Any], tuple[str, ...]]:

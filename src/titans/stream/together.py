@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from titans.hf import TitansCache
 from titans.memory import MemoryState
 from titans.nn.attention.full import FullAttentionState
-from titans.state import map_state
+from titans.state import flatten_alike, map_state
 from titans.stream.model import reading
 from titans.stream.reader import TitansReader, initial_states
 from titans.stream.session import PIECE_LENGTH, Session
@@ -106,7 +106,7 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
 
 def _stacked(states: list[Any]) -> Any:
     """One row each, side by side; whoever holds fewer slots than another has empty ones behind them."""
-    leaves, structure = zip(*(pytree.tree_flatten(state) for state in states), strict=True)
+    leaves, structure = flatten_alike(states)
 
     def together(parts: tuple[Tensor, ...]) -> Tensor:
         if parts[0].dim() < 2:
@@ -115,7 +115,7 @@ def _stacked(states: list[Any]) -> Any:
         padding = [(0, 0) * (part.dim() - 2) + (0, most - part.shape[1]) for part in parts]
         return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
 
-    return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure[0])
+    return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure)
 
 
 def _row_of(states: Any, row: int) -> Any:
@@ -128,8 +128,6 @@ def _row_of(states: Any, row: int) -> Any:
         if isinstance(mine, FullAttentionState):
             slots = int(mine.position)
             return replace(mine, keys=mine.keys[:, :slots].clone(), values=mine.values[:, :slots].clone())
-        # At a chunk's end the weights are their own anchor.
-        shared = all(map(torch.equal, mine.anchor, mine.weights))
-        return replace(mine, anchor=mine.weights) if shared else mine
+        return mine.compact()
 
     return pytree.tree_map(alone, states, is_leaf=lambda x: isinstance(x, (MemoryState, FullAttentionState)))

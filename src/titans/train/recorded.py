@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.memory.chunkwise.columns import assume_aligned
+from titans.state import compact
 
 Inputs = dict[str, Tensor]
 # (inputs, states before) → (loss to minimise, loss to report, states after).
@@ -37,13 +38,14 @@ class RecordedStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._loss_of = loss_of
         self._inputs = {name: x.clone() for name, x in inputs.items()}
+        # At the start of a chunk the weights are their own anchor, before and after a step.
+        states = compact(states)
         self._states = pytree.tree_map_only(Tensor, _copied, states)
         # At the first call libraries compile, allocate and choose kernels, which a recording does not allow.
-        # What the states share is known after a step only, and what is compiled depends on it.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            self._states = _sharing(states, self._run()[-1])
+            self._run()
             self._run()
         torch.cuda.current_stream().wait_stream(aside)
         self._clear()
@@ -85,18 +87,6 @@ class RecordedStep:
 def _copied(x: Tensor) -> Tensor:
     # Rows of an expanded tensor share memory; those of its copy must not.
     return x.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _sharing(states: Any, after: Any) -> Any:
-    """A copy of the states in which one tensor stands in two places, as weights that are their own anchor,
-    where one does before a step and after it."""
-    leaves, structure = pytree.tree_flatten(states)
-    copies: dict[tuple[int, int], Any] = {}
-    for x, y in zip(leaves, pytree.tree_leaves(after), strict=True):
-        if (id(x), id(y)) not in copies:
-            copies[id(x), id(y)] = _copied(x) if isinstance(x, Tensor) else x
-    shared = [copies[id(x), id(y)] for x, y in zip(leaves, pytree.tree_leaves(after), strict=True)]
-    return pytree.tree_unflatten(shared, structure)
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ def _sizes(inner: InnerProblem) -> tuple[int, int]:
 
 
 def _structure(inner: InnerProblem) -> pytree.TreeSpec:
-    """Of the states on both sides of an operator. A graph knows no values, and so not whether weights and anchor
-    have become the same: the anchor is always there."""
+    """Of the states on both sides of an operator. A graph knows no values, and so not whether weights and
+    anchor have become the same: the anchor is always there."""
     depth, extra = _sizes(inner)
     layers = (torch.empty(0),) * depth
     return pytree.tree_structure(
@@ -68,12 +68,13 @@ def _run(flat: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
 
     def optional(count: int) -> list[Any] | None:
         taken = several(count)
-        return None if None in taken else taken
+        return None if any(x is None for x in taken) else taken
 
     state = pytree.tree_unflatten(several(structure.num_leaves), structure)
     tokens, flags = several(6), several(4)
     slow = [optional(count) for count in (depth, depth, extra, depth)]
-    problem = ScanProblem(inner, *tokens, state, chunk_size, *flags, *slow, read_anchor)
+    arguments: list[Any] = [*tokens, state, chunk_size, *flags, *slow, read_anchor]
+    problem = ScanProblem(inner, *arguments)
     with torch.autocast(problem.keys.device.type, enabled=False):
         reads, after, surprise = choose_backend(backend, problem).scan(problem)
     return [reads, surprise, *pytree.tree_leaves(after.expanded())]

@@ -203,7 +203,7 @@ def _optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else _leaf(x)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
@@ -301,8 +301,8 @@ def chunk_backward(
         key_grad,
         value_grad,
         coefficient_grads,
-        _sum(gain_grad, key_gain),
-        _sum(bias_grad, key_bias),
+        plus(gain_grad, key_gain),
+        plus(bias_grad, key_bias),
         from_weights,
         from_momentum,
         None if tape.shared else anchor_grads,

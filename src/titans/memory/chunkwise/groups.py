@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, chunk_backward, run_chunk
+from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, chunk_backward, plus, run_chunk
 from titans.memory.inner import InnerProblem
 from titans.memory.rules import ChunkCoefficients, UpdateRule
 from titans.memory.state import MemoryState, Weights
@@ -99,8 +100,8 @@ def scan_group(
     state: MemoryState,
     tapes: list[tuple[ChunkTape, MemoryState]] | None = None,
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    """A few chunks in sequence: reads, surprise, and the state after them; a list collects the tapes, each with
-    the state after the chunk's last token."""
+    """A few chunks in sequence: reads, surprise, and the state after them; a list collects the tapes, each
+    with the state after the chunk's last token."""
     reads, surprises = [], []
     for n in range(tokens.keys.shape[0]):
         here = marks.at(n)
@@ -142,8 +143,8 @@ class Arguments:
         return pytree.tree_unflatten(flat, self._structure)
 
     def state_after(self, leaves: Iterable[Tensor]) -> MemoryState:
-        """The state after the scan from its leaves: with an anchor of its own unless the last chunk is complete
-        in every row."""
+        """The state after the scan from its leaves: with an anchor of its own unless the last chunk is
+        complete in every row."""
         closed = self.marks.complete is True
         after = replace(self._state, anchor=self._state.weights) if closed else self._state.expanded()
         return pytree.tree_unflatten(leaves, pytree.tree_structure(after))
@@ -283,14 +284,12 @@ class _StateGradients:
         found = end_backward(inner.rule, written, [weights, self.momentum, self.extra])
         if isinstance(marks.complete, Tensor):
             assert anchor is not None
+            before = (self.weights, self.momentum, self.extra, anchor)
             found = [
-                [_where(marks.complete, new, old) for new, old in zip(part, before, strict=True)]
-                for part, before in zip(
-                    found, (self.weights, self.momentum, self.extra, anchor), strict=True
-                )
+                [old if new is old else _where(marks.complete, new, old) for new, old in zip_longest(*parts)]
+                for parts in zip(found, before, strict=True)
             ]
-        self.weights, self.momentum, self.extra = found[:3]
-        by_anchor = [g for g in found[3] if g is not None]
+        self.weights, self.momentum, self.extra, by_anchor = found
         self.anchor = by_anchor or None
 
     def through_chunk(self, grads: ChunkGradients) -> None:
@@ -339,38 +338,35 @@ def _where(rows: Tensor, chosen: Tensor | None, otherwise: Tensor | None) -> Ten
     return torch.where(rows, 0 if chosen is None else chosen, 0 if otherwise is None else otherwise)
 
 
-def end_backward(
-    rule: UpdateRule, written: MemoryState, grads: Sequence[list[Tensor]]
-) -> list[list[Tensor | None]]:
+def end_backward(rule: UpdateRule, written: MemoryState, grads: Sequence[list[Tensor]]) -> list[list[Tensor]]:
     """Gradients of what `rule.end` was given, by autograd, from those of what it returned.
 
-    grads: of weights, momentum and extra. Returns those of weights, momentum, extra and anchor; of the anchor
-    None where the rule has not looked at it. What the rule hands on unchanged costs nothing.
+    grads: of weights, momentum and extra. Returns those of weights, momentum, extra and anchor, nothing of an
+    anchor that the rule has not looked at. What the rule hands on unchanged costs nothing.
     """
     given = map_state(lambda x: x.detach().requires_grad_(), written)
     with torch.enable_grad():
         ended = rule.end(given)
-    wanted = [*given.weights, *given.momentum, *given.extra, *given.anchor]
-    results = [*ended.weights, *ended.momentum, *ended.extra]
-    total: list[Tensor | None] = [None] * len(wanted)
-    moved: list[tuple[Tensor, Tensor]] = []
-    for place, (result, grad) in enumerate(zip(results, (g for part in grads for g in part), strict=True)):
-        if result is wanted[place]:
-            total[place] = grad
-        elif result.requires_grad:
-            moved.append((result, grad))
-    if moved:
-        outputs, of_outputs = zip(*moved, strict=True)
-        found = torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True)
-        for place, grad in enumerate(found):
-            if grad is not None:
-                before = total[place]
-                total[place] = grad if before is None else before + grad
-    depth = len(given.weights)
-    for place in range(len(results)):
-        if total[place] is None:
-            total[place] = torch.zeros_like(results[place])
-    return [total[:depth], total[depth : 2 * depth], total[2 * depth : -depth], total[-depth:]]
+    wanted = (given.weights, given.momentum, given.extra, given.anchor)
+    total: list[list[Any]] = [[None] * len(part) for part in wanted]
+    changed: list[tuple[Tensor, Tensor]] = []
+    for i, results in enumerate((ended.weights, ended.momentum, ended.extra)):
+        for j, (result, grad) in enumerate(zip(results, grads[i], strict=True)):
+            if result is wanted[i][j]:
+                total[i][j] = grad
+            elif result.requires_grad:
+                changed.append((result, grad))
+    if changed:
+        outputs, of_outputs = zip(*changed, strict=True)
+        inputs = [x for part in wanted for x in part]
+        found = iter(torch.autograd.grad(outputs, inputs, of_outputs, allow_unused=True))
+        for part in total:
+            part[:] = [plus(before, next(found)) for before in part]
+    if all(grad is None for grad in total[3]):
+        total[3] = []
+    for part, like in zip(total, wanted, strict=True):
+        part[:] = [torch.zeros_like(x) if g is None else g for g, x in zip(part, like, strict=False)]
+    return total
 
 
 def scan_chunks(

@@ -20,16 +20,14 @@ from titans.memory.state import MemoryState
 from titans.state import where_rows
 
 # `groups.scan_chunks` or what computes the same.
-ScanChunks = Callable[
-    [InnerProblem, Tokens, Marks, Slow, MemoryState], tuple[Tensor, Tensor, MemoryState]
-]
+ScanChunks = Callable[[InnerProblem, Tokens, Marks, Slow, MemoryState], tuple[Tensor, Tensor, MemoryState]]
 
 
 def _scan_columns(
     problem: ScanProblem, run: ScanChunks, tokens: Tokens, marks: Marks, state: MemoryState
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state, its position
-    being that of before."""
+    """Run laid-out chunks; returns reads (chunks, rows, width, head_dim), surprise, and the state, at the
+    position of before."""
     batch, _, heads, _ = problem.keys.shape
     rows = batch * heads
 

@@ -168,7 +168,7 @@ class MACBlock(nn.Module):
         reads = memory_read(
             self.memory.inner,
             own.queries,
-            MemoryState(snapshot, snapshot, snapshot, position),
+            MemoryState(snapshot, snapshot, position=position),
             norm_weight=self.memory.norm_weight,
             norm_bias=self.memory.norm_bias,
             base=self.memory.base,

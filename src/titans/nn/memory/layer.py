@@ -164,7 +164,7 @@ class NeuralMemory(Learner):
             start = self._begin(self._empty_tail(1), memory)
             _, after, _ = self.learn(persistent.unsqueeze(0), start, BlockContext())
             written = after.memory
-            memory = MemoryState(written.weights, written.momentum, written.weights, memory.position)
+            memory = replace(written, anchor=written.weights, position=memory.position)
         expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
         return self._begin(self._empty_tail(batch), expanded)
 
@@ -174,9 +174,9 @@ class NeuralMemory(Learner):
         A chunk still open is closed where it stands; the momentum is kept, as after persistent tokens.
         """
         memory = state.memory
-        closed = self.inner.rule.settle(memory.weights)
-        weights = where_rows(memory.position % self.chunk_size != 0, closed, memory.weights)
-        fresh = MemoryState(weights, memory.momentum, weights, torch.zeros_like(memory.position))
+        is_open = memory.position % self.chunk_size != 0
+        ended = where_rows(is_open, self.inner.rule.end(memory), memory)
+        fresh = replace(ended, anchor=ended.weights, position=torch.zeros_like(memory.position))
         return self._begin(torch.zeros_like(state.tail), fresh)
 
     def _begin(self, tail: Tensor, memory: MemoryState) -> NeuralMemoryState:

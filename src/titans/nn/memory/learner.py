@@ -137,7 +137,7 @@ class Learner(nn.Module):
         weights = [w.unsqueeze(0) for w in self.initial_weights]
         if self.form.decay_to_initial:
             weights = [torch.zeros_like(w) for w in weights]
-        return map_state(lambda x: x.expand(batch, *x.shape[1:]), MemoryState.initial(weights))
+        return map_state(lambda x: x.expand(batch, *x.shape[1:]), self.inner.initial_state(weights))
 
     def scan(
         self,
@@ -176,6 +176,7 @@ class Learner(nn.Module):
             reset=stretch.reset,
             initial=None if fresh is None else [w[0] for w in fresh.weights],
             initial_momentum=None if fresh is None else [m[0] for m in fresh.momentum],
+            initial_extra=None if fresh is None else [x[0] for x in fresh.extra],
             backend=backend,
             return_surprise=True,
             read_anchor=self.read_anchor,
