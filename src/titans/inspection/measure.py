@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
+from titans.state import flatten_alike
 from titans.stream.model import reading
 from titans.stream.reader import initial_states
 from titans.stream.text import token_ids
@@ -143,9 +144,9 @@ def _stream(
 def _views(model: TitansForCausalLM, passage: Tensor, views: list[TitansCache]) -> Tensor:
     """The passage's losses (views, n) from several memories, NaN at its first token."""
     together = TitansCache(model.config)
-    leaves = [pytree.tree_flatten(view.states) for view in views]
-    states = [torch.cat(each) for each in zip(*(found for found, _ in leaves), strict=True)]
-    together.store(pytree.tree_unflatten(states, leaves[0][1]), 0)
+    leaves, structure = flatten_alike([view.states for view in views])
+    states = [torch.cat(each) for each in zip(*leaves, strict=True)]
+    together.store(pytree.tree_unflatten(states, structure), 0)
     rows = passage.expand(len(views), -1)
     losses = torch.full(rows.shape, torch.nan)
     if len(passage) > 1:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.hf.state_file import StateFile
+from titans.state import compact, flatten_alike
 from titans.stream.causal import CausalReader, Read
 from titans.stream.model import reading, unwrapped
 
@@ -121,10 +122,10 @@ class TitansReader:
     def load(self, file: StateFile) -> TitansCache:
         """The cache in a file, in this model's precision; ValueError where it is not this model's."""
         cache = TitansCache.from_file(file, self.inner.config)
-        wanted = pytree.tree_leaves(initial_states(self.inner))
-        held, structure = pytree.tree_flatten(cache.states)
+        (wanted, held), structure = flatten_alike((initial_states(self.inner), cache.states))
         leaves = [leaf.to(like.device, like.dtype) for leaf, like in zip(held, wanted, strict=True)]
-        for layer, state in zip(cache.layers, pytree.tree_unflatten(leaves, structure), strict=True):
+        states = compact(pytree.tree_unflatten(leaves, structure))
+        for layer, state in zip(cache.layers, states, strict=True):
             layer.state = state
         return cache
 
