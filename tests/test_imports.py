@@ -36,7 +36,8 @@ ORDER = {
         rules
         network
         inner
-        problem checks
+        problem
+        checks
         reference
         chunkwise
         backends
