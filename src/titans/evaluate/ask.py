@@ -47,7 +47,7 @@ def answered(
     questions: Sequence[str],
     answers: Sequence[str],
 ) -> np.ndarray:
-    """Which rows go on from their question with exactly their answer, (rows,) bool; the cache stays as it is.
+    """Which rows continue their question with exactly their answer, (rows,) bool; the cache is not changed.
 
     Rows whose questions are of one length are asked together.
     """

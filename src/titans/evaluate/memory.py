@@ -14,7 +14,7 @@ def keep_memory_only(model: TitansForCausalLM, cache: TitansCache) -> TitansCach
 
     Attention windows, segments and convolution tails are empty, and the number of columns seen is 0.
     Positions are 0 again, because segments and chunks are counted by them: a chunk that was open is closed
-    where it stands, and the first segment recalls with the memory as it is. Without a memory nothing is left.
+    where it is, and the first segment recalls with the memory unchanged. Without a memory nothing is left.
     """
     kept = TitansCache(model.config)
     for layer, was, now in zip(model.model.layers, cache.layers, kept.layers, strict=True):

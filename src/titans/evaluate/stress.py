@@ -52,7 +52,7 @@ def _lengths(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _perturbed(memory: StressedMemory, cases: Cases, size: float, seed: int = 0) -> tuple[Cases, MemoryState]:
-    """Three copies of each case: as it is, with other weights, and with another first key."""
+    """Three copies of each case: unchanged, with other weights, and with another first key."""
     generator = torch.Generator().manual_seed(seed)
     rows, dtype = cases.keys.shape[0], cases.keys.dtype
     fast = memory.fast(rows)
@@ -86,7 +86,7 @@ class Growth:
 
 @torch.no_grad()
 def perturbation_growth(memory: StressedMemory, cases: Cases, size: float = 1e-9) -> Growth:
-    """Read each case thrice: as it is, with the weights disturbed, and with the first key disturbed.
+    """Read each case three times: unchanged, with the weights disturbed, and with the first key disturbed.
 
     Args:
         memory: in float64, for a disturbance of the default size.

@@ -36,7 +36,7 @@ class Rate:
 
     tokens_per_second: of all rows together. milliseconds: the median of what is timed. operations_per_token:
     of matrix products, a multiply-add counted as two. roofline_percent: the share of the machine's rate that
-    these make up. peak_bytes: the most that was held up to here, None where the system does not tell.
+    these make up. peak_bytes: the most that was held up to here, None where the system does not report it.
     """
 
     tokens_per_second: float
@@ -80,7 +80,7 @@ def throughput(
 ) -> Throughput:
     """Time a model on random tokens, on the device where it is; its gradients are gone afterwards.
 
-    Decoding is one token at a time behind a short prompt. Reading is a stretch with everything carried along
+    Decoding is one token at a time after a short prompt. Reading is a stretch with everything carried along
     that a stretch as long has left behind. Training is forward and backward, without an optimizer. Peaks
     are of the process, libraries included, or on a CUDA device of what PyTorch has allocated there.
 
@@ -205,7 +205,7 @@ def _median_seconds(do: Callable[[], object], device: torch.device, seconds: flo
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """What this process has had allocated on a CUDA device, or else resident, at most; None if not told."""
+    """What this process has had allocated on a CUDA device, or else resident, at most; None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -101,7 +101,7 @@ class TitansCache(Cache):
         self._columns.seen += num_columns
 
     def is_beginning_of(self, ids: Tensor) -> bool:
-        """Whether ids (batch, time) repeat what was seen, as far as the ids kept can tell, and go on."""
+        """Whether ids (batch, time) repeat what was seen, as far as the kept ids show, and continue it."""
         newest, seen = self._newest_ids, self.num_columns
         if newest is None or ids.shape[1] <= seen or ids.shape[0] != newest.shape[0]:
             return False

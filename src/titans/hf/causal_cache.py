@@ -1,6 +1,6 @@
 """What a causal LM of transformers has read: its own cache, copied, selected, saved and loaded as a value.
 
-Beside `titans.hf.cache` the only file that knows the library's cache interface.
+With `titans.hf.cache` the only file that knows the library's cache interface.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from titans.nn.memory.form import RULE_FIELDS, MemoryForm
 from titans.nn.memory.layer import HALF_LIVES, STARTS
 from titans.nn.memory.tnt.layer import refuses
 
-# What the library itself hands to a configuration beside its fields.
+# What the library itself hands to a configuration in addition to its fields.
 _LIBRARY_KEYS = {
     "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
     "output_attentions", "per_layer_config", "tokenizer_class", "torch_dtype", "use_cache",

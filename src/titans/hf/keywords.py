@@ -102,7 +102,7 @@ class Documents:
         self.mask = torch.arange(int(lengths.max()), device=documents.device) < lengths[:, None]
 
     def split(self, x: Tensor) -> Tensor:
-        """x (batch, time, ...) as (documents, longest, ...), zeros behind each document; see `mask`."""
+        """x (batch, time, ...) as (documents, longest, ...), zeros after each document; see `mask`."""
         rows = x.new_zeros(*self.mask.shape, *x.shape[2:])
         return rows.index_put((self._row, self._column), x[self._real])
 

@@ -52,7 +52,7 @@ class TitansOutput(ModelOutput):
 
 
 class TitansLayer(GradientCheckpointingLayer):
-    """One block of the chosen variant, then SwiGLU, each behind a norm and beside a residual."""
+    """One block of the chosen variant, then SwiGLU, each with a norm before it and a residual connection."""
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()

@@ -95,8 +95,8 @@ def inspect_text(
     """
     if not model.config.has_memory:
         raise ValueError(f"variant={model.config.variant!r} has no memory to inspect")
-    text, beside = (token_ids(each, None, model.config.vocab_size).long() for each in (ids, another))
-    for name, read in (("ids", text), ("another", beside)):
+    text, compared = (token_ids(each, None, model.config.vocab_size).long() for each in (ids, another))
+    for name, read in (("ids", text), ("another", compared)):
         if len(read) < 2:
             raise ValueError(f"{name} holds {len(read)} token(s): give two or more")
     with reading(model):
@@ -111,7 +111,7 @@ def inspect_text(
             found, logits = _stream(model, passage, own, logits)
             found |= dict(zip(("own", "other", "none"), _views(model, passage, views), strict=True))
             parts.append(found)
-            if len(piece := beside[begin : begin + passage_length]):
+            if len(piece := compared[begin : begin + passage_length]):
                 model(piece[None].to(model.device), past_key_values=other, logits_to_keep=1)
             if progress is not None:
                 progress(min(begin + passage_length, len(text)), len(text))

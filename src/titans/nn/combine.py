@@ -15,7 +15,7 @@ class MemoryGate(nn.Module):
     """Norm(attention) ⊙ σ(Norm(memory)): the memory decides what of the attention passes (equations 25 and
     28).
 
-    The paper asks for learnable vector weights on both branches and a non-linearity, and says no more.
+    The paper asks for learnable vector weights on both branches and a non-linearity, without more detail.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:

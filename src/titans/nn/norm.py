@@ -45,10 +45,10 @@ class HeadRMSNorm(nn.Module):
 
 
 class ReadNorm(nn.Module):
-    """A memory's answers on one scale, whatever their size: what the text taught plus what training did.
+    """A memory's answers on one scale, whatever their size: the update from the text plus the prior.
 
-    The two are normalised apart. A token writes a few per cent of its value, and normalised together the
-    answer that was there before it would drown that.
+    The prior is the answer of a memory that has read nothing. The two are normalised separately, because a
+    token writes a few per cent of its value, which the prior would drown otherwise.
     """
 
     def __init__(self, num_heads: int, head_dim: int, has_prior: bool, eps: float = 1e-6) -> None:
@@ -66,7 +66,7 @@ class ReadNorm(nn.Module):
 def unit_queries(x: Tensor) -> Tensor:
     """x / ‖x‖ along the last axis, in at least float32.
 
-    Reads come in the dtype of their queries, and what a token wrote is small beside the prior.
+    Reads come in the dtype of their queries, and what a token wrote is small compared with the prior.
     """
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 

@@ -47,7 +47,7 @@ class FactSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What to train, on what, and how; `training.json` beside every model holds it."""
+    """What to train, on what, and how; `training.json` in every model's folder holds it."""
 
     data: str
     """Corpus: a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare, bible."""

@@ -68,7 +68,7 @@ class FullAttention(nn.Module):
 
         state = self._grow(state, keys, values, packed.lengths)
         if fresh:
-            # Padding stands behind every real token, so the plain causal mask already hides it.
+            # Padding comes after every real token, so the plain causal mask already hides it.
             y = _attention(queries, keys, values, is_causal=True)
         elif state.keys.shape[1] == 0:
             y = torch.zeros_like(queries)

@@ -136,7 +136,7 @@ class SegmentAttention(nn.Module):
     ) -> tuple[Tensor, SegmentState]:
         """`forward` given `tokens` and `fixed` of its stretch.
 
-        context: (batch, time, hidden_size), the context token h_j beside its token s_j. state: what the
+        context: (batch, time, hidden_size), the context token h_j for each token s_j. state: what the
         segment holds before the stretch; None where every row begins its segment with it. No row may go on
         beyond its segment.
         """

@@ -1,4 +1,4 @@
-"""Memory as context: what the memory recalls stands beside the segment in the attention's context (section
+"""Memory as context: attention reads what the memory recalls together with the segment's tokens (section
 4.1).
 
 Segment by segment: recall with the memory as it stood when the segment began (21); attend to persistent
@@ -56,7 +56,7 @@ class MACBlock(nn.Module):
         if s.local_chunk_sizes is not None:
             raise ValueError(
                 f"local_chunk_sizes={s.local_chunk_sizes!r}: what this block writes depends on what it has "
-                "recalled segment by segment, so no shard could be read beside another; give None"
+                "recalled segment by segment, so no shard could be read in parallel; give None"
             )
         self.segment_length = s.segment_length
         self.persistent = s.persistent_tokens()
@@ -86,8 +86,8 @@ class MACBlock(nn.Module):
     def begin_as_induction(self) -> None:
         """The attention begins at the token itself, and recall asks the memory as its own queries do.
 
-        See `NeuralMemory.begin_as_induction`: what is written are attention outputs, so they have to tell
-        tokens apart, and what asks for the context are tokens, so it has to see in them what was written.
+        See `NeuralMemory.begin_as_induction`. The memory is written with attention outputs, which therefore
+        have to differ between tokens, and is asked with tokens, which have to resemble what was written.
         """
         keys, values = self.attention.key_value.weight.chunk(2)
         keys.copy_(self.attention.query.weight)
@@ -149,7 +149,7 @@ class MACBlock(nn.Module):
         return BlockResult(x + y, MACState(memory, snapshot, segment, tail), trace)
 
     def _own(self, x: Tensor, recall_tail: Tensor, position: Tensor, packed: Packed) -> tuple[_Own, Tensor]:
-        """What the tokens bring along, whatever the memory says; and the convolution's new tail."""
+        """What depends on the tokens alone and not on the memory, and the convolution's new tail."""
         projected = self.recall_query(x)
         memory = self.memory
         (queries,), tail = head_vectors(

@@ -1,6 +1,6 @@
 """Kernels for what surrounds a scan in a layer: convolution and head vectors before, norm and gate after.
 
-Each computes the same as the plain torch beside its call, which is the place to read it: C++ in `native.py`,
+Each computes the same as the plain torch next to its call, which is the place to read it: C++ in `native.py`,
 Triton in `filter.py`. A layer's `backend` decides which kernels may run. A kernel refuses tensors that it
 does not take; then the plain path runs, whatever the backend.
 """

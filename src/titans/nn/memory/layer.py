@@ -57,7 +57,7 @@ class NeuralMemory(Learner):
     q, k, v are projected, convolved and passed through SiLU; q and k are L2-normalised per head, and a v
     longer than √head_dim is shortened to that, so that no input can write without bound. Forget, momentum and
     step size are functions of the token, one for each head and memory layer. The reads are normalised per
-    head (what the text taught apart from what was there before, see `ReadNorm`), gated by silu of a
+    head (the update from the text and the prior separately, see `ReadNorm`), gated by silu of a
     projection, and projected back.
 
     Args:

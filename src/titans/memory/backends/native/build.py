@@ -18,7 +18,7 @@ SOURCES = Path(__file__).parent
 
 
 def flags(processor: str = "native", capability: str | None = None) -> list[str]:
-    """What the compiler is told: for this processor, or for a named one and what torch says it can do."""
+    """The compiler's flags: for this processor, or for a named one and torch's name of what it can do."""
     torch_folder = Path(torch.__file__).parent
     if capability is None:
         capability = torch.backends.cpu.get_cpu_capability()

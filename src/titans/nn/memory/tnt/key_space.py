@@ -17,9 +17,9 @@ def towards_keys(
 ) -> tuple[Tensor, Tensor]:
     """P_t q_t, brought to unit length, with P_t = Σ_{j ≤ t} k_j k_jᵀ (TNT, equation 7).
 
-    A memory is taught at keys and asked at queries, and what it answers where it was never taught means
-    little: P_t q_t has nothing in it that no key had. It is a sum and no projector, so it grows with the
-    number of keys; the network was taught at unit keys, hence the unit length.
+    A memory is written at keys and read at queries, and its answer far from any key means little: P_t q_t
+    lies in the span of the keys. It is a sum and no projector, so that it grows with the number of keys; the
+    network was written at unit keys, hence the unit length.
 
     Args:
         queries, keys: (batch, time, heads, head_dim), keys being unit vectors.

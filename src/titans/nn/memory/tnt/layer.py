@@ -1,5 +1,5 @@
-"""One memory of large chunks carried along, and beside it memories of small chunks that begin anew with every
-shard of the text, so that all shards are read at once (TNT, arXiv 2511.07343)."""
+"""One global memory of large chunks carried along the text, and local memories of small chunks that begin
+anew with every shard of it, so that all shards are read in parallel (TNT, arXiv 2511.07343)."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ class ShardState:
 @register_state
 @dataclass(frozen=True)
 class TNTMemoryState(NeuralMemoryState):
-    """What a `TNTMemory` carries: `memory` is the global one, `local` what the running shard has taught."""
+    """What a `TNTMemory` carries: `memory` is the global one, `local` those of the running shard."""
 
     local: ShardState
 
 
 class LocalMemory(Learner):
-    """A memory of small chunks beside a `TNTMemory`, whose vectors it takes: weights and gates of its own.
+    """A local memory of a `TNTMemory`: it takes that layer's vectors, with weights and gates of its own.
 
     Its step size has the same bound as the global one's, in units of what is safe for its chunk.
     """
 
-    def __init__(self, beside: NeuralMemory, chunk_size: int) -> None:
+    def __init__(self, layer: NeuralMemory, chunk_size: int) -> None:
         super().__init__(
-            beside.input.in_features,
-            beside.num_heads,
-            beside.inner,
+            layer.input.in_features,
+            layer.num_heads,
+            layer.inner,
             chunk_size,
-            beside.form,
-            max_step_size=beside.max_step_size * beside.chunk_size / chunk_size,
-            half_lives=beside.half_lives,
+            layer.form,
+            max_step_size=layer.max_step_size * layer.chunk_size / chunk_size,
+            half_lives=layer.half_lives,
         )
         self.initial_weights = InitialWeights(self.network, self.num_heads, empty=self.form.decay_to_initial)
         self.reset_parameters()
@@ -150,8 +150,10 @@ class TNTMemory(NeuralMemory):
         reads, memory, trace = self.scan(
             stretch, state.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
         )
-        told, asked, local = self._scan_shards(stretch, state.memory.position, state.local, context.frozen)
-        found = Found(reads + told, torch.cat([stretch.queries, asked], 2), gate)
+        local_reads, asked, local = self._scan_shards(
+            stretch, state.memory.position, state.local, context.frozen
+        )
+        found = Found(reads + local_reads, torch.cat([stretch.queries, asked], 2), gate)
         return found, TNTMemoryState(tail, memory, _at(memory.position, local)), trace
 
     def _scan_shards(
@@ -159,7 +161,7 @@ class TNTMemory(NeuralMemory):
     ) -> tuple[Tensor, Tensor, ShardState]:
         """The sum of what the local memories answer, what they were asked, and their new state."""
         shards = cut_shards(position, stretch.x.shape[1], stretch.real, stretch.reset, self.shard_length)
-        told, asked = [], []
+        found, asked = [], []
         for parts in shards.parts:
             x, queries, keys, values = map(parts.fold, stretch[:4])
             known = parts.enter(local, self._fresh_shard)
@@ -170,14 +172,14 @@ class TNTMemory(NeuralMemory):
                 read, memory, _ = learner.scan(folded, memory, None, self.backend, frozen=frozen)
                 reads = reads + read
                 memories.append(memory)
-            told.append(reads)
+            found.append(reads)
             asked.append(seen)
             local = parts.leave(ShardState(tuple(memories), key_sum), local)
         if shards.fresh_after is not None:
             local = where_rows(shards.fresh_after, self._fresh_shard(len(position)), local)
-        if not told:
+        if not found:
             return torch.zeros_like(stretch.queries), stretch.queries, local
-        return shards.together(told), shards.together(asked), local
+        return shards.together(found), shards.together(asked), local
 
 
 def _at(position: Tensor, local: ShardState) -> ShardState:
