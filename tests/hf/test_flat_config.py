@@ -52,7 +52,7 @@ NESTED = {
 
 
 def flat(fields, **changes):
-    """Saved fields as they were before."""
+    """Saved fields in the form of before."""
     return {name: value for name, value in fields.items() if name != "memory"} | FLAT | changes
 
 
@@ -106,7 +106,7 @@ def test_what_can_no_longer_be_expressed_is_refused():
         ValueError, match=r'conv_kernel and memory are both given: .*memory=\{"conv_kernel": …\}'
     ):
         TitansConfig.from_dict({**fields, "conv_kernel": 3})
-    # New code is told what to write.
+    # New code gets to know what to write.
     for field, advice in [
         (
             "memory_norm",

@@ -36,7 +36,7 @@ def parts(config: TitansConfig) -> dict[str, int]:
     hidden = dim * e
     initial = heads * (dim * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
     norm = (2 if form.norm else 0) * width
-    # What the text taught and what training did are normalised apart.
+    # The update from the text and the initial memory are normalised apart.
     reads = (2 if form.decay_to_initial else 1) * width
     has_memory = config.has_memory
     memories = 1 + len(memory.local_chunk_sizes or ())

@@ -207,7 +207,7 @@ def test_gates_are_exact_under_autocast(monkeypatch):
 def test_half_lives_are_spread_over_the_heads():
     layer = NeuralMemory(8, num_heads=5, head_dim=4, chunk_size=16, half_lives=(64.0, 1e6)).double()
     nn.init.zeros_(layer.gate_weight)
-    forget, momentum, step_size = layer._gates(
+    forget, momentum, step_size, _ = layer._gates(
         *(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (5, 4)))
     )
     half_lives = (torch.log(torch.tensor(0.5)) / torch.log1p(-forget[0, 0, :, 0])).log()
@@ -368,7 +368,7 @@ def test_an_induction_memory_begins_with_what_followed_what():
         torch.manual_seed(seed)
         symbols = nn.functional.normalize(torch.randn(12, 64), dim=-1) * 8
         layer = NeuralMemory(64, 1, 64, conv_kernel=3, chunk_size=4, start=start)
-        read, _ = layer.learn(torch.cat([symbols, symbols]).unsqueeze(0), None)
+        read, _, _ = layer.learn(torch.cat([symbols, symbols]).unsqueeze(0), None, BlockContext())
         values = nn.functional.silu(layer.input(symbols).chunk(4, -1)[2])
         told = (read.reads - layer.prior(read.queries))[0, 13:23, 0]
         scores = nn.functional.normalize(told, dim=-1) @ nn.functional.normalize(values, dim=-1).T

@@ -103,7 +103,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, chan
 def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> None:
     train(settings(steps=3))
     file = settings().output / "checkpoint-3" / "training.json"
-    # As it was written when all settings were flat and one of them did not exist.
+    # The form of a time when all settings were flat and one of them did not exist.
     flat = json.loads(file.read_text())
     facts = flat.pop("facts")
     del facts["write_cost_reach"]

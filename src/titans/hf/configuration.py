@@ -126,13 +126,12 @@ class TitansMemoryConfig(PreTrainedConfig):
         return MemoryForm.of(self.form)
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `NeuralMemory`."""
+        """Keyword arguments of `NeuralMemory`: all but its sizes."""
         return {
             "objective": self.objective,
             "rule": self.rule,
             "form": self.memory_form,
             "start": self.start,
-            "conv_kernel": self.conv_kernel,
             "half_lives": (self.half_lives[0], self.half_lives[1]),
         }
 
