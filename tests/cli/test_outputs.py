@@ -65,7 +65,7 @@ LONG = "x" * 250
         ("inspect M same.html -o same.html", "is read, too"),
         (
             "inspect M same.txt -o a.png",
-            "is the name of the picture beside the page: give one such as a.html",
+            "is the name of the picture next to the page: give one such as a.html",
         ),
         ("inspect M same.txt -o photo.html", "output='photo.png' holds something else"),
         ("eval needle M --haystack same.txt --plot same.txt", "plot='same.txt' is no picture"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bench:
-    """How fast this machine decodes, reads and trains with a model, beside the rate of its matrix products.
+    """Speed of decoding, reading and training with a model, and the rate of the machine's matrix products.
 
     Example: titans bench --preset small --variant mag --config chunk_size=64 --batch-size 4
 

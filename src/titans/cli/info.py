@@ -33,7 +33,7 @@ class Info:
 
     Example: titans info book.memory
 
-    Of a checkpoint with a memory it also says what the gates have learned, from a sample of text: for each
+    Of a checkpoint with a memory it also reports what the gates have learned, from a sample of text: for each
     layer and head how many tokens it takes to forget half, and how hard tokens are written.
     """
 

@@ -25,7 +25,7 @@ class Inspect:
 
     Example: titans inspect titans-lmm-tiny book.txt -o book.html
 
-    Writes one page that needs no network (the whole text is in it), and beside it a picture of the same name.
+    Writes a page that needs no network (the whole text is in it), and a picture of the same name next to it.
     Every passage is also read with the memory of another text and with none, to see what memory did for it.
     """
 
@@ -34,7 +34,7 @@ class Inspect:
     file: tyro.conf.Positional[Path]
     """Text or PDF to read."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("inspection.html")
-    """Page to write; the picture is beside it."""
+    """Page to write; the picture is next to it."""
     memory: Path | None = None
     """Go on from this memory instead of an empty one."""
     another: str = "bible"

@@ -68,15 +68,15 @@ class EvalNeedle:
     depths: Annotated[tuple[str, ...], _listed("DEPTH ...")] = ("0", "0.25", "0.5", "0.75", "1")
     """Where the needle stands: 0 the beginning, 1 the end. Not used with several needles."""
     haystack: str = "bible"
-    """Corpus to hide it in, unless a passkey: a text file, a folder of them, excerpt, shakespeare, bible."""
+    """Corpus to insert it in (a passkey: filler): a text file, a folder, excerpt, shakespeare, bible."""
     hold_out: float = 0.0
     """Take only the documents that `titans train --hold-out` with the same number keeps from training."""
     samples: int = 8
     """Texts for each length and depth."""
     keys: int = 1
-    """Names something is said about; all but the one asked for are there to confuse."""
+    """Names about which a fact is stated; all but those asked for are distractors."""
     values: int = 1
-    """Values of each name; all have to be told."""
+    """Values of each name; all have to be recalled."""
     questions: int = 1
     """Names asked for; all have to be right."""
     batch_size: int = 8
@@ -150,8 +150,8 @@ def _show(task: str, cells: list[NeedleCell]) -> None:
         table.add_column("anywhere" if depth is None else f"depth {depth:g}", justify="right", no_wrap=True)
     for length in dict.fromkeys(cell.length for cell in cells):
         row = [cell for cell in cells if cell.length == length]
-        told = [f"{100 * c.accuracy:.0f} ({100 * c.low:.0f}–{100 * c.high:.0f})" for c in row]
-        marked = [text if c.beyond_attention else f"[{text}]" for text, c in zip(told, row, strict=True)]
+        shown = [f"{100 * c.accuracy:.0f} ({100 * c.low:.0f}–{100 * c.high:.0f})" for c in row]
+        marked = [text if c.beyond_attention else f"[{text}]" for text, c in zip(shown, row, strict=True)]
         table.add_row(f"{length:,}", f"{row[0].num_bytes:,}", *(text.replace("[", r"\[") for text in marked))
     table.caption = "in brackets: within attention's reach"
     Console(stderr=True).print(table)

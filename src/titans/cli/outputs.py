@@ -83,14 +83,14 @@ def _check_place(option: str, path: Path) -> None:
 
 
 def check_page_and_picture(option: str, page: Path, picture: Path, inputs: Iterable[Path]) -> None:
-    """The same for a page and the picture beside it.
+    """The same for a page and the picture next to it.
 
     Raises:
         UsageError: where both have one name, too, or the picture would replace one that belongs to no page.
     """
     if page.suffix.lower() == picture.suffix:
         raise UsageError(
-            f"{option}={str(page)!r} is the name of the picture beside the page: give one such as "
+            f"{option}={str(page)!r} is the name of the picture next to the page: give one such as "
             f"{page.stem}.html"
         )
     inputs = list(inputs)

@@ -156,7 +156,7 @@ def run_demo(steps: int, folder: Path) -> DemoResult:
 
 
 def ask_in_books() -> HiddenFact:
-    """Tell a trained model a fact, have it read a million bytes of books, and ask on the way."""
+    """State a fact to a trained model, have it read a million bytes of books, and ask on the way."""
     model, tokenizer = load(REMEMBERING)
     text = b"\n".join(document.data for document in load_corpus(BOOKS))
     say(f"\nA fact, then {DISTANCES[-1]:,} bytes of the {BOOKS}, read by {REMEMBERING}")

@@ -60,7 +60,7 @@ class StateFile:
         """Read them all; those that were equal share their storage.
 
         Raises:
-            ValueError: if any byte of the file is not as it was written.
+            ValueError: if any byte of the file was altered.
         """
         self._file.seek(0)
         content = self._file.read()
@@ -136,7 +136,7 @@ def open_state_file(path: str | Path) -> Iterator[StateFile]:
         header = _read_header(path, file)
         about, kinds, size = _parsed(path, header)
         if os.fstat(file.fileno()).st_size != len(header) + size:
-            raise _damaged(path, "it is shorter or longer than its header says")
+            raise _damaged(path, "its length differs from the one in its header")
         if about.get("format") != FORMAT:
             raise ValueError(f"{path} has format {about.get('format')!r}: this version reads {FORMAT!r}")
         same = _aliases(path, about, kinds)

@@ -29,9 +29,9 @@ def inside_transform() -> bool:
 
 
 def hand_written_refuses() -> str | None:
-    """Why a scan whose backward is written by hand cannot run here, or None."""
+    """Why a scan with an explicit backward cannot run here, or None."""
     if inside_transform():
-        return "its backward is written by hand, and torch.func cannot pass through it; call it outside"
+        return "its backward is explicit code, and torch.func cannot pass through it; call it outside"
     return None
 
 

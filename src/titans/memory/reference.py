@@ -1,4 +1,4 @@
-"""The oracle: one token at a time, the inner gradient by autograd. Slow, and written to be read beside the
+"""The oracle: one token at a time, the inner gradient by autograd. Slow; to be read along with the
 paper."""
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class EndCoefficients(NamedTuple):
 
 
 def _rounded(products: Tensor, dtype: torch.dtype) -> Tensor:
-    """The products in the compute dtype, those that vanish beside 1 as zeros: as denormal numbers they would
-    make matrix products ten times slower."""
+    """The products in the compute dtype, those that vanish compared with 1 as zeros: as denormal numbers they
+    would make matrix products ten times slower."""
     limits = torch.finfo(dtype)
     vanishing = torch.where(products < limits.tiny / limits.eps**2, products, 0)
     # Subtracted, because a product that is 0 has a gradient.
@@ -185,7 +185,7 @@ def end_coefficients(
 ) -> EndCoefficients:
     """The state after a chunk of any length, without the table of (time, time) that reads within it take.
 
-    The chunk is cut into blocks; what a block wrote passes through those behind it, which is linear.
+    The chunk is cut into blocks; what a block wrote passes through the later ones, which is linear.
     Arguments as of `UpdateRule.coefficients`.
     """
     time, dtype = step_size.shape[-1], step_size.dtype
@@ -214,28 +214,28 @@ def end_coefficients(
             block.momentum_steps,
         )
     )
-    # The blocks behind, as one: W ← W + later_change W + later_moved S, S ← later_carried S.
+    # The later blocks, as one: W ← W + later_change W + later_moved S, S ← later_carried S.
     later_change = later_moved = torch.zeros_like(change[..., -1, :, :])
     later_carried = torch.ones_like(later_change)
-    behind = []
+    later = []
     for index in reversed(range(change.shape[-3])):
-        behind.append((later_change, later_moved, later_carried))
+        later.append((later_change, later_moved, later_carried))
         a, c, e = (x[..., index, :, :] for x in (change, moved, carried))
         later_change, later_moved, later_carried = (
             later_change + a + later_change * a,
             c + later_change * c + later_moved * e,
             later_carried * e,
         )
-    change_behind, moved_behind, carried_behind = (
-        torch.stack(each[::-1], -3) for each in zip(*behind, strict=True)
+    change_after, moved_after, carried_after = (
+        torch.stack(each[::-1], -3) for each in zip(*later, strict=True)
     )
-    end_steps = steps + change_behind * steps + moved_behind * momentum_steps
+    end_steps = steps + change_after * steps + moved_after * momentum_steps
     return EndCoefficients(
         end_weights=later_change.to(dtype),
         end_momentum=_rounded(later_moved, dtype),
         end_steps=_rounded(end_steps, dtype).flatten(-3, -2)[..., :time, :],
         momentum_momentum=_rounded(later_carried, dtype),
-        momentum_steps=_rounded(carried_behind * momentum_steps, dtype).flatten(-3, -2)[..., :time, :],
+        momentum_steps=_rounded(carried_after * momentum_steps, dtype).flatten(-3, -2)[..., :time, :],
     )
 
 

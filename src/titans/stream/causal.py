@@ -63,7 +63,7 @@ class CausalReader:
     models. A short trial on the model itself, once, finds what else does not agree.
 
     Args:
-        model: evaluated as it is; its class is asked, never changed.
+        model: evaluated unchanged; its class is asked, never changed.
 
     Raises:
         ValueError: if the trial finds that no way of reading in pieces gives what one call gives.

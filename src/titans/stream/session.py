@@ -45,7 +45,7 @@ class FeedResult:
     """What `Session.feed` reports.
 
     tokens: how many were taken in. seconds: how long it took. start: index in the session of the first token
-    the model read meanwhile: it is one behind, because the last token waits for the next call.
+    the model read meanwhile: it is one less than that, because the last token waits for the next call.
     mean_surprise: mean over the tokens read, layers and heads of ‖M(k) − v‖² before each write; None without
     a memory or when nothing was read. surprises: (tokens read, layers) float32, mean over heads, where asked
     for.
@@ -94,7 +94,7 @@ class Session:
 
     Args:
         model: a `TitansForCausalLM` or any causal LM of transformers with a cache, also wrapped by PEFT or
-            torch.compile; it is left as it is.
+            torch.compile; it is not changed.
         tokenizer: a Hugging Face tokenizer, or None to work in token ids.
 
     Raises:
@@ -390,7 +390,7 @@ class Session:
 
 
 def _parts(text: Any) -> Iterable[Any]:
-    """Several texts as they are, anything else as the only one."""
+    """Several texts unchanged, anything else as the only one."""
     if isinstance(text, (str, bytes, Tensor)) or hasattr(text, "__array__"):
         return (text,)
     if isinstance(text, Sequence) and not (text and isinstance(text[0], (str, bytes))):

@@ -61,7 +61,7 @@ def token_ids(
 
 
 def text_after(tokenizer: PreTrainedTokenizerBase, recent: tuple[int, ...], new: tuple[int, ...]) -> str:
-    """The text of new tokens behind recent ones, without an incomplete character at its end.
+    """The text of new tokens after recent ones, without an incomplete character at its end.
 
     It is cut from their common text, so that no tokenizer can treat it as a beginning; what was incomplete in
     the recent ones comes first.

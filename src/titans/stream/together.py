@@ -105,7 +105,7 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> None:
 
 
 def _stacked(states: list[Any]) -> Any:
-    """One row each, side by side; whoever holds fewer slots than another has empty ones behind them."""
+    """One row each, side by side; whoever holds fewer slots than another has empty ones after them."""
     leaves, structure = flatten_alike(states)
 
     def together(parts: tuple[Tensor, ...]) -> Tensor:

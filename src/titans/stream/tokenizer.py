@@ -31,7 +31,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     It is saved and loaded by `AutoTokenizer` without custom code, and decodes every sequence of bytes (what
     is not UTF-8 becomes U+FFFD). There is no padding token, because each id is a byte that a text may hold.
-    Set `tokenizer.pad_token_id = 0` to pad a batch (the attention mask tells the pads apart), but do not save
+    Set `tokenizer.pad_token_id = 0` to pad a batch (the attention mask marks the pads), but do not save
     it so: loading would make byte 0 special.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -77,7 +77,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 def encode_document(tokenizer: PreTrainedTokenizerBase, data: bytes, name: str) -> np.ndarray:
     """Token ids of one document, shape (tokens,): uint8 with the byte tokenizer, int32 with any other.
 
-    Bytes are taken as they are in byte mode. Any other tokenizer reads text: ValueError names the document
+    In byte mode bytes are the token ids. Any other tokenizer reads text: ValueError names the document
     and the offset of the first byte that is not UTF-8. No special tokens are added.
     """
     if is_byte_tokenizer(tokenizer):

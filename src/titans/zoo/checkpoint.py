@@ -163,7 +163,7 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
         tokenizer = byte_tokenizer()
     else:
         raise ValueError(
-            f"checkpoint={str(folder)!r} has no tokenizer: save the one of its training beside the model"
+            f"checkpoint={str(folder)!r} has no tokenizer: save the one of its training in the same folder"
         )
     if len(tokenizer) > vocab_size:
         raise ValueError(

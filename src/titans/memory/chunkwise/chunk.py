@@ -1,4 +1,4 @@
-"""One chunk of the fast path, forward and backward, as batched matrix products written by hand.
+"""One chunk of the fast path, forward and backward, as batched matrix products, both written out.
 
 Inside a chunk every gradient is taken at the anchor, so token j's is an outer product D_j h_jᵀ known before
 any weight moves, and the weights after token t are a weighted sum of them (`rules.ChunkCoefficients`).

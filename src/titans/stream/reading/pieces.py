@@ -76,7 +76,7 @@ def _encode(name: str, tokenizer: PreTrainedTokenizerBase, block: bytes, offset:
 
 
 def _end_of_text(block: bytes) -> int:
-    """Where to cut: behind the last line, else before the last word, else before the last character."""
+    """Where to cut: after the last line, else before the last word, else before the last character."""
     if line := block.rfind(b"\n") + 1:
         return line
     if (blank := block.rfind(b" ")) > 0:

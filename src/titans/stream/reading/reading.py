@@ -83,7 +83,7 @@ class Reading:
         """Write the session to a memory file; unless all is read, with what it takes to go on.
 
         Raises:
-            OSError: if it cannot be written; a file that was there before is left as it was.
+            OSError: if it cannot be written; a file that was there before is not changed.
         """
         place = self._place
         taken = self.session.num_tokens - self._piece_began
