@@ -31,7 +31,7 @@ ORDER = {
         __main__
         """,
     "titans.memory": """
-        registry decay state
+        registry decay state precision
         objectives
         rules
         network

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from titans.hf import TitansCache
+from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.nn.blocks import BLOCKS
 from titans.state import map_state
@@ -25,6 +26,7 @@ from .models import (
     filled_cache,
     logits_of,
     random_ids,
+    small_config,
     small_model,
 )
 
@@ -175,3 +177,17 @@ def test_scores_depend_on_distances_alone_ten_million_tokens_in(variant):
     assert_near(read_from(10**7 // period * period), near, 1e-4)
     if MODELS[variant].config.has_memory:
         assert (read_from(10**7 // period * period + 1) - near).abs().max() > 1e-3, "phases must matter"
+
+
+def test_shapes_alone_are_enough_and_a_batch_may_be_empty(variant):
+    """On the meta device, in FakeTensorMode, and for no rows at all."""
+    with torch.device("meta"):
+        outputs = [small_model(variant)(torch.zeros(2, 9, dtype=torch.int64))]
+    with FakeTensorMode():
+        outputs.append(TitansForCausalLM(small_config(variant)).eval()(torch.zeros(2, 9, dtype=torch.int64)))
+    for output in outputs:
+        assert output.logits.shape == (2, 9, VOCAB) and output.past_key_values.num_columns == 9
+    model, ids = MODELS[variant], random_ids(2, 9)
+    output = model(ids[:0], use_cache=True)
+    assert output.logits.shape == (0, 9, VOCAB)
+    assert model(ids[:0, :1], past_key_values=output.past_key_values).logits.shape == (0, 1, VOCAB)

@@ -53,7 +53,7 @@ REFUSED = [
     (dict(momentum=changed("momentum", -0.5)), r"momentum spans \[-0.5, .*between 0 and 1"),
     (dict(step_size=changed("step_size", -1)), r"step_size spans \[-1, .*: give finite values at least 0"),
     (dict(step_size=changed("step_size", torch.inf)), r"step_size spans \[.*, inf\]: give finite"),
-    (dict(forget=changed("forget", torch.nan)), r"forget spans \[nan, nan\]: give finite values"),
+    (dict(forget=changed("forget", torch.nan)), r"forget holds NaN: give finite values"),
     (dict(initial=None), r"initial=None: with reset, give the weights to start afresh from"),
     (dict(initial=PROBLEM.layers("initial")[:1]), r"initial has 1 tensors: give one for each of the 2"),
     (dict(initial=STATE.weights), r"initial\[0\] has shape .*: give \(2, 12, 3\), \(heads, out, in\)"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
@@ -28,6 +29,11 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape alone: on the meta device, or inside FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def hand_written_refuses() -> str | None:
     """Why a scan with an explicit backward cannot run here, or None."""
     if inside_transform():
@@ -39,11 +45,18 @@ def _expect_range(name: str, gate: Tensor, mask: Tensor | None, highest: float |
     # On an accelerator, or in a compiled graph, looking at values would stop the stream; vmap forbids it.
     if gate.device.type != "cpu" or torch.compiler.is_compiling() or not gate.numel() or inside_transform():
         return
+    if has_no_values(gate):
+        return
     gate = gate.detach()
     if mask is not None:
         gate = torch.where(mask[..., None, None], gate, 0)
     low, high = (x.item() for x in gate.aminmax())
     domain = "at least 0" if highest is None else f"between 0 and {highest:g}"
+    if low != low:
+        raise ValueError(
+            f"{name} holds NaN: give finite values {domain}; if a layer computed it, look for NaN in its "
+            "input and its parameters"
+        )
     if not (low >= 0 and high < float("inf") and (highest is None or high <= highest)):
         raise ValueError(f"{name} spans [{low:g}, {high:g}]: give finite values {domain}")
 

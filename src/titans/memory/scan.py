@@ -10,9 +10,10 @@ from torch import Tensor
 
 from titans.memory.backends import choose_backend
 from titans.memory.backends.traced import traced_scan
-from titans.memory.checks import check_read, check_scan
+from titans.memory.checks import check_read, check_scan, has_no_values
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
+from titans.memory.precision import autocast_device
 from titans.memory.problem import ScanProblem, compute_dtype
 from titans.memory.state import MemoryState
 
@@ -89,9 +90,10 @@ def memory_scan(
         norm_weight, norm_bias, mask, reset, initial, initial_momentum, initial_extra, base, read_anchor,
     )  # fmt: skip
     check_scan(problem)
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(autocast_device(queries), enabled=False):
         problem = problem.promoted()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or has_no_values(queries):
+            # As one operator, which knows the shapes of its results.
             reads, new_state, surprise = traced_scan(problem, backend)
         else:
             reads, new_state, surprise = choose_backend(backend, problem).scan(problem)
@@ -124,7 +126,7 @@ def memory_read(
     """
     net = InnerProblem.of(inner).network
     check_read(net, queries, state, norm_weight, norm_bias, base)
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(autocast_device(queries), enabled=False):
         dtype = compute_dtype(queries, *state.weights)
         gain, bias = (None if x is None else x.to(dtype).unsqueeze(1) for x in (norm_weight, norm_bias))
         raised_base = None if base is None else [b.to(dtype) for b in base]

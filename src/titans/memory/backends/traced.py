@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from titans.memory.backends import choose_backend
 from titans.memory.inner import InnerProblem
+from titans.memory.precision import autocast_device
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
@@ -75,7 +76,7 @@ def _run(flat: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
     slow = [optional(count) for count in (depth, depth, extra, depth)]
     arguments: list[Any] = [*tokens, state, chunk_size, *flags, *slow, read_anchor]
     problem = ScanProblem(inner, *arguments)
-    with torch.autocast(problem.keys.device.type, enabled=False):
+    with torch.autocast(autocast_device(problem.keys), enabled=False):
         reads, after, surprise = choose_backend(backend, problem).scan(problem)
     return [reads, surprise, *pytree.tree_leaves(after.expanded())]
 

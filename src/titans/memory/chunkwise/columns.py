@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titans.memory.checks import has_no_values
+
 _aligned: ContextVar[bool] = ContextVar("aligned", default=False)
 
 
@@ -28,9 +30,9 @@ def assume_aligned() -> Iterator[None]:
 
 
 def common_phase(position: Tensor, size: int) -> int | None:
-    """position % size, (batch,), where it is the same in every row, or None. Reads it on the host, or in a
-    compiled graph, where there are no values, is None."""
-    if torch.compiler.is_compiling():
+    """position % size, (batch,), where it is the same in every row, or None. Reads it on the host; where
+    there are no values, as in a compiled graph, it is None."""
+    if torch.compiler.is_compiling() or has_no_values(position):
         return None
     if _aligned.get():
         return 0
@@ -64,7 +66,7 @@ class Columns(NamedTuple):
 
 def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor | None = None) -> Columns:
     """Lay out a stretch; position (batch,) before it, real and reset (batch, time) bool. Reads sizes on the
-    host, or in a compiled graph without `reset` takes the largest they can be."""
+    host, or without `reset` in a compiled graph, and where there are no values, takes the largest."""
     batch, time = real.shape
     count = real.sum(1)
     rank = real.cumsum(1) - real.long()
@@ -76,7 +78,7 @@ def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor |
     column = opens.cumsum(1) - 1
     slot = rank - torch.where(opens, rank, -1).cummax(1).values
 
-    if torch.compiler.is_compiling() and reset is None:
+    if (torch.compiler.is_compiling() and reset is None) or has_no_values(real):
         num_columns, width = (time + 2 * chunk_size - 2) // chunk_size, min(time, chunk_size)
     else:
         num_columns = int(torch.where(real, column, -1).max()) + 1 if real.numel() else 0

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, chunk_backward, plus, run_chunk
 from titans.memory.inner import InnerProblem
+from titans.memory.precision import autocast_device
 from titans.memory.rules import ChunkCoefficients, UpdateRule
 from titans.memory.state import MemoryState, Weights
 from titans.state import map_state, where_rows
@@ -191,7 +192,7 @@ class _GroupedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("chunkwise")
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with torch.autocast(autocast_device(grads[0]), enabled=False):
             # Whoever goes backward under autocast must still get the gradient of what went forward.
             return _GroupedScan._recompute(ctx, *grads)
 

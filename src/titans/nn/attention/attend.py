@@ -39,19 +39,25 @@ def _attend_matmul(
     batch, count, heads, dim = rotated.shape
 
     def by_head(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).reshape(batch * heads, -1, dim)
+        return x.transpose(1, 2).reshape(batch * heads, x.shape[1], dim)
 
-    scores = torch.bmm(by_head(rotated), by_head(keys).transpose(1, 2)).view(batch, heads, count, -1)
+    scores = torch.bmm(by_head(rotated), by_head(keys).transpose(1, 2)).view(
+        batch, heads, count, keys.shape[1]
+    )
     scores.masked_fill_(~visible.unsqueeze(-3), float("-inf"))
     if persistent is not None:
         fixed_keys, fixed_values = persistent
         # A batch over heads alone: the persistent keys are not copied for every row.
         queries = plain.permute(2, 0, 1, 3).reshape(heads, batch * count, dim)
-        fixed = torch.bmm(queries, fixed_keys.permute(1, 2, 0)).view(heads, batch, count, -1).transpose(0, 1)
+        fixed = (
+            torch.bmm(queries, fixed_keys.permute(1, 2, 0))
+            .view(heads, batch, count, fixed_keys.shape[0])
+            .transpose(0, 1)
+        )
         scores = torch.cat([fixed, scores], dim=-1)
         values = torch.cat([fixed_values.expand(batch, -1, -1, -1), values], dim=1)
     # The softmax kernels accumulate in float32 for narrower dtypes.
-    weights = scores.softmax(-1).view(batch * heads, count, -1)
+    weights = scores.softmax(-1).view(batch * heads, count, scores.shape[-1])
     return torch.bmm(weights, by_head(values)).view(batch, heads, count, dim).transpose(1, 2)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.backends.native.build import missing
-from titans.memory.checks import hand_written_refuses
+from titans.memory.checks import hand_written_refuses, has_no_values
 from titans.memory.chunkwise.groups import refuse_second_derivatives
 
 _SOURCES = Path(__file__).parent
@@ -30,6 +30,8 @@ def refuses(head_dim: int, *tensors: Tensor) -> str | None:
         return f"it computes in float32 or float64, and the tensors are in {dtype}"
     if head_dim * dtype.itemsize % _VECTOR_BYTES:
         return f"head_dim={head_dim} is no multiple of {_VECTOR_BYTES // dtype.itemsize}"
+    if any(map(has_no_values, tensors)):
+        return "it computes with values, and the tensors have shapes alone"
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return "it knows neither torch.compile nor forward-mode derivatives"
     return hand_written_refuses() or missing(_SOURCES)

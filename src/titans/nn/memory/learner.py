@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import InnerProblem, MemoryState, memory_scan
+from titans.memory.precision import autocast_device
 from titans.nn.context import MemoryTrace
 from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.half_lives import DecayRate, spaced_half_lives
@@ -128,7 +129,7 @@ class Learner(nn.Module):
         gain, bias = (
             None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
         )
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(autocast_device(queries), enabled=False):
             weights = [w.to(dtype) for w in self.base]
             return self.network(weights, queries.to(dtype).transpose(1, 2), gain, bias).transpose(1, 2)
 
@@ -192,7 +193,7 @@ class Learner(nn.Module):
 
         x: (batch, time, hidden_size). keys: (batch, time, heads, head_dim), unit vectors.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_device(x), enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             seen = x.to(dtype)
             raw = F.linear(seen, self.gate_weight.to(dtype), self.gate_bias.to(dtype).flatten())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans.memory.precision import autocast_device
 from titans.nn.norm import unit_queries
 from titans.nn.packing import zero_padding
 
@@ -40,7 +41,7 @@ def towards_keys(
         padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, -time % width))
         return padded.view(batch, -1, width, heads, head_dim).permute(0, 3, 1, 2, 4)
 
-    with torch.autocast(keys.device.type, enabled=False):
+    with torch.autocast(autocast_device(keys), enabled=False):
         q, k = blocks(queries), blocks(zero_padding(keys, real))
         sums = torch.cat([key_sum.to(dtype).unsqueeze(2), k.mT @ k], 2).cumsum(2)
         seen = q @ sums[:, :, :-1] + (q @ k.mT).tril() @ k
