@@ -9,9 +9,9 @@
 
 Every contender runs in a process of its own. For each case they take turns, A B C, C B A, …, so that a
 machine that slows down slows them all; the table has medians and the spread. Writes .md, .json and .png of
-benchmarks/results/speed-PROCESSOR after every case (--quick and --against: prints only). With --against,
-every row that looks slower than before is timed four times as often, and the exit status is 1 if one still
-does.
+benchmarks/results/speed-PROCESSOR after every case (--quick and --against: prints only). --against
+compares processor time, which other processes disturb less; every row that looks slower than before is timed
+four times as often, and the exit status is 1 if one still does.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def measure(
     """Time a case for every contender, taking turns."""
     rows: list[Row] = []
     for name in names:
-        rows.append({"case": case, "threads": threads, "contender": name, "seconds": []})
+        rows.append({"case": case, "threads": threads, "contender": name, "seconds": [], "processor": []})
         if contenders.against is not None and name in OURS:
-            rows.append(rows[-1] | {"seconds": [], "before": True})
+            rows.append(rows[-1] | {"seconds": [], "processor": [], "before": True})
     for row in rows:
         row |= contenders.ask(row, do="build", contender=row["contender"], case=case, threads=threads)
         first = min(r.get("first", math.inf) for r in rows if r["contender"] == row["contender"])
@@ -148,6 +148,7 @@ def time_once(contenders: Contenders, rows: list[Row], turn: int, patience: floa
             row["error"] = answer["error"]
         else:
             row["seconds"].append(answer["seconds"])
+            row["processor"].append(answer["processor"])
 
 
 Plan = list[tuple[Case, list[str], tuple[int, ...]]]
@@ -292,7 +293,10 @@ def main() -> int:
 def save(about: str, rows: list[Row]) -> None:
     """The tables, the numbers and the picture, each in place of the last."""
     RESULTS.mkdir(exist_ok=True)
-    kept = [{key: value for key, value in row.items() if key not in ("first", "repeat")} for row in rows]
+    kept = [
+        {key: value for key, value in row.items() if key not in ("first", "repeat", "processor")}
+        for row in rows
+    ]
     for ending, content in (
         ("md", f"{tables(about, rows)}\n### Goals\n\n{goals(rows)}\n".encode()),
         ("json", encoded({"about": about}, kept, "rows")),

@@ -162,9 +162,14 @@ def paired(rows: list[Row]) -> list[tuple[Row, Row]]:
     ]
 
 
+def compared_times(row: Row) -> list[float]:
+    """Processor time of one thread; with several, which may wait for each other, time that has passed."""
+    return row["processor"] if row["threads"] == 1 else row["seconds"]
+
+
 def ratios(now: Row, before: Row) -> tuple[float, float, float]:
     """Time now, in parts of the time before, turn by turn: lower quartile, median, upper quartile."""
-    found = [a / b for a, b in zip(now["seconds"], before["seconds"], strict=False)]
+    found = [a / b for a, b in zip(compared_times(now), compared_times(before), strict=False)]
     if not found:
         return (math.nan,) * 3
     low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
@@ -179,7 +184,9 @@ def comparison(rows: list[Row]) -> tuple[str, bool]:
         what = ", ".join(f"{name} {value}" for name, value in case.items())
         failed = now.get("error") or before.get("error")
         verdict = f"FAILED: {failed}" if failed else "SLOWER" if middle > SLOWER else ""
-        times = [f"{1000 * row['median']:.4g}" if "median" in row else "–" for row in (before, now)]
+        times = [
+            f"{1000 * np.median(compared_times(row)):.4g}" if row["seconds"] else "–" for row in (before, now)
+        ]
         spread = f"{low:.3f} to {high:.3f}"
         head = [what, str(now["threads"]), now["contender"], *times]
         lines.append([*head, f"{middle:.3f}", spread, str(len(now["seconds"])), verdict])
