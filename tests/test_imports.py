@@ -31,10 +31,9 @@ ORDER = {
         __main__
         """,
     "titans.memory": """
-        registry decay state precision
+        registry decay state precision network
         objectives
         rules
-        network
         inner
         problem
         checks
@@ -60,6 +59,11 @@ ORDER = {
         conv combine context
         attention memory
         blocks
+        """,
+    "titans.nn.blocks": """
+        settings protocol
+        attention lmm mac mag mal window
+        __init__
         """,
     "titans.nn.memory": """
         form half_lives initial_weights heads

@@ -232,5 +232,5 @@ def test_what_cannot_be_read_is_named(
         (tmp_path / "papers" / name).write_bytes(data)
     arguments = ["memorize", str(model_folder), str(tmp_path / "papers"), "-o", str(tmp_path / "memory")]
     assert main(arguments) == 1
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told and not (tmp_path / "memory").exists()
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err and not (tmp_path / "memory").exists()

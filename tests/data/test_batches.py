@@ -12,7 +12,7 @@ from titans.data.batches import ANSWER, STATEMENT
 
 
 def encoded(lengths: list[int]) -> list[np.ndarray]:
-    """Documents whose tokens are all different, so that a token tells where it stood."""
+    """Documents whose tokens are all different, so that a token identifies its place."""
     ends = np.cumsum(lengths)
     return [np.arange(end - length, end, dtype=np.int32) for end, length in zip(ends, lengths, strict=True)]
 

@@ -108,7 +108,7 @@ def test_a_reset_row_is_a_new_row_to_the_bit(form):
     for part in ("weights", "momentum", "anchor"):
         for actual, expected in zip(getattr(state.memory, part), getattr(fresh.memory, part), strict=True):
             assert torch.equal(actual, expected)
-    # What was read before it can no longer be told.
+    # What was read before it has no effect any more.
     reset = torch.arange(9)[None] == 4
     one, _ = layer(x, reset=reset, persistent=persistent)
     other, _ = layer(
@@ -370,8 +370,8 @@ def test_an_induction_memory_begins_with_what_followed_what():
         layer = NeuralMemory(64, 1, 64, conv_kernel=3, chunk_size=4, start=start)
         read, _, _ = layer.learn(torch.cat([symbols, symbols]).unsqueeze(0), None, BlockContext())
         values = nn.functional.silu(layer.input(symbols).chunk(4, -1)[2])
-        told = (read.reads - layer.prior(read.queries))[0, 13:23, 0]
-        scores = nn.functional.normalize(told, dim=-1) @ nn.functional.normalize(values, dim=-1).T
+        update = (read.reads - layer.prior(read.queries))[0, 13:23, 0]
+        scores = nn.functional.normalize(update, dim=-1) @ nn.functional.normalize(values, dim=-1).T
         found[start].append((scores.argmax(-1) == torch.arange(2, 12)).float().mean().item())
     assert sum(found["induction"]) / 5 > 0.6 and sum(found["random"]) / 5 < 0.25, found
     with pytest.raises(ValueError, match="give a conv_kernel of at least 2"):
