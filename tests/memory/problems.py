@@ -50,13 +50,12 @@ class Problem:
         return self.flags.get("mask", torch.ones(self.leaves["queries"].shape[:2], dtype=torch.bool))
 
     def layers(self, name: str) -> tuple[Tensor, ...]:
-        return tuple(self.leaves[f"{name}.{layer}"] for layer in range(self.net.depth))
+        return tuple(x for key, x in self.leaves.items() if key.rpartition(".")[0] == name)
 
     @property
     def state(self) -> MemoryState:
         weights, momentum, anchor = (self.layers(f"state.{part}") for part in STATE)
-        extra = tuple(x for name, x in self.leaves.items() if name.startswith("state.extra."))
-        return MemoryState(weights, momentum, anchor, self.position, extra)
+        return MemoryState(weights, momentum, anchor, self.position, self.layers("state.extra"))
 
     @property
     def slow(self) -> dict[str, Tensor]:
@@ -69,7 +68,7 @@ class Problem:
         """`memory_scan` of the tokens in `cut`, from `state` (default: the problem's own)."""
         fresh = {
             name: self.layers(name)
-            for name in ("initial", "initial_momentum", "base")
+            for name in ("initial", "initial_momentum", "initial_extra", "base")
             if f"{name}.0" in self.leaves
         }
         arguments = dict(
@@ -225,6 +224,7 @@ def make_problem(
         leaves |= {f"initial.{layer}": x for layer, x in enumerate(weights(heads))}
         if initial_momentum:
             leaves |= {f"initial_momentum.{layer}": 0.1 * x for layer, x in enumerate(weights(heads))}
+            leaves |= {f"initial_extra.{i}": normal(heads, *shape) for i, shape in enumerate(shapes)}
     if mask != "none":
         flags["mask"] = uniform(batch, time) < 0.7
         if mask == "rows":

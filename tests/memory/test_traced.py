@@ -7,6 +7,7 @@ import torch
 from torch import library
 
 from titans.memory import BACKENDS
+from titans.nn import NeuralMemory
 
 from ..tolerances import FLOAT64
 from .problems import assert_same, everything, make_problem
@@ -49,3 +50,23 @@ def test_what_is_promised_of_operators(options, monkeypatch):
     make_problem(**options).require_grad().scan("chunkwise")
     monkeypatch.undo()
     library.opcheck(operator.default, calls[0])
+
+
+def test_a_layer_that_carries_its_state_is_compiled_twice(monkeypatch):
+    """Once for a new memory, whose anchor is its weights, and once for what a graph returns."""
+    monkeypatch.undo()
+    torch.compiler.reset()
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    layer, x = NeuralMemory(8, 2, 4, chunk_size=4), torch.randn(1, 6, 8)
+    run, state, expected = torch.compile(layer, fullgraph=True, backend=count), None, None
+    with torch.no_grad():
+        for _ in range(12):
+            y, state = run(x, state)
+            answers, expected = layer(x, expected)
+            torch.testing.assert_close(y, answers)
+    assert len(compiled) == 2
