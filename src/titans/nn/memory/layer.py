@@ -162,7 +162,7 @@ class NeuralMemory(Learner):
         memory = self.empty_memory(1)
         if persistent is not None and len(persistent):
             start = self._begin(self._empty_tail(1), memory)
-            _, after, _ = self.learn(persistent.unsqueeze(0), start, BlockContext())
+            _, after, _ = self.learn(persistent.unsqueeze(0), start, BlockContext(Packed()))
             written = after.memory
             memory = replace(written, anchor=written.weights, position=memory.position)
         expanded = map_state(lambda x: x.expand(batch, *x.shape[1:]), memory)
@@ -237,7 +237,9 @@ class NeuralMemory(Learner):
             ValueError: for a wrong shape or dtype, naming the argument.
         """
         self._check(x, state, mask, reset)
-        how, given = context or BlockContext(), Packed.of(mask)
+        given = Packed.of(mask)
+        # A compiled graph cannot take a default of a dataclass that is an object: it is given.
+        how = BlockContext(Packed()) if context is None else context
         if mask is not None:
             if how.packed.lengths is not None:
                 raise ValueError("mask with a context of packed rows: give one of them")
