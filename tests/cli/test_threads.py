@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from titans.cli import threads
-from titans.cli.threads import Watch, cpu_quota
+from titans.cli.threads import Choice, Watch, choose_threads, cpu_quota
 
 
 def machine(
@@ -85,7 +85,7 @@ def test_a_command_says_its_choice_first_and_leaves_the_environment_to_the_user(
         "import os, sys\n"
         "from titans.cli import main\n"
         "assert main(['info', 'nothing']) == 1\n"
-        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)\n"
+        "assert 'torch' not in sys.modules\n"
         "os.environ['OMP_NUM_THREADS'] = '1'\n"
         "assert main(['bench', 'nothing', '--threads', '3']) == 1\n"
         "import torch\n"
@@ -97,4 +97,27 @@ def test_a_command_says_its_choice_first_and_leaves_the_environment_to_the_user(
     first, missing, second, *_, last = done.stderr.splitlines()
     assert first.startswith("threads: ") and "nothing" in missing
     assert second == "threads: 3, by --threads" and "threads:" not in last
-    assert done.stdout.split() == ["1000", "False"]
+
+
+@pytest.mark.parametrize(
+    ("set_before", "chosen", "changes"),
+    [
+        ({}, Choice(2, "busy"), {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"}),
+        ({}, Choice(None, "free"), {}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, Choice(2, "busy"), {"OMP_NUM_THREADS": "2"}),
+        ({"GOMP_SPINCOUNT": "7"}, Choice(1, "busy"), {"OMP_NUM_THREADS": "1"}),
+        ({"OMP_NUM_THREADS": "8"}, Choice(1, "busy"), {}),
+    ],
+)
+def test_what_the_user_has_set_stays(
+    set_before: dict[str, str], chosen: Choice, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(set_before)
+    monkeypatch.setattr(threads.os, "environ", environment)
+    monkeypatch.setattr(Watch, "choose", lambda _: chosen)
+    watch = Watch()
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        found = choose_threads(watch, None)
+    assert environment == {**set_before, **changes} and found is not None
+    assert str(found) == ("threads: OMP_NUM_THREADS=8" if "OMP_NUM_THREADS" in set_before else str(chosen))

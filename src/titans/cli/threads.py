@@ -14,9 +14,10 @@ from math import floor
 from pathlib import Path
 
 NUMBER, WAITING, SPINS = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
-# How often a thread looks whether the others are done before it sleeps: GNU's own number where threads
-# outnumber processors. Otherwise it is 300 times that, which each parallel loop costs once others compute.
-_MOST_SPINS = "1000"
+# On limited or shared processors: how often a thread looks whether the others are done before it sleeps,
+# GNU's own number for more threads than processors. On free ones its usual number stays, 300 times that:
+# there threads that sleep between operations halve the speed of a small model's training.
+_FEW_SPINS = "1000"
 _LEAST_SECONDS = 0.3
 # A processor counts as free when others use at most so much of it.
 _TOLERATED = 0.3
@@ -93,8 +94,6 @@ def choose_threads(watch: Watch, requested: int | None) -> Choice | None:
     """
     if "torch" in sys.modules:
         return None
-    if WAITING not in os.environ:
-        os.environ.setdefault(SPINS, _MOST_SPINS)
     if requested is not None:
         return Choice(requested, "by --threads")
     if NUMBER in os.environ:
@@ -102,6 +101,8 @@ def choose_threads(watch: Watch, requested: int | None) -> Choice | None:
     choice = watch.choose()
     if choice.threads is not None:
         os.environ[NUMBER] = str(choice.threads)
+        if WAITING not in os.environ:
+            os.environ.setdefault(SPINS, _FEW_SPINS)
     return choice
 
 
