@@ -114,7 +114,7 @@ class Synthetic(Experiment):
         for seed in range(request.seeds or 1):
             for task in TASKS:
                 steps = QUICK_STEPS if request.quick else STEPS.get(task, MAD_STEPS)
-                for variant in VARIANTS:
+                for variant in VARIANTS[:1] if request.quick else VARIANTS:
                     learned = Learned(task, variant, steps, 32, 2e-3)
                     cells.append(Cell(f"{task}, {variant}, seed {seed}", learned, seed, cost=steps))
             for pairs in PAIRS[:2] if request.quick else PAIRS:
@@ -130,7 +130,8 @@ class Synthetic(Experiment):
         learner, generator = Learner(learned), np.random.default_rng(cell.seed)
         optimizer = make_optimizer(learner, learned.learning_rate, 0.1, (0.9, 0.98))
         schedule = make_schedule(optimizer, learned.steps, learned.steps // 10, 0.05)
-        test = learned.make(np.random.default_rng(10_000), 1280 if learned.pairs < 256 else 64)
+        examples = 64 if request.quick or learned.pairs >= 256 else 1280
+        test = learned.make(np.random.default_rng(10_000), examples)
         began = time.perf_counter()
         for step in range(1, learned.steps + 1):
             ids, labels = learned.make(generator, learned.batch)
