@@ -117,6 +117,8 @@ def test_what_can_no_longer_be_expressed_is_refused():
     ]:
         with pytest.raises(ValueError, match=advice):
             TitansConfig(**{field: True})
+        with pytest.raises(ValueError, match=advice):
+            TitansConfig.from_dict(fields, **{field: True}, return_unused_kwargs=True)
 
 
 def test_a_configuration_of_now_is_left_unchanged_and_a_part_stays_a_part():

@@ -226,6 +226,8 @@ class TitansConfig(PreTrainedConfig):
         changes = {name: kwargs.pop(name) for name in [*kwargs] if name in TitansConfig.__annotations__}
         if changes.keys() & {"variant", "num_hidden_layers"}:
             changes.setdefault("layer_types", None)
+        # The Auto classes would pass these on to the model.
+        _refuse_unknown({name: value for name, value in kwargs.items() if remedy(name)}, TitansConfig)
         saved = nested(config_dict)
         if isinstance(changes.get("memory"), Mapping):
             changes["memory"] = _changed_memory(saved.get("memory"), changes["memory"])
