@@ -38,6 +38,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**20),
+    heads=st.sampled_from([1, 1, 2]),
     time=st.integers(1, 44),
     depth=st.sampled_from([1, 2, 2]),
     expansion=st.sampled_from([1, 2]),
@@ -63,7 +64,8 @@ def test_any_call(norm, **call) -> None:
 @given(
     resident=st.sampled_from([True, True, False]),
     seed=st.integers(0, 2**20),
-    time=st.sampled_from([32, 64]),
+    heads=st.sampled_from([1, 1, 2]),
+    time=st.sampled_from([32, 48]),
     depth=st.sampled_from([1, 2, 2]),
     expansion=st.sampled_from([1, 2]),
     norm=st.sampled_from([dict(norm=False), dict(norm=True)]),
