@@ -334,7 +334,7 @@ def damaged(source: Path, folder: Path, kind: str) -> Path:
         ("half a config", "config.json is damaged"),
         ("unknown field", "hiden_size=32 is not a field"),
         ("another config", "do not fit its config.json"),
-        ("another model", "model_type is 'llama'"),
+        ("another model", "do not fit its config.json (missing keys: "),
         ("half the weights", "are damaged"),
         ("no weights", "has no model.safetensors: give a folder"),
         ("NaN", "hold NaN or Inf (model.norm.weight)"),
