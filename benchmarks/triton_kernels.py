@@ -81,7 +81,7 @@ def built(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -
 
 
 def run_tool(name: str, source: bytes, *options: str) -> str:
-    """What a program that comes with triton says of a file."""
+    """The output, on a file, of a program that comes with triton."""
     program = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile() as file:
         file.write(source)

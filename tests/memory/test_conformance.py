@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, event, given, note, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from titans.memory import BACKENDS, OBJECTIVES, UPDATE_RULES, MemoryState
-from titans.memory.backends.native import missing
 
 from ..tolerances import FLOAT64
 from .problems import GATES, TOKENS, Problem, answers, assert_same, everything, make_problem, parts
@@ -62,28 +61,18 @@ def agree(problem: Problem, backend: str) -> None:
     assert_same(everything(problem, backend), everything(problem, "reference"), FLOAT64)
 
 
-def runnable() -> list[str]:
-    """Fast backends of this machine; not triton, whose interpreter takes seconds (test_triton.py)."""
-    found = ["chunkwise"]
-    if not missing():
-        found += ["native"] + ["native_bfloat16"] * torch.ops.titans_native.has_tiles()
-    return found
-
-
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 @settings(max_examples=150)
-@given(call=calls, stretch=stretches, objective=st.sampled_from(sorted(OBJECTIVES)))
-def test_any_call(rule, call, stretch, objective):
+@given(call=calls, stretch=stretches, objective=st.sampled_from([*sorted(OBJECTIVES), HUBER, LP]))
+def test_any_call(backend, rule, call, stretch, objective):
     # A row of one number that is rescaled has a gradient of exactly 0, and what is found is rounding.
     assume(call["head_dim"] > 1 or call["row_limit"] is None)
     event(f"three groups or more: {stretch['time'] // stretch['chunk_size'] >= 7}")
     problem = make_problem(**call, **stretch, objective=objective, rule=rule)
-    # Once for all backends: the oracle takes the most time.
     expected = everything(problem, "reference")
     assume(tame(expected))
-    for backend in runnable():
-        note(backend)
-        assert_same(everything(problem, backend), expected, FLOAT64)
+    assert_same(everything(problem, backend), expected, FLOAT64)
 
 
 CORNERS = {

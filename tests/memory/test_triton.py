@@ -22,7 +22,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mine(SquaredError):
-    """An objective that no kernel knows."""
+    """An objective for which there is no kernel."""
 
 
 def problem(**changes):
@@ -38,7 +38,6 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**20),
-    heads=st.sampled_from([1, 1, 2]),
     time=st.integers(1, 44),
     depth=st.sampled_from([1, 2, 2]),
     expansion=st.sampled_from([1, 2]),
@@ -64,8 +63,7 @@ def test_any_call(norm, **call) -> None:
 @given(
     resident=st.sampled_from([True, True, False]),
     seed=st.integers(0, 2**20),
-    heads=st.sampled_from([1, 1, 2]),
-    time=st.sampled_from([32, 48]),
+    time=st.sampled_from([32, 64]),
     depth=st.sampled_from([1, 2, 2]),
     expansion=st.sampled_from([1, 2]),
     norm=st.sampled_from([dict(norm=False), dict(norm=True)]),
@@ -90,7 +88,7 @@ def test_whole_chunks_in_registers_or_not(resident: bool, norm, **call) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "fits_registers", lambda *_: resident)
         patch.setattr(scan, "resident_kernel", Noted())
-        # Behind the first chunk the weights are their own anchor.
+        # After the first chunk the weights are their own anchor.
         found = everything(whole, "triton", [16])
         assert len(launched) == resident
         with torch.no_grad():

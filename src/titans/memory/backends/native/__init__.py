@@ -1,7 +1,7 @@
 """The fast path as one compiled loop: a head's state stays in the core's cache from chunk to chunk.
 
-The same algorithm as `chunk.py` and `grouped.py`, which are the place to read it. The C++ beside this file is
-compiled on first use (`build.py`); `missing` says in a sentence why it cannot be.
+The algorithm is that of `chunkwise/chunk.py` and `chunkwise/groups.py`; read it there. The C++ in this folder
+is compiled on first use (`build.py`); `missing` states why it cannot be.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def refuses(problem: ScanProblem) -> str | None:
     if reason := refuses_parts(problem.inner):
         return reason
     if torch.autograd.forward_ad._current_level >= 0:
-        return "it knows no forward-mode derivatives; call it outside of dual_level()"
+        return "it has no forward-mode derivatives; call it outside of dual_level()"
     if min(problem.chunk_size, problem.keys.shape[1]) > WIDEST_CHUNK:
         return f"it holds tables of chunk_size² numbers: give a chunk_size of at most {WIDEST_CHUNK}"
     return hand_written_refuses() or missing()
@@ -106,7 +106,7 @@ def _problem(
 
 
 def _is_ragged(marks: Marks) -> bool:
-    """Rows differ in the chunks that they complete, so that their anchors have to be told apart."""
+    """Rows differ in the chunks that they complete, so that each needs an anchor of its own."""
     return isinstance(marks.complete, Tensor)
 
 

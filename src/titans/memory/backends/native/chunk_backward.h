@@ -1,4 +1,4 @@
-// From the gradients of what a chunk leaves to those of what entered it: chunk_backward of chunk.py.
+// From the gradients of what a chunk leaves to those of what entered it: chunk_backward of chunkwise/chunk.py.
 #pragma once
 
 #include "chunk.h"

@@ -11,7 +11,10 @@ template <class T>
 inline void lp_weights(const Network& net, int size, const T* error, T* weight) {
   using V = at::vec::Vectorized<T>;
   const V power(T(net.parameter - 2));
-  for (int i = 0; i < size; i += V::size()) V::loadu(error + i).abs().pow(power).store(weight + i);
+  for (int i = 0; i < size; i += V::size()) {
+    const V e = V::loadu(error + i).abs();
+    (net.parameter == 3 ? e : e.pow(power)).store(weight + i);
+  }
 }
 
 // φ″ of l_p at the largest |e| of each slot, and that; (slots,) each.
@@ -43,38 +46,62 @@ inline void lp_curvatures_backward(
     }
 }
 
-// In place from errors to φ′ of them; Σ φ of each slot, and a bound on φ″ between its errors and 0, (slots,) each.
+// M(k) − v of feature i; x: LayerNorm(f), or f without a norm.
 template <class T>
-inline void losses(const Network& net, int slots, T* error, T* surprise, T* curvature, T* scratch) {
+inline T error_at(const Network& net, Affine<T> affine, int i, T x, T key, T value) {
+  T answer = net.norm ? x * affine.scale(i) + affine.shift(i) : x;
+  if (net.residual) answer += key;
+  return answer - value;
+}
+
+template <class T>
+inline void errors(
+    const Network& net, int slots, const T* x, const T* keys, const T* values, Affine<T> affine, T* error) {
+  for (int i = 0; i < net.head_dim; ++i)
+    for (int at = i * slots; at < (i + 1) * slots; ++at)
+      error[at] = error_at(net, affine, i, x[at], keys[at], values[at]);
+}
+
+// φ′ of each error of `errors`, Σ φ of each slot, and a bound on φ″ between its errors and 0, (slots,) each. Without
+// __restrict every row would be checked for an overlap.
+template <class T>
+inline void losses(
+    const Network& net, int slots, const T* x, const T* keys, const T* values, Affine<T> affine,
+    T* __restrict slopes, T* surprise, T* curvature, T* scratch) {
   const int d = net.head_dim;
   std::fill_n(surprise, slots, T(0));
-  std::fill_n(curvature, slots, T(2));
   if (net.objective == Network::kSquaredError) {
+    std::fill_n(curvature, slots, T(2));
     for (int i = 0; i < d; ++i)
       for (int t = 0; t < slots; ++t) {
-        T& e = error[i * slots + t];
-        surprise[t] += e * e;
-        e = 2 * e;
+        const int at = i * slots + t;
+        const T error = error_at(net, affine, i, x[at], keys[at], values[at]);
+        surprise[t] += error * error;
+        slopes[at] = 2 * error;
       }
   } else if (net.objective == Network::kHuber) {
     const T delta(net.parameter);
+    std::fill_n(curvature, slots, T(2));
     for (int i = 0; i < d; ++i)
       for (int t = 0; t < slots; ++t) {
-        T& e = error[i * slots + t];
-        const T size = std::abs(e), within = std::min(size, delta);
-        surprise[t] += within * (2 * size - within);
-        e = 2 * std::max(-delta, std::min(e, delta));
+        const int at = i * slots + t;
+        const T error = error_at(net, affine, i, x[at], keys[at], values[at]);
+        const T within = std::max(-delta, std::min(error, delta));
+        surprise[t] += within * (2 * error - within);
+        slopes[at] = 2 * within;
       }
   } else {
     const T p(net.parameter);
+    T *error = slopes, *weight = scratch;
+    errors(net, slots, x, keys, values, affine, error);
     lp_curvatures(net, slots, error, scratch, curvature);
-    lp_weights(net, d * slots, error, scratch);
+    lp_weights(net, d * slots, error, weight);
     for (int i = 0; i < d; ++i)
       for (int t = 0; t < slots; ++t) {
-        T& e = error[i * slots + t];
-        const T weight = scratch[i * slots + t];
-        surprise[t] += weight * e * e;
-        e = p * weight * e;
+        const int at = i * slots + t;
+        const T e = error[at];
+        surprise[t] += weight[at] * e * e;
+        slopes[at] = p * weight[at] * e;
       }
   }
 }
@@ -108,22 +135,6 @@ inline void losses_backward(
   }
 }
 
-// M(k) − v of feature i; x: LayerNorm(f), or f without a norm.
-template <class T>
-inline T error_at(const Network& net, Affine<T> affine, int i, T x, T key, T value) {
-  T answer = net.norm ? x * affine.scale(i) + affine.shift(i) : x;
-  if (net.residual) answer += key;
-  return answer - value;
-}
-
-template <class T>
-inline void errors(
-    const Network& net, int slots, const T* x, const T* keys, const T* values, Affine<T> affine, T* error) {
-  for (int i = 0; i < net.head_dim; ++i)
-    for (int at = i * slots; at < (i + 1) * slots; ++at)
-      error[at] = error_at(net, affine, i, x[at], keys[at], values[at]);
-}
-
 // The gradient of the objective with respect to f(k), the objective itself, and a bound on its curvature in f(k): that
 // in M(k) times ρ², the norm's squared slope.
 template <class T>
@@ -131,17 +142,16 @@ inline void objective(
     const Network& net, int slots, const T* features, const T* keys, const T* values, Affine<T> affine,
     T* delta, T* surprise, T* bound, T* scratch) {
   const int d = net.head_dim, n = d * slots;
-  T *normed = scratch, *weights = scratch + n, *error = net.norm ? scratch + 2 * n : delta;
+  T *normed = scratch, *slopes = net.norm ? scratch + n : delta, *weights = scratch + 2 * n;
   T *scale = scratch + 3 * n, *mean = scale + slots, *along = mean + slots;
   if (net.norm) layer_norm(d, slots, features, normed, scale, mean);
-  errors(net, slots, net.norm ? normed : features, keys, values, affine, error);
-  losses(net, slots, error, surprise, bound, weights);
+  losses(net, slots, net.norm ? normed : features, keys, values, affine, slopes, surprise, bound, weights);
   if (!net.norm) return;
   for (int i = 0; i < d; ++i)
-    for (int t = 0; t < slots; ++t) error[i * slots + t] *= affine.scale(i);
+    for (int t = 0; t < slots; ++t) slopes[i * slots + t] *= affine.scale(i);
   const T largest = largest_gain(net, affine);
   for (int t = 0; t < slots; ++t) bound[t] *= largest * largest * scale[t] * scale[t];
-  layer_norm_backward(d, slots, normed, scale, error, static_cast<const T*>(nullptr), delta, mean, along);
+  layer_norm_backward(d, slots, normed, scale, slopes, static_cast<const T*>(nullptr), delta, mean, along);
 }
 
 // Backward of `objective`. Squared: of the squared error, whose φ″ is 2 everywhere.
@@ -151,7 +161,7 @@ inline void objective_backward_of(
     const T* delta_grad, const T* bound_grad, T* features_grad, T* keys_grad, T* values_grad, T* gain_grad,
     T* bias_grad, T* scratch) {
   const int d = net.head_dim, n = d * slots;
-  T *normed = scratch, *error = scratch + n, *bend = scratch + 2 * n, *answer_grad = scratch + 3 * n;
+  T *normed = scratch, *error = scratch + n, *answer_grad = scratch + 2 * n, *bend = scratch + 3 * n;
   T *scale = scratch + 4 * n, *mean = scale + slots, *along = mean + slots, *mean_grad = along + slots,
     *along_grad = mean_grad + slots, *scale_grad = along_grad + slots, *curvature = scale_grad + slots,
     *curvature_grad = curvature + slots;

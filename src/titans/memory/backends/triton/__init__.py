@@ -1,8 +1,8 @@
 """The fast path on a GPU: one kernel forward and one backward, each from a row's first chunk to its last.
 
-What is run is `chunk.py`, for the networks and chunks that `refuses` lets through (`forward.py`,
-`backward.py`, launched by `scan.py`). A few tokens that need no gradient have a kernel of their own,
-`decode.py`. Needs the package triton.
+The algorithm is that of `chunkwise/chunk.py`, for the networks and chunks that `refuses` lets through
+(`forward.py`, `backward.py`, launched by `scan.py`). A few tokens that need no gradient have a kernel of
+their own, `decode.py`. Needs the package triton.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kernel of the scan, backward: chunks in reverse, from the tape that `forward.py` has written.
 
 Names and sizes are those of the forward. The gradients of the state and of the base are carried in memory, in
-place, a tile of each in registers at a time. A chunk is gone through three times: the layer that answers, the
+place, a tile of each in registers at a time. There are three passes over a chunk: the layer that answers, the
 layer below it if there is one, and then what was found at the anchor, by which time the gradient of the error
 is whole.
 """

@@ -1,9 +1,9 @@
 """The kernel of the scan, forward: one program for each head of each row, chunk after chunk.
 
-The algorithm is that of `chunk.py`; read it there. A memory of two layers is W_up, (HIDDEN, DIM), and
-W_down, (DIM, HIDDEN); a linear memory is a W_down alone, whose hidden units are its inputs. The kernel passes
-over the hidden units BLOCK at a time, rows of W_up and columns of W_down, so that a wider memory takes longer
-and no more registers. docs/triton.md says where the data is and what bounds the time.
+The algorithm is that of `chunkwise/chunk.py`; read it there. A memory of two layers is W_up, (HIDDEN, DIM),
+and W_down, (DIM, HIDDEN); a linear memory is a W_down alone, whose hidden units are its inputs. The kernel
+passes over the hidden units BLOCK at a time, rows of W_up and columns of W_down, so that a wider memory takes
+longer and no more registers. Where the data is and what bounds the time: the lab notebook on these kernels.
 
 Sizes: CHUNK tokens; a memory matrix has `size` numbers, and `num_rows` of them lie together. EPS, FLOOR,
 RADIUS: the norm's, the squared `length_floor`, the `row_limit`. OBJECTIVE, PARAMETER: see `objective.py`.
@@ -53,7 +53,7 @@ def forward_kernel(
 
     States lie in slots, (slots, num_rows, …), of which the first is the anchor if MARKED. Without TAPE every
     chunk overwrites the state, and the anchor where it is complete. With TAPE a chunk writes the next slot,
-    `anchor_slot` says where each finds its anchor, and what the backward needs is written too. KEEP: copy the
+    `anchor_slot` is where each finds its anchor, and what the backward needs is written too. KEEP: copy the
     state before every `group` chunks to `kept_…`. tape_outputs is written without TAPE too, one chunk over
     the other.
     """
@@ -221,7 +221,7 @@ def forward_kernel(
             tl.store(moments_down + after + at, s)
             if RESCALE:
                 row_squares += tl.sum(w * w, 1)
-        # In a loop of its own: beside a square product the compiler has every warp do all of the others.
+        # In a loop of its own: next to a square product the compiler has every warp do all of the others.
         tl.debug_barrier()
         similarity = tl.zeros([CHUNK, CHUNK], k.dtype)
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):

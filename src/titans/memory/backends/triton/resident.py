@@ -2,7 +2,8 @@
 
 The algorithm is that of `forward.py`, with all hidden units at a time: the state is loaded before the first
 chunk, and written after each for the backward, or after the last. No row begins afresh and no chunk stays
-open, so that a chunk's anchor is the weights it begins with. `scan.py` says which memories are so small.
+open, so that a chunk's anchor is the weights it begins with. `fits_registers` (`scan.py`) decides which
+memories are so small.
 """
 
 from __future__ import annotations

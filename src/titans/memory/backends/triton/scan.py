@@ -41,7 +41,7 @@ _PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
 class _Marks(NamedTuple):
     """Of every chunk and row, (chunks, rows): whether it begins afresh, whether it ends complete, and the
-    slot where its anchor lies: 0 for the one that was given, and behind it the states before each chunk."""
+    slot where its anchor lies: 0 for the one that was given, followed by the states before each chunk."""
 
     fresh: Tensor
     complete: Tensor
@@ -56,7 +56,7 @@ class _Marks(NamedTuple):
 def scan(
     inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    """Laid-out chunks, as `grouped.scan_chunks` has them."""
+    """Laid-out chunks, as `groups.scan_chunks` has them."""
     chunks, rows, width, _ = tokens.keys.shape
     # Tensor cores take 16 tokens at least. Slots that no token fills are written nothing.
     missing = max(16, 1 << (width - 1).bit_length()) - width
@@ -90,13 +90,13 @@ def scan(
 def block_of(chunk: int, hidden: int) -> int:
     """Hidden units at a time: more than tokens, and fewer than features where it can be.
 
-    So that no product of tokens or weights is square or high (docs/triton.md, spills).
+    So that no product of tokens or weights is square or high (lab notebook on these kernels, spills).
     """
     return min(2 * chunk, WIDEST_BLOCK, hidden)
 
 
 def fits_registers(chunk: int, dim: int, hidden: int, precision: str) -> bool:
-    """Whether weights and momentum do, with the products beside them (docs/triton.md, registers)."""
+    """Whether weights and momentum do, next to the products' operands (lab notebook, registers)."""
     return chunk == 16 and dim <= 64 and dim * hidden <= RESIDENT_SIZE and precision != "tf32x3"
 
 

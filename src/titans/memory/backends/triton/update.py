@@ -10,7 +10,7 @@ from titans.memory.backends.triton.elementary import _dot
 
 @triton.jit
 def _outer(d, h, TURNED: tl.constexpr, PRECISION: tl.constexpr):
-    """Σ of the tokens' outer products d hᵀ. TURNED: where h is the narrower one (docs/triton.md, spills)."""
+    """Σ of the tokens' outer products d hᵀ. TURNED: where h is the narrower one (see `block_of`)."""
     if TURNED:
         return tl.trans(_dot(tl.trans(h), d, PRECISION))
     else:
