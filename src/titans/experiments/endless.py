@@ -37,6 +37,7 @@ MARKS = (EARLY, MILLION, 9 * MILLION, 10 * MILLION)
 # Read and saved at a time, as `titans memorize --save-every` does: what that takes is known early then.
 STRETCH = 50_000
 PLAY_BYTES, BACK, NEEDLE_BYTES, ROWS = 65_536, 65_536, 128, 40
+QUICK_BACK = 2_048
 
 
 class Endless(Experiment):
@@ -70,7 +71,8 @@ class Endless(Experiment):
         finally:
             reader.join()
         play = held_out[0].data[:PLAY_BYTES]
-        asked = {mark: ask(cell.settings, folder / f"{mark}.memory", play, text) for mark in marks}
+        back = QUICK_BACK if request.quick else BACK
+        asked = {mark: ask(cell.settings, folder / f"{mark}.memory", play, text, back) for mark in marks}
         return {"rows": rows, "asked": asked}
 
     def table(self, results: Results) -> str:
@@ -142,8 +144,8 @@ def stream(name: str, text: bytes, folder: Path, threads: int, sender: Any) -> N
     sender.close()
 
 
-def ask(name: str, path: Path, play: bytes, book: bytes) -> tuple[float, int]:
-    """Bits per byte of the play after a memory, and how many of the numbers are recalled."""
+def ask(name: str, path: Path, play: bytes, book: bytes, back: int) -> tuple[float, int]:
+    """Bits per byte of the play after a memory, and how many numbers are recalled `back` bytes later."""
     model, tokenizer = zoo.load(name)
     cache = Session.load(path, model, tokenizer).cache
     play_ids = np.frombuffer(play, np.uint8).astype(np.int64)
@@ -152,10 +154,8 @@ def ask(name: str, path: Path, play: bytes, book: bytes) -> tuple[float, int]:
     rows = []
     for row, needle in enumerate(needles):
         statement = f" {needle.statements[0]} ".encode()
-        # The book is shorter than the distance in a quick run.
-        size = min(BACK, len(book) // 2)
-        begin = row * (len(book) - size) // ROWS
-        rows.append(np.frombuffer(statement.rjust(NEEDLE_BYTES) + book[begin : begin + size], np.uint8))
+        begin = row * (len(book) - back) // ROWS
+        rows.append(np.frombuffer(statement.rjust(NEEDLE_BYTES) + book[begin : begin + back], np.uint8))
     cache.batch_repeat_interleave(ROWS)
     _, cache = read(model, np.stack(rows), cache)
     questions, answers = ([getattr(n, part)[0] for n in needles] for part in ("questions", "answers"))
