@@ -227,7 +227,8 @@ def _rebuilt(
         return _rebuilt(x, tensor, number, f"{name}.{key}" if name else str(key), shared)
 
     if isinstance(value, Tensor):
-        return tensor(name, value, shared) if value.dim() else value
+        # Counters and sizes without rows; some models count in place.
+        return tensor(name, value, shared) if value.dim() else value.clone()
     if isinstance(value, dict):
         return {key: inner(key, x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
