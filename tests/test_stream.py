@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedTokenizerBase
 
@@ -542,6 +545,25 @@ def test_a_file_that_may_not_be_read_is_not_a_missing_one(
     monkeypatch.setattr(Path, "open", forbidden)
     with pytest.raises(PermissionError, match="Permission denied"):
         Session.load(tmp_path / "memory", small_model())
+
+
+def test_a_sharded_model_has_the_memories_of_the_whole_one(tmp_path: Path) -> None:
+    model = small_model("lmm").float()
+    session, name = Session(model), fingerprint(model)
+    session.feed(some_ids(30))
+    session.save(tmp_path / "memory")
+    expected = session.stats().layers
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert fingerprint(model) == name
+        loaded, again = Session.load(tmp_path / "memory", model), Session(model)
+        again.feed(some_ids(30))
+        again.save(tmp_path / "again")
+        assert loaded.stats().layers == again.stats().layers == expected
+        assert torch.equal(next_logits(Session.load(tmp_path / "again", model)), next_logits(loaded))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_reader_of_300_000_tokens_holds_no_more_than_one_of_100_000() -> None:

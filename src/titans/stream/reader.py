@@ -130,7 +130,13 @@ class TitansReader:
         return cache
 
 
-@torch.no_grad()
 def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:
-    """The states of one row that has read nothing."""
-    return tuple(layer.initial_state(1) for layer in model.model.layers)
+    """The states of one row that has read nothing.
+
+    They are made in the model's forward, where sharded parameters are gathered and offloaded ones loaded.
+    """
+    cache = TitansCache(model.config)
+    with reading(model):
+        model(torch.zeros(1, 0, dtype=torch.int64, device=model.device), past_key_values=cache)
+    assert cache.states is not None
+    return cache.states

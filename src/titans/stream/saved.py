@@ -119,9 +119,7 @@ def _samples(model: Any, count: int) -> Iterator[tuple[str, Tensor, tuple[int, .
         ValueError: for parameters whose values cannot be seen.
     """
     for name, parameter in unwrapped(model).named_parameters():
-        whole = parameter.detach()
-        if hasattr(whole, "full_tensor"):
-            whole = whole.full_tensor()
+        whole = _gathered(parameter.detach())
         if type(whole) is not Tensor and hasattr(whole, "dequantize"):
             whole = whole.dequantize()
         if whole.is_meta:
@@ -133,6 +131,11 @@ def _samples(model: Any, count: int) -> Iterator[tuple[str, Tensor, tuple[int, .
         if not values.is_floating_point():
             values = values.to(torch.float32)
         yield name, values.cpu(), tuple(parameter.shape)
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """The whole of a parameter, which may be sharded."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _epsilon(dtype: torch.dtype) -> float:
@@ -221,7 +224,8 @@ def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -
     learners = [module for module in modules if isinstance(module, NeuralMemory)]
     for index, (learner, fresh) in enumerate(zip(learners, carried_memories(initial), strict=True)):
         difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
-        changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, learner.base))
+        base = None if learner.base is None else [_gathered(weight) for weight in learner.base]
+        changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, base))
     layers = (
         LayerStats(norm(memory.weights), norm(memory.momentum), change)
         for memory, change in zip(now, changes, strict=True)
