@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from titans.memory.backends.triton import backward, decode, forward, resident, scan
-from titans.memory.backends.triton import filter as filters
+from titans.nn.kernels import filter as filters
 
 TYPES = {
     "mask": "*u8", "reset": "*u8", "fresh": "*u8", "complete": "*u8", "anchor_slot": "*i32",
