@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans.memory.chunkwise.columns import take
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -100,9 +102,3 @@ def place(past: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None, s
     index = torch.where(slots < position, slots, past.shape[1] + slots - position)
     both = torch.cat([past.to(new.dtype), new], dim=1)
     return zero_padding_(take(both, index.clamp(max=max(both.shape[1] - 1, 0))), filled)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, i]] for x (batch, time, ...) and index (batch, count): (batch, count, ...)."""
-    index = index.view(index.shape + (1,) * (x.dim() - 2))
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))

@@ -1,4 +1,8 @@
-"""Cutting ragged rows into columns: at most one chunk (or segment) of each row in every column."""
+"""Cutting a stretch where chunks end, or segments, or shards: one cutter for whatever is read in parts.
+
+Rows that stand at the same place are cut into runs of equal parts, others into columns: at most one part of
+each row in every column.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +44,28 @@ def common_phase(position: Tensor, size: int) -> int | None:
     return phases.pop() if len(phases) == 1 else None
 
 
+class Run(NamedTuple):
+    """`count` parts of equal width that follow one another, of every row: tokens `begin` to `end`.
+
+    begins: whether the first token begins a chunk. complete: whether the last token closes one.
+    """
+
+    begin: int
+    end: int
+    count: int
+    begins: bool
+    complete: bool
+
+    @property
+    def width(self) -> int:
+        return (self.end - self.begin) // self.count
+
+
 class Columns(NamedTuple):
     """A stretch of tokens, cut per row at chunk boundaries and resets, the tokens of a column packed to its
     left.
 
+    real: (batch, time) bool, tokens that are read.
     source: (batch, columns, width) index into the stretch of the token in each slot (0 in empty slots).
     filled: (batch, columns, width) bool.
     start: (batch, columns) index within its chunk of a column's first token.
@@ -54,6 +76,7 @@ class Columns(NamedTuple):
     position: (batch,) position after the stretch.
     """
 
+    real: Tensor
     source: Tensor
     filled: Tensor
     start: Tensor
@@ -62,6 +85,47 @@ class Columns(NamedTuple):
     place: Tensor
     fresh_after: Tensor
     position: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(batch, time, ...) to (batch, columns · width, ...); in an empty slot is some token of the row."""
+        return take(x, self.source.flatten(1))
+
+    def put_back(self, y: Tensor) -> Tensor:
+        """(batch, columns · width, ...) to (batch, time, ...), zeros where no token is read."""
+        y = take(y, self.place)
+        return torch.where(self.real.view(self.real.shape + (1,) * (y.dim() - 2)), y, 0)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, i]] for x (batch, time, ...) and index (batch, count): (batch, count, ...)."""
+    index = index.view(index.shape + (1,) * (x.dim() - 2))
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
+def cut(
+    position: Tensor, time: int, size: int, real: Tensor | None = None, reset: Tensor | None = None
+) -> list[Run] | Columns:
+    """Cut a stretch at every `size` tokens of its rows.
+
+    Where all tokens are real, there is no reset and all rows stand at the same place of a chunk: runs, namely
+    what is left of the running chunk, whole chunks, and the rest. Otherwise columns.
+
+    Args:
+        position: (batch,) int64, before the stretch.
+        real, reset: (batch, time) bool, or None for all and for no token.
+    """
+    if real is None and reset is None and (phase := common_phase(position, size)) is not None:
+        head = min(-phase % size, time)
+        body = head + (time - head) // size * size
+        spans = (0, head, 1), (head, body, (body - head) // size), (body, time, 1)
+        return [
+            Run(begin, end, count, (phase + begin) % size == 0, (phase + end) % size == 0)
+            for begin, end, count in spans
+            if begin < end
+        ]
+    if real is None:
+        real = torch.ones(len(position), time, dtype=torch.bool, device=position.device)
+    return cut_columns(position, real, size, reset)
 
 
 def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor | None = None) -> Columns:
@@ -97,6 +161,7 @@ def cut_columns(position: Tensor, real: Tensor, chunk_size: int, reset: Tensor |
     complete = start + filled.sum(-1) == chunk_size
     last = since[:, -1] if time else torch.full_like(position, -1)
     return Columns(
+        real,
         source.view(batch, num_columns, width),
         filled,
         start,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.chunkwise.anchored import scan_anchored_chunks
-from titans.memory.chunkwise.columns import Columns, common_phase, cut_columns
+from titans.memory.chunkwise.columns import Columns, Run, cut
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, scan_chunks
 from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
@@ -67,20 +67,16 @@ def _tokens(problem: ScanProblem, select: Callable[[Tensor], Tensor], num_chunks
     )
 
 
-def _scan_aligned(problem: ScanProblem, run: ScanChunks, phase: int) -> tuple[Tensor, MemoryState, Tensor]:
-    """Every token real and every row at the same phase of its chunk: finish the open chunk, whole ones, the
-    rest."""
-    batch, time, heads, _ = problem.keys.shape
-    size, state = problem.chunk_size, problem.state
-    head = min((size - phase) % size, time)
-    body = (time - head) // size * size
+def _scan_aligned(
+    problem: ScanProblem, run: ScanChunks, parts: list[Run]
+) -> tuple[Tensor, MemoryState, Tensor]:
+    """Every token real and every row at the same place of its chunk."""
+    (batch, time, _, _), state = problem.keys.shape, problem.state
     reads, surprises = [], []
-    for begin, end, chunks in ((0, head, 1), (head, head + body, body // size), (head + body, time, 1)):
-        if begin == end:
-            continue
-        complete = (phase + end) % size == 0
-        tokens = _tokens(problem, lambda x, b=begin, e=end: x[:, b:e].contiguous(), chunks)
-        read, surprise, state = _scan_columns(problem, run, tokens, Marks(None, None, complete), state)
+    for part in parts:
+        tokens = _tokens(problem, lambda x, p=part: x[:, p.begin : p.end].contiguous(), part.count)
+        marks = Marks(None, None, part.complete)
+        read, surprise, state = _scan_columns(problem, run, tokens, marks, state)
         reads.append(_by_time(read, batch))
         surprises.append(_by_time(surprise.unsqueeze(-1), batch).squeeze(-1))
     state = replace(state, position=problem.state.position + time)
@@ -96,12 +92,11 @@ def _scan_ragged(
     state = problem.state
     reads, surprises = torch.zeros_like(problem.queries), problem.keys.new_zeros(batch, time, heads)
     if num_chunks:
-        source, filled = columns.source.flatten(1), columns.filled.flatten(1)
+        filled = columns.filled.flatten(1)[..., None, None]
 
         def gather(x: Tensor) -> Tensor:
-            index = source[..., None, None].expand(-1, -1, *x.shape[2:])
             # Masked inputs may hold NaN, and an empty slot points at some token: neither may get through.
-            return torch.where(filled[..., None, None], x.gather(1, index), 0)
+            return torch.where(filled, columns.gather(x), 0)
 
         def per_row(x: Tensor) -> Tensor:
             return x.transpose(0, 1).repeat_interleave(heads, 1)
@@ -114,14 +109,8 @@ def _scan_ragged(
         read, surprise, state = _scan_columns(
             problem, run, _tokens(problem, gather, num_chunks), marks, state
         )
-        real = problem.mask if problem.mask is not None else torch.ones_like(columns.place, dtype=torch.bool)
-
-        def back(x: Tensor) -> Tensor:
-            x = _by_time(x, batch)
-            index = columns.place[..., None, None].expand(-1, -1, *x.shape[2:])
-            return torch.where(real[..., None, None], x.gather(1, index), 0)
-
-        reads, surprises = back(read), back(surprise.unsqueeze(-1)).squeeze(-1)
+        reads = columns.put_back(_by_time(read, batch))
+        surprises = columns.put_back(_by_time(surprise.unsqueeze(-1), batch)).squeeze(-1)
     if problem.reset is not None:
         state = where_rows(columns.fresh_after, problem.fresh_state(), state)
     return reads, replace(state, position=columns.position), surprises
@@ -142,12 +131,7 @@ def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, Memory
         run = scan_anchored_chunks
     if time == 0:
         return torch.zeros_like(problem.queries), problem.state, problem.keys.new_zeros(batch, 0, heads)
-    if problem.mask is None and problem.reset is None:
-        phase = common_phase(problem.state.position, problem.chunk_size)
-        if phase is not None:
-            return _scan_aligned(problem, run, phase)
-    real = problem.mask
-    if real is None:
-        real = torch.ones(batch, time, dtype=torch.bool, device=problem.keys.device)
-    columns = cut_columns(problem.state.position, real, problem.chunk_size, problem.reset)
-    return _scan_ragged(problem, run, columns)
+    parts = cut(problem.state.position, time, problem.chunk_size, problem.mask, problem.reset)
+    if isinstance(parts, Columns):
+        return _scan_ragged(problem, run, parts)
+    return _scan_aligned(problem, run, parts)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
-from titans.memory.chunkwise.columns import common_phase, cut_columns
+from titans.memory.chunkwise.columns import Columns, cut
 from titans.nn.attention.segment import SegmentAttention, SegmentState, SegmentTokens
 from titans.nn.blocks.protocol import BlockResult
 from titans.nn.blocks.settings import BlockSettings
@@ -27,7 +27,7 @@ from titans.nn.conv import CausalConv
 from titans.nn.memory.heads import UNIT, head_vectors
 from titans.nn.memory.layer import Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
-from titans.nn.packing import ALL_REAL, Packed, take, zero_padding
+from titans.nn.packing import ALL_REAL, Packed
 from titans.state import register_state, where_rows
 
 
@@ -208,22 +208,14 @@ class _Cut(NamedTuple):
 
 
 def _cut(position: Tensor, time: int, packed: Packed, segment_length: int) -> _Cut:
-    real = packed.real
-    phase = common_phase(position, segment_length) if time and real is None else None
-    if phase is not None:
-        begins = [*range(-phase, time, segment_length)]
-        sizes = [min(b + segment_length, time) - max(b, 0) for b in begins]
-        pieces = [_Piece(ALL_REAL, True if b >= 0 else None) for b in begins]
-        return _Cut(pieces, lambda x: x.split(sizes, 1), lambda y: y)
-    if real is None:
-        real = torch.ones(len(position), time, dtype=torch.bool, device=position.device)
-    columns = cut_columns(position, real, segment_length)
-    counts, source = columns.filled.sum(-1), columns.source.flatten(1)
-    starts = (columns.start == 0) & (counts > 0)
-    width = columns.source.shape[-1]
-    pieces = [Packed.first(count, width) for count in counts.unbind(1)]
-    return _Cut(
-        [*map(_Piece, pieces, starts.unbind(1))],
-        lambda x: take(x, source).split(width, 1),
-        lambda y: zero_padding(take(y, columns.place), real),
-    )
+    parts = cut(position, time, segment_length, packed.real)
+    if isinstance(parts, Columns):
+        counts, width = parts.filled.sum(-1), parts.filled.shape[-1]
+        starts = (parts.start == 0) & (counts > 0)
+        tokens = [Packed.first(count, width) for count in counts.unbind(1)]
+        pieces = [*map(_Piece, tokens, starts.unbind(1))]
+        return _Cut(pieces, lambda x: parts.gather(x).split(width, 1), parts.put_back)
+    segments = [run for run in parts for _ in range(run.count)]
+    widths = [run.width for run in segments]
+    pieces = [_Piece(ALL_REAL, True if run.begins else None) for run in segments]
+    return _Cut(pieces, lambda x: x.split(widths, 1), lambda y: y)

@@ -4,13 +4,14 @@ wait for the one before it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from titans.memory.chunkwise.columns import common_phase, cut_columns
-from titans.nn.packing import take, zero_padding
+from titans.memory.chunkwise.columns import Columns, Run, cut
+from titans.nn.packing import take
 from titans.state import State, map_state, where_rows
 
 
@@ -73,38 +74,29 @@ def _rows(state: object) -> int:
 def cut_shards(
     position: Tensor, time: int, real: Tensor | None, reset: Tensor | None, shard_length: int
 ) -> Shards:
-    """Cut a stretch at every shard_length tokens of a text; the arguments as in `cut_columns`.
+    """Cut a stretch at every shard_length tokens of a text; the arguments as in `cut`.
 
     Where all rows stand at the same place of a shard: what is left of it, whole shards all at once, the rest.
     Otherwise all parts at once, those of other lengths filled up.
     """
     batch = len(position)
-    phase = common_phase(position, shard_length) if real is None and reset is None else None
-    if phase is None:
-        if real is None:
-            real = torch.ones(batch, time, dtype=torch.bool, device=position.device)
-        return _ragged(position, real, reset, shard_length)
-    head = min(-phase % shard_length, time)
-    whole = (time - head) // shard_length
-    body = head + whole * shard_length
-    parts = []
-    for begin, end, count, begins in ((0, head, 1, False), (head, body, whole, True), (body, time, 1, True)):
-        if begin < end:
+    cuts = cut(position, time, shard_length, real, reset)
+    if isinstance(cuts, Columns):
+        return _ragged(cuts, reset is not None)
 
-            def fold(x: Tensor, begin: int = begin, end: int = end, count: int = count) -> Tensor:
-                return x[:, begin:end].reshape(batch * count, (end - begin) // count, *x.shape[2:])
+    def fold(x: Tensor, run: Run) -> Tensor:
+        return x[:, run.begin : run.end].reshape(batch * run.count, run.width, *x.shape[2:])
 
-            parts.append(Parts(count, fold, None, begins))
+    parts = [Parts(run.count, partial(fold, run=run), None, run.begins) for run in cuts]
     return Shards(parts, lambda ys: torch.cat([y.reshape(batch, -1, *y.shape[2:]) for y in ys], 1))
 
 
-def _ragged(position: Tensor, real: Tensor, reset: Tensor | None, shard_length: int) -> Shards:
-    columns = cut_columns(position, real, shard_length, reset)
+def _ragged(columns: Columns, resets: bool) -> Shards:
     batch, count, width = columns.filled.shape
-    source, used = columns.source.flatten(1), columns.filled.any(-1).sum(1)
+    used = columns.filled.any(-1).sum(1)
     parts = Parts(
         count,
-        lambda x: take(x, source).reshape(batch * count, width, *x.shape[2:]),
+        lambda x: columns.gather(x).reshape(batch * count, width, *x.shape[2:]),
         columns.filled.flatten(0, 1),
         (columns.start == 0).flatten(),
         newest=(used - 1).clamp_min(0),
@@ -112,7 +104,6 @@ def _ragged(position: Tensor, real: Tensor, reset: Tensor | None, shard_length: 
     )
 
     def together(ys: list[Tensor]) -> Tensor:
-        flat = ys[0].reshape(batch, count * width, *ys[0].shape[2:])
-        return zero_padding(take(flat, columns.place), real)
+        return columns.put_back(ys[0].reshape(batch, count * width, *ys[0].shape[2:]))
 
-    return Shards([parts] if count else [], together, None if reset is None else columns.fresh_after)
+    return Shards([parts] if count else [], together, columns.fresh_after if resets else None)
