@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from titans.evaluate.hostile import PAPER_FORM, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
+from titans.memory import Huber, Lp, SquaredError
 from titans.nn import NeuralMemory
 
 GROWTH_LIMIT = 100
@@ -14,11 +17,22 @@ WORST_GATES = [("all at max", "0"), ("all at max", "1 as a chunk starts"), ("swi
 
 
 @pytest.mark.parametrize(
-    ("depth", "chunk_size", "last"), [(1, 1, 0.0), (2, 4, 0.0), (2, 16, 1.0), (3, 16, 0.0)]
+    ("depth", "chunk_size", "last", "objective"),
+    [
+        (1, 1, 0.0, SquaredError()),
+        (2, 4, 0.0, SquaredError()),
+        (2, 16, 1.0, SquaredError()),
+        (3, 16, 0.0, SquaredError()),
+        (2, 16, 1.0, Huber(0.3)),
+        (1, 1, 0.0, Lp(3.0)),
+        (2, 16, 1.0, Lp(4.0)),
+    ],
 )
-def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last):
+def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last, objective):
     memory = stressed_memory(8, depth, chunk_size, last=last)
-    growth = perturbation_growth(memory, hostile_cases(memory, 4096, gates=WORST_GATES))
+    memory = replace(memory, inner=replace(memory.inner, objective=objective))
+    tokens = 4096 if objective == SquaredError() else 1024
+    growth = perturbation_growth(memory, hostile_cases(memory, tokens, gates=WORST_GATES))
     assert growth.weights.max() < GROWTH_LIMIT
     assert growth.first_key.max() < GROWTH_LIMIT
     bound = state_bound(memory)

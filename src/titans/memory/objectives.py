@@ -28,7 +28,10 @@ class Objective(Protocol):
 
     def curvature(self, answer: Tensor, target: Tensor) -> Tensor | float:
         """A bound on its second derivative in the answer, anywhere between the answer and the target: a
-        number, or (…) for (…, head_dim). Step normalisation divides by it."""
+        number, or (…) for (…, head_dim).
+
+        Step normalisation divides by it. Divided so, the gradient is no longer than the error, as for the
+        squared error, and `state_bound` of `evaluate.stress` holds for every objective."""
         ...
 
 

@@ -340,11 +340,15 @@ def _where(rows: Tensor, chosen: Tensor | None, otherwise: Tensor | None) -> Ten
 
 
 def end_backward(rule: UpdateRule, written: MemoryState, grads: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-    """Gradients of what `rule.end` was given, by autograd, from those of what it returned.
+    """Gradients of what `rule.end` was given, from those of what it returned: by autograd, unless the class
+    that defines `end` defines an `end_backward` too.
 
     grads: of weights, momentum and extra. Returns those of weights, momentum, extra and anchor, nothing of an
     anchor that the rule has not looked at. What the rule hands on unchanged costs nothing.
     """
+    owner = next(cls for cls in type(rule).__mro__ if "end" in vars(cls))
+    if "end_backward" in vars(owner):
+        return vars(owner)["end_backward"](rule, written, grads)
     given = map_state(lambda x: x.detach().requires_grad_(), written)
     with torch.enable_grad():
         ended = rule.end(given)

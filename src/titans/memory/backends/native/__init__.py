@@ -113,16 +113,18 @@ def _is_ragged(marks: Marks) -> bool:
 def _scan_chunks(
     narrow: bool, inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    arguments = Arguments(inner, marks, tokens, slow, state)
-    if arguments.needs_grad:
+    # Token by token, flattening the arguments would take longer than anything else here.
+    if torch.is_grad_enabled() and (arguments := Arguments(inner, marks, tokens, slow, state)).needs_grad:
         reads, surprise, *leaves = _NativeScan.apply(narrow, arguments, *arguments.flat)
         return reads, surprise, arguments.state_after(leaves)
     problem = _problem(narrow, inner, marks, tokens, slow, state)
     ragged = _is_ragged(marks)
     reads, surprise, *leaves = torch.ops.titans_native.scan(*problem, len(tokens.keys), False, ragged)
-    if marks.complete is False:
-        leaves += state.anchor
-    return reads, surprise, arguments.state_after(leaves)
+    depth = inner.network.depth
+    weights, momentum, anchor = (tuple(leaves[i : i + depth]) for i in range(0, 3 * depth, depth))
+    if not ragged:
+        anchor = weights if marks.complete else state.anchor
+    return reads, surprise, MemoryState(weights, momentum, anchor)
 
 
 class _NativeScan(torch.autograd.Function):
