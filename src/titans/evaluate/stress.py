@@ -168,7 +168,8 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     of a chunk, H = ‖h_{l−1}‖, e = M(k) − v, and s_l = ∏_{j>l} 1.13 ‖A_j‖, one token steps
     θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1.
     (One 2 is the squared error's gradient, the other its curvature: for a Huber or an l_p objective their
-    quotient is at most 1 as well.) The answer is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H because |SiLU(x)| ≤ |x|, so the step is at most
+    quotient is at most 1 as well.) The answer is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H
+    because |SiLU(x)| ≤ |x|, so the step is at most
 
         step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l,
 

@@ -71,7 +71,7 @@ def _row_scale(square, radius):
 
 @triton.jit
 def _unsettle(settled, scale, grad, along, radius):
-    """`MemoryNetwork.settle_backward` from what it left. scale: as `_row_scale` marks it. along: Σ settled
+    """`rules.shorten_rows_backward` from what it left. scale: as `_row_scale` marks it. along: Σ settled
     · grad of each whole row."""
     through = scale[:, None] * (grad - settled * (along / (radius * radius))[:, None])
     return tl.where((scale > 0)[:, None], through, grad)
