@@ -1,4 +1,4 @@
-"""titans bench: its numbers as far as no clock decides them, and what it says when it is called wrongly."""
+"""titans bench: its numbers as far as no clock decides them, and its errors when it is called wrongly."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_model_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["titans-lmm-tiny", "--preset", "tiny"], "preset='tiny' with checkpoint='titans-lmm-tiny'"),
         (["titans-lmm-tiny", "--variant", "mac"], "variant='mac' with checkpoint"),
@@ -123,10 +123,10 @@ def test_a_model_is_left_as_it_was() -> None:
         (["--device", "tpu"], "device='tpu': choose one of cpu"),
     ],
 )
-def test_wrong_options(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith("titans: ") and err.count("\n") == 1 and said in err
+    assert not out and err.startswith("titans: ") and err.count("\n") == 1 and message in err
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,10 +62,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 130, said
-    step = int(re.search(r"^titans: interrupted after step (\d+) of 100000; .*--resume$", said, re.M)[1])  # type: ignore[index]
-    assert "Traceback" not in said
+    _, message = process.communicate(timeout=100)
+    assert process.returncode == 130, message
+    step = int(re.search(r"^titans: interrupted after step (\d+) of 100000; .*--resume$", message, re.M)[1])  # type: ignore[index]
+    assert "Traceback" not in message
     assert [path.name for path in output.iterdir() if "checkpoint" in path.name] == [f"checkpoint-{step}"]
     # With the options of the run, of which one is changed.
     assert main(["train", "--output", str(output), "--resume", "--steps", str(step + 1)]) == 0
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         (["--preset", "huge"], 2, r"preset 'huge' is not known: choose one of .*'tiny'"),
         (["--variant", "mab"], 2, r"variant='mab': choose one of .*'mac'"),
@@ -102,13 +102,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.
         (["--output", "single.txt"], 2, r"output='single.txt' is a file: give a folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_what_is_wrong_is_reported_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
@@ -116,8 +116,8 @@ def test_what_is_wrong_is_said_in_one_line(
     assert main(["train", "--data", "excerpt", "--output", "run", "--steps", "1", *options]) == code
     captured = capsys.readouterr()
     *before, last = captured.err.splitlines()
-    assert re.match(f"titans: .*{said}", last), captured.err
-    assert len(before) <= 1 and captured.out == ""  # at most the line that says what is going to happen
+    assert re.match(f"titans: .*{message}", last), captured.err
+    assert len(before) <= 1 and captured.out == ""  # at most the summary of the run
     assert not (tmp_path / "run").exists()
 
 
@@ -160,7 +160,7 @@ def test_a_config_file_sets_what_the_command_line_does_not(
     assert (written["batch_size"], written["sequence_length"], written["betas"]) == (3, 24, [0.8, 0.9])
     assert written["config"]["hidden_size"] == 32 and written["learning_rate"] == 1e-4
     capsys.readouterr()
-    for text, said in [
+    for text, message in [
         ("stepz: 3", r"sets 'stepz': choose from .*steps"),
         ("steps: many", r"steps='many' is of type str: give int"),
         ("weight_decay: much", r"could not convert string to float: 'much'"),
@@ -170,7 +170,7 @@ def test_a_config_file_sets_what_the_command_line_does_not(
     ]:
         file.write_text(text)
         assert main(["train", "--config-file", str(file)]) == 2
-        assert re.search(said, capsys.readouterr().err)
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_fields_of_the_memory_and_settings_of_the_facts_have_dotted_names(
