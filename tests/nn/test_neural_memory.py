@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from titans.memory import MemoryNetwork, memory_read
 from titans.nn import FORMS, BlockContext, MemoryForm, NeuralMemory
 from titans.nn.memory import learner
+from titans.state import flatten_alike
 
 from ..tolerances import FLOAT64, assert_close
 
@@ -47,7 +48,8 @@ def tokens(*shape, seed=0):
 
 
 def assert_same_states(actual, expected):
-    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+    (found, wanted), _ = flatten_alike((actual, expected))
+    for a, b in zip(found, wanted, strict=True):
         assert_close(a.detach(), b.detach(), FLOAT64, "state")
 
 
