@@ -80,7 +80,7 @@ ORDER = {
         flat_config state_file offload
         configuration keywords
         cache causal_cache
-        generation
+        generation layer
         modeling
         """,
     "titans.stream": """

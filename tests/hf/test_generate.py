@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titans import Session
-from titans.hf import TitansCache, modeling
+from titans.hf import TitansCache, generation
 from titans.nn.blocks import BLOCKS
 
 from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
@@ -100,7 +100,7 @@ def test_a_prompt_is_read_in_bounded_stretches(variant, monkeypatch):
     expected = [greedy(model, ids, 12), *(greedy(model, row[None], 12) for row in rows)]
     widths = []
     spy_on_calls(model, monkeypatch, lambda call: widths.append(call["input_ids"].shape[1]))
-    monkeypatch.setattr(modeling, "PREFILL_LENGTH", 8)
+    monkeypatch.setattr(generation, "PREFILL_LENGTH", 8)
     assert torch.equal(greedy(model, ids, 12), expected[0])
     assert widths[:4] == [8, 8, 8, 5] and set(widths[4:]) == {1}
     padded, mask = left_padded(rows)
