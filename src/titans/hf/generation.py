@@ -1,5 +1,4 @@
-"""`generate` for Titans models: a cache that is filled already, and padding before the prompt's real tokens or
-after a row's end."""
+"""`generate` for Titans models: caches that are filled already, and padding anywhere."""
 
 from __future__ import annotations
 
