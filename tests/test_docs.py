@@ -43,7 +43,7 @@ def registries() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("give-a-model-a-memory", 7), ("extend", 8), ("options", 1)])
+@pytest.mark.parametrize(("page", "blocks"), [("give-a-model-a-memory", 8), ("extend", 8), ("options", 1)])
 def test_a_page_prints_what_it_shows(
     page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
