@@ -25,6 +25,8 @@ TOKENS = (*VECTORS, *GATES)
 STATE = ("weights", "momentum", "anchor")
 # For a backend that knows no narrower heads.
 NARROWEST = 1
+# Where a test asks for no number of its own.
+HEADS = 2
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def make_problem(
     *,
     batch: int = 2,
     time: int = 17,
-    heads: int = 2,
+    heads: int | None = None,
     head_dim: int = 3,
     chunk_size: int = 4,
     affine: bool = True,
@@ -174,7 +176,7 @@ def make_problem(
         options: fields of `MemoryNetwork` and of the rule.
     """
     rng = torch.Generator().manual_seed(seed)
-    head_dim = max(head_dim, NARROWEST)
+    head_dim, heads = max(head_dim, NARROWEST), HEADS if heads is None else heads
     known = [field.name for field in fields(UPDATE_RULES[rule])]
     parameters = {name: options.pop(name) for name in known if name in options}
     net = MemoryNetwork(head_dim=head_dim, **options)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def agree(problem: Problem, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("rule", UPDATE_RULES)
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(call=calls, stretch=stretches, objective=st.sampled_from([*sorted(OBJECTIVES), HUBER, LP]))
 def test_any_call(backend, rule, call, stretch, objective):
     # A row of one number that is rescaled has a gradient of exactly 0, and what is found is rounding.
@@ -116,7 +116,11 @@ CORNERS = {
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner(backend, corner):
-    agree(make_problem(**CORNERS[corner]), backend)
+    call = CORNERS[corner]
+    if backend == "triton" and call.get("chunk_size", 4) <= 4:
+        # Under the interpreter a chunk takes a tenth of a second; after six there is nothing new to a kernel.
+        call = call | dict(time=min(call.get("time", 17), 6 * call.get("chunk_size", 4) + 1))
+    agree(make_problem(**call), backend)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -45,7 +45,7 @@ def test_no_token_reaches_back(backend, options):
 @pytest.mark.parametrize("options", [{}, RAGGED])
 def test_rows_and_heads_are_strangers(backend, options):
     """A row alone equals the row in company, and no bit of it depends on what the others read."""
-    problem = make_problem(batch=3, time=18, **options)
+    problem = make_problem(batch=3, heads=2, time=18, **options)
     together = answers(*problem.scan(backend))
     for row in range(3):
         leaves = {

@@ -35,7 +35,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     assert_same(everything(call, "triton"), everything(call, "reference"), tolerance)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**20),
     time=st.integers(1, 44),
