@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.state_file import StateFile, open_state_file, write_state_file
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
+from titans.nn.blocks import BLOCKS, has_memory
 from titans.stream import Session, describe_memory, feed_together, fingerprint
 from titans.stream import session as session_module
 from titans.stream import together as together_module
 
-MEMORIES = sorted(set(BLOCKS) - WITHOUT_MEMORY)
+MEMORIES = sorted(filter(has_memory, BLOCKS))
 
 
 def small_model(variant: str = "mac", seed: int = 0, **overrides: object) -> TitansForCausalLM:

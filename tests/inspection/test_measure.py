@@ -13,10 +13,10 @@ from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
 from titans.memory import MemoryState
 from titans.nn import BlockContext, NeuralMemory
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
+from titans.nn.blocks import BLOCKS, has_memory
 from titans.stream.saved import find_states
 
-MEMORIES = sorted(set(BLOCKS) - WITHOUT_MEMORY)
+MEMORIES = sorted(filter(has_memory, BLOCKS))
 
 
 def small_model(variant: str) -> TitansForCausalLM:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
 from titans.nn import BlockContext, MemoryTrace, NeuralMemory
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
+from titans.nn.blocks import BLOCKS, BlockSettings, has_memory
 from titans.nn.combine import MemoryGate, MemorySum
 from titans.nn.packing import Packed
 
@@ -33,7 +33,7 @@ SETTINGS = BlockSettings(
     norm_eps=1e-6,
 )
 every_block = pytest.mark.parametrize("variant", BLOCKS)
-with_memory = pytest.mark.parametrize("variant", [name for name in BLOCKS if name not in WITHOUT_MEMORY])
+with_memory = pytest.mark.parametrize("variant", [*filter(has_memory, BLOCKS)])
 
 
 def block_of(variant, seed=0, **changes):
@@ -164,7 +164,7 @@ def test_a_fresh_context_keeps_the_memory_and_nothing_else(variant):
     for memory in memories(fresh):
         assert all(map(torch.equal, memory.anchor, memory.weights)), "a chunk is still open"
     from_fresh, from_initial = read(block, x, fresh)[0], read(block, x)[0]
-    assert torch.equal(from_fresh, from_initial) is (variant in WITHOUT_MEMORY)
+    assert torch.equal(from_fresh, from_initial) is not has_memory(variant)
     # It is a state like any other: chunks and segments begin here.
     first, running = read(block, x[:, :4], block.fresh_context(state))
     second, _ = read(block, x[:, 4:], running)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.memory import assume_aligned, checks
 from titans.nn import NeuralMemory
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
+from titans.nn.blocks import BLOCKS, has_memory
 from titans.state import map_state
 from titans.train import FactSettings, TitansTrainer, TrainingRun, TrainSettings
 from titans.train.recorded import RecordedStep
@@ -93,7 +93,7 @@ def test_a_step_can_be_recorded_because_it_looks_at_no_value(
 ) -> None:
     # As on an accelerator: no compiled kernels for the CPU, and gates are not looked at.
     monkeypatch.setattr(checks, "_expect_range", lambda *_: None)
-    carried = variant not in WITHOUT_MEMORY
+    carried = has_memory(variant)
     with FakeTensorMode(allow_non_fake_inputs=True), assume_aligned():
         model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant=variant, segment_length=32))
         for module in model.modules():

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY
+from titans.nn.blocks import BLOCKS, has_memory
 from titans.train import FactSettings, Interrupted, TrainSettings, train
 from titans.train.checkpoint import checkpoints
 from titans.train.metrics import read_metrics
@@ -45,7 +45,7 @@ def stages(
         gpu: with the stages that need a CUDA device, or an hour and a half for each of them.
         changes: of every stage's settings.
     """
-    remembers = variant not in WITHOUT_MEMORY
+    remembers = has_memory(variant)
     config: dict[str, Any] = {"initializer_range": 0.1}
     if remembers:
         config["memory"] = {

@@ -13,7 +13,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from titans.hf.flat_config import nested, remedy
 from titans.memory import OBJECTIVES, UPDATE_RULES
-from titans.nn.blocks import BLOCKS, WITHOUT_MEMORY, BlockSettings
+from titans.nn.blocks import BLOCKS, BlockSettings, has_memory
 from titans.nn.combine import COMBINATIONS
 from titans.nn.memory.form import RULE_FIELDS, MemoryForm
 from titans.nn.memory.layer import HALF_LIVES, STARTS
@@ -269,7 +269,7 @@ class TitansConfig(PreTrainedConfig):
     @property
     def has_memory(self) -> bool:
         """Whether the variant has a long-term memory."""
-        return self.variant not in WITHOUT_MEMORY
+        return has_memory(self.variant)
 
     def block_settings(self) -> BlockSettings:
         """The same sizes as the blocks take them."""

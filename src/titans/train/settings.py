@@ -142,7 +142,7 @@ class TrainSettings:
             raise ValueError(f"dtype={self.dtype!r}: choose one of {list(DTYPES)}")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
-        if self.carry_memory and self.variant in _without_memory():
+        if self.carry_memory and not _has_memory(self.variant):
             raise ValueError(
                 f"carry_memory with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"
             )
@@ -187,7 +187,7 @@ def current_form(saved: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for a setting that no run can have any more.
     """
-    # Not at the top: see `_without_memory`.
+    # Not at the top: see `_has_memory`.
     from titans.hf.flat_config import nested
 
     if saved.get("state_passing"):
@@ -239,8 +239,8 @@ def check_type(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is of type {type(value).__name__}: give {names}")
 
 
-def _without_memory() -> frozenset[str]:
+def _has_memory(variant: str) -> bool:
     # Not at the top: a command that only parses its arguments does not wait for torch.
-    from titans.nn.blocks import WITHOUT_MEMORY
+    from titans.nn.blocks import has_memory
 
-    return WITHOUT_MEMORY
+    return has_memory(variant)

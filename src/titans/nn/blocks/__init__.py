@@ -22,7 +22,11 @@ BLOCKS = {
     "transformer": AttentionBlock,
     "window": WindowBlock,
 }
-# Baselines.
-WITHOUT_MEMORY = frozenset({"transformer", "window"})
 
-__all__ = ["BLOCKS", "WITHOUT_MEMORY", "Block", "BlockResult", "BlockSettings"]
+
+def has_memory(variant: str) -> bool:
+    """Whether blocks of that name have a long-term memory; those of baselines do not."""
+    return getattr(BLOCKS[variant], "has_memory", True)
+
+
+__all__ = ["BLOCKS", "Block", "BlockResult", "BlockSettings", "has_memory"]

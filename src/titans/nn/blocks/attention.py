@@ -14,6 +14,8 @@ from titans.nn.norm import RMSNorm
 class AttentionBlock(nn.Module):
     """x + attention(norm(x)); the state grows with what has been seen."""
 
+    has_memory = False
+
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         s = settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,7 +23,11 @@ class Block(Protocol):
 
     A state is a frozen dataclass registered with `titans.state.register_state`, whose tensors have the batch
     in dimension 0. Reading a stretch in pieces gives what reading it at once gives.
+
+    has_memory: whether it has a long-term memory; False for a baseline.
     """
+
+    has_memory: ClassVar[bool] = True
 
     def initial_state(self, batch: int) -> Any:
         """The state of rows that have read nothing but the persistent tokens."""

@@ -14,6 +14,8 @@ from titans.nn.norm import RMSNorm
 class WindowBlock(nn.Module):
     """x + attention(norm(x)), each token to the last `window`."""
 
+    has_memory = False
+
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         s = settings
