@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 Part = TypeVar("Part")
@@ -12,7 +12,8 @@ Part = TypeVar("Part")
 class Registry(dict[str, Any], Generic[Part]):
     """Name → class of one kind of part, such as objectives. A class is a frozen dataclass of plain numbers.
 
-    To add one, also from outside the package: `OBJECTIVES["mine"] = Mine`.
+    To add one, also from outside the package: `OBJECTIVES["mine"] = Mine`. A part without parameters may be
+    registered as an object too.
 
     Args:
         argument: what the part is called in an error.
@@ -37,12 +38,12 @@ class Registry(dict[str, Any], Generic[Part]):
         if name not in self:
             raise ValueError(f"{self.argument}={name!r}: choose one of {sorted(self)}")
         made = self[name]
-        known = [field.name for field in fields(made)]
+        known = [field.name for field in _fields(made)]
         if unknown := sorted(parameters.keys() - {*known}):
             raise ValueError(
                 f"{self.argument} {name!r} has no parameter {unknown[0]!r}: choose from {known or 'none'}"
             )
-        return made(**parameters)
+        return made(**parameters) if isinstance(made, type) else made
 
     def describe(self, part: Part) -> dict[str, Any]:
         """{"name": …, parameter: …} of a registered part, what `make` takes and JSON can hold.
@@ -51,8 +52,14 @@ class Registry(dict[str, Any], Generic[Part]):
             ValueError: for a part of a class that is not registered.
         """
         for name, known in self.items():
-            if type(part) is known:
-                return {"name": name, **{field.name: getattr(part, field.name) for field in fields(part)}}
+            if known is part or known is type(part):
+                return {"name": name, **{field.name: getattr(part, field.name) for field in _fields(known)}}
         raise ValueError(
             f"{self.argument}={part!r} is not registered: give its class a name in the registry first"
         )
+
+
+def _fields(registered: Any) -> tuple[Field[Any], ...]:
+    """The parameters of a registered class; none of an object, nor of a class that is no dataclass."""
+    takes = isinstance(registered, type) and is_dataclass(registered)
+    return fields(registered) if takes else ()
