@@ -37,7 +37,7 @@ def limited(
 ) -> InnerProblem:
     """A memory without norm, whose rows keep their length within a limit."""
     net = MemoryNetwork(head_dim, depth, 4, norm=False, residual=residual)
-    return InnerProblem(net, rule=MomentumRule(normalize_step, row_limit=row_limit))
+    return InnerProblem(net, rule=MomentumRule(normalize_step=normalize_step, row_limit=row_limit))
 
 
 def problem(

@@ -26,7 +26,6 @@ ORDER = {
         train zoo evaluate baselines
         inspection
         experiments
-        serve
         cli
         __main__
         """,

@@ -16,6 +16,7 @@ from titans.memory import (
     MemoryState,
     memory_scan,
 )
+from titans.nn.memory.form import RULE_FIELDS
 
 from ..tolerances import assert_close
 
@@ -179,6 +180,8 @@ def make_problem(
     head_dim, heads = max(head_dim, NARROWEST), HEADS if heads is None else heads
     known = [field.name for field in fields(UPDATE_RULES[rule])]
     parameters = {name: options.pop(name) for name in known if name in options}
+    # What a rule registered from outside does not have.
+    options = {name: value for name, value in options.items() if name not in RULE_FIELDS}
     net = MemoryNetwork(head_dim=head_dim, **options)  # type: ignore[arg-type]
     inner = InnerProblem(net, OBJECTIVES.make(objective), UPDATE_RULES.make({"name": rule, **parameters}))
 

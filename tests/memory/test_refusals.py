@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from titans.memory import BACKENDS, Backend, MemoryNetwork, MemoryState, memory_read, memory_scan
+from titans.memory import (
+    BACKENDS,
+    Backend,
+    InnerProblem,
+    MemoryNetwork,
+    MemoryState,
+    MomentumRule,
+    memory_read,
+    memory_scan,
+)
 from titans.memory.reference import reference_scan
 
 from ..tolerances import FLOAT64, assert_close
@@ -153,3 +162,38 @@ def test_function_transforms(name):
     for transform in (torch.func.grad, torch.func.vmap):
         with pytest.raises(ValueError, match=r"backend='chunkwise' refuses this call: .*torch.func"):
             transform(lambda x: loss(x, "chunkwise"))(several[0] if transform is torch.func.grad else several)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunkwise"])
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda state: None, TypeError, r"Wrong.end returned None: return a MemoryState"),
+        (
+            lambda state: replace(state, momentum=state.momentum[:1]),
+            ValueError,
+            r"Wrong.end returned state.momentum of shapes \[.*\]: return \[.*\], as given",
+        ),
+    ],
+)
+def test_a_rule_that_ends_a_chunk_with_another_state_is_named(backend, returned, error, message):
+    class Wrong(MomentumRule):
+        def end(self, state):
+            return returned(state)
+
+    problem = make_problem()
+    problem = replace(problem, inner=InnerProblem(problem.net, rule=Wrong()))
+    with pytest.raises(error, match=message):
+        problem.scan(backend)
+
+
+def test_a_rule_overrides_step_and_coefficients_together():
+    with pytest.raises(TypeError, match="Half defines one of step and coefficients: define both"):
+
+        class Half(MomentumRule):
+            def coefficients(self, forget, momentum, step_size, written): ...
+
+
+def test_an_inner_problem_is_made_of_objects():
+    with pytest.raises(ValueError, match="rule='momentum': give an object, such as"):
+        InnerProblem(MemoryNetwork(), rule="momentum")

@@ -34,6 +34,8 @@ def test_what_is_made_is_described_by_what_made_it():
         ("hubert", r"objective='hubert': choose one of \['huber', 'lp', 'squared_error'\]"),
         ({"name": "huber", "size": 1}, r"objective 'huber' has no parameter 'size': choose from \['delta'\]"),
         ({"name": "huber", "delta": 0}, "delta=0: give a finite number above 0"),
+        ({"name": "huber", "delta": "a"}, "objective 'huber': delta='a' is of type str: give float"),
+        (Huber, r"objective=<class .*Huber'> is a class: give Huber\(\), or its registered name"),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(given, message):

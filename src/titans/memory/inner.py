@@ -27,7 +27,8 @@ class InnerProblem:
         rule: what a gradient does to the weights; see `titans.memory.rules`.
 
     Raises:
-        ValueError: for a network with `normalize_step` and a rule without, which would ignore it.
+        ValueError: for a name or a class in place of an object, and for a network with `normalize_step` and a
+            rule without, which would ignore it.
     """
 
     network: MemoryNetwork
@@ -35,6 +36,9 @@ class InnerProblem:
     rule: UpdateRule = field(default_factory=MomentumRule)
 
     def __post_init__(self) -> None:
+        for name, part in (("objective", self.objective), ("rule", self.rule)):
+            if isinstance(part, (str, type)):
+                raise ValueError(f"{name}={part!r}: give an object, such as SquaredError() or MomentumRule()")
         if self.network.normalize_step and not self.rule.normalize_step:
             raise ValueError("network.normalize_step=True but rule.normalize_step=False: give it to the rule")
 
@@ -43,7 +47,7 @@ class InnerProblem:
         """The inner problem itself, or for a network alone the squared error and the momentum rule."""
         if isinstance(given, InnerProblem):
             return given
-        return cls(given, SquaredError(), MomentumRule(given.normalize_step))
+        return cls(given, SquaredError(), MomentumRule(normalize_step=given.normalize_step))
 
     def initial_state(self, weights: Sequence[Tensor]) -> MemoryState:
         """A memory that has read nothing: these weights, each (batch, heads, out, in), no momentum, and what

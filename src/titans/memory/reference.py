@@ -3,12 +3,11 @@ paper."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from titans.memory.problem import ScanProblem
+from titans.memory.rules import ended
 from titans.memory.state import MemoryState
 from titans.state import where_rows
 
@@ -79,7 +78,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 
         written = MemoryState(tuple(weights), tuple(momentum), state.anchor, state.position + 1, state.extra)
-        closed = replace(ended := rule.end(written), anchor=ended.weights)
+        closed = ended(rule, written)
         chunk_ends = written.position % problem.chunk_size == 0
         state = where_rows(real, where_rows(chunk_ends, closed, written), state)
 

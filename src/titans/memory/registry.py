@@ -31,18 +31,27 @@ class Registry(dict[str, Any], Generic[Part]):
         """
         if isinstance(given, str):
             given = {"name": given}
+        if isinstance(given, type):
+            raise ValueError(
+                f"{self.argument}={given!r} is a class: give {given.__name__}(), or its registered name"
+            )
         if not isinstance(given, Mapping):
             return given
         parameters = dict(given)
         name = parameters.pop("name", None)
         if name not in self:
-            raise ValueError(f"{self.argument}={name!r}: choose one of {sorted(self)}")
+            raise ValueError(
+                f"{self.argument}={name!r}: choose one of {sorted(self)}, or import what registers it first"
+            )
         made = self[name]
         known = [field.name for field in _fields(made)]
         if unknown := sorted(parameters.keys() - {*known}):
             raise ValueError(
                 f"{self.argument} {name!r} has no parameter {unknown[0]!r}: choose from {known or 'none'}"
             )
+        for field in _fields(made):
+            if field.name in parameters:
+                _check_type(f"{self.argument} {name!r}: {field.name}", parameters[field.name], field.type)
         return made(**parameters) if isinstance(made, type) else made
 
     def describe(self, part: Part) -> dict[str, Any]:
@@ -63,3 +72,16 @@ def _fields(registered: Any) -> tuple[Field[Any], ...]:
     """The parameters of a registered class; none of an object, nor of a class that is no dataclass."""
     takes = isinstance(registered, type) and is_dataclass(registered)
     return fields(registered) if takes else ()
+
+
+_KINDS = {"bool": (bool,), "int": (int,), "float": (int, float)}
+
+
+def _check_type(name: str, value: Any, annotated: Any) -> None:
+    """ValueError for a value that is not of the plain type a field is annotated with."""
+    annotation = annotated if isinstance(annotated, str) else getattr(annotated, "__name__", "")
+    kind, _, none = annotation.partition(" | ")
+    if kind not in _KINDS or (value is None and none == "None"):
+        return
+    if type(value) not in _KINDS[kind]:
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}: give {annotation}")

@@ -56,7 +56,7 @@ def _rounded(products: Tensor, dtype: torch.dtype) -> Tensor:
     return (products - vanishing.detach()).to(dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpdateRule:
     """What a token's gradient does to the weights, and what happens at the end of a chunk.
 
@@ -75,13 +75,23 @@ class UpdateRule:
             step divided by it has no bound.
 
     Raises:
-        ValueError: for a `length_floor` that is negative or not finite.
+        ValueError: for a `normalize_step` that is no bool, or a `length_floor` not finite and at least 0.
+        TypeError: where a class that derives from it overrides one of `step` and `coefficients` alone.
     """
 
     normalize_step: bool = False
     length_floor: float = 0.0
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if ("step" in vars(cls)) is not ("coefficients" in vars(cls)):
+            raise TypeError(
+                f"{cls.__name__} defines one of step and coefficients: define both, which must agree"
+            )
+
     def __post_init__(self) -> None:
+        if type(self.normalize_step) is not bool:
+            raise ValueError(f"normalize_step={self.normalize_step!r}: give True or False")
         if not 0 <= self.length_floor < math.inf:
             raise ValueError(f"length_floor={self.length_floor!r}: give a finite number of at least 0")
 
@@ -98,12 +108,19 @@ class UpdateRule:
 
     def end(self, state: MemoryState) -> MemoryState:
         """The state as a finished chunk leaves it; here, unchanged. This is the place of what is not linear
-        in the gradients. Leading dimensions are any number of rows, which must not depend on each other, and
-        autograd must be able to follow.
+        in the gradients. It closes a chunk that is still open, too, where a new text begins.
+
+        The reference calls it at every token and discards most results: change no tensor in place, and keep
+        nothing on the rule itself. Leading dimensions are any number of rows, which must not depend on each
+        other: index from the right. Autograd must be able to follow.
 
         Args:
-            state: after the chunk's last token. `state.anchor` are the weights with which the chunk began;
-                those returned are the next chunk's anchor.
+            state: after the chunk's last token; its position is not available everywhere, so a rule that
+                counts does so in `extra`. `state.anchor` are the weights with which the chunk began; those
+                returned are the next chunk's anchor.
+
+        Returns:
+            The state with tensors of the same shapes.
         """
         return state
 
@@ -143,7 +160,26 @@ class UpdateRule:
         )
 
 
-@dataclass(frozen=True)
+def ended(rule: UpdateRule, state: MemoryState) -> MemoryState:
+    """`rule.end(state)`, its weights being the next chunk's anchor.
+
+    Raises:
+        TypeError: where the rule returns no state.
+        ValueError: where it returns tensors of other shapes; names the first.
+    """
+    after = rule.end(state)
+    if not isinstance(after, MemoryState):
+        raise TypeError(f"{type(rule).__name__}.end returned {after!r}: return a MemoryState")
+    for part in ("weights", "momentum", "extra"):
+        given, found = ([tuple(x.shape) for x in getattr(s, part)] for s in (state, after))
+        if given != found:
+            raise ValueError(
+                f"{type(rule).__name__}.end returned state.{part} of shapes {found}: return {given}, as given"
+            )
+    return replace(after, anchor=after.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MomentumRule(UpdateRule):
     """Gradient descent with momentum and forgetting, and, at each chunk's end, rows of limited length.
 

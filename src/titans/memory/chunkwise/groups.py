@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from titans.memory.chunkwise.chunk import Chunk, ChunkGradients, ChunkTape, chunk_backward, plus, run_chunk
 from titans.memory.inner import InnerProblem
 from titans.memory.precision import autocast_device
-from titans.memory.rules import ChunkCoefficients, UpdateRule
+from titans.memory.rules import ChunkCoefficients, UpdateRule, ended
 from titans.memory.state import MemoryState, Weights
 from titans.state import map_state, where_rows
 
@@ -75,9 +75,8 @@ def end_chunk(inner: InnerProblem, marks: Marks, written: MemoryState) -> Memory
     """The state a chunk leaves: where it is complete the rule ends it, and its weights become the anchor."""
     if marks.complete is False:
         return written
-    ended = inner.rule.end(written)
-    ended = replace(ended, anchor=ended.weights)
-    return ended if marks.complete is True else where_rows(marks.complete, ended, written)
+    closed = ended(inner.rule, written)
+    return closed if marks.complete is True else where_rows(marks.complete, closed, written)
 
 
 def coefficients_of(inner: InnerProblem, tokens: Tokens, marks: Marks) -> ChunkCoefficients:
@@ -351,11 +350,11 @@ def end_backward(rule: UpdateRule, written: MemoryState, grads: Sequence[list[Te
         return vars(owner)["end_backward"](rule, written, grads)
     given = map_state(lambda x: x.detach().requires_grad_(), written)
     with torch.enable_grad():
-        ended = rule.end(given)
+        after = rule.end(given)
     wanted = (given.weights, given.momentum, given.extra, given.anchor)
     total: list[list[Any]] = [[None] * len(part) for part in wanted]
     changed: list[tuple[Tensor, Tensor]] = []
-    for i, results in enumerate((ended.weights, ended.momentum, ended.extra)):
+    for i, results in enumerate((after.weights, after.momentum, after.extra)):
         for j, (result, grad) in enumerate(zip(results, grads[i], strict=True)):
             if result is wanted[i][j]:
                 total[i][j] = grad

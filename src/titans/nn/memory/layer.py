@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from titans.memory import MemoryState
 from titans.memory.objectives import Objective
-from titans.memory.rules import UpdateRule
+from titans.memory.rules import UpdateRule, ended
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
 from titans.nn.memory.form import MemoryForm
@@ -175,8 +175,8 @@ class NeuralMemory(Learner):
         """
         memory = state.memory
         is_open = memory.position % self.chunk_size != 0
-        ended = where_rows(is_open, self.inner.rule.end(memory), memory)
-        fresh = replace(ended, anchor=ended.weights, position=torch.zeros_like(memory.position))
+        closed = where_rows(is_open, ended(self.inner.rule, memory), memory)
+        fresh = replace(closed, anchor=closed.weights, position=torch.zeros_like(memory.position))
         return self._begin(torch.zeros_like(state.tail), fresh)
 
     def _begin(self, tail: Tensor, memory: MemoryState) -> NeuralMemoryState:
