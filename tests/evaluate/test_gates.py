@@ -47,12 +47,12 @@ def test_gates_that_see_nothing_are_their_biases() -> None:
     for layer in gate_statistics(model.float(), DOCUMENTS):
         for quantile in ("at_rest", "10", "median", "90"):
             torch.testing.assert_close(getattr(layer, f"half_life_{quantile}"), expected, **EXACT)
-        # Bounds 0.5 and (1 − 0.5) / 4. Biases 0 and 1, but in one place ± ln 3: sigmoid 3/4 and 1/4.
-        written = 0.125 / (1 + math.exp(-1))
+        # Bounds 0.5 and 2 (1 − 0.5) / 4. Biases 0 and 1, but in one place ± ln 3: sigmoid 3/4 and 1/4.
+        written = 0.25 / (1 + math.exp(-1))
         for found, middle, last in (
             (layer.momentum_mean, 0.25, 0.375),
-            (layer.step_size_median, written, 0.03125),
-            (layer.write_strength_median, written / 0.75, 0.03125 / 0.625),
+            (layer.step_size_median, written, 0.0625),
+            (layer.write_strength_median, written / 0.75, 0.0625 / 0.625),
         ):
             everywhere = torch.full((3, 2), middle, dtype=torch.float64)
             everywhere[2, 1] = last

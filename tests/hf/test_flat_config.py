@@ -9,6 +9,7 @@ import torch
 
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.flat_config import nested
+from titans.nn import FORMS
 
 from .models import filled_cache, logits_of, random_ids, small_config, small_model
 from .test_cache import forge, parts_of
@@ -38,8 +39,6 @@ NESTED = {
     "form": {
         "name": "paper",
         "length_floor": 0.5,
-        # The bound of then had a factor for the layers also where steps are not normalised.
-        "max_step_size": 2 * (1 - 0.9) / 3,
         "bounded_half_lives": True,
         "gates_see_keys": True,
         "gate_hidden_size": 3,
@@ -145,3 +144,19 @@ def test_fields_of_a_saved_memory_are_changed_one_by_one(tmp_path):
     assert changed(form="stable").memory_form == small_config("mag").memory.memory_form
     with pytest.raises(ValueError, match=r"memory.form: form has no field 'nrom'"):
         changed(form={"nrom": True})
+
+
+def test_what_depends_on_a_size_follows_a_change_of_it(tmp_path):
+    """A flat configuration keeps no bound that its sizes decide."""
+    fields = flat(small_model("lmm").config.to_dict(), memory_normalize_step=False)
+    config = TitansConfig.from_dict(fields, chunk_size=64, memory_depth=1)
+    memory = TitansForCausalLM(config).model.layers[0].mixer.memory
+    assert memory.max_step_size == pytest.approx((1 - config.memory.form["max_momentum"]) / 64)
+
+
+def test_a_memory_set_later_as_a_dict_is_a_configuration():
+    config = small_model("lmm").config
+    config.update({"memory": {"form": "recall"}})
+    assert config.memory.memory_form == FORMS["recall"]
+    with pytest.raises(ValueError, match=r"memory\.form='recal': choose one of|form='recal'"):
+        config.memory = {"form": "recal"}

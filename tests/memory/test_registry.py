@@ -35,6 +35,8 @@ def test_what_is_made_is_described_by_what_made_it():
         ({"name": "huber", "size": 1}, r"objective 'huber' has no parameter 'size': choose from \['delta'\]"),
         ({"name": "huber", "delta": 0}, "delta=0: give a finite number above 0"),
         ({"name": "huber", "delta": "a"}, "objective 'huber': delta='a' is of type str: give float"),
+        (3, "objective=3: give one of .*, a dict .*, or an object with value, gradient, curvature"),
+        ({"name": ["huber"]}, r"objective=\['huber'\]: choose one of"),
         (Huber, r"objective=<class .*Huber'> is a class: give Huber\(\), or its registered name"),
     ],
 )

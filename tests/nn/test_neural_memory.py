@@ -360,7 +360,7 @@ def test_a_form_is_a_name_a_name_with_changes_or_an_object():
     layer = NeuralMemory(HIDDEN, 2, form=changed)
     assert layer.form is changed and layer.gate_up_weight.shape[0] == 3 and layer.max_step_size == 0.25
     paper = NeuralMemory(HIDDEN, 2, 4, chunk_size=8, form="paper")
-    assert paper.network == MemoryNetwork(4) and paper.max_step_size == pytest.approx((1 - 0.9) / 8)
+    assert paper.network == MemoryNetwork(4) and paper.max_step_size == pytest.approx(2 * (1 - 0.9) / 8)
 
 
 def test_an_induction_memory_begins_with_what_followed_what():

@@ -79,6 +79,12 @@ class Generate:
     def _check(self) -> None:
         if not self.prompt and self.memory is None:
             raise UsageError("prompt='' and no memory: give --prompt or --memory to start from")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"prompt={self.prompt!r} is not valid text in this terminal's encoding"
+            ) from None
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={self.max_new_tokens}: give a whole number of at least 1")
         if not 0 < self.temperature < float("inf"):

@@ -158,7 +158,13 @@ def _from_config_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"config_file={str(path)!r} cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"config_file={str(path)!r} holds no settings: write lines such as `steps: 300`")
-    return _checked(values, f"config_file={str(path)!r}")
+    source = f"config_file={str(path)!r}"
+    try:
+        # Also names of before, when facts were settings beside all others.
+        values = current_form(values)
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
+    return _checked(values, source)
 
 
 def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:

@@ -198,11 +198,16 @@ class TitansConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        # Also where fields are set later, one by one or by `update`.
+        if key == "memory" and isinstance(value, Mapping):
+            value = TitansMemoryConfig(**value)
+        super().__setattr__(key, value)
+
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_unknown(kwargs, TitansConfig)
-        memory = self.memory
-        if memory is None or isinstance(memory, Mapping):
-            self.memory = memory = TitansMemoryConfig(**(memory or {}))
+        if self.memory is None:
+            self.memory = TitansMemoryConfig()
         # Once more than the library does, which would wrap the reason in an error of its own kind.
         self.validate_architecture()
         if self.layer_types is None:
@@ -210,7 +215,7 @@ class TitansConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         # As the library does when it loads a model.
-        memory.dtype = self.dtype
+        self.memory.dtype = self.dtype
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

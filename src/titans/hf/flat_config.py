@@ -68,8 +68,4 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
         memory["half_lives"] = [
             fields.get(name, usual) for name, usual in zip(half_lives, HALF_LIVES, strict=True)
         ]
-    if form.get("normalize_step") is False and form.get("max_step_size") is None:
-        # The default bound had a factor for the number of layers without normalised steps, too.
-        layers = min(fields.get("memory_depth", 2), 2)
-        form["max_step_size"] = layers * (1 - form.get("max_momentum", 0.5)) / fields.get("chunk_size", 16)
     return {**kept, "memory": memory}

@@ -114,4 +114,6 @@ class Lp:
         return torch.where(nothing, float(self.p == 2), torch.where(nothing, 1, size).pow(self.p - 2))
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", squared_error=SquaredError, huber=Huber, lp=Lp)
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective", ("value", "gradient", "curvature"), squared_error=SquaredError, huber=Huber, lp=Lp
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,11 +17,12 @@ class Registry(dict[str, Any], Generic[Part]):
 
     Args:
         argument: what the part is called in an error.
+        methods: what every object of the kind has.
     """
 
-    def __init__(self, argument: str, /, **classes: type[Part]) -> None:
+    def __init__(self, argument: str, methods: Sequence[str] = (), /, **classes: type[Part]) -> None:
         super().__init__(classes)
-        self.argument = argument
+        self.argument, self.methods = argument, methods
 
     def make(self, given: Part | str | Mapping[str, Any]) -> Part:
         """The part that is meant: an object itself, a name, or {"name": …, parameter: …}.
@@ -36,10 +37,15 @@ class Registry(dict[str, Any], Generic[Part]):
                 f"{self.argument}={given!r} is a class: give {given.__name__}(), or its registered name"
             )
         if not isinstance(given, Mapping):
+            if not all(callable(getattr(given, method, None)) for method in self.methods):
+                raise ValueError(
+                    f"{self.argument}={given!r}: give one of {sorted(self)}, a dict with a name and "
+                    f"parameters, or an object with {', '.join(self.methods)}"
+                )
             return given
         parameters = dict(given)
         name = parameters.pop("name", None)
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise ValueError(
                 f"{self.argument}={name!r}: choose one of {sorted(self)}, or import what registers it first"
             )

@@ -295,4 +295,4 @@ def end_coefficients(
     )
 
 
-UPDATE_RULES: Registry[UpdateRule] = Registry("rule", momentum=MomentumRule)
+UPDATE_RULES: Registry[UpdateRule] = Registry("rule", ("coefficients", "end"), momentum=MomentumRule)

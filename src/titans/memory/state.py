@@ -55,6 +55,10 @@ class MemoryState:
         for name, value in zip(("weights", "momentum", "_anchor", "position", "extra"), given, strict=True):
             object.__setattr__(self, name, value)
 
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        # States pickled before an anchor could be absent hold it under its own name.
+        self.__init__(**{name.removeprefix("_"): value for name, value in fields.items()})  # type: ignore[misc]
+
     @classmethod
     def initial(cls, weights: Sequence[Tensor], extra: Sequence[Tensor] = ()) -> MemoryState:
         """A memory that has read nothing: the given weights, each (batch, heads, out, in), and no momentum.

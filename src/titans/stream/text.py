@@ -42,6 +42,13 @@ def token_ids(
                 ) from None
     if isinstance(text, str):
         assert tokenizer is not None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text holds half a character, {text[error.start]!r}, at index {error.start}: give whole "
+                "ones, or bytes"
+            ) from None
         text = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     ids = text if isinstance(text, Tensor) else torch.tensor(text)
     if not ids.numel():

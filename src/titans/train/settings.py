@@ -197,9 +197,9 @@ def current_form(saved: dict[str, Any]) -> dict[str, Any]:
         )
     facts = {new: saved[old] for old, new in _FACTS_WERE.items() if old in saved}
     values = {name: saved[name] for name in saved if name not in (*_FACTS_WERE, "state_passing")}
-    if facts:
-        values["facts"] = facts
-    if "config" in values:
+    if facts and isinstance(values.get("facts", {}), dict):
+        values["facts"] = values.get("facts", {}) | facts
+    if isinstance(values.get("config"), dict):
         values["config"] = nested(values["config"])
     return values
 

@@ -29,7 +29,7 @@ class MemoryForm:
         decay_to_initial: the fast weights are offsets on the learned initial ones, so that forgetting decays
             towards these. Otherwise they start there and decay towards 0, as in equation 13.
         max_momentum: upper bound of the momentum gate, below 1.
-        max_step_size: upper bound of the step-size gate; None for what is safe, see `largest_step`.
+        max_step_size: upper bound of the step-size gate; None for the default of `largest_step`.
         bounded_half_lives: no head ever forgets more slowly than at first, so that the first heads stay
             short-term memories.
         gates_see_keys: gates are functions of the token and of each head's key, which depends on the tokens
@@ -134,16 +134,15 @@ class MemoryForm:
         return InnerProblem(network, OBJECTIVES.make(objective), self.rule(rule))
 
     def largest_step(self, inner: InnerProblem, chunk_size: int) -> float:
-        """The upper bound of the step-size gate: `max_step_size`, or by default what is safe for the chunk.
+        """The upper bound of the step-size gate: `max_step_size`, or min(depth, 2) (1 − max_momentum) /
+        chunk_size.
 
-        With the default a chunk that repeats one token corrects its error at most once in each layer:
-        min(depth, 2) (1 − max_momentum) / chunk_size for normalised steps (docs/decisions/memory.md), and
-        without the factor for others, the largest stable step of a linear memory with unit keys.
+        With the latter and normalised steps a chunk that repeats one token corrects its error at most once in
+        each layer (docs/decisions/memory.md). Steps that are not normalised have no such bound at depth 2.
         """
         if self.max_step_size is not None:
             return self.max_step_size
-        layers = min(inner.network.depth, 2) if inner.rule.normalize_step else 1
-        return layers * (1 - self.max_momentum) / chunk_size
+        return min(inner.network.depth, 2) * (1 - self.max_momentum) / chunk_size
 
 
 def _is_number(value: Any) -> bool:
