@@ -67,8 +67,12 @@ class Registry(dict[str, Any], Generic[Part]):
             ValueError: for a part of a class that is not registered.
         """
         for name, known in self.items():
-            if known is part or known is type(part):
-                return {"name": name, **{field.name: getattr(part, field.name) for field in _fields(known)}}
+            if known is part:
+                return {"name": name}
+            if known is type(part):
+                # Of the object, not of its class, which a compiled graph cannot take.
+                own = fields(part) if is_dataclass(part) else ()  # type: ignore[arg-type]
+                return {"name": name, **{field.name: getattr(part, field.name) for field in own}}
         raise ValueError(
             f"{self.argument}={part!r} is not registered: give its class a name in the registry first"
         )
