@@ -88,7 +88,7 @@ def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     parts=st.lists(st.tuples(st.integers(0, 19), st.sampled_from(["on", "saved", "forked"])), max_size=6),
     seed=st.integers(0, 99),

@@ -59,7 +59,7 @@ def test_any_call(norm, **call) -> None:
     agree(**call, **norm)
 
 
-@settings(max_examples=16)
+@settings(max_examples=10)
 @given(
     resident=st.sampled_from([True, True, False]),
     seed=st.integers(0, 2**20),
