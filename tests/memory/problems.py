@@ -153,6 +153,7 @@ def make_problem(
     time: int = 17,
     heads: int | None = None,
     head_dim: int = 3,
+    key_dim: int | None = None,
     chunk_size: int = 4,
     affine: bool = True,
     mask: str = "none",
@@ -168,6 +169,7 @@ def make_problem(
     """A random call in float64, its numbers of moderate size.
 
     Args:
+        key_dim: width of keys and queries; where it is not that of the values there is no residual.
         mask: "none", "random" or "rows" (random, and the first row has no real token). Masked inputs are NaN.
         reset: "none", "random" (masked tokens too) or "last" (random, and at the last token of every row).
         base: the fast weights are offsets.
@@ -182,7 +184,9 @@ def make_problem(
     parameters = {name: options.pop(name) for name in known if name in options}
     # What a rule registered from outside does not have.
     options = {name: value for name, value in options.items() if name not in RULE_FIELDS}
-    net = MemoryNetwork(head_dim=head_dim, **options)  # type: ignore[arg-type]
+    if key_dim is not None and (key_dim := max(key_dim, NARROWEST)) != head_dim:
+        options["residual"] = False
+    net = MemoryNetwork(head_dim=head_dim, key_dim=key_dim, **options)  # type: ignore[arg-type]
     inner = InnerProblem(net, OBJECTIVES.make(objective), UPDATE_RULES.make({"name": rule, **parameters}))
 
     def normal(*shape: int) -> Tensor:
@@ -194,7 +198,8 @@ def make_problem(
     def weights(*leading: int) -> list[Tensor]:
         return [normal(*leading, *shape) / shape[1] ** 0.5 for shape in net.weight_shapes]
 
-    leaves = {name: normal(batch, time, heads, head_dim) for name in VECTORS}
+    widths = zip(VECTORS, (net.input_dim, net.input_dim, head_dim), strict=True)
+    leaves = {name: normal(batch, time, heads, width) for name, width in widths}
     for name in ("queries", "keys"):
         leaves[name] = torch.nn.functional.normalize(leaves[name], dim=-1, eps=0.1)
     # Small enough to keep the inner loop tame: 1e-10 is to measure the backend and not chaos.

@@ -114,7 +114,9 @@ def test_gates_behind_the_mask_may_be_anything():
         (dict(head_dim=0), "head_dim=0: give a whole number of at least 1"),
         (dict(depth=2.0), "depth=2.0: give a whole number"),
         (dict(expansion=-1), "expansion=-1: give a whole number"),
-        (dict(activation="relu"), r"activation='relu': choose one of \['gelu', 'silu'\]"),
+        (dict(activation="relu"), r"activation='relu': choose one of \['gelu', 'silu', 'sin'\]"),
+        (dict(key_dim=0), "key_dim=0: give a whole number of at least 1"),
+        (dict(key_dim=32, residual=True), "key_dim=32 with head_dim=64: a residual adds the key"),
     ],
 )
 def test_wrong_networks(field, sentence):

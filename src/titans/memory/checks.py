@@ -70,12 +70,13 @@ def check_read(
     base: Sequence[Tensor] | None,
 ) -> None:
     """Checks shared by reading and scanning: queries against the network, the state against both."""
-    if queries.dim() != 4 or queries.shape[-1] != net.head_dim:
+    if queries.dim() != 4 or queries.shape[-1] != net.input_dim:
+        name = "head_dim" if net.key_dim is None else "key_dim"
         raise ValueError(
-            f"queries has shape {tuple(queries.shape)}: give (batch, time, heads, head_dim={net.head_dim})"
+            f"queries has shape {tuple(queries.shape)}: give (batch, time, heads, {name}={net.input_dim})"
         )
     _expect_floating("queries", queries)
-    batch, _, heads, head_dim = queries.shape
+    batch, _, heads, _ = queries.shape
     for part in ("weights", "momentum", "anchor"):
         _check_weights(f"state.{part}", getattr(state, part), net, (batch, heads), "(batch, heads, out, in)")
     if state.position is None:
@@ -87,7 +88,7 @@ def check_read(
         if tensor is not None:
             if not net.norm:
                 raise ValueError(f"{name} is given but the network has norm=False: leave it out")
-            _expect_shape(name, tensor, (heads, head_dim), "(heads, head_dim)")
+            _expect_shape(name, tensor, (heads, net.head_dim), "(heads, head_dim)")
             _expect_floating(name, tensor)
     if base is not None:
         _check_weights("base", base, net, (heads,), "(heads, out, in)")
@@ -108,8 +109,9 @@ def check_scan(problem: ScanProblem) -> None:
     p, queries, net = problem, problem.queries, problem.inner.network
     check_read(net, queries, p.state, p.norm_weight, p.norm_bias, p.base)
     batch, time, heads, _ = queries.shape
+    _expect_shape("keys", p.keys, queries.shape, "the shape of queries")
+    _expect_shape("values", p.values, (batch, time, heads, net.head_dim), "(batch, time, heads, head_dim)")
     for name, tensor in (("keys", p.keys), ("values", p.values)):
-        _expect_shape(name, tensor, queries.shape, "the shape of queries")
         _expect_floating(name, tensor)
     if type(p.chunk_size) is not int or p.chunk_size < 1:
         raise ValueError(f"chunk_size={p.chunk_size!r}: give a whole number of at least 1")

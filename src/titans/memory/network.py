@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-5
-# The largest slope of both activations lies just under this (GELU 1.1289, SiLU 1.0998).
+# The largest slope of every activation lies just under this (GELU 1.1289, SiLU 1.0998, sin 1).
 ACTIVATION_SLOPE = 1.13
 
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "sin": torch.sin}
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -27,6 +27,7 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "silu": _silu_backward,
+    "sin": lambda grad, x: grad * torch.cos(x),
 }
 
 
@@ -38,12 +39,14 @@ class MemoryNetwork:
     the network is f(x) = W_L h_{L-1}; then LayerNorm(f) · gain + bias if `norm`; then + x if `residual`.
 
     Args:
-        head_dim: width of keys, queries and values of one head.
+        head_dim: width of values and answers of one head.
         depth: number of weight matrices; 1 is a linear memory.
         expansion: hidden width divided by `head_dim` (no hidden layer at depth 1).
-        activation: "gelu" (exact, erf) or "silu".
+        activation: "gelu" (exact, erf), "silu" or "sin".
         residual: add the input to the output.
         norm: LayerNorm on the output, its gain and bias being slow weights.
+        key_dim: width of keys and queries, None for `head_dim`. Features of a key, which another layer
+            computes, are usually more than the value has numbers; W_1 is then rectangular.
         normalize_step: where a network is given in place of an `InnerProblem`, the momentum rule's option of
             this name; nothing else looks at it.
 
@@ -60,19 +63,31 @@ class MemoryNetwork:
     residual: bool = True
     norm: bool = True
     normalize_step: bool = False
+    key_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("head_dim", "depth", "expansion"):
+        for name in ("head_dim", "depth", "expansion", "input_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
+                argument = "key_dim" if name == "input_dim" else name
+                raise ValueError(f"{argument}={value!r}: give a whole number of at least 1")
+        if self.residual and self.input_dim != self.head_dim:
+            raise ValueError(
+                f"key_dim={self.key_dim} with head_dim={self.head_dim}: a residual adds the key to the "
+                "answer, so give residual=False or equal widths"
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
 
     @property
+    def input_dim(self) -> int:
+        """The width of keys and queries."""
+        return self.head_dim if self.key_dim is None else self.key_dim
+
+    @property
     def weight_shapes(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of W_1 … W_L."""
-        widths = [self.head_dim] + [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
+        widths = [self.input_dim] + [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
         return tuple((out, inp) for inp, out in pairwise(widths))
 
     def total(self, fast: Sequence[Tensor], base: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
@@ -80,7 +95,7 @@ class MemoryNetwork:
         return tuple(fast) if base is None else tuple(w + b for w, b in zip(fast, base, strict=True))
 
     def features(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, head_dim), W (…, out,
+        """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, input_dim), W (…, out,
         in)."""
         inputs, outputs = [x], []
         for weight in weights:
@@ -100,7 +115,8 @@ class MemoryNetwork:
     def __call__(
         self, weights: Sequence[Tensor], x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """M(x; weights): x (…, rows, head_dim), weights (…, out, in), gain and bias broadcast against x."""
+        """M(x; weights): x (…, rows, input_dim), weights (…, out, in), to (…, rows, head_dim); gain and bias
+        broadcast against the answer."""
         return self.finish(self.features(weights, x)[1][-1], x, gain, bias)
 
     def slope_square(self, features: Tensor, gain: Tensor | None) -> Tensor:

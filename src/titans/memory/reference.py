@@ -83,5 +83,5 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         state = where_rows(real, where_rows(chunk_ends, closed, written), state)
 
     if not time:
-        return torch.zeros_like(problem.queries), state, problem.keys.new_zeros(batch, 0, heads)
+        return torch.zeros_like(problem.values), state, problem.keys.new_zeros(batch, 0, heads)
     return torch.stack(reads, 1), state, torch.stack(surprises, 1).detach()

@@ -57,7 +57,9 @@ def memory_scan(
     Args:
         inner: the inner problem of one head; or its network alone, which means the squared error and the
             momentum rule.
-        queries, keys, values: (batch, time, heads, head_dim), any floating dtype.
+        queries, keys: (batch, time, heads, key_dim), any floating dtype; key_dim is head_dim unless the
+            network has one of its own.
+        values: (batch, time, heads, head_dim).
         forget, momentum, step_size: alpha, eta, theta, (batch, time, heads, depth); the first two in the
             closed interval [0, 1], the third not negative.
         state: what the rows have learned so far; see `MemoryState.initial`.
@@ -114,7 +116,7 @@ def memory_read(
 
     Args:
         inner: as in `memory_scan`.
-        queries: (batch, time, heads, head_dim).
+        queries: (batch, time, heads, key_dim).
         norm_weight, norm_bias: (heads, head_dim).
         base: as in `memory_scan`.
 

@@ -103,8 +103,8 @@ def _scan(flat: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 @_scan.register_fake
 def _(flat: Sequence[Tensor], there: Sequence[bool], inner: str, *rest: Any) -> list[Tensor]:
     leaves = _structure(InnerProblem.described(inner)).num_leaves
-    queries = flat[leaves]
-    return _fresh_like([queries, queries[..., 0], *flat[:leaves]])
+    values = flat[leaves + 2]
+    return _fresh_like([values, values[..., 0], *flat[:leaves]])
 
 
 @library.custom_op(

@@ -87,10 +87,10 @@ def _scan_ragged(
     problem: ScanProblem, run: ScanChunks, columns: Columns
 ) -> tuple[Tensor, MemoryState, Tensor]:
     """Rows at different phases, masked tokens, resets: gather into columns, scan, put back."""
-    batch, time, heads, head_dim = problem.keys.shape
+    batch, time, heads, _ = problem.keys.shape
     _, num_chunks, width = columns.filled.shape
     state = problem.state
-    reads, surprises = torch.zeros_like(problem.queries), problem.keys.new_zeros(batch, time, heads)
+    reads, surprises = torch.zeros_like(problem.values), problem.keys.new_zeros(batch, time, heads)
     if num_chunks:
         filled = columns.filled.flatten(1)[..., None, None]
 
@@ -130,7 +130,7 @@ def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, Memory
     if problem.read_anchor:
         run = scan_anchored_chunks
     if time == 0:
-        return torch.zeros_like(problem.queries), problem.state, problem.keys.new_zeros(batch, 0, heads)
+        return torch.zeros_like(problem.values), problem.state, problem.keys.new_zeros(batch, 0, heads)
     parts = cut(problem.state.position, time, problem.chunk_size, problem.mask, problem.reset)
     if isinstance(parts, Columns):
         return _scan_ragged(problem, run, parts)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from titans.memory.backends.known import refuses_parts
+from titans.memory.backends.known import refuses_network, refuses_parts
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.scan import chunkwise_scan, scan_laid_out
 from titans.memory.problem import ScanProblem
@@ -43,7 +43,7 @@ def refuses(problem: ScanProblem) -> str | None:
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if not interpreted() and not _is_new_enough(keys.device):
         return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
-    if reason := refuses_parts(problem.inner):
+    if reason := refuses_parts(problem.inner) or refuses_network(net):
         return reason
     if keys.dtype == torch.float64 and not interpreted():
         return "it computes in float32, and the problem is in float64"
