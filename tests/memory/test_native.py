@@ -1,4 +1,4 @@
-"""The compiled backend where it cannot run: a sentence, and the next backend."""
+"""The compiled backend where it cannot run (a sentence, and the next backend), and paths that only it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from titans.memory.backends.native import build, missing
 from titans.nn import kernels
 
 from ..tolerances import FLOAT64, assert_close
-from .problems import answers, everything, make_problem
+from .problems import answers, assert_same, everything, make_problem
 
 
 @pytest.fixture
@@ -127,7 +127,15 @@ def test_forward_mode_and_giant_chunks_are_left_to_the_next_backend(monkeypatch)
 @pytest.mark.parametrize(
     "objective", ["squared_error", {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}]
 )
-@pytest.mark.parametrize("options", [dict(norm=False, row_limit=0.7), dict(activation="silu", base=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(norm=False, row_limit=0.7),
+        dict(activation="silu", base=True),
+        dict(key_dim=32, depth=1, norm=False),
+        dict(key_dim=8, activation="sin", base=True),
+    ],
+)
 def test_a_token_without_autograd_is_the_oracle(objective, options):
     # A head of whole vectors, which has a loop of its own.
     problem = make_problem(
@@ -142,12 +150,56 @@ def test_a_token_without_autograd_is_the_oracle(objective, options):
                 assert_close(answers(*found)[name], value, FLOAT64, f"{name} after token {t}")
 
 
+@pytest.mark.parametrize(("key_dim", "head_dim"), [(37, 11), (11, 37), (40, 6)])
+@pytest.mark.parametrize("options", [dict(depth=1), dict(activation="sin", expansion=1)])
+def test_widths_that_differ_by_vectors(key_dim, head_dim, options):
+    # More than a vector register in either direction, and no multiple of one.
+    problem = make_problem(
+        time=30, key_dim=key_dim, head_dim=head_dim, chunk_size=11, base=True, normalize_step=True, **options
+    )
+    assert_same(everything(problem, "native"), everything(problem, "reference"), FLOAT64)
+
+
+def test_sin_of_large_numbers():
+    numbers = torch.linspace(-100, 100, 64, dtype=torch.float64)
+    problem = make_problem(
+        batch=1, heads=1, time=1, head_dim=64, expansion=1, activation="sin", norm=False, residual=False
+    ).require_grad()
+    # Nothing is written, and the one query reads the first layer's first column.
+    with torch.no_grad():
+        for name in ("forget", "momentum", "step_size", "queries", "state.momentum.0", "state.momentum.1"):
+            problem.leaves[name].zero_()
+        problem.leaves["queries"][..., 0] = 1
+        for part in ("weights", "anchor"):
+            problem.leaves[f"state.{part}.0"][..., 0] = numbers
+            problem.leaves[f"state.{part}.1"].copy_(torch.eye(64))
+    reads, _, _ = problem.scan("native")
+    (slope,) = torch.autograd.grad(reads.sum(), problem.leaves["state.weights.0"])
+    assert_close(reads[0, 0, 0], numbers.sin(), 1e-15, "sin")
+    assert_close(slope[0, 0, :, 0], numbers.cos(), 1e-15, "cos")
+
+
 @pytest.mark.parametrize("backend", ["native_bfloat16"])
-@pytest.mark.parametrize(("head_dim", "chunk_size"), [(40, 24), (16, 5), (64, 16)])
-def test_bfloat16_operands_cost_what_their_rounding_does(backend, head_dim, chunk_size):
+@pytest.mark.parametrize(
+    ("head_dim", "chunk_size", "options"),
+    [
+        (40, 24, {}),
+        (16, 5, {}),
+        (64, 16, {}),
+        (24, 16, dict(key_dim=72, depth=1)),
+        (40, 16, dict(key_dim=24, activation="sin")),
+    ],
+)
+def test_bfloat16_operands_cost_what_their_rounding_does(backend, head_dim, chunk_size, options):
     # Wider than a tile, and no multiple of one, in every direction.
     problem = make_problem(
-        time=60, head_dim=head_dim, chunk_size=chunk_size, expansion=3, base=True, closed_gates=False
+        time=60,
+        head_dim=head_dim,
+        chunk_size=chunk_size,
+        expansion=3,
+        base=True,
+        closed_gates=False,
+        **options,
     ).to(torch.float32)
     exact, rounded = everything(problem, "native")[0], everything(problem, backend)[0]
     errors = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titans.memory.backends.known import objective_switch, refuses_network, refuses_parts
+from titans.memory.backends.known import ACTIVATION_SWITCH, objective_switch, refuses_parts
 from titans.memory.backends.native.build import missing
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.groups import Arguments, Marks, Slow, Tokens, refuse_second_derivatives
@@ -34,7 +34,7 @@ def refuses(problem: ScanProblem) -> str | None:
     """Why the compiled loop cannot run this problem, or None."""
     if problem.keys.device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
-    if reason := refuses_parts(problem.inner) or refuses_network(problem.inner.network):
+    if reason := refuses_parts(problem.inner):
         return reason
     if torch.autograd.forward_ad._current_level >= 0:
         return "it has no forward-mode derivatives; call it outside of dual_level()"
@@ -73,10 +73,11 @@ def _sizes(inner: InnerProblem, narrow: bool) -> tuple[list[int], list[float]]:
     assert isinstance(rule, MomentumRule)
     hidden = net.head_dim * net.expansion
     limited = rule.row_limit is not None
-    flags = (net.activation == "gelu", net.residual, net.norm, rule.normalize_step, limited, narrow)
+    flags = (net.residual, net.norm, rule.normalize_step, limited, narrow)
     kind, parameter = objective_switch(inner.objective)
     numbers = [rule.length_floor, rule.row_limit or 0.0, parameter]
-    return [net.depth, net.head_dim, hidden, *map(int, flags), kind], numbers
+    widths = [net.input_dim, net.head_dim, hidden]
+    return [net.depth, *widths, ACTIVATION_SWITCH[net.activation], *map(int, flags), kind], numbers
 
 
 def _problem(

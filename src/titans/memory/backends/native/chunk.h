@@ -49,7 +49,7 @@ struct Fast {
 template <class T>
 struct Tape {
   int slots;
-  T *queries, *keys, *values;            // (head_dim, slots)
+  T *queries, *keys, *values;             // (features, slots)
   TokenMatrices<T> inputs, inputs_right;  // h_{l-1} of the keys; right: (slots, in)
   TokenMatrices<T> outputs, above, deltas, scaled;
   TokenMatrices<T> slopes, curvatures, read_slopes;  // act' and act'' of the outputs, act' of the answers
@@ -69,8 +69,8 @@ struct Tape {
     const auto one = [](int) { return 1; };
     const auto square = [&](int) { return slots; };
     const auto make = [&](const auto& of) { return TokenMatrices<T>(net, slots, arena, of); };
-    queries = arena.take<T>(net.head_dim * slots);
-    keys = arena.take<T>(net.head_dim * slots);
+    queries = arena.take<T>(net.key_dim * slots);
+    keys = arena.take<T>(net.key_dim * slots);
     values = arena.take<T>(net.head_dim * slots);
     surprise = arena.take<T>(slots);
     inputs = make(in), inputs_right = make(in_padded), reads = make(in), reads_right = make(in_padded);
@@ -101,7 +101,7 @@ struct Scratch {
 
   Scratch(const Network& net, int slots, Arena& arena) {
     // At least a vector for each feature: `slots` are whole vectors.
-    const int most = std::max(padded(std::max(net.head_dim, net.hidden), kLanes<T>), slots);
+    const int most = std::max(padded(net.widest(), kLanes<T>), slots);
     wide = arena.take<T>(most * slots), wide2 = arena.take<T>(most * slots), wide3 = arena.take<T>(most * slots);
     square = arena.take<T>(slots * slots), square2 = arena.take<T>(slots * slots);
     norm = arena.take<T>((4 * net.head_dim + 8) * slots);
@@ -131,7 +131,7 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
     product<false>(out, slots, in, now.total[l], stride, tape.inputs[l], slots, assign(tape.outputs[l], slots));
     if (l < last)
       activate(
-          net.gelu, out * slots, tape.outputs[l], tape.inputs[l + 1], tape.slopes[l], tape.curvatures[l]);
+          net.activation, out * slots, tape.outputs[l], tape.inputs[l + 1], tape.slopes[l], tape.curvatures[l]);
     to_right(in, slots, stride, tape.inputs[l], tape.inputs_right[l]);
   }
   objective(
@@ -237,7 +237,7 @@ void run_chunk(
     for (int n = 0; n < slots * slots; ++n) scratch.square[n] = tape.similarity[l][n] * c.steps[n];
     product<false>(out, slots, slots, tape.scaled[l], slots, scratch.square, slots, subtract(answer, slots));
     if (l + 1 < net.depth)
-      activate<T>(net.gelu, out * slots, answer, tape.reads[l + 1], tape.read_slopes[l], nullptr);
+      activate<T>(net.activation, out * slots, answer, tape.reads[l + 1], tape.read_slopes[l], nullptr);
     write_layer(net, l, now, next, base ? (*base)[l] : nullptr, complete, tape, scratch);
   }
   finish(net, slots, tape.answers[net.depth - 1], tape.queries, affine, answers, scratch.norm);

@@ -40,9 +40,9 @@ struct TokenGradients {
     const auto make = [&](const auto& of) { return TokenMatrices<T>(net, slots, arena, of); };
     by_read = make(out), by_key = make(out), scaled = make(out), bends = make(out), inputs = make(in);
     above_right = make(in_padded), normalizers = make(one), input_squares = make(one);
-    const int most = std::max(net.head_dim, net.hidden);
+    const int most = net.widest();
     deposit_weights = arena.take<T>(most * slots), deposit_momentum = arena.take<T>(most * slots);
-    queries = arena.take<T>(net.head_dim * slots), keys = arena.take<T>(net.head_dim * slots);
+    queries = arena.take<T>(net.key_dim * slots), keys = arena.take<T>(net.key_dim * slots);
     values = arena.take<T>(net.head_dim * slots);
     bound = arena.take<T>(slots);
     weight_squares.resize(net.depth);
@@ -199,7 +199,7 @@ void key_backward(
         net.out(l + 1), slots, out, now.total[l + 1], stride, above_grad, slots, add(found.scaled[l + 1], slots));
     to_right(out, slots, stride, above_grad, found.above_right[l + 1]);
   }
-  std::fill_n(found.keys, net.head_dim * slots, T(0));
+  std::fill_n(found.keys, net.key_dim * slots, T(0));
   objective_backward(
       net, slots, tape.outputs[last], tape.keys, tape.values, affine, found.scaled[last],
       net.normalize ? found.bound : nullptr, found.by_key[last], found.keys, found.values,
@@ -227,7 +227,7 @@ void key_backward(
     };
     product<false>(out, stride, slots, tape.deltas[l], slots, found.above_right[l], stride, with_squares);
   }
-  add_all(net.head_dim * slots, found.inputs[0], found.keys);
+  add_all(net.key_dim * slots, found.inputs[0], found.keys);
 }
 
 // answers_grad: (head_dim, slots). `shared`: before the chunk the anchor was the weights.

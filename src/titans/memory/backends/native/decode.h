@@ -1,5 +1,5 @@
 // One token of one head without autograd, which is decoding: each weight is read and written once, in place of the
-// chunk's matrix products, and nothing is copied. A vector runs along a weight row; head_dim is whole vectors.
+// chunk's matrix products, and nothing is copied. A vector runs along a weight row; every width is whole vectors.
 #pragma once
 
 #include "chunk.h"
@@ -21,7 +21,7 @@ struct TokenBuffers {
   std::vector<T> surprise, input_squares, weight_squares, bounds, normalizers;
 
   TokenBuffers(Arena& arena, const Network& net) {
-    const int most = std::max(net.head_dim, net.hidden);
+    const int most = net.widest();
     const auto width = [&](int) { return most; };
     const auto make = [&] { return TokenMatrices<T>(net, 1, arena, width); };
     inputs = make(), outputs = make(), slopes = make(), deltas = make();
@@ -42,7 +42,7 @@ void run_token(
     const Vector<T> anchor = load(state.anchor[l] + i);
     return state.base.empty() ? anchor : anchor + load(state.base[l] + i);
   };
-  std::copy_n(key, net.head_dim, at.inputs[0]);
+  std::copy_n(key, net.key_dim, at.inputs[0]);
   for (int l = 0; l <= last; ++l) {
     const int in = net.in(l), out = net.out(l);
     const T* x = at.inputs[l];
@@ -58,7 +58,7 @@ void run_token(
     }
     at.weight_squares[l] = sum_of<T>(squares);
     dot_columns(in, 1, x, x, &at.input_squares[l]);
-    if (l < last) activate<T>(net.gelu, out, at.outputs[l], at.inputs[l + 1], at.slopes[l], nullptr);
+    if (l < last) activate<T>(net.activation, out, at.outputs[l], at.inputs[l + 1], at.slopes[l], nullptr);
   }
   objective(
       net, 1, at.outputs[last], key, value, affine, at.deltas[last], at.surprise.data(), &at.bounds[last],
@@ -82,7 +82,7 @@ void run_token(
         store(above + j, load(above + j) + at.deltas[l + 1][i] * total(l + 1, std::ptrdiff_t(i) * in + j));
     multiply(in, above, at.slopes[l], above);
   }
-  std::copy_n(query, net.head_dim, at.read);
+  std::copy_n(query, net.key_dim, at.read);
   for (int l = 0; l <= last; ++l) {
     const int in = net.in(l), out = net.out(l);
     const Gates<T>& gate = gates[l];
@@ -105,7 +105,7 @@ void run_token(
       const T scale = complete ? row_scale(net, sum_of<T>(squares)) : T(1);
       for (int j = 0; scale != T(1) && j < in; ++j) state.next_weights[l][std::ptrdiff_t(i) * in + j] *= scale;
     }
-    if (l < last) activate<T>(net.gelu, out, at.answer, at.read, nullptr, nullptr);
+    if (l < last) activate<T>(net.activation, out, at.answer, at.read, nullptr, nullptr);
   }
   finish(net, 1, at.answer, query, affine, answer, at.scratch);
 }

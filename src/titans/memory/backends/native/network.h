@@ -14,38 +14,46 @@ constexpr double kActivationSlope = 1.13;
 
 // The inner problem of one head.
 struct Network {
-  int depth, head_dim, hidden;
-  bool gelu, residual, norm, normalize;
+  int depth, key_dim, head_dim, hidden;
+  enum Activation { kGelu, kSilu, kSin } activation;
+  bool residual, norm, normalize;  // a residual needs equal key_dim and head_dim
   bool limited;  // rows longer than `row_limit` are shortened to it where a chunk ends
   bool narrow;
   enum Objective { kSquaredError, kHuber, kLp } objective;
   double length_floor, row_limit, parameter;  // the last is the objective's: delta or p
 
-  int in(int layer) const { return layer ? hidden : head_dim; }
+  int in(int layer) const { return layer ? hidden : key_dim; }
   int out(int layer) const { return layer + 1 < depth ? hidden : head_dim; }
+  int widest() const { return std::max(key_dim, depth > 1 ? std::max(head_dim, hidden) : head_dim); }
 };
 
 // h = act(z) and, where they are wanted, act'(z) and act''(z).
 template <class T>
-inline void activate(bool gelu, int n, const T* z, T* h, T* slope, T* curvature) {
+inline void activate(Network::Activation kind, int n, const T* z, T* h, T* slope, T* curvature) {
   using V = at::vec::Vectorized<T>;
   const V half(T(0.5)), one(T(1)), two(T(2));
   for (int i = 0; i < n; i += V::size()) {
     const V x = V::loadu(z + i);
-    if (gelu) {
+    if (kind == Network::kGelu) {
       const V area = half * (one + (x * V(T(M_SQRT1_2))).erf());
       (x * area).store(h + i);
       if (!slope) continue;
       const V density = V(T(0.5 * M_SQRT1_2 * M_2_SQRTPI)) * (x * x * half.neg()).exp();
       (area + x * density).store(slope + i);
       if (curvature) (density * (two - x * x)).store(curvature + i);
-    } else {
+    } else if (kind == Network::kSilu) {
       const V gate = one / (one + x.neg().exp());
       (x * gate).store(h + i);
       if (!slope) continue;
       const V closed = one - gate;
       (gate * (one + x * closed)).store(slope + i);
       if (curvature) (gate * closed * (two + x * (one - two * gate))).store(curvature + i);
+    } else {
+      const V wave = x.sin();
+      wave.store(h + i);
+      if (!slope) continue;
+      x.cos().store(slope + i);
+      if (curvature) wave.neg().store(curvature + i);
     }
   }
 }
@@ -148,7 +156,7 @@ inline void layer_norm_backward(
       to[i * slots + t] = scale[t] * (grad[i * slots + t] - mean[t] - normed[i * slots + t] * along[t]);
 }
 
-// M(x) from f(x): LayerNorm and residual.
+// M(x) from f(x): LayerNorm and residual. x is looked at for a residual only: it may have another width.
 template <class T>
 inline void finish(
     const Network& net, int slots, const T* features, const T* x, Affine<T> affine, T* answers, T* scratch) {
@@ -162,7 +170,10 @@ inline void finish(
         answers[i * slots + t] = answers[i * slots + t] * affine.scale(i) + affine.shift(i);
     from = answers;
   }
-  for (int i = 0; i < d * slots; ++i) answers[i] = net.residual ? from[i] + x[i] : from[i];
+  if (net.residual)
+    for (int i = 0; i < d * slots; ++i) answers[i] = from[i] + x[i];
+  else if (from != answers)
+    std::copy_n(from, d * slots, answers);
 }
 
 // Gradients of f(x), gain and bias (these are added to) through `finish`; the residual is the caller's.

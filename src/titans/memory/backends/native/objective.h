@@ -46,12 +46,14 @@ inline void lp_curvatures_backward(
     }
 }
 
-// M(k) − v of feature i; x: LayerNorm(f), or f without a norm.
+// M(k) − v of feature i, which stands at `at`; x: LayerNorm(f), or f without a norm. Keys of another width than the
+// values are not looked at.
 template <class T>
-inline T error_at(const Network& net, Affine<T> affine, int i, T x, T key, T value) {
-  T answer = net.norm ? x * affine.scale(i) + affine.shift(i) : x;
-  if (net.residual) answer += key;
-  return answer - value;
+inline T error_at(
+    const Network& net, Affine<T> affine, int i, int at, const T* x, const T* keys, const T* values) {
+  T answer = net.norm ? x[at] * affine.scale(i) + affine.shift(i) : x[at];
+  if (net.residual) answer += keys[at];
+  return answer - values[at];
 }
 
 template <class T>
@@ -59,7 +61,7 @@ inline void errors(
     const Network& net, int slots, const T* x, const T* keys, const T* values, Affine<T> affine, T* error) {
   for (int i = 0; i < net.head_dim; ++i)
     for (int at = i * slots; at < (i + 1) * slots; ++at)
-      error[at] = error_at(net, affine, i, x[at], keys[at], values[at]);
+      error[at] = error_at(net, affine, i, at, x, keys, values);
 }
 
 // φ′ of each error of `errors`, Σ φ of each slot, and a bound on φ″ between its errors and 0, (slots,) each. Without
@@ -75,7 +77,7 @@ inline void losses(
     for (int i = 0; i < d; ++i)
       for (int t = 0; t < slots; ++t) {
         const int at = i * slots + t;
-        const T error = error_at(net, affine, i, x[at], keys[at], values[at]);
+        const T error = error_at(net, affine, i, at, x, keys, values);
         surprise[t] += error * error;
         slopes[at] = 2 * error;
       }
@@ -85,7 +87,7 @@ inline void losses(
     for (int i = 0; i < d; ++i)
       for (int t = 0; t < slots; ++t) {
         const int at = i * slots + t;
-        const T error = error_at(net, affine, i, x[at], keys[at], values[at]);
+        const T error = error_at(net, affine, i, at, x, keys, values);
         const T within = std::max(-delta, std::min(error, delta));
         surprise[t] += within * (2 * error - within);
         slopes[at] = 2 * within;
@@ -187,7 +189,7 @@ inline void objective_backward_of(
   for (int i = 0; i < d; ++i)
     for (int t = 0; t < slots; ++t) {
       const int at = i * slots + t;
-      if (Squared) error[at] = 2 * error_at(net, affine, i, normed[at], keys[at], values[at]);
+      if (Squared) error[at] = 2 * error_at<T>(net, affine, i, at, normed, keys, values);
       const T scaled = error[at] * affine.scale(i);
       mean[t] += scaled;
       along[t] += scaled * normed[at];

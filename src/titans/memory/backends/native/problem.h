@@ -17,9 +17,20 @@ const T* data(const OptionalTensor& x) {
 }
 
 inline Network network(at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  return {int(sizes[0]),  int(sizes[1]),  int(sizes[2]), bool(sizes[3]), bool(sizes[4]),
-          bool(sizes[5]), bool(sizes[6]), bool(sizes[7]), bool(sizes[8]), Network::Objective(sizes[9]),
-          numbers[0],     numbers[1],     numbers[2]};
+  return {int(sizes[0]),
+          int(sizes[1]),
+          int(sizes[2]),
+          int(sizes[3]),
+          Network::Activation(sizes[4]),
+          bool(sizes[5]),
+          bool(sizes[6]),
+          bool(sizes[7]),
+          bool(sizes[8]),
+          bool(sizes[9]),
+          Network::Objective(sizes[10]),
+          numbers[0],
+          numbers[1],
+          numbers[2]};
 }
 
 // The arguments of a scan: tokens (chunks, rows, width, …), gates (chunks, depth, rows, width), flags (chunks, rows).
@@ -60,8 +71,9 @@ struct Problem {
   }
   bool starts_fresh(int n, int row) const { return fresh && fresh[n * rows + row]; }
   bool completes(int n, int row) const { return complete[n * rows + row]; }
-  std::ptrdiff_t token_offset(int n, int row) const {
-    return (std::ptrdiff_t(n) * rows + row) * width * net.head_dim;
+  // Where a chunk's tokens, of `features` numbers each, begin.
+  std::ptrdiff_t token_offset(int n, int row, int features) const {
+    return (std::ptrdiff_t(n) * rows + row) * width * features;
   }
   std::ptrdiff_t gate_offset(int n, int l, int row) const {
     return ((std::ptrdiff_t(n) * net.depth + l) * rows + row) * width;
@@ -95,14 +107,14 @@ void store_matrix(const Network& net, int l, const T* from, Tensor& to, std::ptr
 
 template <class T>
 void load_tokens(const Problem<T>& problem, int n, int row, const Tensor& from, T* to) {
-  const int d = problem.net.head_dim, slots = problem.slots;
+  const int d = from.size(-1), slots = problem.slots;
   if (problem.width < slots) std::fill_n(to, d * slots, T(0));
-  transpose(problem.width, d, from.const_data_ptr<T>() + problem.token_offset(n, row), d, to, slots);
+  transpose(problem.width, d, from.const_data_ptr<T>() + problem.token_offset(n, row, d), d, to, slots);
 }
 template <class T>
 void store_tokens(const Problem<T>& problem, int n, int row, const T* from, Tensor& to) {
-  const int d = problem.net.head_dim;
-  T* target = to.data_ptr<T>() + problem.token_offset(n, row);
+  const int d = to.size(-1);
+  T* target = to.data_ptr<T>() + problem.token_offset(n, row, d);
   transpose(d, problem.width, from, problem.slots, target, d);
 }
 

@@ -104,7 +104,6 @@ const Matrices<T>* load_base(const Problem<T>& problem, int row, const Matrices<
 template <class T>
 void forward_token(const Problem<T>& problem, Tensors& results) {
   const Network& net = problem.net;
-  const int d = net.head_dim;
   const auto run_row = [&](TokenBuffers<T>& at, int row) {
     Plain<T> state;
     std::vector<Gates<T>> gates;
@@ -120,10 +119,13 @@ void forward_token(const Problem<T>& problem, Tensors& results) {
       state.next_momentum.push_back(results[2 + net.depth + l].template data_ptr<T>() + here);
       gates.push_back(problem.gates(0, l, row));
     }
-    const auto token = [&](int which) { return problem.tokens[which].template const_data_ptr<T>() + row * d; };
+    const auto token = [&](int which) {
+      const Tensor& tokens = problem.tokens[which];
+      return tokens.template const_data_ptr<T>() + row * tokens.size(-1);
+    };
     run_token(
         net, state, problem.affine(row), token(0), token(1), token(2), gates, problem.completes(0, row), at,
-        results[0].template data_ptr<T>() + row * d);
+        results[0].template data_ptr<T>() + row * net.head_dim);
     results[1].template data_ptr<T>()[row] = at.surprise[0];
   };
   for_rows<TokenBuffers<T>>(problem.rows, false, run_row, net);
@@ -143,8 +145,9 @@ Tensors forward(const Problem<T>& problem, int group, bool keep, bool ragged) {
   for (int part = 0; part < (give_anchor ? 3 : 2); ++part)
     for (int l = 0; l < net.depth; ++l)
       results.push_back(at::empty({problem.rows, net.out(l), net.in(l)}, options));
-  if (!give_anchor && !problem.filled && problem.chunks == 1 && problem.width == 1 &&
-      net.head_dim % std::max<int>(kLanes<T>, at::vec::Vectorized<T>::size()) == 0) {
+  const int vector = std::max<int>(kLanes<T>, at::vec::Vectorized<T>::size());
+  if (!give_anchor && !problem.filled && problem.chunks == 1 && problem.width == 1 && net.head_dim % vector == 0 &&
+      net.key_dim % vector == 0) {
     forward_token(problem, results);
     return results;
   }
