@@ -1,4 +1,4 @@
-"""Draw which keys each variant's attention reads, as measured in a running model.
+"""Draw which keys each variant's attention reads, as measured by gradients.
 
 python examples/draw_attention.py [attention.png]
 """

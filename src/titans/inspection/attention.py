@@ -1,22 +1,23 @@
-"""Which keys each token's attention reads, measured by gradients in a running model, not read off masks."""
+"""Which keys each token's attention reads, measured by gradients in a model's layers, not read off masks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from titans.hf import TitansForCausalLM
 from titans.nn.attention.full import FullAttention
 from titans.nn.attention.segment import SegmentAttention
 from titans.nn.attention.window import WindowAttention
 
+Attention = FullAttention | SegmentAttention | WindowAttention
 Kind = Literal["persistent", "context", "tokens"]
 _COLOURS: dict[Kind, str] = {"persistent": "#8a8f98", "context": "#d9822b", "tokens": "#2b6cb0"}
 
@@ -36,9 +37,10 @@ class SeenKeys:
 def seen_keys(model: TitansForCausalLM, num_tokens: int) -> list[SeenKeys]:
     """Which keys the attention layers of a model read over one call of num_tokens.
 
-    A query reads a key if its attention output has a gradient with respect to the key's projection, all other
-    paths between the two being cut. This takes a backward pass for each token and layer, so that two or three
-    segments or windows are enough tokens.
+    Every layer is called with random inputs as its block calls it, but with queries of 0, which give all keys
+    that are visible the same weight and depend on no input. So a query reads a key if its output has a
+    gradient with respect to what the key is made of. This takes a backward pass for each token and layer:
+    two or three segments or windows are enough tokens.
 
     Returns:
         One for each attention layer, in order; none for a model without attention.
@@ -49,15 +51,11 @@ def seen_keys(model: TitansForCausalLM, num_tokens: int) -> list[SeenKeys]:
     if num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens}: give at least 1")
     found = []
-    ids = (torch.arange(num_tokens, device=model.device) % model.config.vocab_size)[None]
     for name, module in model.named_modules():
-        if not isinstance(module, (FullAttention, SegmentAttention, WindowAttention)):
-            continue
-        with _projections(module) as (keys, outputs), torch.enable_grad():
-            model(ids, use_cache=False)
-            queries = torch.cat(outputs, 1)[0].flatten(1).sum(1)
-            rows = [_read_by(query, keys) for query in queries]
-        found.append(SeenKeys(name, {kind: np.stack([row[kind] for row in rows]) for kind in rows[0]}))
+        if isinstance(module, Attention):
+            block = model.get_submodule(name.rpartition(".")[0])
+            seen = _seen_by(module, getattr(block, "persistent", None), num_tokens)
+            found.append(SeenKeys(name, seen))
     return found
 
 
@@ -89,43 +87,47 @@ def draw_seen_keys(path: Path, layers: Mapping[str, SeenKeys]) -> None:
     plt.close(figure)
 
 
-def _read_by(query: Tensor, keys: list[tuple[Kind, Tensor]]) -> dict[Kind, np.ndarray]:
-    """Which keys of each kind one query's output, a scalar, depends on, (keys,) bool each."""
-    leaves = [leaf for _, leaf in keys]
-    gradients = torch.autograd.grad(
-        query, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    read: dict[Kind, list[np.ndarray]] = {}
-    for (kind, _), gradient in zip(keys, gradients, strict=True):
-        read.setdefault(kind, []).append((gradient.flatten(0, -2) != 0).any(-1).cpu().numpy())
-    return {kind: np.concatenate(parts) for kind, parts in read.items()}
+def _seen_by(attention: Attention, persistent: Tensor | None, num_tokens: int) -> dict[Kind, np.ndarray]:
+    """For each kind of key that a layer has, (queries, keys) bool."""
+    projection = attention.qkv if isinstance(attention, FullAttention) else attention.query
+    weight = projection.weight.detach()
+    generator = torch.Generator().manual_seed(0)
+
+    def made_of(num_keys: int) -> Tensor:
+        random = torch.randn(num_keys, weight.shape[1], generator=generator)
+        return random.to(weight).requires_grad_()
+
+    sources: dict[Kind, Tensor] = {}
+    if persistent is not None:
+        sources["persistent"] = made_of(len(persistent))
+    if isinstance(attention, SegmentAttention):
+        sources["context"] = made_of(num_tokens)
+    sources["tokens"] = made_of(num_tokens)
+    with torch.enable_grad():
+        attended = _without_queries(attention, **sources)
+        gradients = [torch.autograd.grad(y.sum(), [*sources.values()], retain_graph=True) for y in attended]
+    return {
+        kind: np.stack([(gradient != 0).any(-1).cpu().numpy() for gradient in of_kind])
+        for kind, of_kind in zip(sources, zip(*gradients, strict=True), strict=True)
+    }
 
 
-@contextmanager
-def _projections(
-    module: FullAttention | SegmentAttention | WindowAttention,
-) -> Iterator[tuple[list[tuple[Kind, Tensor]], list[Tensor]]]:
-    """What keys and values are made of within this block, cut off from what made it, and what is attended."""
-    keys: list[tuple[Kind, Tensor]] = []
-    outputs: list[Tensor] = []
-
-    def cut(_: Any, arguments: tuple[Tensor], projected: Tensor) -> Tensor:
-        leaf = projected.detach().requires_grad_()
-        if arguments[0].dim() == 2:
-            keys.append(("persistent", leaf))
-        else:
-            # The tokens of a stretch come at once, what is recalled for them segment by segment.
-            seen_tokens = any(kind == "tokens" for kind, _ in keys)
-            keys.append(("context" if seen_tokens else "tokens", leaf))
-        return leaf
-
-    projection = module.qkv if isinstance(module, FullAttention) else module.key_value
-    hooks = [
-        projection.register_forward_hook(cut),
-        module.output.register_forward_pre_hook(lambda _, arguments: outputs.append(arguments[0])),
+def _without_queries(
+    attention: Attention, tokens: Tensor, context: Tensor | None = None, persistent: Tensor | None = None
+) -> Tensor:
+    """A layer's output (num_tokens, hidden_size) with queries of 0, of inputs of shape (…, hidden_size)."""
+    x = tokens[None]
+    if isinstance(attention, FullAttention):
+        queries, others = attention.qkv.weight.tensor_split([attention.num_heads * attention.head_dim])
+        weights = {"qkv.weight": torch.cat([torch.zeros_like(queries), others])}
+        return functional_call(attention, weights, (x,))[0][0]
+    weights = {"query.weight": torch.zeros_like(attention.query.weight)}
+    if isinstance(attention, WindowAttention):
+        return functional_call(attention, weights, (x,), {"persistent": persistent})[0][0]
+    assert context is not None
+    # MAC calls it once for each segment.
+    parts = [part.split(attention.segment_length, 1) for part in (x, context[None])]
+    segments = [
+        functional_call(attention, weights, (*pair, persistent))[0] for pair in zip(*parts, strict=True)
     ]
-    try:
-        yield keys, outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return torch.cat(segments, 1)[0]
