@@ -25,7 +25,6 @@ from titans.experiments.subject import (
     CONTEXT,
     TEXTS,
     Subject,
-    gates_changed,
     last_bytes,
     only_where,
     statement,
@@ -150,25 +149,27 @@ def gating(subject: Subject) -> Iterator[Row]:
                 }[arm](surprise)
                 limit = torch.quantile(level.flatten(0, 1)[:50000], share, dim=0)
                 chosen.append(only_where(level >= limit))
-            with gates_changed(subject.memories, chosen):
-                cache = subject.read(texts, piece_length=CONTEXT)
-                yield arm, share, *subject.recalled(needles, cache)
+            changed = subject.with_gates(chosen)
+            cache = changed.read(texts, piece_length=CONTEXT)
+            yield arm, share, *changed.recalled(needles, cache)
 
 
 def overwritten(subject: Subject) -> Iterator[Row]:
-    (needles, with_fact), memories = stated(subject), subject.memories
+    needles, with_fact = stated(subject)
+    count = len(subject.memories)
     arms = {
-        "unchanged": (1.0, 1.0, memories),
-        "nothing forgotten": (0.0, 1.0, memories),
-        "a tenth written": (1.0, 0.1, memories),
-        "nothing written": (1.0, 0.0, memories),
-        **{f"nothing written in layer {i}": (1.0, 0.0, [m]) for i, m in enumerate(memories)},
+        "unchanged": subject,
+        "nothing forgotten": subject.with_gates([1.0] * count, [0.0] * count),
+        "a tenth written": subject.with_gates([0.1] * count),
+        "nothing written": subject.with_gates([0.0] * count),
     }
+    for layer in range(count):
+        step_sizes = [float(other != layer) for other in range(count)]
+        arms[f"nothing written in layer {layer}"] = subject.with_gates(step_sizes)
     for length in (2048, 8192):
         after = subject.slices(text_of("bible"), length, 7)
-        for arm, (forget, step_size, where) in arms.items():
-            with gates_changed(where, [step_size] * len(where), forget):
-                cache = subject.read(after, with_fact)
+        for arm, changed in arms.items():
+            cache = changed.read(after, with_fact)
             yield arm, length, *subject.recalled(needles, cache)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.data.needles import TASKS, Needles, make_needles
@@ -35,6 +35,17 @@ class Subject:
     @property
     def memories(self) -> list[NeuralMemory]:
         return [module for module in self.model.modules() if isinstance(module, NeuralMemory)]
+
+    def with_gates(self, step_size: Sequence[Gate | float], forget: Sequence[float] | None = None) -> Subject:
+        """A model of the same weights with other gates: each memory's step size through a function or times a
+        number, and its forgetting times a number."""
+        weights = (*self.model.parameters(), *self.model.buffers())
+        other = replace(self, model=copy.deepcopy(self.model, {id(weight): weight for weight in weights}))
+        forget = [1.0] * len(step_size) if forget is None else forget
+        for memory, of_step_size, of_forget in zip(other.memories, step_size, forget, strict=True):
+            memory.step_size_gate = ChangedGate(memory.step_size_gate, of_step_size)
+            memory.forget_gate = ChangedGate(memory.forget_gate, of_forget)
+        return other
 
     def read(self, texts: Sequence[bytes], cache: Any = None, piece_length: int = CONTEXT) -> Any:
         """The cache after texts of one length; the one given is not changed."""
@@ -77,21 +88,16 @@ def surprise_levels(surprises: Sequence[Tensor]) -> Tensor:
     return torch.stack([(s / s.mean((0, 1))).mean(-1) for s in surprises]).mean(0)
 
 
-@contextmanager
-def gates_changed(
-    memories: Sequence[NeuralMemory], step_size: Sequence[Gate | float], forget: float = 1.0
-) -> Iterator[None]:
-    """Reading with other gates: each memory's step size through a function or times a number, its forgetting
-    times a number."""
+class ChangedGate(nn.Module):
+    """A gate of a memory whose values go through a function, or are multiplied by a number."""
 
-    def changed(change: Gate | float) -> Callable[[Any, Any, Tensor], Tensor]:
-        return lambda _, __, opened: change(opened) if callable(change) else opened * change
+    def __init__(self, gate: nn.Module, change: Gate | float) -> None:
+        super().__init__()
+        self.gate, self.change = gate, change
 
-    with ExitStack() as stack:
-        for memory, change in zip(memories, step_size, strict=True):
-            for gate, its in ((memory.step_size_gate, change), (memory.forget_gate, forget)):
-                stack.callback(gate.register_forward_hook(changed(its)).remove)
-        yield
+    def forward(self, x: Tensor) -> Tensor:
+        opened = self.gate(x)
+        return self.change(opened) if callable(self.change) else opened * self.change
 
 
 def only_where(mask: Tensor) -> Gate:
