@@ -65,7 +65,7 @@ ORDER = {
         __init__
         """,
     "titans.nn.memory": """
-        form half_lives initial_weights heads
+        form features half_lives initial_weights heads
         learner
         layer
         __init__
