@@ -76,7 +76,7 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        flat_config state_file offload
+        flat_config presets state_file offload
         configuration keywords
         cache causal_cache
         generation layer
