@@ -56,7 +56,7 @@ ORDER = {
     "titans.nn": """
         packing norm rotary mlp kernels
         conv combine context
-        attention memory
+        attention memory adaptation
         blocks
         """,
     "titans.nn.blocks": """
@@ -70,6 +70,10 @@ ORDER = {
         layer
         __init__
         tnt
+        """,
+    "titans.nn.adaptation": """
+        head
+        layer
         """,
     "titans.nn.memory.tnt": """
         key_space shards
