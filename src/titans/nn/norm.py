@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Queries and keys of less than this length are not brought to length 1. `kernels/layer.cpp` has the same.
 SHORTEST = 1e-2
 
