@@ -25,6 +25,16 @@ class Mine(SquaredError):
     """An objective for which there is no kernel."""
 
 
+# Keys as wide as values, wider and narrower; and a layer in between.
+SHAPES = [
+    dict(depth=1),
+    dict(depth=1, key_dim=32),
+    dict(depth=1, head_dim=32, key_dim=16),
+    dict(depth=2, expansion=1),
+    dict(depth=2, expansion=2),
+]
+
+
 def problem(**changes):
     known = dict(head_dim=16, depth=2, norm=False, chunk_size=16, heads=2, batch=1, time=48)
     return make_problem(**{**known, **changes})
@@ -39,10 +49,9 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
 @given(
     seed=st.integers(0, 2**20),
     time=st.integers(1, 44),
-    depth=st.sampled_from([1, 2, 2]),
-    expansion=st.sampled_from([1, 2]),
+    shape=st.sampled_from(SHAPES),
     norm=st.sampled_from([dict(norm=False), dict(norm=True), dict(norm=True, affine=False)]),
-    activation=st.sampled_from(["gelu", "silu"]),
+    activation=st.sampled_from(["gelu", "silu", "sin"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
     objective=st.sampled_from(["squared_error", {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}]),
@@ -55,8 +64,8 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     reset=st.sampled_from(["none", "none", "random", "last"]),
     initial_momentum=st.booleans(),
 )
-def test_any_call(norm, **call) -> None:
-    agree(**call, **norm)
+def test_any_call(shape, norm, **call) -> None:
+    agree(**call, **shape, **norm)
 
 
 @settings(max_examples=10)
@@ -64,17 +73,16 @@ def test_any_call(norm, **call) -> None:
     resident=st.sampled_from([True, True, False]),
     seed=st.integers(0, 2**20),
     time=st.sampled_from([32, 64]),
-    depth=st.sampled_from([1, 2, 2]),
-    expansion=st.sampled_from([1, 2]),
+    shape=st.sampled_from(SHAPES),
     norm=st.sampled_from([dict(norm=False), dict(norm=True)]),
-    activation=st.sampled_from(["gelu", "silu"]),
+    activation=st.sampled_from(["gelu", "silu", "sin"]),
     residual=st.booleans(),
     normalize_step=st.booleans(),
     objective=st.sampled_from(["squared_error", {"name": "huber", "delta": 0.5}, {"name": "lp", "p": 2.5}]),
     row_limit=st.sampled_from([None, 0.7]),
     base=st.booleans(),
 )
-def test_whole_chunks_in_registers_or_not(resident: bool, norm, **call) -> None:
+def test_whole_chunks_in_registers_or_not(resident: bool, shape, norm, **call) -> None:
     from titans.memory.backends.triton import scan
 
     launched = []
@@ -84,7 +92,7 @@ def test_whole_chunks_in_registers_or_not(resident: bool, norm, **call) -> None:
             launched.append(grid)
             return kernel[grid]
 
-    kernel, whole = scan.resident_kernel, problem(**call, **norm)
+    kernel, whole = scan.resident_kernel, problem(**call, **shape, **norm)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "fits_registers", lambda *_: resident)
         patch.setattr(scan, "resident_kernel", Noted())
@@ -105,8 +113,10 @@ def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scan, "block_of", lambda *_: 16)
     monkeypatch.setattr(scan, "fits_registers", lambda *_: False)
-    agree(expansion=4, norm=True, row_limit=0.7, normalize_step=True, base=True)
+    agree(expansion=4, norm=True, row_limit=0.7, normalize_step=True, base=True, activation="sin")
     agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
+    features = dict(depth=1, key_dim=64, mask="random", reset="random", position="apart", heads=1)
+    agree(**features, norm=True, row_limit=0.7, normalize_step=True, base=True)
     agree(chunk_size=64, time=130, heads=1)
 
 
@@ -142,6 +152,8 @@ def test_a_carried_state_is_its_own_anchor_from_call_to_call() -> None:
         (dict(chunk_size=65), "chunk_size is 65"),
         (dict(head_dim=24), "head_dim is 24"),
         (dict(head_dim=16, expansion=3), "expansion is 48"),
+        (dict(depth=1, key_dim=24), "key_dim is 24"),
+        (dict(key_dim=32), "key_dim is 32 and head_dim 16: at depth 2 it knows equal widths"),
         (dict(objective=Mine()), "SquaredError, Huber and Lp, and not Mine"),
     ],
 )

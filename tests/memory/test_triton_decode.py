@@ -54,6 +54,8 @@ def scan(call: Problem, name: str, cuts: Sequence[int] = ()) -> tuple[dict[str, 
 # The square of the floor is exact in float32, which the interpreter makes of constants.
 HUBER, LP = dict(objective={"name": "huber", "delta": 0.5}), dict(objective={"name": "lp", "p": 2.5})
 NORMALIZED = dict(base=True, normalize_step=True, length_floor=0.875)
+# Keys that are narrower than the values.
+NARROW = dict(head_dim=32, key_dim=16)
 
 
 @pytest.mark.usefixtures("decoded")
@@ -62,14 +64,14 @@ NORMALIZED = dict(base=True, normalize_step=True, length_floor=0.875)
     "tile, changes",
     [
         (64, dict(depth=1)),
-        (2048, dict(depth=1, **NORMALIZED, **LP, residual=False, mask="random")),
-        (128, dict(depth=1, row_limit=0.7, mask="rows", chunk_size=3, seed=1)),
+        (2048, dict(depth=1, **NORMALIZED, **LP, key_dim=64, mask="random")),
+        (128, dict(depth=1, row_limit=0.7, mask="rows", chunk_size=3, seed=1, key_dim=32)),
         (256, dict(expansion=1, chunk_size=1, row_limit=0.7, objective="lp")),
         (256, dict(expansion=2, activation="silu", residual=False, mask="random", row_limit=0.7)),
-        (512, dict(expansion=4, **NORMALIZED, **HUBER, row_limit=0.7, chunk_size=5, heads=3)),
+        (512, dict(expansion=4, **NORMALIZED, **HUBER, row_limit=0.7, chunk_size=5, activation="sin")),
         (2048, dict(expansion=2, base=True, normalize_step=True, mask="random", row_limit=0.7)),
         (64, dict(depth=1, norm=True, **NORMALIZED, mask="random", reset="random", row_limit=0.7)),
-        (2048, dict(depth=1, norm=True, affine=False, residual=False, reset="last", initial_momentum=True)),
+        (512, dict(depth=1, **NARROW, norm=True, affine=False, reset="last", initial_momentum=True)),
         (256, dict(norm=True, expansion=2, **NORMALIZED, **LP, mask="random", reset="random", row_limit=0.7)),
         (2048, dict(norm=True, expansion=1, mask="rows", reset="random", initial_momentum=True)),
     ],
@@ -141,7 +143,7 @@ def test_what_is_not_decoded(
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(depth=3), dict(head_dim=24), dict(expansion=3), dict(head_dim=128, expansion=8)],
+    [dict(depth=3), dict(head_dim=24), dict(expansion=3), dict(head_dim=128, expansion=8), dict(key_dim=32)],
 )
 def test_other_networks_are_refused(changes: dict[str, object]) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="refuses this call"):

@@ -50,13 +50,12 @@ class Registry(dict[str, Any], Generic[Part]):
                 f"{self.argument}={name!r}: choose one of {sorted(self)}, or import what registers it first"
             )
         made = self[name]
-        own = _fields(made)
-        known = [field.name for field in own]
+        known = [field.name for field in _fields(made)]
         if unknown := sorted(parameters.keys() - {*known}):
             raise ValueError(
                 f"{self.argument} {name!r} has no parameter {unknown[0]!r}: choose from {known or 'none'}"
             )
-        for field in own:
+        for field in _fields(made):
             if field.name in parameters:
                 _check_type(f"{self.argument} {name!r}: {field.name}", parameters[field.name], field.type)
         return made(**parameters) if isinstance(made, type) else made

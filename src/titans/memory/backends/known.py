@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from titans.memory.inner import InnerProblem
-from titans.memory.network import MemoryNetwork
 from titans.memory.objectives import Huber, Lp, Objective, SquaredError
 from titans.memory.rules import MomentumRule
 
@@ -27,15 +26,6 @@ def objective_switch(objective: Objective) -> ObjectiveSwitch:
     if isinstance(objective, Lp):
         return ObjectiveSwitch(2, float(objective.p))
     return ObjectiveSwitch(0, 0.0)
-
-
-def refuses_network(net: MemoryNetwork) -> str | None:
-    """Why a compiled backend that knows square first layers alone cannot run this network, or None."""
-    if net.activation == "sin":
-        return "it does not know the activation sin"
-    if net.input_dim != net.head_dim:
-        return f"key_dim is {net.key_dim} and head_dim {net.head_dim}: it knows equal widths"
-    return None
 
 
 def refuses_parts(inner: InnerProblem) -> str | None:

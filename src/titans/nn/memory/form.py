@@ -126,14 +126,11 @@ class MemoryForm:
         expansion: int,
         objective: Objective | str | Mapping[str, Any] = "squared_error",
         rule: UpdateRule | str | Mapping[str, Any] | None = None,
-        key_dim: int | None = None,
     ) -> InnerProblem:
         """What one head learns in this form, and how; objective and rule as `OBJECTIVES.make` and `rule` take
-        them, key_dim as `MemoryNetwork` does.
+        them.
         """
-        network = MemoryNetwork(
-            head_dim, depth, expansion, self.activation, self.residual, self.norm, key_dim=key_dim
-        )
+        network = MemoryNetwork(head_dim, depth, expansion, self.activation, self.residual, self.norm)
         return InnerProblem(network, OBJECTIVES.make(objective), self.rule(rule))
 
     def largest_step(self, inner: InnerProblem, chunk_size: int) -> float:

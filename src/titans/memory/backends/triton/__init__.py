@@ -13,9 +13,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from titans.memory.backends.known import refuses_network, refuses_parts
+from titans.memory.backends.known import refuses_parts
 from titans.memory.checks import hand_written_refuses
 from titans.memory.chunkwise.scan import chunkwise_scan, scan_laid_out
+from titans.memory.network import MemoryNetwork
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
@@ -43,7 +44,7 @@ def refuses(problem: ScanProblem) -> str | None:
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if not interpreted() and not _is_new_enough(keys.device):
         return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
-    if reason := refuses_parts(problem.inner) or refuses_network(net):
+    if reason := refuses_parts(problem.inner):
         return reason
     if keys.dtype == torch.float64 and not interpreted():
         return "it computes in float32, and the problem is in float64"
@@ -55,17 +56,18 @@ def refuses(problem: ScanProblem) -> str | None:
     if not interpreted():
         device = torch.cuda.get_device_properties(keys.device)
         memory = getattr(device, "shared_memory_per_block_optin", AMPLE_MEMORY)
-    return _refuses_chunks(problem) or _refuses_tile(problem.chunk_size, net.head_dim, memory)
-
-
-def _refuses_chunks(problem: ScanProblem) -> str | None:
-    net = problem.inner.network
-    if net.depth > 2:
-        return f"it knows networks of depth 1 and 2, not {net.depth}"
     if problem.chunk_size > LONGEST_CHUNK:
         return f"chunk_size is {problem.chunk_size}: it knows chunks of up to {LONGEST_CHUNK}"
-    widths = [("head_dim", net.head_dim, 128), ("head_dim · expansion", net.weight_shapes[-1][1], 512)]
-    for name, size, most in widths:
+    return _refuses_shape(net) or _refuses_tile(problem.chunk_size, net.head_dim, memory)
+
+
+def _refuses_shape(net: MemoryNetwork) -> str | None:
+    if net.depth > 2:
+        return f"it knows networks of depth 1 and 2, not {net.depth}"
+    if net.depth == 2 and net.input_dim != net.head_dim:
+        return f"key_dim is {net.key_dim} and head_dim {net.head_dim}: at depth 2 it knows equal widths"
+    inner = "key_dim" if net.depth == 1 else "head_dim · expansion"
+    for name, size, most in (("head_dim", net.head_dim, 128), (inner, net.weight_shapes[-1][1], 512)):
         if not _is_power_of_two(size, most):
             return f"{name} is {size}: it knows powers of two from 16 to {most}"
     return None
@@ -84,16 +86,13 @@ def _refuses_tile(chunk_size: int, head_dim: int, memory: int) -> str | None:
 
 def decodes(problem: ScanProblem) -> bool:
     """Whether the kernel for single tokens runs a problem that the device can: any chunk, mask and resets."""
-    net = problem.inner.network
     return (
         1 <= problem.keys.shape[1] <= FEW_TOKENS
         and not problem.needs_grad
         # Tangents would be lost without a word.
         and torch.autograd.forward_ad._current_level < 0
         and not problem.read_anchor
-        and net.depth <= 2
-        and _is_power_of_two(net.head_dim, 128)
-        and (net.depth == 1 or _is_power_of_two(net.head_dim * net.expansion, 512))
+        and _refuses_shape(problem.inner.network) is None
     )
 
 

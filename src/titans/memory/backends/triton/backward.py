@@ -50,7 +50,7 @@ def backward_kernel(
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_BASE: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
-    GELU: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, MARKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, MARKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_weights … grad_anchor: of the state that was left, and at the end of that which was begun with.
@@ -58,6 +58,7 @@ def backward_kernel(
     What is found at an anchor has its gradient added to grad_anchor, which is grad_weights itself unless
     MARKED. work_…: room for (CHUNK, HIDDEN) of each row.
     """
+    dtype: tl.constexpr = values.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     size = HIDDEN * DIM
     up, down = _tile(BLOCK, DIM), tl.arange(0, DIM)[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
@@ -95,7 +96,9 @@ def backward_kernel(
         here = n * num_rows + row
         layer = n * DEPTH * num_rows + row
         last = layer + (DEPTH - 1) * num_rows
-        tokens, seen = here * CHUNK * DIM, here * CHUNK * HIDDEN
+        tokens, arrived, seen = here * CHUNK * DIM, here * CHUNK * DIM, here * CHUNK * HIDDEN
+        if DEPTH == 1:
+            arrived = seen
         slot = n
         if MARKED:
             slot += 1
@@ -105,13 +108,15 @@ def backward_kernel(
             anchored = (tl.load(anchor_slot + here).to(tl.int64) * num_rows + row) * size
 
         # What the forward knew of each token.
-        features, k = tl.load(tape_features + tokens + token), tl.load(keys + tokens + token)
-        v = tl.load(values + tokens + token)
+        features, v = tl.load(tape_features + tokens + token), tl.load(values + tokens + token)
+        k = v
+        if DEPTH == 2 or RESIDUAL:
+            k = tl.load(keys + arrived + token)
         error, delta, _, scale = _objective(
             features, k, v, shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE, PARAMETER
         )
         d = delta
-        squares = tl.zeros([CHUNK], k.dtype)
+        squares = tl.zeros([CHUNK], dtype)
         curvature = _curvature(error, OBJECTIVE, PARAMETER)
         factor = squares + curvature
         if NORMALIZE:
@@ -133,7 +138,7 @@ def backward_kernel(
         tl.debug_barrier()
 
         # The layer that answers.
-        along = tl.zeros([DIM], k.dtype)
+        along = tl.zeros([DIM], dtype)
         if RESCALE:
             factors = tl.load(scales_down + here * DIM + tl.arange(0, DIM))
             for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
@@ -142,24 +147,24 @@ def backward_kernel(
         mix = tl.load(read_steps + last * CHUNK * CHUNK + square)
         by_mixing = -_dot(g, tl.trans(d), PRECISION)
         grad_mixing = by_mixing * mix
-        gd = tl.zeros([CHUNK, DIM], k.dtype)
-        by_weigh, by_carry = tl.zeros([CHUNK], k.dtype), tl.zeros([CHUNK], k.dtype)
-        by_end, by_past = tl.zeros([CHUNK], k.dtype), tl.zeros([CHUNK], k.dtype)
+        gd = tl.zeros([CHUNK, DIM], dtype)
+        by_weigh, by_carry = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
+        by_end, by_past = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
         by_kept, by_moved, by_carried = (
-            tl.zeros([DIM], k.dtype),
-            tl.zeros([DIM], k.dtype),
-            tl.zeros([DIM], k.dtype),
+            tl.zeros([DIM], dtype),
+            tl.zeros([DIM], dtype),
+            tl.zeros([DIM], dtype),
         )
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             at = begin + down
             g, d = tl.load(work_tokens + token), tl.load(work_tokens + CHUNK * DIM + token)
             if DEPTH == 2:
-                hidden = _activation(tl.load(tape_outputs + seen + begin + wide), GELU)
+                hidden = _activation(tl.load(tape_outputs + seen + begin + wide), ACTIVATION)
                 raw = tl.load(tape_read + seen + begin + wide)
-                read = _activation(raw, GELU)
+                read = _activation(raw, ACTIVATION)
             else:
-                hidden = tl.load(keys + tokens + begin + wide)
-                read = tl.load(queries + tokens + begin + wide)
+                hidden = tl.load(keys + arrived + begin + wide)
+                read = tl.load(queries + arrived + begin + wide)
             gh = _dot(tl.trans(grad_mixing), read, PRECISION)
             gr = _dot(grad_mixing, hidden, PRECISION)
             if HAS_BASE:
@@ -179,11 +184,11 @@ def backward_kernel(
             )  # fmt: skip
             tl.store(work_hidden + begin + wide, gh)
             if DEPTH == 2:
-                tl.store(work_read + begin + wide, gr * _slope(raw, GELU))
+                tl.store(work_read + begin + wide, gr * _slope(raw, ACTIVATION))
             else:
                 if RESIDUAL:
                     gr += tl.load(grad_reads + tokens + begin + wide)
-                tl.store(grad_queries + tokens + begin + wide, gr)
+                tl.store(grad_queries + arrived + begin + wide, gr)
         tl.store(grad_read_weights + last * CHUNK + step, by_weigh)
         tl.store(grad_read_momentum + last * CHUNK + step, by_carry)
         similarity = tl.load(tape_similarity + here * CHUNK * CHUNK + square)
@@ -194,7 +199,7 @@ def backward_kernel(
         tl.store(grad_momentum_momentum + last, tl.sum(by_carried, 0))
         tl.store(grad_momentum_steps + last * CHUNK + step, by_past)
         gd -= _dot(tl.trans(similarity * mix), g, PRECISION)
-        grad_factor = tl.zeros([CHUNK], k.dtype)
+        grad_factor = tl.zeros([CHUNK], dtype)
         grad_squares = grad_factor
         if NORMALIZE:
             gd /= divisor[:, None]
@@ -202,36 +207,36 @@ def backward_kernel(
         tl.debug_barrier()
 
         # The layer below, and the inner backward pass through which it learned.
-        gk = tl.zeros([CHUNK, DIM], k.dtype)
+        gk = tl.zeros([CHUNK, DIM], dtype)
         grad_kappa = 0.0
         if DEPTH == 2:
             q = tl.load(queries + tokens + token)
-            gq = tl.zeros([CHUNK, DIM], k.dtype)
+            gq = tl.zeros([CHUNK, DIM], dtype)
             mix = tl.load(read_steps + layer * CHUNK * CHUNK + square)
             similarity = _dot(q, tl.trans(k), PRECISION)
             mixing = similarity * mix
-            by_weigh, by_carry = tl.zeros([CHUNK], k.dtype), tl.zeros([CHUNK], k.dtype)
+            by_weigh, by_carry = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
             by_end, by_past, lost = (
-                tl.zeros([CHUNK], k.dtype),
-                tl.zeros([CHUNK], k.dtype),
-                tl.zeros([CHUNK], k.dtype),
+                tl.zeros([CHUNK], dtype),
+                tl.zeros([CHUNK], dtype),
+                tl.zeros([CHUNK], dtype),
             )
             by_kept, by_moved, by_carried = (
-                tl.zeros([BLOCK], k.dtype),
-                tl.zeros([BLOCK], k.dtype),
-                tl.zeros([BLOCK], k.dtype),
+                tl.zeros([BLOCK], dtype),
+                tl.zeros([BLOCK], dtype),
+                tl.zeros([BLOCK], dtype),
             )
             if NORMALIZE:
                 kappa = tl.load(tape_kappa + here)
                 key_squares = tl.sum(k * k, 1)
                 divisor = _normalizer(key_squares, factor * kappa, FLOOR, 2)
-            by_delta = tl.zeros([CHUNK, DIM], k.dtype)
+            by_delta = tl.zeros([CHUNK, DIM], dtype)
             for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                 at, into = begin * DIM + up, begin + down
                 k, q = tl.load(keys + tokens + token), tl.load(queries + tokens + token)
                 delta = tl.load(work_tokens + 2 * CHUNK * DIM + token)
                 outputs = tl.load(tape_outputs + seen + begin + wide)
-                slope = _slope(outputs, GELU)
+                slope = _slope(outputs, ACTIVATION)
                 total = _with_base(tl.load(weights_down + anchored + into), base_down + into, HAS_BASE)
                 above = _dot(delta, total, PRECISION)
                 d_up = above * slope
@@ -271,11 +276,11 @@ def backward_kernel(
                 _add(grad_anchor_down + into, found)
                 if HAS_BASE:
                     _add(grad_base_down + into, found)
-                gz = tl.load(work_hidden + begin + wide) * slope + gd_up * above * _bend(outputs, GELU)
+                gz = tl.load(work_hidden + begin + wide) * slope + gd_up * above * _bend(outputs, ACTIVATION)
                 tl.store(work_hidden + begin + wide, gz)
             gd += by_delta
             tl.debug_barrier()
-            by_mixing = tl.zeros([CHUNK, CHUNK], k.dtype)
+            by_mixing = tl.zeros([CHUNK, CHUNK], dtype)
             for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
                 d_up = tl.load(work_delta + begin + wide)
                 by_mixing -= _dot(tl.load(work_read + begin + wide), tl.trans(d_up), PRECISION)
@@ -301,10 +306,11 @@ def backward_kernel(
 
         # What was found at the anchor. Here and above, what is cheap to have again is not kept in registers.
         features, v = tl.load(tape_features + tokens + token), tl.load(values + tokens + token)
+        if RESIDUAL:
+            k = tl.load(keys + arrived + token)
         error, _, normed, scale = _objective(
-            features, tl.load(keys + tokens + token), v, shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE,
-            PARAMETER,
-        )  # fmt: skip
+            features, k, v, shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE, PARAMETER
+        )
         by_error, gf, more_gain, more_steepness = _objective_backward(
             gd, error, normed, scale, steep, grad_factor, shift, NORM, OBJECTIVE, PARAMETER
         )
@@ -319,13 +325,13 @@ def backward_kernel(
         tl.debug_barrier()
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             at, into = begin * DIM + up, begin + down
-            gf, k = tl.load(work_tokens + token), tl.load(keys + tokens + token)
+            gf = tl.load(work_tokens + token)
             total = _with_base(tl.load(weights_down + anchored + into), base_down + into, HAS_BASE)
             if DEPTH == 2:
                 outputs = tl.load(tape_outputs + seen + begin + wide)
-                hidden = _activation(outputs, GELU)
+                hidden = _activation(outputs, ACTIVATION)
             else:
-                hidden = tl.load(keys + tokens + begin + wide)
+                hidden = tl.load(keys + arrived + begin + wide)
             gh = _dot(gf, total, PRECISION) + 2 * hidden * grad_squares[:, None]
             found = _outer(gf, hidden, True, PRECISION)
             if NORMALIZE and DEPTH == 2:
@@ -335,7 +341,8 @@ def backward_kernel(
                 _add(grad_base_down + into, found)
             rest = tl.load(work_hidden + begin + wide)
             if DEPTH == 2:
-                gz = gh * _slope(outputs, GELU) + rest
+                gz = gh * _slope(outputs, ACTIVATION) + rest
+                k = tl.load(keys + tokens + token)
                 found = _outer(gz, k, False, PRECISION)
                 _add(grad_anchor_up + at, found)
                 if HAS_BASE:
@@ -345,7 +352,7 @@ def backward_kernel(
             else:
                 if RESIDUAL:
                     rest -= tl.load(grad_values + tokens + begin + wide)
-                tl.store(grad_keys + tokens + begin + wide, gh + rest)
+                tl.store(grad_keys + arrived + begin + wide, gh + rest)
         if DEPTH == 2:
             tl.store(grad_keys + tokens + token, gk)
         # What one thread has written of these gradients another may read next.

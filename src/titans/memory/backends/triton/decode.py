@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans.memory.backends.known import objective_switch
+from titans.memory.backends.known import ACTIVATION_SWITCH, objective_switch
 from titans.memory.backends.triton.elementary import (
     _activation,
     _kappa,
@@ -64,13 +64,16 @@ def decode_kernel(
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_BASE: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr,
-    RESCALE: tl.constexpr, GELU: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr,
+    RESCALE: tl.constexpr, ACTIVATION: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """Two passes over the hidden units, BLOCK at a time: rows of W_up and columns of W_down.
 
     The first asks the anchor for the token's value; the second, knowing the error, writes and reads each unit
     once. Where a chunk ends, rows of W_down are whole only after it. A linear memory is a W_down alone.
     """
+    dtype: tl.constexpr = values.dtype.element_ty
+    # Of keys and queries, which are the hidden units of a linear memory.
+    width: tl.constexpr = HIDDEN if DEPTH == 1 else DIM
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     size, dim, unit = HIDDEN * DIM, tl.arange(0, DIM), tl.arange(0, BLOCK)
@@ -111,21 +114,23 @@ def decode_kernel(
             real = tl.load(mask + batch * time + t) != 0
         gate = DEPTH * token + DEPTH - 1
         theta_down = tl.load(step_size + gate, real, 0.0)
-        k = tl.load(keys + token * DIM + dim, real, 0.0)
+        k = tl.zeros([DIM], dtype)
+        if DEPTH == 2 or RESIDUAL:
+            k = tl.load(keys + token * width + dim, real, 0.0)
         place += tl.where(real, 1, 0)
         ends = (place % chunk_size == 0) & real
 
         # Surprise at the anchor.
-        features = tl.zeros([DIM], k.dtype)
-        squares = tl.zeros([DIM], k.dtype)
-        hidden_squares = tl.zeros([BLOCK], k.dtype)
+        features = tl.zeros([DIM], dtype)
+        squares = tl.zeros([DIM], dtype)
+        hidden_squares = tl.zeros([BLOCK], dtype)
         for begin in range(0, HIDDEN, BLOCK):
             if DEPTH == 2:
                 at = begin * DIM + up
                 total = _with_base(tl.load(anchor_up + at), base_up + at, HAS_BASE)
-                hidden = _activation(tl.sum(total * k[None, :], 1), GELU)
+                hidden = _activation(tl.sum(total * k[None, :], 1), ACTIVATION)
             else:
-                hidden = tl.load(keys + token * DIM + begin + unit, real, 0.0)
+                hidden = tl.load(keys + token * width + begin + unit, real, 0.0)
             at = begin + down
             total = _with_base(tl.load(anchor_down + at), base_down + at, HAS_BASE)
             features += tl.sum(total * hidden[None, :], 1)
@@ -151,7 +156,7 @@ def decode_kernel(
         if DEPTH == 2:
             theta_up = tl.load(step_size + gate - 1, real, 0.0)
         if NORMALIZE:
-            factor = tl.sum(tl.zeros([1], k.dtype) + _curvature(error, OBJECTIVE, PARAMETER), 0)
+            factor = tl.sum(tl.zeros([1], dtype) + _curvature(error, OBJECTIVE, PARAMETER), 0)
             if NORM:
                 steepest = tl.max(tl.abs(shift), 0) * tl.sum(scale, 0)
                 factor *= steepest * steepest
@@ -161,9 +166,11 @@ def decode_kernel(
 
         alpha_down = tl.load(forget + gate, real, 0.0)
         eta_down = tl.load(momentum + gate, real, 1.0)
-        q = tl.load(queries + token * DIM + dim, real, 0.0)
-        out = tl.zeros([DIM], k.dtype)
-        squares = tl.zeros([DIM], k.dtype)
+        q = k
+        if DEPTH == 2 or RESIDUAL:
+            q = tl.load(queries + token * width + dim, real, 0.0)
+        out = tl.zeros([DIM], dtype)
+        squares = tl.zeros([DIM], dtype)
         for begin in range(0, HIDDEN, BLOCK):
             into = begin + down
             if DEPTH == 2:
@@ -173,21 +180,21 @@ def decode_kernel(
                 total = _with_base(tl.load(anchor_up + at), base_up + at, HAS_BASE)
                 outputs = tl.sum(total * k[None, :], 1)
                 total = _with_base(tl.load(anchor_down + into), base_down + into, HAS_BASE)
-                d_up = tl.sum(total * d_down[:, None], 0) * _slope(outputs, GELU)
+                d_up = tl.sum(total * d_down[:, None], 0) * _slope(outputs, ACTIVATION)
                 w = _learn(
                     d_up, k, real, alpha_up, eta_up, theta_up, weights_up + at, moments_up + at,
                     new_moments_up + at,
                 )  # fmt: skip
-                read = _activation(tl.sum(_with_base(w, base_up + at, HAS_BASE) * q[None, :], 1), GELU)
+                read = _activation(tl.sum(_with_base(w, base_up + at, HAS_BASE) * q[None, :], 1), ACTIVATION)
                 if RESCALE:
                     factors = _row_scale(tl.sum(w * w, 1), RADIUS)[0]
                     w = tl.where(ends, w * factors[:, None], w)
                 tl.store(new_weights_up + at, w)
                 tl.store(new_anchor_up + at, tl.where(ends, w, tl.load(anchor_up + at)))
-                hidden = _activation(outputs, GELU)
+                hidden = _activation(outputs, ACTIVATION)
             else:
-                hidden = tl.load(keys + token * DIM + begin + unit, real, 0.0)
-                read = tl.load(queries + token * DIM + begin + unit, real, 0.0)
+                hidden = tl.load(keys + token * width + begin + unit, real, 0.0)
+                read = tl.load(queries + token * width + begin + unit, real, 0.0)
             w = _learn(
                 d_down, hidden, real, alpha_down, eta_down, theta_down, weights_down + into,
                 moments_down + into, new_moments_down + into,
@@ -225,8 +232,8 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
     net, rule, keys = problem.inner.network, problem.inner.rule, problem.keys
     assert isinstance(rule, MomentumRule)
-    batch, time, heads, dim = keys.shape
-    hidden, unused = net.weight_shapes[-1][1], keys.new_empty(1)
+    batch, time, heads, _ = keys.shape
+    (dim, hidden), unused = net.weight_shapes[-1], keys.new_empty(1)
     objective = objective_switch(problem.inner.objective)
 
     def pair(layers: tuple[Tensor, ...] | list[Tensor] | None) -> list[Tensor]:
@@ -251,7 +258,7 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     tokens = (problem.queries, keys, problem.values, problem.forget, problem.momentum, problem.step_size)
     # Whether anchor and weights have become one only the device knows, so they are two.
     new = [[torch.empty_like(x) for x in part] for part in (state.weights, state.momentum, state.anchor)]
-    reads, surprise = keys.new_empty(keys.shape), keys.new_empty(keys.shape[:3])
+    reads, surprise = keys.new_empty(batch, time, heads, dim), keys.new_empty(batch, time, heads)
     position = torch.empty_like(state.position)
     launch: Any = decode_kernel[(batch * heads,)]
     launch(
@@ -275,7 +282,7 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         RESIDUAL=net.residual,
         NORMALIZE=rule.normalize_step,
         RESCALE=rule.row_limit is not None,
-        GELU=net.activation == "gelu",
+        ACTIVATION=ACTIVATION_SWITCH[net.activation],
         OBJECTIVE=objective.kind,
         PARAMETER=objective.parameter,
         num_warps=_WARPS,

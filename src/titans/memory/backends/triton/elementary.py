@@ -16,32 +16,39 @@ def _tile(rows: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
-def _activation(x, GELU: tl.constexpr):
-    if GELU:
+def _activation(x, ACTIVATION: tl.constexpr):
+    """ACTIVATION: 0 GELU, 1 SiLU, 2 sin (`ACTIVATION_SWITCH` in `known.py`)."""
+    if ACTIVATION == 0:
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    else:
+    elif ACTIVATION == 1:
         return x * tl.sigmoid(x)
+    else:
+        return tl.sin(x)
 
 
 @triton.jit
-def _slope(x, GELU: tl.constexpr):
+def _slope(x, ACTIVATION: tl.constexpr):
     """The activation's derivative."""
-    if GELU:
+    if ACTIVATION == 0:
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
-    else:
+    elif ACTIVATION == 1:
         gate = tl.sigmoid(x)
         return gate * (1 + x * (1 - gate))
+    else:
+        return tl.cos(x)
 
 
 @triton.jit
-def _bend(x, GELU: tl.constexpr):
+def _bend(x, ACTIVATION: tl.constexpr):
     """The activation's second derivative."""
-    if GELU:
+    if ACTIVATION == 0:
         return 0.3989422804014327 * tl.exp(-0.5 * x * x) * (2 - x * x)
-    else:
+    elif ACTIVATION == 1:
         gate = tl.sigmoid(x)
         return gate * (1 - gate) * (2 + x * (1 - 2 * gate))
+    else:
+        return -tl.sin(x)
 
 
 @triton.jit

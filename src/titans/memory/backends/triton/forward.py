@@ -1,13 +1,15 @@
 """The kernel of the scan, forward: one program for each head of each row, chunk after chunk.
 
 The algorithm is that of `chunkwise/chunk.py`; read it there. A memory of two layers is W_up, (HIDDEN, DIM),
-and W_down, (DIM, HIDDEN); a linear memory is a W_down alone, whose hidden units are its inputs. The kernel
-passes over the hidden units BLOCK at a time, rows of W_up and columns of W_down, so that a wider memory takes
-longer and no more registers. Where the data is and what bounds the time: the lab notebook on these kernels.
+and W_down, (DIM, HIDDEN); a linear memory is a W_down alone, whose hidden units are its inputs, so that
+HIDDEN is the width of keys and queries. The kernel passes over the hidden units BLOCK at a time, rows of W_up
+and columns of W_down, so that a wider memory takes longer and no more registers. Where the data is and what
+bounds the time: the lab notebook on these kernels.
 
-Sizes: CHUNK tokens; a memory matrix has `size` numbers, and `num_rows` of them lie together. EPS, FLOOR,
-RADIUS: the norm's, the squared `length_floor`, the `row_limit`. OBJECTIVE, PARAMETER: see `objective.py`.
-MARKED: rows may begin afresh, and their chunk may stay open; a row's anchor is then a state of its own.
+Sizes: CHUNK tokens; values and reads have DIM numbers; a memory matrix has `size` numbers, and `num_rows` of
+them lie together. EPS, FLOOR, RADIUS: the norm's, the squared `length_floor`, the `row_limit`. ACTIVATION:
+see `elementary.py`. OBJECTIVE, PARAMETER: see `objective.py`. MARKED: rows may begin afresh, and their chunk
+may stay open; a row's anchor is then a state of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def forward_kernel(
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, HAS_BASE: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr,
-    GELU: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, MARKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, MARKED: tl.constexpr,
     TAPE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunks in sequence.
@@ -57,6 +59,7 @@ def forward_kernel(
     state before every `group` chunks to `kept_…`. tape_outputs is written without TAPE too, one chunk over
     the other.
     """
+    dtype: tl.constexpr = values.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     size = HIDDEN * DIM
     up, down = _tile(BLOCK, DIM), tl.arange(0, DIM)[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
@@ -77,7 +80,9 @@ def forward_kernel(
         here = n * num_rows + row
         layer = n * DEPTH * num_rows + row
         last = layer + (DEPTH - 1) * num_rows
-        tokens = here * CHUNK * DIM
+        tokens, arrived = here * CHUNK * DIM, here * CHUNK * DIM
+        if DEPTH == 1:
+            arrived = here * CHUNK * HIDDEN
         after, seen = before, row * CHUNK * HIDDEN
         if TAPE:
             after += num_rows * size
@@ -116,18 +121,20 @@ def forward_kernel(
                     tl.store(kept_anchor_down + into + at, tl.load(weights_down + anchored + at))
 
         # Surprise at the anchor.
-        k = tl.load(keys + tokens + token)
-        features = tl.zeros([CHUNK, DIM], k.dtype)
-        squares, row_squares = tl.zeros([CHUNK], k.dtype), tl.zeros([DIM], k.dtype)
+        k = tl.zeros([CHUNK, DIM], dtype)
+        if DEPTH == 2 or RESIDUAL:
+            k = tl.load(keys + arrived + token)
+        features = tl.zeros([CHUNK, DIM], dtype)
+        squares, row_squares = tl.zeros([CHUNK], dtype), tl.zeros([DIM], dtype)
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             if DEPTH == 2:
                 at = begin * DIM + up
                 total = _with_base(tl.load(weights_up + anchored + at), base_up + at, HAS_BASE)
                 outputs = _dot(k, tl.trans(total), PRECISION)
                 tl.store(tape_outputs + seen + begin + wide, outputs)
-                hidden = _activation(outputs, GELU)
+                hidden = _activation(outputs, ACTIVATION)
             else:
-                hidden = tl.load(keys + tokens + begin + wide)
+                hidden = tl.load(keys + arrived + begin + wide)
             at = begin + down
             total = _with_base(tl.load(weights_down + anchored + at), base_down + at, HAS_BASE)
             features += _dot(hidden, tl.trans(total), PRECISION)
@@ -158,12 +165,14 @@ def forward_kernel(
                     tl.store(tape_kappa + here, kappa)
 
         # What is read and written, hidden units at a time.
-        q = tl.load(queries + tokens + token)
+        q = k
+        if DEPTH == 2 or RESIDUAL:
+            q = tl.load(queries + arrived + token)
         closes = True
         if MARKED:
             closes = tl.load(complete + here) != 0
-        out = tl.zeros([CHUNK, DIM], k.dtype)
-        row_squares = tl.zeros([DIM], k.dtype)
+        out = tl.zeros([CHUNK, DIM], dtype)
+        row_squares = tl.zeros([DIM], dtype)
         if DEPTH == 2:
             mixing_up = _dot(q, tl.trans(k), PRECISION) * tl.load(read_steps + layer * CHUNK * CHUNK + square)
         # The outputs above, which another thread may have written.
@@ -173,7 +182,7 @@ def forward_kernel(
             if DEPTH == 2:
                 outputs = tl.load(tape_outputs + seen + begin + wide)
                 total = _with_base(tl.load(weights_down + anchored + at), base_down + at, HAS_BASE)
-                d_up = _dot(delta, total, PRECISION) * _slope(outputs, GELU)
+                d_up = _dot(delta, total, PRECISION) * _slope(outputs, ACTIVATION)
                 if NORMALIZE:
                     d_up /= divisor[:, None]
                 into = begin * DIM + up
@@ -202,10 +211,10 @@ def forward_kernel(
                     if closes:
                         tl.store(weights_up + own + into, w)
                 tl.store(tape_read + seen + begin + wide, read)
-                hidden, read = _activation(outputs, GELU), _activation(read, GELU)
+                hidden, read = _activation(outputs, ACTIVATION), _activation(read, ACTIVATION)
             else:
-                hidden = tl.load(keys + tokens + begin + wide)
-                read = tl.load(queries + tokens + begin + wide)
+                hidden = tl.load(keys + arrived + begin + wide)
+                read = tl.load(queries + arrived + begin + wide)
             w, s = tl.load(weights_down + before + at), tl.load(moments_down + before + at)
             weigh = tl.load(read_weights + last * CHUNK + step)[:, None]
             carry = tl.load(read_momentum + last * CHUNK + step)[:, None]
@@ -223,14 +232,14 @@ def forward_kernel(
                 row_squares += tl.sum(w * w, 1)
         # In a loop of its own: next to a square product the compiler has every warp do all of the others.
         tl.debug_barrier()
-        similarity = tl.zeros([CHUNK, CHUNK], k.dtype)
+        similarity = tl.zeros([CHUNK, CHUNK], dtype)
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             if DEPTH == 2:
-                hidden = _activation(tl.load(tape_outputs + seen + begin + wide), GELU)
-                read = _activation(tl.load(tape_read + seen + begin + wide), GELU)
+                hidden = _activation(tl.load(tape_outputs + seen + begin + wide), ACTIVATION)
+                read = _activation(tl.load(tape_read + seen + begin + wide), ACTIVATION)
             else:
-                hidden = tl.load(keys + tokens + begin + wide)
-                read = tl.load(queries + tokens + begin + wide)
+                hidden = tl.load(keys + arrived + begin + wide)
+                read = tl.load(queries + arrived + begin + wide)
             similarity += _dot(read, tl.trans(hidden), PRECISION)
         if TAPE:
             tl.store(tape_similarity + here * CHUNK * CHUNK + square, similarity)

@@ -40,7 +40,7 @@ def resident_kernel(
     num_chunks, num_rows, group,
     EPS: tl.constexpr, FLOOR: tl.constexpr, RADIUS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
     HIDDEN: tl.constexpr, DEPTH: tl.constexpr, HAS_BASE: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, RESCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, TAPE: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,6 +51,9 @@ def resident_kernel(
     up, down = _tile(HIDDEN, DIM), _tile(DIM, HIDDEN)
     step, square = tl.arange(0, CHUNK), _tile(CHUNK, CHUNK)
     token, wide = _tile(CHUNK, DIM), _tile(CHUNK, HIDDEN)
+    # Of keys and queries, which are the hidden units of a linear memory.
+    width: tl.constexpr = HIDDEN if DEPTH == 1 else DIM
+    arriving = _tile(CHUNK, width)
     base_up += own
     base_down += own
     shift, offset = tl.zeros([DIM], tl.float32), tl.zeros([DIM], tl.float32)
@@ -79,12 +82,13 @@ def resident_kernel(
             tl.store(kept_moments_down + into + down, s_down)
 
         # Surprise.
-        k, q = tl.load(keys + tokens + token), tl.load(queries + tokens + token)
+        arrived = here * CHUNK * width + arriving
+        k, q = tl.load(keys + arrived), tl.load(queries + arrived)
         outputs, hidden = k, k
         if DEPTH == 2:
             total = _with_base(w_up, base_up + up, HAS_BASE)
             outputs = _dot(k, tl.trans(total), PRECISION)
-            hidden = _activation(outputs, GELU)
+            hidden = _activation(outputs, ACTIVATION)
         total = _with_base(w_down, base_down + down, HAS_BASE)
         features = _dot(hidden, tl.trans(total), PRECISION)
         error, delta, _, scale = _objective(
@@ -116,7 +120,7 @@ def resident_kernel(
         # The layer below is read, then written.
         read = q
         if DEPTH == 2:
-            d_up = _dot(delta, total, PRECISION) * _slope(outputs, GELU)
+            d_up = _dot(delta, total, PRECISION) * _slope(outputs, ACTIVATION)
             if NORMALIZE:
                 d_up /= divisor[:, None]
             mixing = _dot(q, tl.trans(k), PRECISION) * tl.load(read_steps + layer * CHUNK * CHUNK + square)
@@ -141,7 +145,7 @@ def resident_kernel(
             if TAPE:
                 tl.store(weights_up + after + up, w_up)
                 tl.store(moments_up + after + up, s_up)
-            read = _activation(read, GELU)
+            read = _activation(read, ACTIVATION)
 
         # The layer that answers.
         weigh = tl.load(read_weights + last * CHUNK + step)[:, None]

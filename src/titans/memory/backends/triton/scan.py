@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.memory.backends.known import objective_switch
+from titans.memory.backends.known import ACTIVATION_SWITCH, objective_switch
 from titans.memory.backends.triton.backward import backward_kernel
 from titans.memory.backends.triton.forward import forward_kernel
 from titans.memory.backends.triton.resident import resident_kernel
@@ -158,7 +158,7 @@ class _Plan(NamedTuple):
             RESIDUAL=net.residual,
             NORMALIZE=rule.normalize_step,
             RESCALE=rule.row_limit is not None,
-            GELU=net.activation == "gelu",
+            ACTIVATION=ACTIVATION_SWITCH[net.activation],
             OBJECTIVE=objective.kind,
             PARAMETER=objective.parameter,
             PRECISION=_precision(keys.device),
@@ -211,9 +211,9 @@ def _run(
 
     group: 1 to keep the tape; more to keep the state before every `group` chunks; 0 to keep nothing.
     """
-    marks, keys = plan.marks, inputs[1]
+    marks, keys, values = plan.marks, inputs[1], inputs[2]
     base, initial, initial_momentum, weights, momentum, anchor = layered
-    chunks, rows, chunk, dim = keys.shape
+    chunks, rows, chunk, dim = values.shape
     hidden, taped, first = plan.hidden, group == 1, int(marks is not None)
     unused = keys.new_empty(1)
 
@@ -226,7 +226,7 @@ def _run(
         return made
 
     weight_slots, moment_slots = slots(weights, anchor), slots(momentum, ())
-    reads, surprise = torch.empty_like(keys), keys.new_empty(chunks, rows, chunk)
+    reads, surprise = torch.empty_like(values), keys.new_empty(chunks, rows, chunk)
     shapes = [
         (chunk, hidden), (chunk, hidden), (chunk, dim), (chunk, dim), (chunk, chunk), (chunk,), (), (hidden,),
         (dim,),
@@ -292,7 +292,7 @@ class _Scan(torch.autograd.Function):
         rest = iter(saved[count:])
         kept = _Kept(*([next(rest) for _ in range(size)] for size in ctx.sizes))
         base, initial, initial_momentum, weights, momentum, anchor = layered
-        chunks, rows, chunk, dim = inputs[1].shape
+        chunks, rows, chunk, dim = inputs[2].shape
         depth, hidden, marks = plan.inner.network.depth, plan.hidden, plan.marks
         unused = inputs[1].new_empty(1)
 
