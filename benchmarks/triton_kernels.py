@@ -36,7 +36,7 @@ TYPES = {
 )  # fmt: skip
 MEMORY = dict(
     HAS_BASE=True, RESIDUAL=False, NORMALIZE=True, RESCALE=True, FLOOR=1.0, RADIUS=8.0, EPS=1e-5, NORM=False,
-    GELU=False, OBJECTIVE=0, PARAMETER=0.0,
+    ACTIVATION=1, OBJECTIVE=0, PARAMETER=0.0,
 )  # fmt: skip
 SCAN = dict(MEMORY, MARKED=False)
 # depth, head_dim, hidden width, tokens in a chunk, more.
@@ -49,12 +49,17 @@ SHAPES = (
     (2, 64, 256, 64, {}),
     (1, 64, 64, 16, {}),
     (1, 128, 128, 16, {}),
+    (2, 64, 128, 16, dict(ACTIVATION=2)),
+    (1, 64, 256, 16, {}),
+    (1, 128, 512, 64, {}),
 )
 # depth, head_dim, hidden width, more.
 DECODED = (
     (1, 64, 64, {}),
     (1, 128, 128, {}),
+    (1, 64, 256, {}),
     (2, 64, 128, {}),
+    (2, 64, 128, dict(ACTIVATION=2)),
     (2, 64, 128, dict(NORM=True, RESIDUAL=True)),
     (2, 64, 256, {}),
     (2, 128, 512, {}),
