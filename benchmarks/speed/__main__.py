@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from contenders import Case, floating_operations
+from forms import NAMES
 from goals import goals
 from report import SLOWER, comparison, paired, picture, ratios, tables
 
@@ -41,6 +42,7 @@ from titans.train.checkpoint import write_bytes
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 SOURCE = HERE.parents[1] / "src"
+PARTS = ("scan", "layer", "forms", "model")
 OURS = ("titans, native", "titans, bfloat16", "titans, torch")
 PEERS = ("titans-pytorch", "titans-pytorch, sequential", "titans-pytorch, per token")
 Row = dict[str, Any]
@@ -202,6 +204,14 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
                 (dict(kind="stream", **BASE | dict(time=time)), ["titans, native"], one) for time in lengths
             ]
         return planned
+    if part == "forms":
+        base = dict(width=256, time=4096)
+        return [
+            (dict(kind=kind, **base, chunk=chunk, backward=backward), list(NAMES), one)
+            for kind in ("equal scan", "equal layer")
+            for chunk in ((16,) if quick else (16, 64))
+            for backward in (False, True)
+        ]
     planned = []
     for variant in ("lmm",) if quick else ("lmm", "mac", "mag", "mal"):
         model = dict(preset="tiny" if quick else "small", variant=variant)
@@ -234,7 +244,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three minutes, one thread, prints only")
     parser.add_argument("--resume", action="store_true", help="keep what there is of this processor")
     parser.add_argument(
-        "--parts", nargs="+", default=["scan", "layer", "model"], choices=["scan", "layer", "model"]
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="forms is not compared by --against"
     )
     parser.add_argument("--peers", help="python of an environment with titans-pytorch")
     parser.add_argument("--against", type=Path, help="src folder of another checkout of this library")
@@ -256,10 +266,11 @@ def main() -> int:
     kept = RESULTS / f"{results_name()}.json"
     if arguments.resume and kept.exists():
         rows = json.loads(kept.read_text())["rows"]
+    parts = [part for part in arguments.parts if against is None or part != "forms"]
     known = [(row["case"], row["threads"]) for row in rows]
     planned = [
         (json.loads(json.dumps(case)), names, threads)  # as it reads back: tuples become lists
-        for part in [*([] if against else ["product"]), *arguments.parts]
+        for part in [*([] if against else ["product"]), *parts]
         for case, names, counts in plan(part, arguments.quick, bool(arguments.peers))
         for threads in counts
     ]

@@ -4,6 +4,7 @@ A case is a dictionary that travels to the process that times it. `kind`:
   product  float32 matrix products: `shape` (batch, rows, depth, columns); the machine's rate
   scan     memory_scan alone, heads × 64, the paper's equations
   layer    a whole memory (or attention) layer with its projections, batch 1
+  equal scan, equal layer   the same of memories of equal state, see forms.py
   stream   that layer reads `time` tokens in calls of 4096 or fewer, carrying its state
   train    a whole model's training step, batch 1
   prefill  a whole model reads `time` tokens into a cache
@@ -13,14 +14,12 @@ A case is a dictionary that travels to the process that times it. `kind`:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from forms import build_form
 from library import full_attention, run_on
+from steps import Case, Step, backward_step, layer_step
 from torch import Tensor
-
-Case = dict[str, Any]
-Step = Callable[[], object]
 
 HEAD_DIM = 64
 
@@ -33,27 +32,6 @@ def floating_operations(case: Case) -> float:
     d, m, c = HEAD_DIM, case["expansion"] * HEAD_DIM, case["chunk"]
     forward = case["width"] // d * (22 * d * m + 4 * c * (d + m) + 4 * c * c)
     return case["time"] * forward * (4.0 if case["backward"] else 1.0)
-
-
-def _backward(run: Callable[[], Tensor], leaves: list[Tensor]) -> Step:
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        run().square().mean().backward()
-
-    return step
-
-
-def _layer_step(layer: torch.nn.Module, case: Case, call: Callable[[Tensor], Tensor]) -> Step:
-    x = torch.randn(1, case["time"], case["width"])
-    if case["backward"]:
-        return _backward(lambda: call(x), list(layer.parameters()))
-
-    def step() -> None:
-        with torch.no_grad():
-            call(x)
-
-    return step
 
 
 def _product(case: Case) -> Step:
@@ -85,7 +63,7 @@ def _scan(case: Case, backend: str) -> Step:
         return memory_scan(net, *tokens, *gates, state, case["chunk"], backend=backend)[0]
 
     if case["backward"]:
-        return _backward(run, leaves)
+        return backward_step(run, leaves)
     return run
 
 
@@ -105,7 +83,7 @@ def _titans(case: Case, backend: str) -> Step:
         run_on(backend, layer)
         if case["kind"] == "stream":
             return _stream(layer, case)
-        return _layer_step(layer, case, lambda x: layer(x)[0])
+        return layer_step(layer, case, lambda x: layer(x)[0])
     return _model_step(case, case["variant"], backend)
 
 
@@ -124,7 +102,7 @@ def _stream(layer: torch.nn.Module, case: Case) -> Step:
 def _transformer(case: Case, _: str) -> Step:
     if case["kind"] == "layer":
         layer = full_attention(case["width"], case["width"] // HEAD_DIM, HEAD_DIM)
-        return _layer_step(layer, case, lambda x: layer(x)[0])
+        return layer_step(layer, case, lambda x: layer(x)[0])
     return _model_step(case, "transformer")
 
 
@@ -201,7 +179,7 @@ def _peer(case: Case, mode: str) -> Step:
         model=MemoryMLP(dim=HEAD_DIM, depth=2, expansion_factor=float(case["expansion"])),
         **sizes,
     )
-    return _layer_step(layer, case, lambda x: layer(x)[0])
+    return layer_step(layer, case, lambda x: layer(x)[0])
 
 
 CONTENDERS: dict[str, tuple[Callable[[Case, str], Step], str]] = {
@@ -220,5 +198,7 @@ def build(contender: str, case: Case) -> Step:
     torch.manual_seed(0)
     if case["kind"] == "product":
         return _product(case)
+    if case["kind"].startswith("equal"):
+        return build_form(case, contender)
     make, argument = CONTENDERS[contender]
     return make(case, argument)

@@ -81,6 +81,16 @@ def goals(rows: list[Row]) -> str:
             " %",
             True,
         )
+    for kind in ("equal scan", "equal layer"):
+        for chunk in (16, 64):
+            for backward in (False, True):
+                case = dict(kind=kind, chunk=chunk, backward=backward)
+                found = _times(rows, "linear, native", "sin features, native", **case)
+                name = "forward + backward" if backward else "forward"
+                what = (
+                    f"sin features, {kind.split()[1]}, chunk {chunk}, {name}: of a linear memory's tokens/s"
+                )
+                add(what, 70, None if found is None else 100 * found, " %")
     for threads in (1, 2):
         found = _times(rows, "titans-pytorch", NATIVE, threads, kind="train", variant="mac", time=2048)
         add(f"training the 10M MAC, 2,048 tokens, {_threads(threads)}: titans-pytorch", 4, found, "×")

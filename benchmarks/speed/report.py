@@ -143,6 +143,7 @@ def tables(about: str, rows: list[Row]) -> str:
         parts.append("### The memory alone (`memory_scan`)\n\n" + _scans(rows))
     for title, kinds in (
         ("A layer with its projections, tokens/s", ("layer",)),
+        ("Memories of equal state, 4 heads of 4,096 fast weights, tokens/s", ("equal scan", "equal layer")),
         ("A layer that reads on and on, tokens/s", ("stream",)),
         ("Whole models, tokens/s", ("train", "prefill", "decode")),
     ):
