@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -13,8 +14,11 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3NextConfig,
 )
+
+from titans.data import byte_tokenizer
 
 _SIZES: dict[str, Any] = dict(
     vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -49,3 +53,12 @@ def small_causal_lm(name: str, **changes: Any) -> PreTrainedModel:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
     return model
+
+
+def tokenizer_with_beginning() -> PreTrainedTokenizerFast:
+    """A byte a token, and token 256 before a text, as Llama has it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer

@@ -13,7 +13,7 @@ import pytest
 
 from titans.baselines import BASELINES
 from titans.memory import OBJECTIVES, UPDATE_RULES
-from titans.nn import BLOCKS
+from titans.nn import BLOCKS, FEATURES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,12 +38,12 @@ def outputs(page: Path) -> list[tuple[str, str]]:
 def registries() -> Iterator[None]:
     """What a page registers is forgotten after it."""
     with ExitStack() as stack:
-        for registry in (OBJECTIVES, UPDATE_RULES, BLOCKS, BASELINES):
+        for registry in (OBJECTIVES, UPDATE_RULES, FEATURES, BLOCKS, BASELINES):
             stack.enter_context(mock.patch.dict(registry))
         yield
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("give-a-model-a-memory", 8), ("extend", 8), ("options", 1)])
+@pytest.mark.parametrize(("page", "blocks"), [("give-a-model-a-memory", 8), ("extend", 10), ("options", 1)])
 def test_a_page_prints_what_it_shows(
     page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ ORDER = {
     "titans.nn": """
         packing norm rotary mlp kernels
         conv combine context
-        attention memory
+        attention memory adaptation
         blocks
         """,
     "titans.nn.blocks": """
@@ -65,18 +65,22 @@ ORDER = {
         __init__
         """,
     "titans.nn.memory": """
-        form half_lives initial_weights heads
+        form features half_lives initial_weights heads
         learner
         layer
         __init__
         tnt
+        """,
+    "titans.nn.adaptation": """
+        head
+        layer
         """,
     "titans.nn.memory.tnt": """
         key_space shards
         layer
         """,
     "titans.hf": """
-        flat_config state_file offload
+        flat_config presets state_file offload
         configuration keywords
         cache causal_cache
         generation layer

@@ -114,6 +114,14 @@ def test_losses_by_position_whatever_the_batch(name: str, models: dict[str, PreT
     torch.testing.assert_close(score(model, IDS, piece_length=9), losses[0], rtol=0, atol=1e-3)
     found = bits_per_byte(model, [(text, len(text)) for text in texts], batch_size=3, piece_length=8)
     assert found.nats_per_token == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+    begun = 0.0
+    for text in texts:
+        logits = in_one_call(model, [7, 8, *text])[1:-1]
+        begun += float(F.cross_entropy(logits, torch.from_numpy(text), reduction="sum"))
+    lengths = [(text, len(text)) for text in texts]
+    found = bits_per_byte(model, lengths, batch_size=3, piece_length=8, beginning=[7, 8])
+    assert found.tokens == sum(map(len, texts))
+    assert found.nats_per_token == pytest.approx(begun / found.tokens, abs=1e-5)
     with pytest.raises(ValueError, match="no memory that could be frozen"):
         bits_per_byte(model, [(IDS, 41)], freeze_memory=True)
 

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from titans.cli import main
-from titans.cli.info import readable_tokens
+from titans.cli.info import keys_reading, readable_tokens
 from titans.cli.progress import ReadingProgress
 from titans.data import byte_tokenizer, load_corpus
-from titans.evaluate import gate_statistics
+from titans.evaluate import KeyDimensions, gate_statistics, key_dimensions
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.stream import Session
@@ -263,6 +263,74 @@ def test_info_reports_the_gates(
     gates = json.loads(out)["gates"]
     assert code == 0 and gates["tokens"] == 5 and gates["half_life_90"] == [[[None] * 2] * 2] * 2
     assert "∞" in err
+    # One token makes no pair of keys.
+    (tmp_path / "short").write_bytes(b"T")
+    code, out, err = run("info", tmp_path, "--data", tmp_path / "short", "--json")
+    assert code == 0 and json.loads(out)["keys"] is None and "effective dimensions" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "widths"),
+    [
+        (dict(), "two layers, SiLU, stable form, 2 heads of 8 → 16 → 8", (8, 16)),
+        (dict(memory_depth=1), "linear, stable form, 2 heads of 8 × 8", (8, None)),
+        (
+            dict(memory_depth=1, memory={"features": "sin", "form": {"name": "recall", "row_limit": 4.0}}),
+            "sin features, recall form with row_limit=4.0, 2 heads of 8 × 32",
+            (32, None),
+        ),
+        (
+            dict(variant="lmm", memory_depth=3, memory=dict(
+                form=dict(activation="sin", norm=True), local_chunk_sizes=[8], shard_length=16,
+            )),
+            "three layers, sine, stable form with norm=True, 2 heads of 8 → 16 → 16 → 8, each with 1 local "
+            "memory",
+            (8, 16),
+        ),
+    ],
+)  # fmt: skip
+def test_info_names_the_memory_and_measures_its_keys(
+    run: Callable[..., Any], book: Path, tmp_path: Path, options: Any, memory: str, widths: Any
+) -> None:
+    model = save_model(tmp_path, **options)
+    byte_tokenizer().save_pretrained(tmp_path)
+    code, out, err = run("info", tmp_path, "--data", book, "--json")
+    assert code == 0, err
+    about = json.loads(out)
+    assert about["memory"] == memory and memory in " ".join(err.split())
+    keys = about["keys"]
+    assert (keys["tokens"], keys["sample"]) == (2048, [str(book)])
+    assert (keys["width"], keys["hidden_width"]) == widths
+    layers = key_dimensions(model, [list(ACT_4[:2048])])
+    expected = [torch.stack([layer.keys for layer in layers])]
+    expected += [torch.stack([x for layer in layers if (x := layer.hidden) is not None])] if widths[1] else []
+    found = [x for name in ("dimensions", "hidden_dimensions") if (x := keys[name]) is not None]
+    for numbers, tensor in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(numbers).double(), tensor, rtol=1e-4, atol=0)
+    read = expected[-1].flatten().sort().values[1:3].mean()
+    assert f"{read:.1f} of {widths[1] or widths[0]}: about so many pairs" in keys["reading"]
+    assert keys["reading"] in " ".join(err.split())
+    assert f"{expected[0][1].mean():.1f} ({expected[0][1].min():.1f}–{expected[0][1].max():.1f})" in err
+
+
+def test_info_of_features_from_a_shell(tmp_path: Path) -> None:
+    save_model(tmp_path, memory_depth=1, memory={"features": "product", "feature_size": 20})
+    byte_tokenizer().save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "titans", "info", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["memory"] == "product features, stable form, 2 heads of 8 × 20"
+    assert about["keys"]["width"] == 20 and "Effective dimensions, median of all heads" in done.stderr
+
+
+def test_info_says_when_a_linear_memory_would_recall_more() -> None:
+    keys, hidden = torch.tensor([[6.0, 8]]), torch.tensor([[3.0, 5]])
+    deep, linear = KeyDimensions(8, keys[0], 16, hidden[0]), KeyDimensions(8, keys[0])
+    assert keys_reading([deep]).startswith("4.0 of 16: ")
+    assert keys_reading([deep]).endswith("a linear memory of the same keys would recall more (7.0)")
+    assert keys_reading([linear]).endswith("from one head") and "7.0 of 8" in keys_reading([linear])
+    assert keys_reading([KeyDimensions(64, keys[0])]).endswith("resemble each other or repeat")
 
 
 def test_info_of_what_has_no_gates(

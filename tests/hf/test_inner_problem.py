@@ -1,4 +1,5 @@
-"""Objectives and update rules through whole models: by name and parameters, one of them from outside."""
+"""Objectives, update rules and features through whole models: by name and parameters, one of them from
+outside."""
 
 from __future__ import annotations
 
@@ -45,6 +46,8 @@ PARTS = {
     "huber": {"objective": {"name": "huber", "delta": 0.3}},
     "l_p": {"objective": {"name": "lp", "p": 3.0}},
     "a rule of its own": {"rule": {"name": "averaged", "pull": 0.3}},
+    "sin features": {"features": "sin", "feature_size": 6},
+    "sharp product features": {"features": "product", "start": "sharp"},
 }
 every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 
@@ -53,9 +56,10 @@ every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("variant", ["mac", "mal"])
 @torch.no_grad()
 def test_a_model_reads_saves_loads_and_searches(part, variant, tmp_path):
-    model, ids = small_model(variant, memory=part), random_ids(2, 20)
+    depth = dict(memory_depth=1 if "features" in part else 2)
+    model, ids = small_model(variant, memory=part, **depth), random_ids(2, 20)
     whole = logits_of(model, ids)
-    assert (whole - logits_of(small_model(variant), ids)).abs().max() > 1e-6, "it changes nothing"
+    assert (whole - logits_of(small_model(variant, **depth), ids)).abs().max() > 1e-6, "it changes nothing"
     cache = filled_cache(model, ids[:, :8])
     assert_near(model(ids[:, 8:], past_key_values=cache.clone()).logits, whole[:, 8:])
 
@@ -68,8 +72,8 @@ def test_a_model_reads_saves_loads_and_searches(part, variant, tmp_path):
     loaded = TitansCache.load(tmp_path / "memory", again.config)
     following = [model(ids[:, 8:], past_key_values=c).logits for c in (cache, loaded)]
     assert torch.equal(*following)
-    with pytest.raises(ValueError, match=rf"was written with memory.{next(iter(part))}.name="):
-        TitansCache.load(tmp_path / "memory", small_config(variant))
+    with pytest.raises(ValueError, match=rf"was written with memory.{next(iter(part))}(.name)?="):
+        TitansCache.load(tmp_path / "memory", small_config(variant, **depth))
 
     beams = dict(num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=0)
     found = [model.generate(ids[:, :11], use_cache=cached, **beams) for cached in (True, False)]
@@ -80,7 +84,9 @@ def test_a_model_reads_saves_loads_and_searches(part, variant, tmp_path):
 def test_a_model_trains_alike_on_every_backend(part):
     """Its loss falls, and its gradients are those of the reference."""
     torch.manual_seed(0)
-    model = TitansForCausalLM(small_config("lmm", memory=part, num_hidden_layers=1)).double()
+    depth = 1 if "features" in part else 2
+    config = small_config("lmm", memory=part, memory_depth=depth, num_hidden_layers=1)
+    model = TitansForCausalLM(config).double()
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
     begins = torch.randint(9, (20, 4, 1), generator=torch.Generator().manual_seed(0))
     losses = []
@@ -102,3 +108,35 @@ def test_a_model_trains_alike_on_every_backend(part):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert_near(b, a, SAME)
+
+
+def test_a_feature_size_that_is_left_open_is_the_one_it_stands_for(tmp_path):
+    """A memory file of a model without the size is one of a model with it, and of no other size."""
+
+    def config(size):
+        return small_config("lmm", memory_depth=1, memory=dict(features="sin", feature_size=size))
+
+    model = TitansForCausalLM(config(None)).double()
+    cache = filled_cache(model, random_ids(1, 8))
+    cache.check_fits(config(16))
+    cache.save(tmp_path / "memory")
+    assert TitansCache.load(tmp_path / "memory", config(16)).num_columns == 8
+    with pytest.raises(ValueError, match=r"written with memory\.feature_size=16, the model has 12"):
+        TitansCache.load(tmp_path / "memory", config(12))
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunkwise"])
+@pytest.mark.parametrize("start", ["induction", "sharp"])
+@pytest.mark.parametrize("variant", ["lmm", "mac"])
+def test_the_first_gradient_is_of_ordinary_size(variant, start, backend):
+    """Where keys see the token before, that of a text's first token, persistent or not, is exactly 0."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, head_dim=32, num_hidden_layers=1, memory=dict(start=start))
+    model = TitansForCausalLM(small_config(variant, **sizes))
+    for module in model.modules():
+        if isinstance(module, Learner):
+            module.backend = backend
+    ids = random_ids(2, 24)
+    model(ids, labels=ids).loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert gradient.norm() < 1e3

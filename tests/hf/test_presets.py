@@ -34,7 +34,11 @@ def parts(config: TitansConfig) -> dict[str, int]:
     memory, p = config.memory, config.num_persistent_tokens
     form, conv = memory.memory_form, memory.conv_kernel
     hidden = dim * e
-    initial = heads * (dim * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
+    mapped = memory.features != "identity"
+    size = (memory.feature_size or 4 * dim) if mapped else dim
+    initial = heads * (size * dim if depth == 1 else 2 * hidden * dim + (depth - 2) * hidden * hidden)
+    projections = {"identity": 0, "sin": 1}.get(memory.features, 2)
+    features = heads * (projections * size * dim + (memory.features == "sin"))
     norm = (2 if form.norm else 0) * width
     # The update from the text and the initial memory are normalised apart.
     reads = (2 if form.decay_to_initial else 1) * width
@@ -47,7 +51,7 @@ def parts(config: TitansConfig) -> dict[str, int]:
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
         "attention": layers * 4 * d * width * (config.variant != "lmm"),
-        "memory": layers * (5 * d * width + 3 * width * conv + gates) * has_memory,
+        "memory": layers * (5 * d * width + 3 * width * conv + gates + features) * has_memory,
         "initial memory": layers * (memories * (initial + norm) + reads) * has_memory,
         "recall": layers * (2 * d * width + width * conv + reads) * (config.variant == "mac"),
         "persistent tokens": layers * p * d * has_memory,
@@ -96,6 +100,8 @@ def test_the_formula_holds_with_local_memories(variant):
         dict(memory_depth=3, memory_expansion=1, intermediate_size=7, num_persistent_tokens=0),
         dict(memory={"form": "recall", "start": "induction"}),
         dict(memory={"form": {"gate_hidden_size": 5}, "conv_kernel": 3}),
+        dict(memory_depth=1, memory={"features": "sin", "start": "sharp"}),
+        dict(memory_depth=1, memory={"features": "swiglu", "feature_size": 5}),
     ],
 )
 def test_the_formula_holds_for_any_sizes(variant, changes):

@@ -42,6 +42,37 @@ def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last,
     assert growth.longest_weights[:, -1].max() > 1
 
 
+@pytest.mark.parametrize("chunk_size", [1, 16])
+@pytest.mark.parametrize("features", ["sin", "product", "swiglu"])
+def test_memories_of_features_are_as_stable_as_linear_ones(features, chunk_size):
+    """On keys that go through the map, and on any features no longer than 1."""
+    through_map = stressed_memory(8, 1, chunk_size, features=features, feature_size=32)
+    on_features = replace(through_map, features=None)
+    for memory in (through_map, on_features) if features == "sin" else (through_map,):
+        cases = hostile_cases(memory, 1024, gates=WORST_GATES)
+        assert cases.keys.shape[-1] == (32 if memory is on_features else 8)
+        growth = perturbation_growth(memory, cases)
+        # Linear in what it learns: no difference of weights grows. A key's does, by the slope of the map.
+        assert growth.weights.max() <= 1
+        assert growth.first_key.max() < GROWTH_LIMIT
+        bound = state_bound(memory)
+        assert (growth.longest_weights.amax(0) <= torch.tensor(bound.weights)).all()
+        assert (growth.longest_momentum.amax(0) <= torch.tensor(bound.momentum)).all()
+        assert growth.longest_weights.max() > 1
+
+
+def test_the_bound_needs_short_features_to_count_as_one_long():
+    def longest(floor):
+        options = dict(features="sin", feature_size=32, length_floor=floor)
+        memory = replace(stressed_memory(8, 1, 16, **options), features=None)
+        growth = perturbation_growth(memory, hostile_cases(memory, 512, gates=[("all at max", "0")]))
+        return memory, float(growth.longest_weights.max())
+
+    memory, bounded = longest(1.0)
+    (bound,) = state_bound(memory).weights
+    assert bounded <= bound < longest(0.0)[1]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_gradients_of_far_keys_do_not_grow(depth):
     memory = stressed_memory(8, depth, 16)

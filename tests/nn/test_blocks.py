@@ -34,6 +34,14 @@ SETTINGS = BlockSettings(
 )
 every_block = pytest.mark.parametrize("variant", BLOCKS)
 with_memory = pytest.mark.parametrize("variant", [*filter(has_memory, BLOCKS)])
+FEATURES = dict(memory_depth=1, memory_options=dict(features="sin", feature_size=7, start="sharp"))
+# Every block, and those with a memory also on features of their keys.
+BLOCKS_AND_FEATURES = [(v, {}) for v in BLOCKS] + [(v, FEATURES) for v in filter(has_memory, BLOCKS)]
+every_block_and_features = pytest.mark.parametrize(
+    ("variant", "changes"),
+    BLOCKS_AND_FEATURES,
+    ids=[v + " features" * bool(c) for v, c in BLOCKS_AND_FEATURES],
+)
 
 
 def block_of(variant, seed=0, **changes):
@@ -70,10 +78,10 @@ def assert_same_states(actual, expected):
         assert_close(a.detach(), b.detach(), FLOAT64, "state")
 
 
-@every_block
-def test_ragged_rows_are_rows_alone_gradients_included(variant):
+@every_block_and_features
+def test_ragged_rows_are_rows_alone_gradients_included(variant, changes):
     """Two calls that leave the rows at different phases; what stands in the padding is huge."""
-    block, calls = block_of(variant), ([7, 0, 3], [6, 8, 1], [1, 1, 1])
+    block, calls = block_of(variant, **changes), ([7, 0, 3], [6, 8, 1], [1, 1, 1])
     rows = [tokens(sum(n), HIDDEN, seed=b).requires_grad_() for b, n in enumerate(zip(*calls, strict=True))]
     outputs, state, begin = [[] for _ in rows], block.initial_state(3), [0, 0, 0]
     for lengths in calls:
@@ -184,14 +192,16 @@ def learned(state) -> list[Tensor]:
     return found
 
 
-def test_mac_follows_its_definition_segment_by_segment():
+@pytest.mark.parametrize("changes", [{}, FEATURES], ids=["", "features"])
+def test_mac_follows_its_definition_segment_by_segment(changes):
     """What a segment recalls is what the memory knew after the segments before it, and nothing of itself."""
-    block, x = block_of("mac"), tokens(1, 3 * SEGMENT + 2, HIDDEN)
+    block, x = block_of("mac", **changes), tokens(1, 3 * SEGMENT + 2, HIDDEN)
     normed, width = block.norm(x), block.memory.num_heads * block.memory.network.head_dim
     queries, _ = block.recall_conv(block.recall_query(normed))
     queries = torch.nn.functional.normalize(
         torch.nn.functional.silu(queries).unflatten(-1, (HEADS, -1)), dim=-1
     )
+    queries = block.memory.feature_map(queries)
     attended: list[Tensor] = []
     for begin in range(0, x.shape[1], SEGMENT):
         known = block.memory.initial_state(1, block.persistent)
@@ -231,7 +241,7 @@ def test_the_gate_lets_pass_what_the_memory_opens():
 
 def test_recall_begins_by_asking_as_the_memory_was_written():
     agreement = {}
-    for start in ("random", "induction"):
+    for start in ("random", "induction", "sharp"):
         torch.manual_seed(0)
         block = BLOCKS["mac"](
             BlockSettings(128, 2, 64, 4, 16, 16, 2, 3, 1, 1, 1e4, 1e-6, memory_options={"start": start})
@@ -252,4 +262,4 @@ def test_recall_begins_by_asking_as_the_memory_was_written():
         z, _ = block.attention.attend(own.tokens, context, block.attention.fixed(block.persistent), None)
         found, _, _ = block.memory.learn(block.memory_norm(z), None, BlockContext())
         agreement[start] = (own.queries * found.queries).sum(-1)[0, 4:].mean().item()
-    assert agreement["induction"] > 0.7 > 0.3 > agreement["random"], agreement
+    assert min(agreement["induction"], agreement["sharp"]) > 0.7 > 0.3 > agreement["random"], agreement

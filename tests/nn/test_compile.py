@@ -14,10 +14,12 @@ from ..tolerances import FLOAT32, assert_close
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 
 
-@pytest.mark.parametrize("resets", [False, True])
-def test_a_compiled_layer_is_the_layer(resets):
+@pytest.mark.parametrize(("resets", "features"), [(False, "identity"), (True, "identity"), (True, "sin")])
+def test_a_compiled_layer_is_the_layer(resets, features):
     torch.manual_seed(0)
-    layer, x = NeuralMemory(16, 1, head_dim=16, chunk_size=4), torch.randn(2, 9, 16)
+    depth = 2 if features == "identity" else 1
+    layer = NeuralMemory(16, 1, head_dim=16, depth=depth, chunk_size=4, features=features)
+    x = torch.randn(2, 9, 16)
     flags = {"mask": torch.rand(2, 9) > 0.2, "reset": torch.rand(2, 9) > 0.8} if resets else {}
     found = []
     for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):

@@ -43,8 +43,10 @@ def _both(run, leaves):
 def test_head_vectors_compiled_are_those_of_torch(batch, time, kernel, ragged, resets, seed):
     torch.manual_seed(seed)
     conv = CausalConv(3 * 2 * 16, kernel).double()
-    # A slice, as a projection that also has a gate in it gives; one value long enough to be shortened.
-    whole = torch.randn(batch, time, 4 * 2 * 16, dtype=torch.float64) * torch.randint(1, 9, (batch, time, 1))
+    # A slice, as a projection that also has a gate in it gives. Some vectors are long enough to be shortened,
+    # some too short to be brought to length 1.
+    scale = torch.tensor([1e-3, 1.0, 8.0])[torch.randint(3, (batch, time, 1))]
+    whole = torch.randn(batch, time, 4 * 2 * 16, dtype=torch.float64) * scale
     lengths = torch.randint(0, time + 1, (batch,)) if ragged else None
     reset = torch.rand(batch, time) < 0.3 if resets else None
     if lengths is not None:

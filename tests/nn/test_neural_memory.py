@@ -28,8 +28,10 @@ LAYERS = [
     dict(depth=3, conv_kernel=1, expansion=1),
     dict(form=dict(gates_see_keys=True, gate_hidden_size=5)),
     dict(form=dict(bounded_half_lives=True), half_lives=(20.0, 1e6)),
+    dict(depth=1, features="sin", feature_size=7, start="sharp", form=dict(gates_see_keys=True)),
+    dict(depth=1, features="product"),
 ]
-NAMES = ["default", "linear", "three layers", "seen keys", "bounded"]
+NAMES = ["default", "linear", "three layers", "seen keys", "bounded", "sin", "product"]
 every_form = pytest.mark.parametrize("form", LAYERS, ids=NAMES)
 
 

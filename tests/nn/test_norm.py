@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from titans.nn.mlp import SwiGLU
-from titans.nn.norm import HeadRMSNorm, ReadNorm, RMSNorm
+from titans.nn.norm import SHORTEST, HeadRMSNorm, ReadNorm, RMSNorm, unit_queries
 
 
 def test_formula_and_weight():
@@ -29,6 +29,17 @@ def test_what_is_faint_is_not_drowned_by_the_prior():
         )
     alone = ReadNorm(4, 6, has_prior=False).double()
     torch.testing.assert_close(alone(taught, None), alone.taught(taught))
+
+
+def test_a_query_is_of_length_one_unless_it_is_very_short_and_its_gradient_is_bounded():
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lengths = torch.tensor([0, 1e-12, 1e-6, 5e-3, 0.0099, 0.0101, 0.1, 1, 100])[:, None]
+    x = (lengths * x / x.norm(dim=-1, keepdim=True)).requires_grad_()
+    y = unit_queries(x)
+    torch.testing.assert_close(y.norm(dim=-1), (lengths[:, 0] / SHORTEST).clamp(max=1).double())
+    for column in range(6):
+        (grad,) = torch.autograd.grad(y[:, column].sum(), x, retain_graph=True)
+        assert grad.norm(dim=-1).max() <= 1 / SHORTEST
 
 
 def test_bfloat16_is_normalised_in_float32():

@@ -38,6 +38,10 @@ FORMS = {
         chunk_size=4, local_chunk_sizes=[2], shard_length=8,
         form=dict(name="paper", max_momentum=0.5, max_step_size=0.01),
     ),
+    "features": dict(
+        chunk_size=4, local_chunk_sizes=[2], shard_length=8, depth=1, features="sin", feature_size=7,
+        form=dict(gates_see_keys=True),
+    ),
 }  # fmt: skip
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -77,15 +81,15 @@ class Oracle:
     def prior(self, vector):
         return self.answer([0] * len(self.base), vector)
 
-    def write(self, x, key, value):
+    def write(self, x, key, value, unit_key):
         learner, net = self.learner, self.learner.network
         at = [w if w.requires_grad else w.clone().requires_grad_() for w in self.anchor]
         surprise = torch.autograd.grad((self.answer(at, key) - value).square().sum(), at, create_graph=True)
         logits = (learner.gate_weight @ x).view(3, HEADS, net.depth) + learner.gate_bias
         if learner.gate_key_weight is not None:
-            logits = logits + (learner.gate_key_weight @ key[None, :, :, None])[..., 0] * DIM**0.5
+            logits = logits + (learner.gate_key_weight @ unit_key[None, :, :, None])[..., 0] * DIM**0.5
         if learner.gate_up_weight is not None:
-            hidden = F.silu(learner.gate_up_weight @ torch.cat([x, key.flatten() * DIM**0.5]))
+            hidden = F.silu(learner.gate_up_weight @ torch.cat([x, unit_key.flatten() * DIM**0.5]))
             logits = logits + (learner.gate_down_weight @ hidden).view(logits.shape)
         alpha = 1 - torch.exp(-F.softplus(logits[0]))
         eta = learner.form.max_momentum * torch.sigmoid(logits[1])
@@ -122,12 +126,15 @@ def by_the_equations(layer, x, reset=None, persistent=None):
         v = v * (DIM**0.5 / v.norm(dim=-1, keepdim=True)).clamp(max=1)
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, F.silu(projected[:, 3 * HEADS * DIM :])
 
+    def features(vector):
+        return layer.feature_map(vector[None, None])[0, 0]
+
     def begin():
         memory = Oracle(layer)
         if persistent is not None:
             _, keys, values, _ = vectors(persistent, [False] * len(persistent))
             for token, key, value in zip(persistent, keys, values, strict=True):
-                memory.write(token, key, value)
+                memory.write(token, features(key), value, key)
             memory.anchor, memory.count = memory.weights, 0
         return memory, [Oracle(m) for m in layer.local], torch.zeros(HEADS, DIM, DIM, dtype=x.dtype)
 
@@ -137,12 +144,12 @@ def by_the_equations(layer, x, reset=None, persistent=None):
             memory, local, key_sum = begin()
         if memory.count % layer.shard_length == 0:
             local, key_sum = [Oracle(m) for m in layer.local], torch.zeros_like(key_sum)
-        read, prior = memory.answer(memory.anchor, query), memory.prior(query)
-        memory.write(x[t], key, value)
+        read, prior = memory.answer(memory.anchor, features(query)), memory.prior(features(query))
+        memory.write(x[t], features(key), value, key)
         key_sum = key_sum + key[:, :, None] * key[:, None, :]
-        asked = F.normalize((key_sum @ query[:, :, None])[..., 0], dim=-1)
+        asked = features(F.normalize((key_sum @ query[:, :, None])[..., 0], dim=-1))
         for each in local:
-            each.write(x[t], key, value)
+            each.write(x[t], features(key), value, key)
             read = read + each.answer(each.weights, asked)
             prior = prior + each.prior(asked)
         norm = layer.read_norm

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from math import isfinite, prod
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -16,9 +17,13 @@ from titans.cli.terminal import printable
 from titans.zoo.checkpoint import folder_of, load_config, load_titans, or_by_name
 
 if TYPE_CHECKING:
+    from titans.evaluate import KeyDimensions, LayerGates
     from titans.hf import TitansConfig
 
 SAMPLE_TOKENS = 2048
+# A smaller share of the width than this is said to be low.
+_FEW_DIMENSIONS = 0.25
+_KEYS_TABLE_WIDTH = 70
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
@@ -33,8 +38,9 @@ class Info:
 
     Example: titans info book.memory
 
-    Of a checkpoint with a memory it also reports what the gates have learned, from a sample of text: for each
-    layer and head how many tokens it takes to forget half, and how hard tokens are written.
+    Of a checkpoint with a memory it also reports, from a sample of text, what the gates have learned: for
+    each layer and head how many tokens it takes to forget half, and how hard tokens are written; and how many
+    keys each layer can tell apart.
     """
 
     path: tyro.conf.Positional[Path]
@@ -58,16 +64,18 @@ class Info:
             raise ValueError(
                 f"path={str(path)!r} does not exist: give a checkpoint folder or a memory file{or_by_name()}"
             )
-        has_gates = about["kind"] == "checkpoint" and load_config(path).has_memory
-        if self.data is not None and not has_gates:
+        has_memory = about["kind"] == "checkpoint" and load_config(path).has_memory
+        if self.data is not None and not has_memory:
             raise UsageError(
                 f"data with path={str(self.path)!r}: only a checkpoint with a memory reads a sample; leave "
                 "the option out"
             )
         _show(about)
-        if has_gates:
-            about["gates"] = _measure_gates(path, self.data or ("excerpt",))
+        if has_memory:
+            about |= _measure(path, self.data or ("excerpt",))
             _show_gates(about["gates"])
+            if about["keys"] is not None:
+                _show_keys(about["keys"])
         if self.json:
             print(json.dumps(about))
         return 0
@@ -127,8 +135,11 @@ def _memory_parts(config: dict[str, Any]) -> dict[str, Any]:
     """What its memory is made of, as far as it has names; nothing for a model of another kind."""
     if (memory := config.get("memory")) is None:
         return {}
+    from titans.cli.memory_sentence import memory_sentence
+
     rule = memory["rule"] or {"name": "momentum"}
     return {
+        "memory": memory_sentence(config),
         "memory_form": memory["form"].get("name"),
         "memory_objective": memory["objective"]["name"],
         "memory_rule": rule["name"],
@@ -168,38 +179,69 @@ def _preset(config: TitansConfig) -> str | None:
     return None
 
 
-def _measure_gates(folder: Path, sources: tuple[str, ...]) -> dict[str, Any]:
-    """How many tokens were read of what, and the fields of `LayerGates`, layers × heads × depth each.
-
-    A half-life without end is None, which JSON can say.
-    """
+def _measure(folder: Path, sources: tuple[str, ...]) -> dict[str, Any]:
+    """What a sample shows of gates and keys."""
     model, tokenizer = load_titans(folder)
     from titans.cli.progress import ReadingProgress
     from titans.data import encode_document, load_corpus
-    from titans.evaluate import LayerGates, gate_statistics
+    from titans.evaluate import gate_statistics, key_dimensions
 
-    sample, left = [], SAMPLE_TOKENS
+    texts, left = [], SAMPLE_TOKENS
     for document in (document for source in sources for document in load_corpus(source)):
         if not left:
             break
-        sample.append(encode_document(tokenizer, document.data, document.name)[:left])
-        left -= len(sample[-1])
-    with ReadingProgress(SAMPLE_TOKENS - left) as progress:
-        layers = gate_statistics(model, sample, progress=lambda done, _: progress.update(done, done))
+        texts.append(encode_document(tokenizer, document.data, document.name)[:left])
+        left -= len(texts[-1])
+    tokens = SAMPLE_TOKENS - left
+    with ReadingProgress(tokens) as progress:
+        gates = gate_statistics(model, texts, progress=lambda done, _: progress.update(done, done))
+    keys = key_dimensions(model, texts) if tokens > 1 else []
+    sample = {"sample": list(sources), "tokens": tokens}
+    return {
+        "gates": sample | _described_gates(gates),
+        "keys": sample | _described_keys(keys) if keys else None,
+    }
+
+
+def _described_gates(layers: list[LayerGates]) -> dict[str, Any]:
+    """The fields of `LayerGates`, layers × heads × depth each.
+
+    A half-life without end is None, which JSON can say.
+    """
 
     def numbers(values: Any) -> Any:
         if isinstance(values, list):
             return [numbers(value) for value in values]
         return values if isfinite(values) else None
 
+    names = [field.name for field in fields(layers[0])]
+    return {name: [numbers(getattr(layer, name).tolist()) for layer in layers] for name in names}
+
+
+def _described_keys(layers: list[KeyDimensions]) -> dict[str, Any]:
+    """Effective dimensions, layers × heads, with the widths that they cannot exceed, and what they mean."""
+    first = layers[0]
+    hidden = [layer.hidden.tolist() for layer in layers if layer.hidden is not None]
     return {
-        "sample": list(sources),
-        "tokens": SAMPLE_TOKENS - left,
-        **{
-            field.name: [numbers(getattr(layer, field.name).tolist()) for layer in layers]
-            for field in fields(LayerGates)
-        },
+        "width": first.key_width,
+        "dimensions": [layer.keys.tolist() for layer in layers],
+        "hidden_width": first.hidden_width,
+        "hidden_dimensions": hidden or None,
+        "reading": keys_reading(layers),
     }
+
+
+def keys_reading(layers: list[KeyDimensions]) -> str:
+    """What effective dimensions mean, in a sentence about their medians over layers and heads."""
+    read = median(x for layer in layers for x in layer.read.tolist())
+    keys = median(x for layer in layers for x in layer.keys.tolist())
+    width = layers[0].read_width
+    meaning = f"{read:.1f} of {width}: about so many pairs, written alike, are recalled from one head"
+    if layers[0].hidden is not None and read < keys:
+        return f"{meaning}; a linear memory of the same keys would recall more ({keys:.1f})"
+    if read < _FEW_DIMENSIONS * width:
+        return f"{meaning}; the keys of this text resemble each other or repeat"
+    return meaning
 
 
 def _show(about: dict[str, Any]) -> None:
@@ -257,6 +299,35 @@ def _show_gates(gates: dict[str, Any]) -> None:
             table.add_row(str(layer), str(head), matrices, *cells)
         table.add_section()
     Console(stderr=True).print(table)
+
+
+def _show_keys(keys: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    source = f"{keys['tokens']:,} tokens of {', '.join(keys['sample'])}"
+    table = Table(
+        title=escape(printable(f"effective dimensions over {source}")),
+        caption="1 / mean cos² over pairs of tokens: the median head, and lowest to highest",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+        min_width=_KEYS_TABLE_WIDTH,
+    )
+    parts = [(f"keys (of {keys['width']})", keys["dimensions"])]
+    if keys["hidden_width"] is not None:
+        parts.append((f"hidden features (of {keys['hidden_width']})", keys["hidden_dimensions"]))
+    for heading in ("layer", *(heading for heading, _ in parts)):
+        table.add_column(heading, justify="right")
+    for layer in range(len(keys["dimensions"])):
+        heads = [found[layer] for _, found in parts]
+        cells = [f"{median(x):.1f} ({min(x):.1f}–{max(x):.1f})" for x in heads]
+        table.add_row(str(layer), *cells)
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(f"Effective dimensions, median of all heads: {keys['reading']}.", highlight=False)
 
 
 def readable_tokens(tokens: float | None) -> str:

@@ -55,14 +55,15 @@ class EvalPerplexity:
             kind = getattr(model.config, "variant", model.config.model_type)
             raise UsageError(f"freeze_memory with a model {kind!r}: it has no memory; leave the option out")
         from titans.cli.progress import ReadingProgress
-        from titans.data import encode_document, hold_out, load_corpus
+        from titans.data import encode_document, hold_out, leading_tokens, load_corpus
         from titans.evaluate import bits_per_byte
 
         documents = [document for source in self.data for document in load_corpus(source)]
         if self.hold_out:
             documents = hold_out(documents, self.hold_out)[1]
         encoded = [(encode_document(tokenizer, d.data, d.name), len(d.data)) for d in documents]
-        total = sum(max(len(ids) - 1, 0) for ids, _ in encoded)
+        beginning = leading_tokens(tokenizer)
+        total = sum(max(len(ids) - (not beginning), 0) for ids, _ in encoded)
 
         def measure(freeze: bool) -> Perplexity:
             with ReadingProgress(total) as progress:
@@ -72,6 +73,7 @@ class EvalPerplexity:
                     batch_size=self.batch_size,
                     context_length=self.context_length,
                     freeze_memory=freeze,
+                    beginning=beginning,
                     progress=lambda done, total: progress.update(
                         done, done, "frozen" if freeze else "reading"
                     ),

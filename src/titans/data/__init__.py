@@ -6,7 +6,13 @@ from titans.data.batches import CarryDataset, WindowDataset
 from titans.data.corpora import list_corpora, load_corpus
 from titans.data.documents import Document
 from titans.data.split import hold_out
-from titans.stream.tokenizer import byte_tokenizer, encode_document, is_byte_tokenizer, load_tokenizer
+from titans.stream.tokenizer import (
+    byte_tokenizer,
+    encode_document,
+    is_byte_tokenizer,
+    leading_tokens,
+    load_tokenizer,
+)
 
 __all__ = [
     "CarryDataset",
@@ -16,6 +22,7 @@ __all__ = [
     "encode_document",
     "hold_out",
     "is_byte_tokenizer",
+    "leading_tokens",
     "list_corpora",
     "load_corpus",
     "load_tokenizer",

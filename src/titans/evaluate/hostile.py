@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from titans.memory import InnerProblem, MemoryNetwork
 from titans.nn import NeuralMemory
+from titans.nn.memory.features import IDENTITY
 from titans.nn.norm import shorten
 
 # The paper's equations with the plain network: nothing that `NeuralMemory` adds for stability.
@@ -28,6 +29,9 @@ class StressedMemory:
         initial: the fast weights of a memory that has read nothing, (1, out, in) for each layer.
         base: the weights on which the fast ones are offsets, if they are, (1, out, in) for the first layers.
         norm_weight: gain of the LayerNorm, (1, head_dim), or None.
+        features: what maps keys (rows, time, 1, head_dim) to those that the network takes, (rows, time, 1,
+            feature_size); None for a memory that takes its keys unchanged. Replaced by None in a memory that
+            has such a map, it puts the features themselves in the enemy's hands.
     """
 
     inner: InnerProblem
@@ -37,10 +41,16 @@ class StressedMemory:
     initial: tuple[Tensor, ...]
     base: tuple[Tensor, ...] | None
     norm_weight: Tensor | None
+    features: Callable[[Tensor], Tensor] | None = None
 
     @property
     def network(self) -> MemoryNetwork:
         return self.inner.network
+
+    @property
+    def key_dim(self) -> int:
+        """The width of the keys in the enemy's hands."""
+        return self.network.input_dim if self.features is None else self.network.head_dim
 
     def fast(self, rows: int) -> list[Tensor]:
         """`initial` for so many rows, (rows, 1, out, in) for each layer."""
@@ -53,6 +63,8 @@ def stressed_memory(
     chunk_size: int,
     *,
     expansion: int = 2,
+    features: str = IDENTITY,
+    feature_size: int | None = None,
     last: float = 0.0,
     gain: float | None = None,
     seed: int = 0,
@@ -62,7 +74,7 @@ def stressed_memory(
     """The memory of a `NeuralMemory` of these sizes.
 
     Args:
-        head_dim, depth, chunk_size, expansion: of `NeuralMemory`.
+        head_dim, depth, chunk_size, expansion, features, feature_size: of `NeuralMemory`.
         form: fields of `MemoryForm` that differ from those of "stable", or of the form with this `name`.
         last: the last layer of a base is zero at first but is learned; draw it with this many times the usual
             standard deviation, fan_in^-½.
@@ -72,7 +84,8 @@ def stressed_memory(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = NeuralMemory(2, 1, head_dim, depth, expansion, chunk_size, form=form).to(dtype)
+        sizes = head_dim, depth, expansion, chunk_size
+        layer = NeuralMemory(2, 1, *sizes, features=features, feature_size=feature_size, form=form).to(dtype)
         if layer.base is not None:
             nn.init.normal_(layer.initial_weights[-1], std=last * layer.base[-1].shape[-1] ** -0.5)
     norm_weight = None if layer.norm_weight is None else layer.norm_weight.detach()
@@ -86,6 +99,7 @@ def stressed_memory(
         tuple(w[0].detach() for w in layer.initial_state(1).memory.weights),
         None if layer.base is None else tuple(w.detach() for w in layer.base),
         norm_weight,
+        None if features == IDENTITY else layer.feature_map.requires_grad_(False),
     )
 
 
@@ -93,7 +107,8 @@ def stressed_memory(
 class Cases:
     """Streams under gates, one to a row.
 
-    keys, values: (rows, time, 1, head_dim). forget, momentum, step_size: (rows, time, 1, depth).
+    keys: (rows, time, 1, key_dim). values: (rows, time, 1, head_dim). forget, momentum, step_size: (rows,
+    time, 1, depth).
     """
 
     names: list[str]
@@ -122,12 +137,21 @@ def hostile_streams(
     chunk_size: int,
     generator: torch.Generator,
     periods: Sequence[int] = (),
+    key_dim: int | None = None,
+    of_features: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Keys of unit length and values, (tokens, head_dim) each, by name.
+    """Keys (tokens, key_dim) of unit length, and values (tokens, head_dim), by name.
 
     What is written again and again, with answers that change in time with the chunks, resonates with a step
-    that is too long; values go through `shorten` as in `NeuralMemory`. `periods` adds to the chunk's.
+    that is too long; values go through `shorten` as in `NeuralMemory`.
+
+    Args:
+        periods: in tokens, besides the chunk's.
+        key_dim: head_dim if not given.
+        of_features: add what only memories of features meet: keys that resemble each other, which features
+            are to tell apart, and keys shorter than 1.
     """
+    key_dim = head_dim if key_dim is None else key_dim
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -138,12 +162,12 @@ def hostile_streams(
     def pick(pairs: int) -> Tensor:
         return torch.randint(pairs, (tokens,), generator=generator)
 
-    first = unit(head_dim)
-    second = normal(head_dim)
+    first = unit(key_dim)
+    second = normal(key_dim)
     second = F.normalize(second - (second @ first) * first, dim=-1)
     close = F.normalize(first + 0.5 * second, dim=-1)
     value, other = 0.5 * normal(head_dim), 0.5 * normal(head_dim)
-    always = first.expand(tokens, head_dim)
+    always = first.expand(tokens, key_dim)
     time = torch.arange(tokens)
 
     def every(period: int, a: Tensor, b: Tensor) -> Tensor:
@@ -152,11 +176,11 @@ def hostile_streams(
     streams = {
         "constant": (always, value.expand(tokens, head_dim)),
         "one key, random values": (always, 0.5 * normal(tokens, head_dim)),
-        "random": (unit(tokens, head_dim), 0.5 * normal(tokens, head_dim)),
-        "four keys, random values": (unit(4, head_dim)[pick(4)], 0.5 * normal(tokens, head_dim)),
+        "random": (unit(tokens, key_dim), 0.5 * normal(tokens, head_dim)),
+        "four keys, random values": (unit(4, key_dim)[pick(4)], 0.5 * normal(tokens, head_dim)),
     }
     pairs = pick(8)
-    streams["eight pairs"] = (unit(8, head_dim)[pairs], 0.5 * normal(8, head_dim)[pairs])
+    streams["eight pairs"] = (unit(8, key_dim)[pairs], 0.5 * normal(8, head_dim)[pairs])
     for period in sorted({1, chunk_size, max(1, 3 * chunk_size // 2), 2 * chunk_size, *periods}):
         streams |= {
             f"orthogonal keys, every {period}": (every(period, first, second), every(period, value, other)),
@@ -167,6 +191,19 @@ def hostile_streams(
         for name in ("random", f"value flips, every {2 * chunk_size}"):
             keys, values = streams[name]
             streams[f"{name}, × {scale:g}"] = (keys, scale * values)
+    if of_features:
+        near = F.normalize(3 * first + unit(tokens, key_dim), dim=-1)
+        drifting = F.normalize(first + 0.05 * normal(tokens, key_dim).cumsum(0), dim=-1)
+        flips = every(2 * chunk_size, value, -value)
+        lengths = torch.rand(tokens, 1, generator=generator, dtype=torch.float64)
+        streams |= {
+            "keys of cosine 0.9, random values": (near, 0.5 * normal(tokens, head_dim)),
+            "keys of cosine 0.9, flips": (near, flips),
+            "drifting key, flips": (drifting, flips),
+            "lengths 0 to 1": (lengths * unit(tokens, key_dim), 0.5 * normal(tokens, head_dim)),
+            "one key of lengths 0 to 1, flips": (lengths * always, flips),
+            f"length 1 or 0.01, every {chunk_size}": (every(chunk_size, always, 0.01 * always), flips),
+        }
     return {name: (keys, shorten(values, head_dim**0.5)) for name, (keys, values) in streams.items()}
 
 
@@ -228,7 +265,9 @@ def hostile_cases(
     """
     generator = torch.Generator().manual_seed(seed)
     net, chunk = memory.network, memory.chunk_size
-    streams = hostile_streams(net.head_dim, tokens, chunk, generator, periods)
+    streams = hostile_streams(
+        net.head_dim, tokens, chunk, generator, periods, memory.key_dim, net.key_dim is not None
+    )
     schedules = gate_schedules(tokens, net.depth, chunk, memory.max_momentum, memory.max_step_size, generator)
     forget = forget_schedules(tokens, chunk, generator)
     chosen = [(s, *pair) for s in streams for pair in (gates or product(schedules, forget))]

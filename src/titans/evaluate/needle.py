@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from titans.data import leading_tokens
 from titans.data.needles import FILLER, TASKS, Needles, NeedleTask, make_needles
 from titans.evaluate.ask import answered, read
 from titans.hf import TitansConfig, causal_cache
@@ -133,7 +134,7 @@ def needle_table(
     Args:
         model: any causal language model of transformers with a cache, or a `Reader`.
         task: a name in `titans.data.needles.TASKS`.
-        lengths: tokens, the question included.
+        lengths: tokens, the question included, and what the tokenizer puts before a text.
         depths: where the needle stands; not used where there are several, which stand anywhere.
         haystack: the text around it, for tasks that want one.
         samples: for each cell. batch_size: of them side by side. seed: of all of them.
@@ -202,6 +203,7 @@ class _Asker:
     ) -> None:
         self.reader, self.tokenizer, self.task, self.haystack = reader, tokenizer, task, haystack
         self.counts, self.piece_length = counts, piece_length
+        self.beginning = np.asarray(leading_tokens(tokenizer), np.int64)
 
     def ask(
         self,
@@ -233,8 +235,8 @@ class _Asker:
         needles = [self._encode(statement) for statement in row.statements]
         depths = [depth] if depth is not None else np.sort(generator.random(len(needles))).tolist()
         offset = int(generator.integers(len(self.haystack.ids)))
-        text, ends = self.haystack.hide(needles, depths, context, offset)
-        return text, ends[-1]
+        text, ends = self.haystack.hide(needles, depths, context - len(self.beginning), offset)
+        return np.concatenate([self.beginning, text]), len(self.beginning) + ends[-1]
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False))

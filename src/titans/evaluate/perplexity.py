@@ -66,12 +66,13 @@ def bits_per_byte(
     piece_length: int = PIECE_LENGTH,
     context_length: int | None = None,
     freeze_memory: bool = False,
+    beginning: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Predict every token of every document from all that stands before it there, the cache carried along.
 
-    A document's first token is read but not predicted; its bytes do not count (they are taken as the average
-    of the document's tokens, which for a byte model is exact).
+    Without a `beginning` a document's first token is read but not predicted; its bytes do not count (they are
+    taken as the average of the document's tokens, which for a byte model is exact).
 
     Args:
         model: a Titans model or any causal LM of transformers with a cache; see `reader_of`.
@@ -81,6 +82,8 @@ def bits_per_byte(
         context_length: forget everything whenever so many tokens of a document have been read.
         freeze_memory: no memory learns, see `TitansModel.forward`; what persistent tokens have written stays.
             Titans models only.
+        beginning: token ids that the model reads where a document begins and after it has forgotten
+            everything, see `titans.data.leading_tokens`; they are not predicted and have no position.
         progress: called with the number of tokens predicted so far and in all.
 
     Raises:
@@ -93,11 +96,15 @@ def bits_per_byte(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: give a whole number of at least 1")
     reader = _with_frozen_memory(reader_of(model)) if freeze_memory else reader_of(model)
-    texts = sorted(_texts(reader, documents, context_length), key=lambda text: len(text.ids))
+    special = token_ids(list(beginning), None, reader.vocab_size).long()
+    first, last = special[:-1], special[-1:]
+    texts = sorted(_texts(reader, documents, context_length, last), key=lambda text: len(text.ids))
     total = sum(text.num_predictions for text in texts)
     if not total:
-        raise ValueError("documents hold no token to predict: give at least one of two tokens or more")
-    reader.check_room(texts[-1].num_predictions)
+        raise ValueError(
+            f"documents hold no token to predict: give at least one of {2 - len(last)} tokens or more"
+        )
+    reader.check_room(len(first) + texts[-1].num_predictions)
     bounds = torch.tensor(POSITION_BOUNDS)
     nats, num_bytes, tokens = (torch.zeros(len(bounds) + 1, dtype=torch.float64) for _ in range(3))
     done = 0
@@ -105,14 +112,15 @@ def bits_per_byte(
         group, position = texts[begin : begin + batch_size], 0
         cache = reader.start()
         # States as they are before the first token, persistent tokens read.
-        reader.read(torch.zeros(len(group), 0, dtype=torch.int64), cache)
+        reader.read(first.expand(len(group), -1), cache)
         while group := _drop_finished(group, cache, position):
             # A shorter piece where a document ends, then up to the next multiple again.
             most = max(1, min(piece_length, _MAX_LOGITS // (len(group) * reader.vocab_size)))
             length = min(most - position % most, group[0].num_predictions - position)
             ids = torch.stack([text.ids[position : position + length + 1].long() for text in group])
             losses = _losses(reader, ids, cache).cpu().double()
-            place = torch.bucketize(torch.arange(position + 1, position + length + 1), bounds, right=True)
+            predicted = torch.arange(position, position + length) + 1 - len(last)
+            place = torch.bucketize(predicted, bounds, right=True)
             rates = torch.tensor([text.bytes_per_token for text in group], dtype=torch.float64)
             nats.index_add_(0, place, losses.sum(0))
             num_bytes.index_add_(0, place, rates.sum().expand(length))
@@ -159,14 +167,21 @@ def score(
 
 
 def _texts(
-    reader: Reader, documents: Sequence[tuple[TokenIds, int]], context_length: int | None
+    reader: Reader,
+    documents: Sequence[tuple[TokenIds, int]],
+    context_length: int | None,
+    before: Tensor,
 ) -> list[_Text]:
+    """Documents cut into windows; before: no token, or one that stands before each of them."""
     texts = []
     for ids, num_bytes in documents:
         tokens = token_ids(ids, None, reader.vocab_size)
-        # A window's last token is the next one's first: predicted there, read here.
         step = context_length or max(len(tokens), 1)
-        windows = [tokens[begin : begin + step + 1] for begin in range(0, len(tokens) - 1, step)]
+        # Without a token before it, a window begins with the last one that the window before predicted.
+        shared = 1 - len(before)
+        windows = [tokens[begin : begin + step + shared] for begin in range(0, len(tokens) - shared, step)]
+        if len(before):
+            windows = [torch.cat([before, window]) for window in windows]
         texts += [_Text(window, num_bytes / len(tokens)) for window in windows]
     return texts
 

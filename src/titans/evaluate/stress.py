@@ -26,6 +26,8 @@ PIECE = 61
 def scan(memory: StressedMemory, cases: Cases, state: MemoryState) -> tuple[Tensor, MemoryState]:
     """Read the cases, every key being its own query: reads (rows, time, 1, head_dim) and the new state."""
     keys, values, forget, momentum, step_size = cases.tokens
+    if memory.features is not None:
+        keys = memory.features(keys)
     return memory_scan(
         memory.inner,
         keys,
@@ -164,12 +166,13 @@ class StateBound:
 def state_bound(memory: StressedMemory, longest_value: float | None = None) -> StateBound:
     """The documented constant: how large the state of a memory of the default form can get on any input.
 
-    For keys of length 1 and values no longer than V = √head_dim, with A_l = base + fast weights at the start
-    of a chunk, H = ‖h_{l−1}‖, e = M(k) − v, and s_l = ∏_{j>l} 1.13 ‖A_j‖, one token steps
-    θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1.
+    For keys of any width and length and values no longer than V = √head_dim, with A_l = base + fast weights
+    at the start of a chunk, H = ‖h_{l−1}‖, e = M(k) − v, and s_l = ∏_{j>l} 1.13 ‖A_j‖, one token steps
+    θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1: keys and
+    hidden vectors shorter than 1, such as features, count as 1 long.
     (One 2 is the squared error's gradient, the other its curvature: for a Huber or an l_p objective their
     quotient is at most 1 as well.) The answer is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H
-    because |SiLU(x)| ≤ |x|, so the step is at most
+    because |SiLU(x)| ≤ |x|, as of GELU and sin, so the step is at most
 
         step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l,
 
@@ -243,12 +246,12 @@ def search_growth(
         The largest growth found, and the stream with its gates, one row.
     """
     generator = torch.Generator().manual_seed(seed)
-    dim, depth = memory.network.head_dim, memory.network.depth
+    key_dim, head_dim, depth = memory.key_dim, memory.network.head_dim, memory.network.depth
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(rows, period or tokens, 1, *shape, generator=generator, dtype=torch.float64)
 
-    keys, values, gates = normal(dim), normal(dim), 2 * normal(3, depth)
+    keys, values, gates = normal(key_dim), normal(head_dim), 2 * normal(3, depth)
     keys[: rows // 2] = keys[: rows // 2, :1] + 0.1 * keys[: rows // 2]
     # What is forgotten cannot grow, and gives no gradient to start from; but to forget now and then can help.
     gates[::2, ..., 0, :] -= 4
@@ -261,7 +264,7 @@ def search_growth(
         return Cases(
             ["found by gradient ascent"] * rows,
             F.normalize(keys, dim=-1),
-            shorten(values, dim**0.5),
+            shorten(values, head_dim**0.5),
             forget,
             memory.max_momentum * momentum,
             memory.max_step_size * step_size,

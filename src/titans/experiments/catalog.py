@@ -8,6 +8,7 @@ from titans.experiments.forms import Forms
 from titans.experiments.goals import Goals
 from titans.experiments.language import Language
 from titans.experiments.learning import Learning
+from titans.experiments.memory_forms import MemoryForms
 from titans.experiments.memory_questions import MemoryQuestions
 from titans.experiments.needles import Needles
 from titans.experiments.robustness import Robustness
@@ -26,6 +27,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Beginnings(),
         Synthetic(),
         Forms(),
+        MemoryForms(),
         Robustness(),
         Endless(),
         Goals(),

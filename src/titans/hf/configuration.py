@@ -1,4 +1,4 @@
-"""The configuration of a Titans model, and the sizes it comes in."""
+"""The configuration of a Titans model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from titans.hf.flat_config import nested, remedy
+from titans.hf.presets import PRESETS
 from titans.memory import OBJECTIVES, UPDATE_RULES
 from titans.nn.blocks import BLOCKS, BlockSettings, has_memory
 from titans.nn.combine import COMBINATIONS
+from titans.nn.memory import features as feature_maps
 from titans.nn.memory.form import RULE_FIELDS, MemoryForm
-from titans.nn.memory.layer import HALF_LIVES, STARTS
+from titans.nn.memory.layer import HALF_LIVES, RECALL_STARTS, STARTS
 from titans.nn.memory.tnt.layer import refuses
 
 # What the library itself hands to a configuration in addition to its fields.
@@ -40,12 +42,15 @@ class TitansMemoryConfig(PreTrainedConfig):
         form: what keeps the memory stable and what its gates see: "stable", "paper", "recall", or
             {"name": "recall", "gate_hidden_size": 32} for a named form with some fields replaced, see
             `MemoryForm`. It is kept with all its fields, so that a checkpoint does not depend on the names.
+        features: what a memory of depth 1 learns on in place of the keys: a name in
+            `titans.nn.memory.FEATURES`, "identity" for the keys themselves.
+        feature_size: numbers of these features; None for 4 · head_dim.
         objective: what the memory minimises while it reads: a name in `titans.memory.OBJECTIVES`, or
             {"name": "huber", "delta": 0.5}.
         rule: how its weights are updated: a name in `titans.memory.UPDATE_RULES`, or {"name": …, parameter:
             …}; None for the momentum rule of the form. What a rule and a form both have, such as
             normalize_step, is the form's unless given here.
-        start: "random", or "induction": an associative memory of what followed what.
+        start: "random"; or "induction" or "sharp": an associative memory of what followed what.
         conv_kernel: width of the convolution on the memory's queries, keys and values.
         half_lives: the shortest and the longest with which the heads forget at first, in tokens.
         combination: how "mac" and "mag" combine attention and memory: "gate", the paper's, or "sum".
@@ -63,6 +68,8 @@ class TitansMemoryConfig(PreTrainedConfig):
     base_config_key = "memory"
 
     form: Any = "stable"
+    features: str = "identity"
+    feature_size: int | None = None
     objective: Any = "squared_error"
     rule: Any = None
     start: str = "random"
@@ -104,10 +111,12 @@ class TitansMemoryConfig(PreTrainedConfig):
                 raise ValueError(f"memory.{name}={getattr(self, name)!r}: choose one of {list(known)}")
         if type(self.conv_kernel) is not int or self.conv_kernel < 1:
             raise ValueError(f"memory.conv_kernel={self.conv_kernel!r}: give a whole number of at least 1")
-        if self.start == "induction" and self.conv_kernel < 2:
+        if self.start in RECALL_STARTS and self.conv_kernel < 2:
             raise ValueError(
-                "memory.start='induction' looks one token back: give a conv_kernel of at least 2"
+                f"memory.start={self.start!r} looks one token back: give a conv_kernel of at least 2"
             )
+        if reason := feature_maps.refuses(self.features, self.feature_size, self.memory_form.residual):
+            raise ValueError(f"memory.{reason}")
         if not _are_half_lives(self.half_lives):
             raise ValueError(
                 f"memory.half_lives={self.half_lives!r}: give two numbers above 0, the shorter one first"
@@ -131,6 +140,8 @@ class TitansMemoryConfig(PreTrainedConfig):
             "objective": self.objective,
             "rule": self.rule,
             "form": self.memory_form,
+            "features": self.features,
+            "feature_size": self.feature_size,
             "start": self.start,
             "half_lives": (self.half_lives[0], self.half_lives[1]),
         }
@@ -145,8 +156,9 @@ class TitansMemoryConfig(PreTrainedConfig):
             "rule": UPDATE_RULES.describe(form.rule(self.rule)),
             **{
                 name: getattr(self, name)
-                for name in ("conv_kernel", "combination", "local_chunk_sizes", "shard_length")
+                for name in ("features", "feature_size", "conv_kernel", "combination")
             },
+            **{name: getattr(self, name) for name in ("local_chunk_sizes", "shard_length")},
         }
 
 
@@ -263,6 +275,11 @@ class TitansConfig(PreTrainedConfig):
             )
         if not isinstance(self.memory, TitansMemoryConfig):
             raise ValueError(f"memory={self.memory!r}: give a TitansMemoryConfig or a dict of its fields")
+        if self.has_memory and self.memory.features != feature_maps.IDENTITY and self.memory_depth != 1:
+            raise ValueError(
+                f"memory_depth={self.memory_depth} with memory.features={self.memory.features!r}: what "
+                "learns is one matrix on the features; give memory_depth=1, or memory.features='identity'"
+            )
         sizes = self.memory.local_chunk_sizes
         if self.variant == "mac" and sizes is not None:
             raise ValueError(
@@ -308,7 +325,11 @@ class TitansConfig(PreTrainedConfig):
             "variant", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "memory_depth",
             "memory_expansion", "chunk_size", "segment_length", "sliding_window", "rope_theta",
         )  # fmt: skip
-        return {**{name: getattr(self, name) for name in names}, "memory": self.memory.state_fields()}
+        memory = self.memory.state_fields()
+        if memory["features"] != feature_maps.IDENTITY:
+            width = feature_maps.feature_width(memory["features"], memory["feature_size"], self.head_dim)
+            memory["feature_size"] = width
+        return {**{name: getattr(self, name) for name in names}, "memory": memory}
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> TitansConfig:
@@ -367,39 +388,3 @@ def _refuse_unknown(values: dict[str, Any], kind: type[PreTrainedConfig]) -> Non
         own = sorted(kind.__annotations__)
         advice = remedy(unknown[0]) or f"choose from {own}"
         raise ValueError(f"{unknown[0]}={values[unknown[0]]!r} is not a field of {kind.__name__}: {advice}")
-
-
-def _paper(num_layers: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
-    return dict(
-        num_hidden_layers=num_layers,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_attention_heads=hidden_size // 64,
-    )
-
-
-_BYTES = dict(vocab_size=256, chunk_size=16, segment_length=64, sliding_window=64, num_persistent_tokens=4)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        **_BYTES,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        memory_expansion=2,
-    ),
-    "small": dict(
-        **_BYTES, hidden_size=256, intermediate_size=704, num_hidden_layers=7, num_attention_heads=4
-    ),
-    # The paper's sizes (camera-ready, appendix E); the width of the SwiGLU is not given there.
-    "170m": _paper(12, 768, 2048),
-    "340m": _paper(24, 1024, 2752),
-    "760m": _paper(24, 1536, 4096),
-    "1.3b": _paper(18, 2048, 5504),
-}
-
-# The paper's where it gives one.
-PEAK_LEARNING_RATES = {
-    "tiny": 3e-3, "small": 3e-3, "170m": 3e-3, "340m": 1.5e-3, "760m": 1.25e-3, "1.3b": 7e-4,
-}  # fmt: skip

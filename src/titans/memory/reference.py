@@ -12,20 +12,10 @@ from titans.memory.state import MemoryState
 from titans.state import where_rows
 
 
-def momentum_step(
-    weight: Tensor, momentum: Tensor, gradient: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token's update of a layer: new W and S, (…, out, in); the gates broadcast against them."""
-    momentum = eta * momentum - theta * gradient  # (14)
-    weight = (1 - alpha) * weight + momentum  # (13)
-    return weight, momentum
-
-
 def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
     inner, state = problem.inner, problem.state
     net, objective, rule = inner.network, inner.objective, inner.rule
-    step = getattr(rule, "step", momentum_step)
     gain, bias, base = problem.gain, problem.bias, problem.base
     batch, time, heads, _ = problem.keys.shape
     everywhere = torch.ones(batch, dtype=torch.bool, device=problem.keys.device)
@@ -59,8 +49,10 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
                 torch.where(real[:, None], gate[:, t, :, layer], 0)[..., None, None]
                 for gate in (problem.forget, problem.momentum, problem.step_size)
             )
-            # (13) and (14), or what the rule has in their place.
-            weight, moment = step(
+            # The rule's step; that of `UpdateRule` is
+            #   S_t = η S_{t−1} − θ ∇ℓ       (14)
+            #   W_t = (1 − α) W_{t−1} + S_t  (13)
+            weight, moment = rule.step(
                 state.weights[layer],
                 state.momentum[layer],
                 gradients[layer],

@@ -50,12 +50,13 @@ class Registry(dict[str, Any], Generic[Part]):
                 f"{self.argument}={name!r}: choose one of {sorted(self)}, or import what registers it first"
             )
         made = self[name]
-        known = [field.name for field in _fields(made)]
+        own = _fields(made)
+        known = [field.name for field in own]
         if unknown := sorted(parameters.keys() - {*known}):
             raise ValueError(
                 f"{self.argument} {name!r} has no parameter {unknown[0]!r}: choose from {known or 'none'}"
             )
-        for field in _fields(made):
+        for field in own:
             if field.name in parameters:
                 _check_type(f"{self.argument} {name!r}: {field.name}", parameters[field.name], field.type)
         return made(**parameters) if isinstance(made, type) else made

@@ -60,12 +60,10 @@ def _rounded(products: Tensor, dtype: torch.dtype) -> Tensor:
 class UpdateRule:
     """What a token's gradient does to the weights, and what happens at the end of a chunk.
 
-    This class is gradient descent with momentum and forgetting, equations 13 and 14, as `reference.py` has
-    them; a rule derives from it and overrides what differs. A rule of another kind defines two methods that
-    agree: `step(weight, momentum, gradient, forget, momentum_gate, step_size)`, one token's new (weight,
-    momentum) of one layer, all tensors broadcasting against (…, out, in), for the reference; and
-    `coefficients`, the same in closed form over a chunk, whose gradients are all known at its start, for the
-    fast path.
+    This class is gradient descent with momentum and forgetting, equations 13 and 14; a rule derives from it
+    and overrides what differs. A rule of another kind overrides two methods, which must agree: `step`, one
+    token's update, for the reference; and `coefficients`, the same in closed form over a chunk, whose
+    gradients are all known at its start, for the fast path.
 
     Args:
         normalize_step: divide each step size by a bound on the curvature of the objective (see
@@ -106,6 +104,21 @@ class UpdateRule:
         shapes = self.extra_shapes([(w.shape[-2], w.shape[-1]) for w in weights])
         return tuple(weights[0].new_zeros(*leading, *shape) for shape in shapes)
 
+    def step(
+        self,
+        weight: Tensor,
+        momentum: Tensor,
+        gradient: Tensor,
+        forget: Tensor,
+        momentum_gate: Tensor,
+        step_size: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One token's new weight and momentum of one layer, (…, out, in) each; the gates, α, η and θ of the
+        paper, broadcast against them."""
+        momentum = momentum_gate * momentum - step_size * gradient  # (14)
+        weight = (1 - forget) * weight + momentum  # (13)
+        return weight, momentum
+
     def end(self, state: MemoryState) -> MemoryState:
         """The state as a finished chunk leaves it; here, unchanged. This is the place of what is not linear
         in the gradients. It closes a chunk that is still open, too, where a new text begins.
@@ -127,7 +140,7 @@ class UpdateRule:
     def coefficients(
         self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
     ) -> ChunkCoefficients:
-        """Gates (…, time) of a chunk, and which tokens are written at all (None: every one)."""
+        """`step` over a chunk: its gates (…, time), and which tokens are written at all (None: every one)."""
         # In double precision, because 1 − alpha loses a slow gate's alpha in float32; the tensors are tiny.
         dtype = step_size.dtype
         retain, carry = 1 - forget.double(), momentum.double()
@@ -295,4 +308,4 @@ def end_coefficients(
     )
 
 
-UPDATE_RULES: Registry[UpdateRule] = Registry("rule", ("coefficients", "end"), momentum=MomentumRule)
+UPDATE_RULES: Registry[UpdateRule] = Registry("rule", ("step", "coefficients", "end"), momentum=MomentumRule)

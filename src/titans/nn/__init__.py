@@ -2,16 +2,18 @@
 
 from titans.nn.blocks import BLOCKS, Block, BlockResult, BlockSettings
 from titans.nn.context import BlockContext, MemoryTrace
-from titans.nn.memory import FORMS, MemoryForm, NeuralMemory, NeuralMemoryState
+from titans.nn.memory import FEATURES, FORMS, FeatureMap, MemoryForm, NeuralMemory, NeuralMemoryState
 from titans.nn.memory.tnt.layer import TNTMemory, TNTMemoryState
 
 __all__ = [
     "BLOCKS",
+    "FEATURES",
     "FORMS",
     "Block",
     "BlockContext",
     "BlockResult",
     "BlockSettings",
+    "FeatureMap",
     "MemoryForm",
     "MemoryTrace",
     "NeuralMemory",

@@ -35,7 +35,8 @@ class MemoryTrace:
     forget, momentum, step_size: (batch, time, heads, depth), the gates as functions of the token; a step size
         is not yet divided by its normalizer, see `NeuralMemory.applied_step_size`.
     step_logits: (batch, time, heads, depth), the step size before its sigmoid.
-    keys, values: (batch, time, heads, head_dim), what is written; keys are of unit length.
+    keys, values: (batch, time, heads, key_dim) and (…, head_dim), what is written. Keys have been through the
+        layer's feature map; without one they are of unit length.
     weight_norm: (batch, heads), Frobenius norm of the fast weights after the stretch.
     """
 

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Queries and keys of less than this length are not brought to length 1. `kernels/layer.cpp` has the same.
+SHORTEST = 1e-2
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis; (..., dim) → (..., dim) in the dtype of x.
@@ -63,12 +66,14 @@ class ReadNorm(nn.Module):
         return self.taught(reads - prior) + self.prior(prior)
 
 
-def unit_queries(x: Tensor) -> Tensor:
-    """x / ‖x‖ along the last axis, in at least float32.
+def unit_queries(x: Tensor, shortest: float = SHORTEST) -> Tensor:
+    """x / max(‖x‖, shortest) along the last axis, in at least float32.
 
+    Vectors of less than `shortest` become no unit vectors, so that no gradient grows by more than
+    1 / shortest: a key that sees the token before a text's first one is exactly 0.
     Reads come in the dtype of their queries, and what a token wrote is small compared with the prior.
     """
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=shortest)
 
 
 def shorten(x: Tensor, longest: float) -> Tensor:

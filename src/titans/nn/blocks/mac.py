@@ -25,7 +25,7 @@ from titans.nn.blocks.settings import BlockSettings
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
 from titans.nn.memory.heads import UNIT, head_vectors
-from titans.nn.memory.layer import Found, NeuralMemoryState
+from titans.nn.memory.layer import RECALL_STARTS, Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import ALL_REAL, Packed
 from titans.state import register_state, where_rows
@@ -72,14 +72,14 @@ class MACBlock(nn.Module):
         self.memory = s.memory()
         self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.form.decay_to_initial, s.norm_eps)
         self.gate = s.combination()
-        if self.memory.start == "induction":
+        if self.memory.start in RECALL_STARTS:
             self.begin_as_induction()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Persistent tokens, and what has to agree for recall, where the memory begins so too."""
         nn.init.normal_(self.persistent)
-        if self.memory.start == "induction":
+        if self.memory.start in RECALL_STARTS:
             self.begin_as_induction()
 
     @torch.no_grad()
@@ -161,7 +161,8 @@ class MACBlock(nn.Module):
             packed,
             backend=memory.backend,
         )
-        return _Own(queries, memory.prior(queries), self.attention.tokens(x, position)), tail
+        asked = memory.feature_map(queries)
+        return _Own(asked, memory.prior(asked), self.attention.tokens(x, position)), tail
 
     def _recall(self, own: _Own, snapshot: tuple[Tensor, ...], position: Tensor) -> Tensor:
         """The context tokens of a piece, (batch, time, hidden_size)."""
@@ -180,7 +181,7 @@ class MACBlock(nn.Module):
 @register_state
 @dataclass(frozen=True)
 class _Own:
-    """Of each token: the recall's query, what an empty memory answers it, and what attention takes."""
+    """Of each token: what the memory is asked, what an empty one answers, and what attention takes."""
 
     queries: Tensor
     prior: Tensor | None

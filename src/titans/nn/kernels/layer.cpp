@@ -18,7 +18,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
-constexpr double kShortest = 1e-12;  // as torch.nn.functional.normalize
+constexpr double kShortest = 1e-2;  // SHORTEST of titans/nn/norm.py
 
 template <class T>
 using Vec = at::vec::Vectorized<T>;

@@ -126,11 +126,14 @@ class MemoryForm:
         expansion: int,
         objective: Objective | str | Mapping[str, Any] = "squared_error",
         rule: UpdateRule | str | Mapping[str, Any] | None = None,
+        key_dim: int | None = None,
     ) -> InnerProblem:
         """What one head learns in this form, and how; objective and rule as `OBJECTIVES.make` and `rule` take
-        them.
+        them, key_dim as `MemoryNetwork` does.
         """
-        network = MemoryNetwork(head_dim, depth, expansion, self.activation, self.residual, self.norm)
+        network = MemoryNetwork(
+            head_dim, depth, expansion, self.activation, self.residual, self.norm, key_dim=key_dim
+        )
         return InnerProblem(network, OBJECTIVES.make(objective), self.rule(rule))
 
     def largest_step(self, inner: InnerProblem, chunk_size: int) -> float:

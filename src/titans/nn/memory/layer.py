@@ -15,6 +15,7 @@ from titans.memory.objectives import Objective
 from titans.memory.rules import UpdateRule, ended
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
+from titans.nn.memory import features as feature_maps
 from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.memory.initial_weights import InitialWeights
@@ -25,7 +26,9 @@ from titans.state import map_state, register_state, where_rows
 
 # Measured: docs/decisions/memory.md.
 HALF_LIVES = (1024.0, 1e6)
-STARTS = ("random", "induction")
+STARTS = ("random", "induction", "sharp")
+# Starts in which a key sees the token before the one that its value sees.
+RECALL_STARTS = ("induction", "sharp")
 
 
 @register_state
@@ -43,12 +46,29 @@ class NeuralMemoryState:
 class Found(NamedTuple):
     """What a stretch has read, before it is an answer.
 
-    reads, queries: (batch, time, heads, head_dim). gate: (batch, time, heads · head_dim).
+    reads: (batch, time, heads, head_dim). queries: what was asked, (batch, time, heads, key_dim). gate:
+    (batch, time, heads · head_dim).
     """
 
     reads: Tensor
     queries: Tensor
     gate: Tensor
+
+
+class Read(NamedTuple):
+    """A stretch and what the layer's own memory made of it.
+
+    before: the state it began with. gate, reads: as in `Found`. tail, memory: what is carried on. trace: if
+    asked for.
+    """
+
+    before: NeuralMemoryState
+    stretch: Stretch
+    gate: Tensor
+    tail: Tensor
+    reads: Tensor
+    memory: MemoryState
+    trace: MemoryTrace | None
 
 
 class NeuralMemory(Learner):
@@ -66,6 +86,10 @@ class NeuralMemory(Learner):
         depth: weight matrices of a head's network; 1 is a linear memory.
         expansion: hidden width of that network divided by head_dim.
         chunk_size: tokens that share one set of gradient weights.
+        features: what the fast weights meet in place of a query or key: a name in `FEATURES` ("identity",
+            "sin", "product", "swiglu"). With any but "identity" the memory is one fast matrix (head_dim,
+            feature_size) on slow features of the key, at depth 1.
+        feature_size: numbers of these features; None for 4 · head_dim.
         objective: what the memory minimises while it reads: a name in `OBJECTIVES` ("squared_error", "huber",
             "lp"), {"name": …, parameter: …}, or an object.
         rule: how its weights are updated: a name in `UPDATE_RULES`, {"name": …, parameter: …}, or an object;
@@ -73,8 +97,8 @@ class NeuralMemory(Learner):
             with it.
         form: a name in `FORMS` ("stable", "paper", "recall"), {"name": …, field: …} for a named form with
             some fields of `MemoryForm` replaced, or a `MemoryForm`.
-        start: "random", or "induction": an associative memory of what followed what, see
-            `begin_as_induction`.
+        start: "random"; or an associative memory of what followed what: "induction", or "sharp", with queries
+            and keys that see one token each, see `begin_as_induction`.
         conv_kernel: width of the causal convolution on q, k and v.
         half_lives: the shortest and the longest half-life, in tokens, with which the heads forget at first;
             the others are log-spaced between them.
@@ -96,6 +120,8 @@ class NeuralMemory(Learner):
         expansion: int = 4,
         chunk_size: int = 16,
         *,
+        features: str = "identity",
+        feature_size: int | None = None,
         objective: Objective | str | Mapping[str, Any] = "squared_error",
         rule: UpdateRule | str | Mapping[str, Any] | None = None,
         form: MemoryForm | str | Mapping[str, Any] = "stable",
@@ -116,17 +142,27 @@ class NeuralMemory(Learner):
             raise ValueError(f"half_lives={half_lives!r}: give two numbers above 0, the shorter one first")
         if start not in STARTS:
             raise ValueError(f"start={start!r}: choose one of {list(STARTS)}")
-        if start == "induction" and conv_kernel < 2:
-            raise ValueError("start='induction' looks one token back: give a conv_kernel of at least 2")
+        if start in RECALL_STARTS and conv_kernel < 2:
+            raise ValueError(f"start={start!r} looks one token back: give a conv_kernel of at least 2")
         form = MemoryForm.of(form)
-        inner = form.inner(head_dim, depth, expansion, objective, rule)
+        if reason := feature_maps.refuses(features, feature_size, form.residual):
+            raise ValueError(reason)
+        mapped = features != feature_maps.IDENTITY
+        if mapped and depth != 1:
+            raise ValueError(
+                f"depth={depth!r} with features={features!r}: what learns is one matrix on the features; "
+                "give depth=1, or features='identity'"
+            )
+        key_dim = feature_maps.feature_width(features, feature_size, head_dim) if mapped else None
+        inner = form.inner(head_dim, depth, expansion, objective, rule, key_dim)
         largest = form.largest_step(inner, chunk_size)
         super().__init__(hidden_size, num_heads, inner, chunk_size, form, largest, half_lives)
         self.start, self.backend = start, backend
         width = num_heads * head_dim
         self.input = nn.Linear(hidden_size, 4 * width, bias=False)
         self.conv = CausalConv(3 * width, conv_kernel)
-        self.initial_weights = InitialWeights(self.network, num_heads, empty=form.decay_to_initial)
+        self.feature_map = feature_maps.FEATURES[features](num_heads, head_dim, self.network.input_dim)
+        self.initial_weights = InitialWeights(self.network, num_heads, empty=form.decay_to_initial or mapped)
         self.read_norm = ReadNorm(num_heads, head_dim, form.decay_to_initial)
         self.output = nn.Linear(width, hidden_size, bias=False)
         self.reset_parameters()
@@ -135,7 +171,7 @@ class NeuralMemory(Learner):
     def reset_parameters(self) -> None:
         """Gates with half-lives log-spaced over heads, and what has to agree for recall, if asked for."""
         super().reset_parameters()
-        if self.start == "induction":
+        if self.start in RECALL_STARTS:
             self.begin_as_induction()
 
     @torch.no_grad()
@@ -144,12 +180,20 @@ class NeuralMemory(Learner):
 
         So whoever reads "… the code is" for the second time asks with the key under which was written what
         followed the first time. Otherwise this agreement has to be learned before recall earns anything.
+
+        With the start "sharp" a query sees the newest token alone. Then one pair of tokens is enough to be
+        found again, whatever was before it, which narrow features of keys need: they answer to no query that
+        only resembles its key.
         """
         queries, keys, _, _ = self.input.weight.chunk(4)
         keys.copy_(queries)
         of_queries, of_keys, of_values = self.conv.weight.chunk(3)
-        nn.init.normal_(of_queries, std=(self.conv.kernel_size - 1) ** -0.5)
-        of_queries[:, 0] = 0
+        if self.start == "sharp":
+            of_queries.zero_()
+            of_queries[:, -1] = 1
+        else:
+            nn.init.normal_(of_queries, std=(self.conv.kernel_size - 1) ** -0.5)
+            of_queries[:, 0] = 0
         of_keys.copy_(of_queries.roll(-1, 1))
         of_values.zero_()
         of_values[:, -1] = 1
@@ -285,14 +329,26 @@ class NeuralMemory(Learner):
 
         Returns what was found, the new state, and the trace if the context asks for it.
         """
-        if state is None:
-            state = self.initial_state(x.shape[0], persistent)
-        stretch, gate, tail = self._stretch(x, state.tail, context.packed, reset)
+        read = self._read(x, state, context, reset, persistent)
+        found = Found(read.reads, read.stretch.asked, read.gate)
+        return found, NeuralMemoryState(read.tail, read.memory), read.trace
+
+    def _read(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        context: BlockContext,
+        reset: Tensor | None,
+        persistent: Tensor | None,
+    ) -> Read:
+        """What this layer's own memory makes of a stretch; the arguments are those of `learn`."""
+        before = self.initial_state(x.shape[0], persistent) if state is None else state
+        stretch, gate, tail = self._stretch(x, before.tail, context.packed, reset)
         fresh = None if reset is None else self.initial_state(1, persistent).memory
         reads, memory, trace = self.scan(
-            stretch, state.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
+            stretch, before.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
         )
-        return Found(reads, stretch.queries, gate), NeuralMemoryState(tail, memory), trace
+        return Read(before, stretch, gate, tail, reads, memory, trace)
 
     def _stretch(
         self, x: Tensor, tail: Tensor, packed: Packed, reset: Tensor | None
@@ -308,7 +364,8 @@ class NeuralMemory(Learner):
             after = torch.arange(x.shape[1], device=x.device) == packed.lengths[:, None]
             ended = (reset & after).any(1)
             tail = torch.where(ended[:, None, None], 0, tail)
-        return Stretch(x, queries, keys, values, packed.real, reset), gate, tail
+        asked, written = self.feature_map(queries), self.feature_map(keys)
+        return Stretch(x, queries, keys, values, asked, written, packed.real, reset), gate, tail
 
     def answer(self, found: Found) -> Tensor:
         """The other half, which knows no order: (batch, time, hidden_size)."""

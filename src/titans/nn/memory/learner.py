@@ -22,13 +22,17 @@ class Stretch(NamedTuple):
     """Tokens as a memory takes them.
 
     x: (batch, time, hidden_size), zeros where not `real`. queries, keys, values: (batch, time, heads,
-    head_dim), the first two unit vectors. real, reset: (batch, time) bool, or None where all are and none is.
+    head_dim), the first two unit vectors. asked, written: features of queries and of keys, (batch, time,
+    heads, key_dim), which the fast weights meet; the same tensors without a feature map. real, reset: (batch,
+    time) bool, or None where all are and none is.
     """
 
     x: Tensor
     queries: Tensor
     keys: Tensor
     values: Tensor
+    asked: Tensor
+    written: Tensor
     real: Tensor | None
     reset: Tensor | None
 
@@ -121,6 +125,7 @@ class Learner(nn.Module):
     def prior(self, queries: Tensor) -> Tensor | None:
         """What a memory that has read nothing answers, (batch, time, heads, head_dim) in at least float32.
 
+        queries: as the memory takes them, (batch, time, heads, key_dim).
         None where the fast weights are no offsets: what was there at first has been forgotten too.
         """
         if self.base is None:
@@ -162,8 +167,8 @@ class Learner(nn.Module):
             gates = gates._replace(step_size=torch.zeros_like(gates.step_size))
         reads, memory, surprise = memory_scan(
             self.inner,
-            stretch.queries,
-            stretch.keys,
+            stretch.asked,
+            stretch.written,
             stretch.values,
             gates.forget,
             gates.momentum,
@@ -186,7 +191,7 @@ class Learner(nn.Module):
             return reads, memory, None
         squared = sum(w.square().sum((-2, -1)) for w in memory.weights)
         assert isinstance(squared, Tensor)
-        return reads, memory, MemoryTrace(surprise, *gates, stretch.keys, stretch.values, squared.sqrt())
+        return reads, memory, MemoryTrace(surprise, *gates, stretch.written, stretch.values, squared.sqrt())
 
     def _gates(self, x: Tensor, keys: Tensor) -> Gates:
         """The gates of tokens.

@@ -9,6 +9,8 @@ from titans.memory.precision import autocast_device
 from titans.nn.norm import unit_queries
 from titans.nn.packing import zero_padding
 
+# P_t q_t may be short where the keys are not: a query is often nearly orthogonal to a shard's first key.
+_SHORTEST = 1e-4
 # Tokens that look at each other one by one; what is before them is a matrix of (head_dim, head_dim).
 _BLOCK = 64
 
@@ -46,4 +48,4 @@ def towards_keys(
         sums = torch.cat([key_sum.to(dtype).unsqueeze(2), k.mT @ k], 2).cumsum(2)
         seen = q @ sums[:, :, :-1] + (q @ k.mT).tril() @ k
     seen = seen.permute(0, 2, 3, 1, 4).reshape(batch, -1, heads, head_dim)[:, :time]
-    return unit_queries(seen), sums[:, :, -1].clone()
+    return unit_queries(seen, _SHORTEST), sums[:, :, -1].clone()

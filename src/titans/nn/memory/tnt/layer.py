@@ -57,7 +57,7 @@ class LocalMemory(Learner):
             max_step_size=layer.max_step_size * layer.chunk_size / chunk_size,
             half_lives=layer.half_lives,
         )
-        self.initial_weights = InitialWeights(self.network, self.num_heads, empty=self.form.decay_to_initial)
+        self.initial_weights = InitialWeights(self.network, self.num_heads, layer.initial_weights.empty)
         self.reset_parameters()
 
 
@@ -65,11 +65,11 @@ class TNTMemory(NeuralMemory):
     """A `NeuralMemory` in the TNT schedule: a global memory and local ones, whose reads are added.
 
     The global memory has large chunks and answers with the weights its running chunk began with, so no work
-    grows with the square of the chunk. The local memories have small chunks; each begins every
-    `shard_length` tokens with its own learned weights, so that whole shards are read side by side. They are
-    asked with P_t q_t, the query in the space of the shard's keys so far, see `towards_keys`. All take the
-    same queries, keys and values, each has gates of its own. Persistent tokens are written into the global
-    memory; what a local one begins with is learned anyway. Surprise is the global memory's.
+    grows with the square of the chunk. The local memories have small chunks; each begins every `shard_length`
+    tokens with its own learned weights, so that whole shards are read side by side. They are asked with P_t
+    q_t, the query in the space of the shard's keys so far, see `towards_keys`. All take the same queries,
+    keys and values through the same feature map, each has gates of its own. Persistent tokens are written
+    into the global memory; what a local one begins with is learned anyway. Surprise is the global memory's.
 
     Chunk sizes shape no parameter: the same weights go on with smaller local chunks, the second stage of TNT.
 
@@ -110,7 +110,7 @@ class TNTMemory(NeuralMemory):
     def prior(self, queries: Tensor) -> Tensor | None:
         """What memories that have read nothing answer together.
 
-        queries: (batch, time, 2 · heads, head_dim), what the global memory was asked, then what the local
+        queries: (batch, time, 2 · heads, key_dim), what the global memory was asked, then what the local
         ones were. Returns (batch, time, heads, head_dim), or None as for a `NeuralMemory`.
         """
         own, asked = queries.chunk(2, 2)
@@ -142,19 +142,14 @@ class TNTMemory(NeuralMemory):
         persistent: Tensor | None = None,
     ) -> tuple[Found, TNTMemoryState, MemoryTrace | None]:
         """See `NeuralMemory.learn`; the queries found are those that `prior` takes."""
-        if state is None:
-            state = self.initial_state(x.shape[0], persistent)
-        assert isinstance(state, TNTMemoryState)
-        stretch, gate, tail = self._stretch(x, state.tail, context.packed, reset)
-        fresh = None if reset is None else self.initial_state(1, persistent).memory
-        reads, memory, trace = self.scan(
-            stretch, state.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
-        )
+        read = self._read(x, state, context, reset, persistent)
+        before, stretch, memory = read.before, read.stretch, read.memory
+        assert isinstance(before, TNTMemoryState)
         local_reads, asked, local = self._scan_shards(
-            stretch, state.memory.position, state.local, context.frozen
+            stretch, before.memory.position, before.local, context.frozen
         )
-        found = Found(reads + local_reads, torch.cat([stretch.queries, asked], 2), gate)
-        return found, TNTMemoryState(tail, memory, _at(memory.position, local)), trace
+        found = Found(read.reads + local_reads, torch.cat([stretch.asked, asked], 2), read.gate)
+        return found, TNTMemoryState(read.tail, memory, _at(memory.position, local)), read.trace
 
     def _scan_shards(
         self, stretch: Stretch, position: Tensor, local: ShardState, frozen: bool
@@ -164,21 +159,23 @@ class TNTMemory(NeuralMemory):
         found, asked = [], []
         for parts in shards.parts:
             x, queries, keys, values = map(parts.fold, stretch[:4])
+            written = keys if stretch.written is stretch.keys else parts.fold(stretch.written)
             known = parts.enter(local, self._fresh_shard)
             seen, key_sum = towards_keys(queries, keys, known.key_sum, parts.real)
-            folded = Stretch(x, seen, keys, values, parts.real, None)
+            mapped = self.feature_map(seen)
+            folded = Stretch(x, seen, keys, values, mapped, written, parts.real, None)
             reads, memories = torch.zeros_like(seen), []
             for learner, memory in zip(self._locals(), known.memories, strict=True):
                 read, memory, _ = learner.scan(folded, memory, None, self.backend, frozen=frozen)
                 reads = reads + read
                 memories.append(memory)
             found.append(reads)
-            asked.append(seen)
+            asked.append(mapped)
             local = parts.leave(ShardState(tuple(memories), key_sum), local)
         if shards.fresh_after is not None:
             local = where_rows(shards.fresh_after, self._fresh_shard(len(position)), local)
         if not found:
-            return torch.zeros_like(stretch.queries), stretch.queries, local
+            return torch.zeros_like(stretch.queries), stretch.asked, local
         return shards.together(found), shards.together(asked), local
 
 

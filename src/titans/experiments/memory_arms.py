@@ -1,0 +1,91 @@
+"""The memories that `memory-forms` compares, at sizes with as much state or as many operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+HEADS, CHUNK_SIZE = 2, 16
+# How many slow projections of a token a feature map takes.
+PROJECTIONS = {"identity": 0, "sin": 1, "product": 2, "swiglu": 2}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A memory of one size.
+
+    head_dim, depth, expansion: of a head's network. activation: of its hidden layer. features, feature_size:
+    the map that keys and queries go through first, and what it makes of them; None for head_dim.
+    """
+
+    head_dim: int
+    depth: int = 1
+    expansion: int = 1
+    activation: str = "silu"
+    features: str = "identity"
+    feature_size: int | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of each fast matrix of a head."""
+        widths = [self.feature_size or self.head_dim]
+        widths += [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
+        return [(widths[i + 1], widths[i]) for i in range(self.depth)]
+
+    @property
+    def numbers(self) -> int:
+        """Fast weights of a head. Its momentum has as many."""
+        return sum(out * width for out, width in self.shapes)
+
+    @property
+    def operations(self) -> int:
+        """Multiply-adds of a head for each token, in the chunked form.
+
+        A fast matrix of o × i numbers takes 5 o i: the key's output at the chunk's start, the query's under
+        weights and under momentum, and what the token adds to both; and c (i + o) for the products inside of
+        a chunk of c tokens. Every layer but the first takes o i more, for the way back. Key and query each go
+        through the feature map's projections.
+        """
+        every = sum(5 * o * i + CHUNK_SIZE * (o + i) for o, i in self.shapes)
+        back = sum(o * i for o, i in self.shapes[1:])
+        mapped = 2 * PROJECTIONS[self.features] * (self.feature_size or 0) * self.head_dim
+        return every + back + mapped
+
+    def config(self, start: str, form: str = "stable") -> dict[str, Any]:
+        """Fields of `TitansConfig`."""
+        memory: dict[str, Any] = {"form": {"name": form, "activation": self.activation}, "start": start}
+        if self.features != "identity":
+            memory |= {"features": self.features, "feature_size": self.feature_size}
+        return dict(
+            num_attention_heads=HEADS,
+            head_dim=self.head_dim,
+            chunk_size=CHUNK_SIZE,
+            memory_depth=self.depth,
+            memory_expansion=self.expansion,
+            memory=memory,
+        )
+
+
+def _features(name: str, twice: int) -> dict[str, Arm]:
+    """twice: the feature size of two projections at as many operations as the sines have."""
+    return {
+        "4k": Arm(32, features=name, feature_size=128),
+        "1k": Arm(16, features=name, feature_size=64),
+        "equal operations": Arm(32, features=name, feature_size=twice),
+    }
+
+
+def _deep(activation: str) -> dict[str, Arm]:
+    sizes = {"4k": 32, "1k": 16, "equal operations": 36}
+    return {size: Arm(head_dim, 2, 2, activation) for size, head_dim in sizes.items()}
+
+
+# "deep" is the default of `NeuralMemory` at this size. Equal operations: as many as the sines at 4k.
+ARMS: dict[str, dict[str, Arm]] = {
+    "linear": {"4k": Arm(64), "1k": Arm(32), "equal operations": Arm(76)},
+    "deep": _deep("silu"),
+    "deep sin": _deep("sin"),
+    "sin features": _features("sin", 128),
+    "product features": _features("product", 100),
+    "swiglu features": _features("swiglu", 100),
+}

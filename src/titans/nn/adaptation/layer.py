@@ -1,0 +1,387 @@
+"""A fast matrix and a fast bias beside the head of a language model, written by its own cross-entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.memory.precision import autocast_device
+from titans.nn.adaptation.head import Head, as_head
+from titans.state import map_state, register_state, state_nbytes
+
+
+@register_state
+@dataclass(frozen=True, eq=False)
+class AdaptationState:
+    """What a text has taught so far; float32 at least, except for the integers.
+
+    Args:
+        weight: (batch, hidden, hidden) and bias: (batch, vocab): the fast weights, as differences from the
+            start.
+        momentum: () or the momentum of both.
+        position: (batch,) int64, tokens that were read while learning.
+        inputs: (batch, chunk, hidden), the features of the running chunk. errors: (batch, chunk, hidden), the
+            gradients of its losses with respect to the adapted states; 0 where the label is not known yet.
+        bias_gradient: (batch, vocab), the sum of the chunk's gradients with respect to the logits.
+        pending: (batch, hidden), the adapted state of the last token. log_probs: (batch, vocab), what it
+            predicts; zeros before the first token. awaits: (batch,) int64, 1 where its loss is to be learned.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    momentum: tuple[Tensor, ...]
+    position: Tensor
+    inputs: Tensor
+    errors: Tensor
+    bias_gradient: Tensor
+    pending: Tensor
+    log_probs: Tensor
+    awaits: Tensor
+
+    def detach(self) -> AdaptationState:
+        """The same values, cut off from the autograd graph."""
+        return map_state(Tensor.detach, self)
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return state_nbytes(self)
+
+
+class Adaptation(nn.Module):
+    """Test-time learning for any language model, with no training of its own.
+
+    h_t is the state that the model's head reads. With features x_t = √d · unit(A (h_t − mean)) the logits are
+
+        head(h_t + W x_t) + b,
+
+    and W and b, both 0 at first, learn the model's loss ℓ_t = −log p(id_{t+1}). All tokens of a chunk,
+    counted from the start of the text, are predicted by the weights at its start. When all its losses are
+    known, that is when the next chunk's first token arrives and before its own prediction,
+
+        S ← η S − (1−η) θ Σ_t ∇ℓ_t,     W ← (1−α) W + r S_W,     b ← (1−α) b + S_b.
+
+    A trained start W_0, b_0 is added to both, so that forgetting leads back to it.
+
+    The step is bounded so that no text makes the learning unstable. The loss is convex in (W, b), and along
+    (√r W, b) its Hessian over a chunk is at most r κ λ + C/2: λ is the largest eigenvalue of Σ x xᵀ, κ
+    (`curvature`) bounds that of the loss in the state, and ½ that of one token's loss in the logits. With
+
+        θ = 2 s / (r κ λ + C/2),   0 < s < 1,   r = ratio / (κ d),
+
+    a step of gradient descent never enlarges the distance between two states, measured as ‖W‖²/r + ‖b‖²: λ
+    depends on the text and not on the weights, and r is constant. With momentum this is no proof. λ is taken
+    as the Schatten norm (Σ λ_i⁸)^⅛ ≥ λ, which three matrix products give.
+
+    Args:
+        hidden_size: d. vocab_size: that of the head.
+        curvature: κ; `LinearHead(weight).curvature()` of the model's head.
+        chunk_size: C.
+        step: s at first. ratio: how much of the step is the matrix's, at first.
+        half_life: tokens after which half is forgotten, at first; None for no forgetting.
+        momentum: η at first, in [0, 1).
+        learned_start: whether there are W_0 and b_0, zeros at first, to be trained through the updates.
+
+    The mean and A are buffers, 0 and the identity until `whiten` is called.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        curvature: float,
+        *,
+        chunk_size: int = 64,
+        step: float = 0.5,
+        ratio: float = 10.0,
+        half_life: float | None = None,
+        momentum: float = 0.0,
+        learned_start: bool = False,
+    ) -> None:
+        super().__init__()
+        limits = (
+            ("hidden_size", hidden_size >= 1, "at least 1"),
+            ("vocab_size", vocab_size >= 1, "at least 1"),
+            ("chunk_size", chunk_size >= 1, "at least 1"),
+            ("curvature", 0 < curvature < math.inf, "positive"),
+            ("step", 0 < step < 1, "between 0 and 1"),
+            ("ratio", 0 < ratio < math.inf, "positive"),
+            ("half_life", half_life is None or 0 < half_life < math.inf, "positive, or None"),
+            ("momentum", 0 <= momentum < 1, "in [0, 1)"),
+        )
+        for name, holds, rule in limits:
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, not {locals()[name]}")
+        self.hidden_size, self.vocab_size, self.chunk_size = hidden_size, vocab_size, chunk_size
+        self.curvature = float(curvature)
+        self.step_logit = nn.Parameter(torch.tensor(_logit(step)))
+        self.log_ratio = nn.Parameter(torch.tensor(math.log(ratio)))
+        self.log_half_life = None if half_life is None else nn.Parameter(torch.tensor(math.log(half_life)))
+        self.momentum_logit = nn.Parameter(torch.tensor(_logit(momentum))) if momentum else None
+        self.start_weight = nn.Parameter(torch.zeros(hidden_size, hidden_size)) if learned_start else None
+        self.start_bias = nn.Parameter(torch.zeros(vocab_size)) if learned_start else None
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("whitening", torch.eye(hidden_size))
+
+    @torch.no_grad()
+    def whiten(self, hidden: Tensor, floor: float = 0.01) -> None:
+        """Take the features' mean and A from states of any text, (..., hidden_size).
+
+        A is the symmetric inverse root of their covariance, whose eigenvalues are raised by `floor` of their
+        mean.
+        """
+        states = hidden.reshape(-1, self.hidden_size).double()
+        mean = states.mean(0)
+        values, vectors = torch.linalg.eigh((states - mean).T @ (states - mean) / max(len(states) - 1, 1))
+        scales = (values.clamp_min(0) + floor * values.mean()).rsqrt()
+        self.mean.copy_(mean)
+        self.whitening.copy_((vectors * scales) @ vectors.T)
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> AdaptationState:
+        """The state of `batch` texts of which nothing was read; at least float32."""
+        dtype = torch.promote_types(dtype, torch.float32)
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device or self.mean.device)
+
+        d, v, c = self.hidden_size, self.vocab_size, self.chunk_size
+        momentum = () if self.momentum_logit is None else (zeros(d, d), zeros(v))
+        return AdaptationState(
+            zeros(d, d), zeros(v), momentum, zeros(dtype=torch.int64), zeros(c, d), zeros(c, d), zeros(v),
+            zeros(d), zeros(v), zeros(dtype=torch.int64),
+        )  # fmt: skip
+
+    def forward(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        head: Head | Tensor | Callable[[Tensor], Tensor],
+        state: AdaptationState | None = None,
+        *,
+        frozen: bool = False,
+        keep: int = 0,
+        surprise: bool = False,
+    ) -> tuple[Tensor, AdaptationState, Tensor | None]:
+        """Read tokens: predict with the weights so far, and learn from each label when it arrives.
+
+        Any split of a text into calls gives the same result. Rows may be at different positions.
+
+        Args:
+            hidden: (batch, time, hidden), what the head reads at each token, after the final norm.
+            ids: (batch, time) int64, the tokens at these positions: each is the label of the one before.
+            head: a `Head`, its weight (vocab, hidden), or any function (..., hidden) → (..., vocab).
+            state: of the tokens before, None for the start of a text.
+            frozen: neither learn nor count the tokens.
+            keep: how many of the last positions to return logits for, 0 for all.
+            surprise: whether to return the loss at each token.
+
+        Returns:
+            logits: (batch, kept, vocab), in the dtype of `hidden`.
+            state: after these tokens.
+            surprise: (batch, time), −log p of each token under the prediction before it, 0 for the first of a
+                text; or None.
+        """
+        self._check(hidden, ids, state)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if state is None:
+            state = self.initial_state(hidden.shape[0], hidden.device, wide)
+        with torch.autocast(autocast_device(hidden), enabled=False):
+            return self._read(hidden, ids, as_head(head), state, frozen, keep, surprise)
+
+    def _check(self, hidden: Tensor, ids: Tensor, state: AdaptationState | None) -> None:
+        if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size or ids.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"hidden must be (batch, time, {self.hidden_size}) and ids (batch, time), not "
+                f"{tuple(hidden.shape)} and {tuple(ids.shape)}"
+            )
+        wanted = (hidden.shape[0], self.chunk_size, self.hidden_size)
+        if state is not None and (state.inputs.shape != wanted or state.bias.shape[-1] != self.vocab_size):
+            raise ValueError(
+                f"the state is one of (batch, chunk_size, hidden_size) {tuple(state.inputs.shape)} and a "
+                f"vocabulary of {state.bias.shape[-1]}; this needs {wanted} and {self.vocab_size}"
+            )
+
+    def _read(
+        self, hidden: Tensor, ids: Tensor, head: Head, state: AdaptationState, frozen: bool, keep: int,
+        surprise: bool,
+    ) -> tuple[Tensor, AdaptationState, Tensor | None]:  # fmt: skip
+        batch, time, _ = hidden.shape
+        if not time:
+            return hidden.new_zeros(batch, 0, self.vocab_size), state, state.bias[:, :0] if surprise else None
+        if frozen and keep and not surprise:
+            # Nothing is learned from the others, and nobody looks at them.
+            hidden, ids, time = hidden[:, -keep:], ids[:, -keep:], min(time, keep)
+        kept_from = max(time - keep, 0) if keep else 0
+        # Rows in the middle of a chunk are moved right by as many slots as they are ahead of the last row, so
+        # that all of them begin a chunk in the same slot.
+        phases = (state.position % self.chunk_size).tolist()
+        first = min(phases, default=0)
+        shift = [phase - first for phase in phases]
+        slots = time + max(shift, default=0)
+        rows = torch.arange(batch, device=ids.device)[:, None]
+        if any(shift):
+            offset = torch.tensor(shift, device=ids.device)
+            times = torch.arange(slots, device=ids.device) - offset[:, None]
+            real = (times >= 0) & (times < time)
+            place = times.clamp(0, time - 1)
+            hidden, ids = hidden[rows, place], ids[rows, place]
+        else:
+            real = torch.ones_like(ids, dtype=torch.bool)
+        logits, losses = [], []
+        for start, stop, column in self._segments(slots, first):
+            part = slice(start, stop)
+            if not frozen:
+                state = self._labels(head, state, ids[:, part], real[:, part], column, hidden.dtype)
+                begins = real[:, start] & (state.position > 0)
+                if column == 0 and begins.any():
+                    state = self._update(state, begins)
+            some, loss, state = self._predict(
+                hidden[:, part], ids[:, part], real[:, part], head, state, column, frozen
+            )
+            if stop > kept_from:
+                logits.append(some[:, max(kept_from - start, 0) :])
+            losses.append(loss)
+        found, lost = torch.cat(logits, 1), torch.cat(losses, 1)
+        if any(shift):
+            back = torch.arange(time, device=ids.device) + offset[:, None]
+            found, lost = found[rows, back[:, kept_from:] - kept_from], lost[rows, back]
+        return found, state, lost if surprise else None
+
+    def _segments(self, slots: int, column: int) -> Iterator[tuple[int, int, int]]:
+        """Cuts of a call at the ends of chunks: first slot, end, and place of the first in its chunk."""
+        start = 0
+        while start < slots:
+            stop = min(start + self.chunk_size - column, slots)
+            yield start, stop, column
+            start, column = stop, 0
+
+    def _labels(
+        self, head: Head, state: AdaptationState, ids: Tensor, real: Tensor, column: int, dtype: torch.dtype
+    ) -> AdaptationState:
+        """Learn the loss of the last token before this segment; its label is each row's first real token."""
+        learns = real.any(1) & state.awaits.bool()
+        first = real.int().argmax(1)
+        label = ids.gather(1, first[:, None])
+        error = state.log_probs.exp().scatter_add(1, label, -torch.ones_like(state.bias[:, :1]))
+        error = torch.where(learns[:, None], error, 0)
+        place = (column + first - 1) % self.chunk_size
+        at = torch.arange(self.chunk_size, device=ids.device) == place[:, None]
+        pulled = head.pullback(state.pending.to(dtype), error)
+        return replace(
+            state,
+            errors=torch.where((at & learns[:, None])[..., None], pulled[:, None], state.errors),
+            bias_gradient=state.bias_gradient + error,
+            awaits=torch.where(learns, 0, state.awaits),
+        )
+
+    def _update(self, state: AdaptationState, rows: Tensor) -> AdaptationState:
+        """End a chunk in the rows (batch,) that begin the next."""
+        wide = state.bias.dtype
+        weight_gradient = state.errors.transpose(1, 2) @ state.inputs
+        ratio = self.log_ratio.to(wide).exp()
+        spread = _largest_eigenvalue(state.inputs @ state.inputs.transpose(1, 2)) / self.hidden_size
+        step = 2 * torch.sigmoid(self.step_logit.to(wide)) / (ratio * spread + self.chunk_size / 2)
+        scale = ratio / (self.curvature * self.hidden_size)
+        changes = (
+            -(step * scale)[:, None, None] * weight_gradient,
+            -step[:, None] * state.bias_gradient,
+        )
+        momentum = state.momentum
+        if self.momentum_logit is not None:
+            eta = torch.sigmoid(self.momentum_logit.to(wide))
+            changes = tuple(eta * s + (1 - eta) * c for s, c in zip(momentum, changes, strict=True))
+            momentum = tuple(
+                torch.where(rows.view(-1, *[1] * (s.dim() - 1)), c, s)
+                for s, c in zip(momentum, changes, strict=True)
+            )
+        left = 1.0
+        if self.log_half_life is not None:
+            left = torch.exp2(-self.chunk_size * (-self.log_half_life.to(wide)).exp())
+        flat, cube = rows[:, None], rows[:, None, None]
+        return replace(
+            state,
+            weight=torch.where(cube, left * state.weight + changes[0], state.weight),
+            bias=torch.where(flat, left * state.bias + changes[1], state.bias),
+            momentum=momentum,
+            inputs=torch.where(cube, 0, state.inputs),
+            errors=torch.where(cube, 0, state.errors),
+            bias_gradient=torch.where(flat, 0, state.bias_gradient),
+        )
+
+    def _predict(
+        self, hidden: Tensor, ids: Tensor, real: Tensor, head: Head, state: AdaptationState, column: int,
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor, AdaptationState]:  # fmt: skip
+        """Predict within one chunk, and learn the losses whose labels are in it.
+
+        Returns:
+            logits (batch, slots, vocab), losses (batch, slots), state.
+        """
+        wide = state.bias.dtype
+        features = self._features(hidden.to(wide))
+        weight, bias = state.weight, state.bias
+        if self.start_weight is not None and self.start_bias is not None:
+            weight, bias = weight + self.start_weight.to(wide), bias + self.start_bias.to(wide)
+        adapted = hidden.to(wide) + features @ weight.transpose(1, 2)
+        raw = head.logits(adapted.to(hidden.dtype))
+        logits = raw.to(wide) + bias[:, None]
+        log_probs = logits.log_softmax(-1)
+        count = real.sum(1)
+        first = real.int().argmax(1)
+        # A label is the next token's id; the first real token is the label of the state's last one.
+        labelled = (real[:, :-1] & real[:, 1:])[..., None]
+        losses = -log_probs[:, :-1].gather(2, ids[:, 1:, None])
+        losses = torch.where(labelled, losses, 0)[..., 0]
+        losses = torch.cat([losses.new_zeros(len(ids), 1), losses], 1)
+        arrived = -state.log_probs.gather(1, ids.gather(1, first[:, None]))
+        losses = losses.scatter_add(1, first[:, None], torch.where(real.any(1, keepdim=True), arrived, 0))
+        last = (first + count - 1).clamp_min(0)[:, None, None]
+        some = (count > 0)[:, None]
+        state = replace(
+            state,
+            pending=torch.where(some, adapted.take_along_dim(last, 1)[:, 0], state.pending),
+            log_probs=torch.where(some, log_probs.take_along_dim(last, 1)[:, 0], state.log_probs),
+            awaits=torch.where(count > 0, 0 if frozen else 1, state.awaits),
+        )
+        if frozen:
+            return logits.to(hidden.dtype), losses, state
+        errors = log_probs[:, :-1].exp()
+        errors = errors.scatter_add(2, ids[:, 1:, None], -torch.ones_like(errors[..., :1]))
+        errors = torch.where(labelled, errors, 0)
+        pulled = head.pullback(adapted[:, :-1].to(hidden.dtype), errors, raw[:, :-1])
+        end = column + ids.shape[1]
+        old = state.inputs[:, column:end], state.errors[:, column : end - 1]
+        kept = torch.where(real[..., None], features, old[0]), torch.where(labelled, pulled, old[1])
+        state = replace(
+            state,
+            inputs=torch.cat([state.inputs[:, :column], kept[0], state.inputs[:, end:]], 1),
+            errors=torch.cat([state.errors[:, :column], kept[1], state.errors[:, end - 1 :]], 1),
+            bias_gradient=state.bias_gradient + errors.sum(1),
+            position=state.position + count,
+        )
+        return logits.to(hidden.dtype), losses, state
+
+    def _features(self, hidden: Tensor) -> Tensor:
+        centred = (hidden - self.mean.to(hidden.dtype)) @ self.whitening.to(hidden.dtype).T
+        return F.rms_norm(centred, (self.hidden_size,), eps=1e-6)
+
+
+def _logit(share: float) -> float:
+    return math.log(share) - math.log1p(-share)
+
+
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
+    """(Σ λ_i⁸)^⅛ of positive semidefinite matrices (batch, n, n) → (batch,): λ to n^⅛ λ; 0 for zeros."""
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    tiny = 1e-30
+    fourth = torch.linalg.matrix_power(gram / (trace + tiny)[:, None, None], 4)
+    return trace * (fourth.square().sum((1, 2)) + tiny) ** 0.125

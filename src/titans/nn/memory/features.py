@@ -1,0 +1,160 @@
+"""Features of queries and keys, on which a linear memory learns in place of the vectors themselves.
+
+A memory M(k) = W φ(k), with W fast and φ slow, is linear in what it learns: its chunks, its largest safe step
+and its proof of stability are those of a linear memory, while W has as many columns as there are features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from titans.memory.precision import autocast_device
+
+# Added to ‖h‖² for each feature, so that a hidden vector near 0 stays short and its gradient bounded.
+SOFTNESS = 0.01
+# The widest and the narrowest bandwidth of "sin" at first lie this factor below and above the middle one.
+BANDWIDTH, SPREAD = 2.0, math.sqrt(2)
+
+
+class FeatureMap(nn.Module):
+    """φ(x) = h / √(‖h‖² + 0.01 · feature_size), h being what a class makes of x in `hidden`.
+
+    So ‖φ(x)‖ < 1 for any x, which the stability of the memory rests on.
+
+    Args:
+        num_heads: each has features of its own.
+        head_dim: numbers of a query or key.
+        feature_size: numbers of φ(x), the columns of the fast weights.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.feature_size = num_heads, head_dim, feature_size
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """h: x (heads, tokens, head_dim), in at least float32, to (heads, tokens, feature_size)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, time, heads, head_dim) to (batch, time, heads, feature_size), in at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(autocast_device(x), enabled=False):
+            hidden = self.hidden(x.to(dtype).flatten(0, 1).transpose(0, 1))
+            square = torch.linalg.vecdot(hidden, hidden).unsqueeze(-1)
+            features = hidden * torch.rsqrt(square + SOFTNESS * self.feature_size)
+        return features.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+class SinFeatures(FeatureMap):
+    """h = sin(b U x): U (heads, feature_size, head_dim) and a bandwidth b for each head are learned.
+
+    The larger b, the more do features of two different keys differ: the memory holds more pairs, and asks for
+    more exact queries. Heads begin with different ones, `BANDWIDTH` being in the middle.
+
+    Source: random features (Rahimi and Recht, 2007), here learned, normalised, and without the cosine.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
+        super().__init__(num_heads, head_dim, feature_size)
+        self.weight = nn.Parameter(torch.empty(num_heads, feature_size, head_dim))
+        self.log_bandwidth = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        place = torch.linspace(-1, 1, self.num_heads) if self.num_heads > 1 else torch.zeros(1)
+        self.log_bandwidth.copy_(math.log(BANDWIDTH) + math.log(SPREAD) * place)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        bandwidth = self.log_bandwidth.to(x.dtype).exp()
+        return torch.sin(x @ (self.weight.to(x.dtype) * bandwidth[:, None, None]).mT)
+
+
+class _TwoProjections(FeatureMap):
+    """A and B, (heads, feature_size, head_dim), one above the other."""
+
+    def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
+        super().__init__(num_heads, head_dim, feature_size)
+        self.weight = nn.Parameter(torch.empty(num_heads, 2 * feature_size, head_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (x @ self.weight.to(x.dtype).mT).chunk(2, -1)
+        return first, second
+
+
+class ProductFeatures(_TwoProjections):
+    """h = (A x) ⊙ (B x): products of pairs of directions, a sketch of x xᵀ."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        first, second = self.projected(x)
+        return first * second
+
+
+class SwiGLUFeatures(_TwoProjections):
+    """h = silu(A x) ⊙ (B x)."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        first, second = self.projected(x)
+        return nn.functional.silu(first) * second
+
+
+class Identity(nn.Module):
+    """φ(x) = x."""
+
+    def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+IDENTITY = "identity"
+# Name → class of a module made from (num_heads, head_dim, feature_size) that maps unit vectors (batch, time,
+# heads, head_dim) to (batch, time, heads, feature_size), none longer than 1 and each token on its own.
+FEATURES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    IDENTITY: Identity,
+    "sin": SinFeatures,
+    "product": ProductFeatures,
+    "swiglu": SwiGLUFeatures,
+}
+
+
+def feature_width(features: str, feature_size: int | None, head_dim: int) -> int:
+    """How many numbers a key has when the memory takes it; 4 · head_dim where feature_size is None."""
+    if features == IDENTITY:
+        return head_dim
+    return 4 * head_dim if feature_size is None else feature_size
+
+
+def refuses(features: str, feature_size: int | None, residual: bool) -> str | None:
+    """Why no memory has these features, or None.
+
+    residual: whether its network adds a key to the answer.
+    """
+    if not isinstance(features, str) or features not in FEATURES:
+        return f"features={features!r}: choose one of {sorted(FEATURES)}, or import what registers it first"
+    if features == IDENTITY:
+        if feature_size is None:
+            return None
+        return (
+            f"feature_size={feature_size!r} with features='identity': the features are the head_dim numbers "
+            f"of the key; give None, or one of {sorted(FEATURES.keys() - {IDENTITY})} for features"
+        )
+    if feature_size is not None and (type(feature_size) is not int or feature_size < 1):
+        return f"feature_size={feature_size!r}: give a whole number of at least 1, or None for 4 · head_dim"
+    if residual:
+        return (
+            f"features={features!r} with residual=True in the form: a residual adds the key itself to the "
+            "answer; give residual=False in the form, or features='identity'"
+        )
+    return None
