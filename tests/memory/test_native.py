@@ -150,12 +150,19 @@ def test_a_token_without_autograd_is_the_oracle(objective, options):
                 assert_close(answers(*found)[name], value, FLOAT64, f"{name} after token {t}")
 
 
-@pytest.mark.parametrize(("key_dim", "head_dim"), [(37, 11), (11, 37), (40, 6)])
+@pytest.mark.parametrize(("key_dim", "head_dim", "chunk_size"), [(37, 11, 11), (11, 37, 11), (40, 6, 16)])
 @pytest.mark.parametrize("options", [dict(depth=1), dict(activation="sin", expansion=1)])
-def test_widths_that_differ_by_vectors(key_dim, head_dim, options):
-    # More than a vector register in either direction, and no multiple of one.
+def test_widths_that_differ_by_vectors(key_dim, head_dim, chunk_size, options):
+    # More than a vector register in either direction, and no multiple of one; or keys and chunks of whole
+    # vectors, which are read where the caller has them.
     problem = make_problem(
-        time=30, key_dim=key_dim, head_dim=head_dim, chunk_size=11, base=True, normalize_step=True, **options
+        time=30,
+        key_dim=key_dim,
+        head_dim=head_dim,
+        chunk_size=chunk_size,
+        base=True,
+        normalize_step=True,
+        **options,
     )
     assert_same(everything(problem, "native"), everything(problem, "reference"), FLOAT64)
 

@@ -50,6 +50,7 @@ template <class T>
 struct Tape {
   int slots;
   T *queries, *keys, *values;             // (features, slots)
+  const T *queries_right, *keys_right;    // (slots, in), the caller's own where they need no padding
   TokenMatrices<T> inputs, inputs_right;  // h_{l-1} of the keys; right: (slots, in)
   TokenMatrices<T> outputs, above, deltas, scaled;
   TokenMatrices<T> slopes, curvatures, read_slopes;  // act' and act'' of the outputs, act' of the answers
@@ -60,6 +61,9 @@ struct Tape {
   std::vector<Coefficients<T>> coefficients;
   std::vector<T> weight_squares;
   T* surprise;
+
+  const T* input_right(int l) const { return l ? inputs_right[l] : keys_right; }
+  const T* read_right(int l) const { return l ? reads_right[l] : queries_right; }
 
   // `keep`: for a backward pass.
   Tape(const Network& net, int slots, Arena& arena, bool keep) : slots(slots) {
@@ -132,7 +136,7 @@ void key_pass(const Network& net, const Fast<T>& now, Affine<T> affine, Tape<T>&
     if (l < last)
       activate(
           net.activation, out * slots, tape.outputs[l], tape.inputs[l + 1], tape.slopes[l], tape.curvatures[l]);
-    to_right(in, slots, stride, tape.inputs[l], tape.inputs_right[l]);
+    if (l) to_right(in, slots, stride, tape.inputs[l], tape.inputs_right[l]);
   }
   objective(
       net, slots, tape.outputs[last], tape.keys, tape.values, affine, tape.deltas[last], tape.surprise,
@@ -180,9 +184,9 @@ void write_layer(
   T *next_weights = next.weights[l], *next_momentum = next.momentum[l], *next_total = next.total[l];
   // Squared lengths of the rows, lane by lane.
   T* squares = scratch.wide3;
-  std::fill_n(squares, out * kLanes<T>, T(0));
+  if (net.limited) std::fill_n(squares, out * kLanes<T>, T(0));
   product<false>(
-      out, stride, slots, scratch.wide, slots, tape.inputs_right[l], stride, [&](int i, int j, Vector<T> sum) {
+      out, stride, slots, scratch.wide, slots, tape.input_right(l), stride, [&](int i, int j, Vector<T> sum) {
         const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
         Vector<T> w = load(weights + at);
         // In this order: forgetting everything must leave nothing, not a rounding.
@@ -191,11 +195,12 @@ void write_layer(
         store(next_weights + at, w);
         if (!complete) return;
         store(next_total + at, base ? w + load(base + at) : w);
+        if (!net.limited) return;
         T* square = squares + i * kLanes<T>;
         store(square, load(square) + w * w);
       });
   product<false>(
-      out, stride, slots, scratch.wide2, slots, tape.inputs_right[l], stride, [&](int i, int j, Vector<T> sum) {
+      out, stride, slots, scratch.wide2, slots, tape.input_right(l), stride, [&](int i, int j, Vector<T> sum) {
         const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
         store(next_momentum + at, c.momentum_momentum * load(momentum + at) - sum);
       });

@@ -145,8 +145,8 @@ void layer_backward(
   c_grad.end_weights = dot(size, weights_grad, now.weights[l]);
   c_grad.end_momentum = dot(size, weights_grad, now.momentum[l]);
   c_grad.momentum_momentum = dot(size, momentum_grad, now.momentum[l]);
-  T* read_right = tape.reads_right[l];
-  to_right(in, slots, stride, read, read_right);
+  if (l) to_right(in, slots, stride, read, tape.reads_right[l]);
+  const T* read_right = tape.read_right(l);
   product<false>(out, stride, slots, by_momentum, slots, read_right, stride, [&](int i, int j, Vector<T> sum) {
     const std::ptrdiff_t at = std::ptrdiff_t(i) * stride + j;
     const Vector<T> moment = load(momentum_grad + at);
@@ -220,7 +220,7 @@ void key_backward(
       store(at_anchor[l] + at, load(at_anchor[l] + at) + sum);
       if (has_base) store(grads.base[l] + at, load(grads.base[l] + at) + sum);
     };
-    product<false>(out, stride, slots, out_grad, slots, tape.inputs_right[l], stride, keep);
+    product<false>(out, stride, slots, out_grad, slots, tape.input_right(l), stride, keep);
     if (!l) continue;
     const auto with_squares = [&](int i, int j, Vector<T> sum) {
       keep(i, j, sum + square_grad * load(now.total[l] + std::ptrdiff_t(i) * stride + j));

@@ -51,8 +51,10 @@ inline void panel(
   // Four vectors a row: sums in three quarters of the registers, so that each of B is loaded for six rows.
   constexpr int kTall = (kAccumulators >= 16 && kVectors == 4 ? 24 : kAccumulators) / kVectors;
   constexpr int kShort = kTall > 4 ? 4 : 1;
+  // Eight rows are twice four rather than six and two.
+  const auto tall = [&](int left) { return left >= kTall && (kTall % kShort == 0 || left != 2 * kShort); };
   int i = 0;
-  for (; i + kTall <= rows; i += kTall) tile<kTransposed, kTall, kVectors>(i, j, depth, a, lda, b, ldb, finish);
+  for (; tall(rows - i); i += kTall) tile<kTransposed, kTall, kVectors>(i, j, depth, a, lda, b, ldb, finish);
   for (; i + kShort <= rows; i += kShort)
     tile<kTransposed, kShort, kVectors>(i, j, depth, a, lda, b, ldb, finish);
   for (; i < rows; ++i) tile<kTransposed, 1, kVectors>(i, j, depth, a, lda, b, ldb, finish);

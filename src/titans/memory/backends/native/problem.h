@@ -118,11 +118,24 @@ void store_tokens(const Problem<T>& problem, int n, int row, const T* from, Tens
   transpose(d, problem.width, from, problem.slots, target, d);
 }
 
+// The same as (slots, features), features and slots padded with zeros: in the tensor itself or, copied, in `buffer`.
+template <class T>
+const T* tokens_right(const Problem<T>& problem, int n, int row, const Tensor& from, T* buffer) {
+  const int d = from.size(-1), stride = padded(d, kLanes<T>);
+  const T* source = from.const_data_ptr<T>() + problem.token_offset(n, row, d);
+  if (stride == d && problem.width == problem.slots) return source;
+  std::fill_n(buffer, problem.slots * stride, T(0));
+  for (int t = 0; t < problem.width; ++t) std::copy_n(source + t * d, d, buffer + t * stride);
+  return buffer;
+}
+
 template <class T>
 void load_chunk(const Problem<T>& problem, int n, int row, Tape<T>& tape, Scratch<T>& scratch) {
   load_tokens(problem, n, row, problem.tokens[0], tape.queries);
   load_tokens(problem, n, row, problem.tokens[1], tape.keys);
   load_tokens(problem, n, row, problem.tokens[2], tape.values);
+  tape.queries_right = tokens_right(problem, n, row, problem.tokens[0], tape.reads_right[0]);
+  tape.keys_right = tokens_right(problem, n, row, problem.tokens[1], tape.inputs_right[0]);
   for (int l = 0; l < problem.net.depth; ++l) {
     const auto gates = problem.gates(n, l, row);
     scratch.products.compute(problem.width, gates);
