@@ -80,10 +80,18 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        flat_config presets state_file offload
-        configuration keywords
+        flat_config presets state_file offload fingerprint
+        configuration keywords state_cache
         cache causal_cache
         generation layer
+        modeling
+        graft
+        """,
+    "titans.hf.graft": """
+        rotation base_cache configuration
+        window
+        cache
+        base
         modeling
         """,
     "titans.stream": """
@@ -162,9 +170,9 @@ def violation(module: str, imported: str, known: frozenset[str]) -> str | None:
         allowed = {"torch", "safetensors", *sys.stdlib_module_names, *(["triton"] if kernels else [])}
         return None if target[0] in allowed else f"{own} needs torch and safetensors alone"
     if target[0] == "transformers" and ("cache_utils" in target or target[-1].endswith("Cache")):
-        # TitansCache is one; CausalCache holds those of other models.
-        known_by = ("titans.hf.cache", "titans.hf.causal_cache")
-        return None if module in known_by else f"only {' and '.join(known_by)} know the cache API"
+        # StateCache is one; CausalCache holds those of other models, and a graft hands one to its base.
+        known_by = ("titans.hf.state_cache", "titans.hf.causal_cache", "titans.hf.graft.base_cache")
+        return None if module in known_by else f"only {', '.join(known_by)} know the cache API"
     return None
 
 

@@ -1,4 +1,4 @@
-"""`generate` for Titans models: caches that are filled already, and padding anywhere."""
+"""`generate` for models with a `StateCache`: caches that are filled already, and padding anywhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig, StoppingCriteriaList
 from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
 from titans.hf.keywords import check_keywords
+from titans.hf.state_cache import StateCache
 from titans.nn.packing import take
 
 PREFILL_LENGTH = 2048
@@ -20,7 +21,7 @@ _PROMPTS = ("input_ids", "inputs_embeds")
 
 
 def note_ended_rows(
-    criteria: StoppingCriteriaList, generation_config: GenerationConfig, cache: TitansCache | None
+    criteria: StoppingCriteriaList, generation_config: GenerationConfig, cache: StateCache | None
 ) -> StoppingCriteriaList:
     """The same criteria, noting in the cache which rows have ended: what follows in these is padding.
 
@@ -33,7 +34,7 @@ def note_ended_rows(
 
 
 class _Noting(StoppingCriteriaList):  # type: ignore[misc]
-    def __init__(self, criteria: StoppingCriteriaList, cache: TitansCache) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, cache: StateCache) -> None:
         super().__init__(criteria)
         self.cache = cache
         self.ended: Tensor | None = None
@@ -74,10 +75,16 @@ def with_prompt(found: Any, prompt: Tensor) -> Any:
     return found
 
 
-class TitansGenerationMixin(GenerationMixin):
-    """What a Titans model does differently in transformers' `generate`."""
+class StateGenerationMixin(GenerationMixin):
+    """What a model with a `StateCache` does differently in transformers' `generate`."""
 
-    config: TitansConfig
+    def empty_cache(self) -> StateCache:
+        """A cache of this model that has read nothing."""
+        raise NotImplementedError
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise ValueError for a cache of another kind, or of another model."""
+        raise NotImplementedError
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -87,7 +94,7 @@ class TitansGenerationMixin(GenerationMixin):
         if generation_config.use_cache is False:
             return
         if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TitansCache(self.config)
+            model_kwargs["past_key_values"] = self.empty_cache()
         vars(generation_config)["_titans_cache"] = cache = model_kwargs["past_key_values"]
         cache.ended_rows = None
         if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
@@ -130,7 +137,7 @@ class TitansGenerationMixin(GenerationMixin):
         generate: Callable[..., Any] = super().generate
         check_keywords({"output_attentions": kwargs.get("output_attentions")}, None)
         if cache is not None:
-            check_cache(cache, self.config)
+            self.check_cache(cache)
             if kwargs.get("use_cache") is False:
                 raise ValueError("use_cache=False with past_key_values: leave one of them out")
             # Whatever the configuration says: without it the library would read all ids again at every token.
@@ -171,7 +178,7 @@ class TitansGenerationMixin(GenerationMixin):
         return found if order is None or prompt.is_floating_point() else with_prompt(found, prompt)
 
     @staticmethod
-    def _repeats_what_was_seen(cache: TitansCache | None, prompt: Tensor) -> bool:
+    def _repeats_what_was_seen(cache: StateCache | None, prompt: Tensor) -> bool:
         if cache is None or prompt.shape[1] <= cache.num_columns:
             return False
         # Embeddings cannot be compared with ids: there the library's convention decides.
@@ -181,6 +188,18 @@ class TitansGenerationMixin(GenerationMixin):
         """Refused: continuous batching works on pages of keys and values, and a memory has none."""
         _refuse_cache_kind("paged")
         raise AssertionError
+
+
+class TitansGenerationMixin(StateGenerationMixin):
+    """`generate` of a Titans model."""
+
+    config: TitansConfig
+
+    def empty_cache(self) -> TitansCache:
+        return TitansCache(self.config)
+
+    def check_cache(self, cache: Any) -> None:
+        check_cache(cache, self.config)
 
 
 def check_cache(cache: Any, config: TitansConfig) -> None:
@@ -196,5 +215,5 @@ def check_cache(cache: Any, config: TitansConfig) -> None:
 def _refuse_cache_kind(name: str | None) -> None:
     if name is not None:
         raise ValueError(
-            f"cache_implementation={name!r}: a Titans model keeps its own TitansCache; leave this unset"
+            f"cache_implementation={name!r}: this model has a cache of its own kind; leave this unset"
         )

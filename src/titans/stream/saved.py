@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,13 @@ from torch.utils import _pytree as pytree
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import saved_sizes
 from titans.hf.causal_cache import saved_model
+from titans.hf.fingerprint import gathered, weights_name
 from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.memory import MemoryState
 from titans.nn import NeuralMemory, NeuralMemoryState
 from titans.state import State
 from titans.stream.model import unwrapped
 from titans.stream.reader import initial_states
-
-# Values of each parameter by which a memory recognises its weights in another precision.
-_SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -68,78 +64,8 @@ class MemoryFile:
 
 
 def fingerprint(model: Any) -> str:
-    """A short name for the weights: sha256 over 64 values of every parameter, rounded to bfloat16.
-
-    Rounded, so that a checkpoint keeps its name when it is loaded in bfloat16 or float64; float16 may change
-    a value that lies between two of bfloat16, for which there is `same_weights`.
-    """
-    digest = hashlib.sha256()
-    for name, values, shape in _samples(model, 64):
-        digest.update(f"{name}{shape}".encode())
-        rounded = values.to(torch.bfloat16).contiguous()
-        digest.update(bytes(rounded.view(torch.uint8).tolist()))
-    return digest.hexdigest()[:32]
-
-
-def weights_sample(model: Any) -> str:
-    """Up to 8 values of every parameter and their type, as text for a file's header; see `same_weights`."""
-    parts = list(_samples(model, _SAMPLE))
-    values = torch.cat([values for _, values, _ in parts]).to(torch.float32)
-    encoded = base64.b64encode(values.numpy().tobytes()).decode()
-    precision = max(_epsilon(values.dtype) for _, values, _ in parts)
-    return json.dumps({"of": fingerprint(model), "values": encoded, "precision": precision})
-
-
-def same_weights(model: Any, name: str, sample: str) -> bool:
-    """Whether a sample that was written with a fingerprint is of this model, in whatever precision either is.
-
-    Raises:
-        ValueError: if it is no sample.
-    """
-    fields = json.loads(sample)
-    content, precision = base64.b64decode(fields["values"], validate=True), float(fields["precision"])
-    if len(content) % 4 or fields["of"] != name:
-        raise ValueError("it holds no float32 values of that fingerprint")
-    theirs = torch.frombuffer(bytearray(content), dtype=torch.float32) if content else torch.zeros(0)
-    mine = torch.cat([values.to(torch.float32) for _, values, _ in _samples(model, _SAMPLE)])
-    precision += max(_epsilon(values.dtype) for _, values, _ in _samples(model, _SAMPLE))
-    # float16 has no finer steps than this one near 0.
-    allowed = (
-        precision * torch.maximum(mine.abs(), theirs.abs()) + 6e-8 if mine.shape == theirs.shape else mine
-    )
-    return mine.shape == theirs.shape and bool(((mine - theirs).abs() <= allowed).all())
-
-
-def _samples(model: Any, count: int) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-    """For every parameter its name, up to `count` of its values on the CPU, and its shape.
-
-    Of a sharded parameter the whole is looked at, of a quantized one the values it stands for.
-
-    Raises:
-        ValueError: for parameters whose values cannot be seen.
-    """
-    for name, parameter in unwrapped(model).named_parameters():
-        whole = _gathered(parameter.detach())
-        if type(whole) is not Tensor and hasattr(whole, "dequantize"):
-            whole = whole.dequantize()
-        if whole.is_meta:
-            raise ValueError(
-                f"{name} has no values here (device 'meta', of an offloaded model): a memory is saved with "
-                "the fingerprint of its weights; load the model without offloading"
-            )
-        values = whole.flatten()[:: max(whole.numel() // count, 1)][:count]
-        if not values.is_floating_point():
-            values = values.to(torch.float32)
-        yield name, values.cpu(), tuple(parameter.shape)
-
-
-def _gathered(parameter: Any) -> Tensor:
-    """The whole of a parameter, which may be sharded."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
-def _epsilon(dtype: torch.dtype) -> float:
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    """A short name for the weights of a model, which may be wrapped; see `weights_name`."""
+    return weights_name(unwrapped(model))
 
 
 def describe_memory(path: str | Path) -> MemoryFile:
@@ -224,7 +150,7 @@ def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -
     learners = [module for module in modules if isinstance(module, NeuralMemory)]
     for index, (learner, fresh) in enumerate(zip(learners, carried_memories(initial), strict=True)):
         difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
-        base = None if learner.base is None else [_gathered(weight) for weight in learner.base]
+        base = None if learner.base is None else [gathered(weight) for weight in learner.base]
         changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, base))
     layers = (
         LayerStats(norm(memory.weights), norm(memory.momentum), change)

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from titans.hf.fingerprint import same_weights, weights_sample
 from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.stream.live import generated
 from titans.stream.reader import CausalReader, TitansReader, reader_of
@@ -22,10 +23,8 @@ from titans.stream.saved import (
     SessionStats,
     fingerprint,
     recent_tokens,
-    same_weights,
     stats_of,
     surprise_so_far,
-    weights_sample,
 )
 from titans.stream.text import NUM_RECENT, text_after, token_ids
 
@@ -277,7 +276,7 @@ class Session:
             self.reader.read(torch.zeros(1, 0, dtype=torch.int64), cache)
         own = {
             "fingerprint": fingerprint(self.model),
-            "weights": weights_sample(self.model),
+            "weights": weights_sample(self.reader.inner),
             "recent_tokens": json.dumps(now.recent),
             "surprise": json.dumps([now.surprise, now.count]),
         }
@@ -331,7 +330,7 @@ class Session:
         if name in ("", fingerprint(self.model)):
             return True
         try:
-            return sample is not None and same_weights(self.model, name, sample)
+            return sample is not None and same_weights(self.reader.inner, name, sample)
         except (ValueError, TypeError, KeyError, RecursionError):
             raise damaged_header(file.path) from None
 
