@@ -43,7 +43,9 @@ def registries() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("give-a-model-a-memory", 8), ("extend", 10), ("options", 1)])
+@pytest.mark.parametrize(
+    ("page", "blocks"), [("give-a-model-a-memory", 8), ("extend", 10), ("options", 1), ("graft", 1)]
+)
 def test_a_page_prints_what_it_shows(
     page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

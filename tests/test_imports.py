@@ -88,11 +88,11 @@ ORDER = {
         graft
         """,
     "titans.hf.graft": """
-        rotation base_cache configuration
-        window
-        cache
-        base
+        rotation base_cache window adapted
+        configuration
+        base cache
         modeling
+        make
         """,
     "titans.stream": """
         text tokenizer model live

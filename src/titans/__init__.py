@@ -17,17 +17,20 @@ _HOME = {
     "memory_read": "titans.memory",
     "memory_scan": "titans.memory",
     "NeuralMemory": "titans.nn",
+    "GraftedForCausalLM": "titans.hf",
     "PRESETS": "titans.hf",
     "TitansCache": "titans.hf",
     "TitansConfig": "titans.hf",
     "TitansForCausalLM": "titans.hf",
     "TitansModel": "titans.hf",
+    "graft": "titans.hf.graft",
     "Session": "titans.stream",
     "load": "titans.zoo",
 }
 
 __all__ = [
     "PRESETS",
+    "GraftedForCausalLM",
     "MemoryNetwork",
     "MemoryState",
     "NeuralMemory",
@@ -37,13 +40,22 @@ __all__ = [
     "TitansForCausalLM",
     "TitansModel",
     "__version__",
+    "graft",
     "load",
     "memory_read",
     "memory_scan",
 ]
 
 if TYPE_CHECKING:
-    from titans.hf import PRESETS, TitansCache, TitansConfig, TitansForCausalLM, TitansModel
+    from titans.hf import (
+        PRESETS,
+        GraftedForCausalLM,
+        TitansCache,
+        TitansConfig,
+        TitansForCausalLM,
+        TitansModel,
+    )
+    from titans.hf.graft import graft
     from titans.memory import MemoryNetwork, MemoryState, memory_read, memory_scan
     from titans.nn import NeuralMemory
     from titans.stream import Session

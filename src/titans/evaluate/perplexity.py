@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.stream.reader import Reader, TitansReader, reader_of
+from titans.stream.reader import Reader, StateReader, reader_of
 from titans.stream.session import PIECE_LENGTH
 from titans.stream.text import token_ids
 
@@ -81,7 +81,7 @@ def bits_per_byte(
         piece_length: most tokens of a document in one call; changes the speed alone.
         context_length: forget everything whenever so many tokens of a document have been read.
         freeze_memory: no memory learns, see `TitansModel.forward`; what persistent tokens have written stays.
-            Titans models only.
+            Titans models and grafts only.
         beginning: token ids that the model reads where a document begins and after it has forgotten
             everything, see `titans.data.leading_tokens`; they are not predicted and have no position.
         progress: called with the number of tokens predicted so far and in all.
@@ -187,9 +187,9 @@ def _texts(
 
 
 def _with_frozen_memory(reader: Reader) -> Reader:
-    if not isinstance(reader, TitansReader):
+    if not isinstance(reader, StateReader):
         raise ValueError("freeze_memory=True: this model has no memory that could be frozen; leave it out")
-    return TitansReader(reader.model, freeze_memory=True)
+    return reader.frozen()
 
 
 def _drop_finished(group: list[_Text], cache: Any, position: int) -> list[_Text]:

@@ -42,6 +42,29 @@ def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> Non
             raise TypeError(f"{name}={value!r}: a Titans model's forward has no such keyword; leave it out")
 
 
+def real_tokens(attention_mask: Tensor | None, batch: int, time: int, seen: set[int]) -> Tensor | None:
+    """Which tokens (batch, time) bool of a call are real; None where all are.
+
+    Args:
+        attention_mask: (batch, time), or with the columns seen before as well; 0 for padding.
+        seen: how many columns may have been seen before, besides none.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if attention_mask is None:
+        return None
+    lengths = {0, *seen}
+    if tuple(attention_mask.shape) not in {(batch, n + time) for n in lengths}:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give ({batch}, {time}), or "
+            f"({batch}, {max(lengths) + time}) with everything seen; 0 for padding"
+        )
+    real = attention_mask[:, attention_mask.shape[1] - time :].bool()
+    # A compiled graph cannot look, and takes a mask for one that hides something.
+    return real if torch.compiler.is_compiling() or not bool(real.all()) else None
+
+
 def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """The documents that are packed into rows, by the positions that restart.
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
 from titans.hf.generation import TitansGenerationMixin, check_cache
-from titans.hf.keywords import Documents, check_keywords, documents_of
+from titans.hf.keywords import Documents, check_keywords, documents_of, real_tokens
 from titans.hf.layer import TitansLayer, TitansOutput, TitansPreTrainedModel
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.norm import RMSNorm
@@ -130,7 +130,9 @@ class TitansModel(TitansPreTrainedModel):
         if freeze_memory and not self.config.has_memory:
             raise ValueError(f"freeze_memory=True: variant {self.config.variant!r} has no memory")
         # Everything stateful sees real tokens only, each row's moved to its front.
-        rows = Packed.of(self._real_tokens(attention_mask, batch, time, past_key_values))
+        cache = past_key_values
+        seen = set() if cache is None else {cache.get_seq_length(), cache.num_columns}
+        rows = Packed.of(real_tokens(attention_mask, batch, time, seen))
         x = rows.pack(x)
         context = BlockContext(rows, trace=output_surprise or output_trace, frozen=freeze_memory)
         hidden_states = [rows.unpack(x)] if output_hidden_states else None
@@ -191,22 +193,6 @@ class TitansModel(TitansPreTrainedModel):
                 f"input_ids holds {int(least)} to {int(most)}: give ids from 0 to "
                 f"{self.embed_tokens.num_embeddings - 1}, the vocabulary"
             ) from None
-
-    @staticmethod
-    def _real_tokens(
-        attention_mask: Tensor | None, batch: int, time: int, cache: TitansCache | None
-    ) -> Tensor | None:
-        if attention_mask is None:
-            return None
-        seen = {0} if cache is None else {0, cache.get_seq_length(), cache.num_columns}
-        if tuple(attention_mask.shape) not in {(batch, n + time) for n in seen}:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: give ({batch}, {time}), or "
-                f"({batch}, {max(seen) + time}) with everything seen; 0 for padding"
-            )
-        real = attention_mask[:, attention_mask.shape[1] - time :].bool()
-        # A compiled graph cannot look, and takes a mask for one that hides something.
-        return real if torch.compiler.is_compiling() or not bool(real.all()) else None
 
 
 class TitansForCausalLM(TitansPreTrainedModel, TitansGenerationMixin):

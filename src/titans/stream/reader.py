@@ -1,4 +1,4 @@
-"""Readers: what a stream asks of a model. Titans models and every causal LM of transformers with a cache."""
+"""Readers: what a stream asks of a model. Titans models, grafts, and every causal LM with a cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titans.hf import TitansCache, TitansForCausalLM
+from titans.hf import GraftCache, GraftedForCausalLM, TitansCache, TitansForCausalLM
 from titans.hf.state_file import StateFile
 from titans.state import compact, flatten_alike
 from titans.stream.causal import CausalReader, Read
@@ -77,25 +77,39 @@ def reader_of(model: Any) -> Reader:
     if isinstance(inner, TitansForCausalLM):
         # PEFT puts its layers into the model it wraps, which therefore is the whole model.
         return TitansReader(inner if hasattr(model, "get_base_model") else model)
+    if isinstance(inner, GraftedForCausalLM):
+        return GraftReader(inner if hasattr(model, "get_base_model") else model)
     return CausalReader(model)
 
 
-class TitansReader:
-    """A Titans model: exact however the text is cut, at constant memory (with a "transformer": growing).
+class StateReader:
+    """A model of this library, whose cache holds states: exact however the text is cut.
 
-    freeze_memory: see `TitansModel.forward`.
+    freeze_memory: no memory learns.
     """
 
     def __init__(self, model: Any, freeze_memory: bool = False) -> None:
         self.model, self.freeze_memory = model, freeze_memory
-        self.inner: TitansForCausalLM = unwrapped(model)
+        self.inner: Any = unwrapped(model)
         self.vocab_size: int = self.inner.config.vocab_size
 
-    def start(self) -> TitansCache:
-        return TitansCache(self.inner.config)
+    def start(self) -> Any:
+        return self.inner.empty_cache()
+
+    def frozen(self) -> Any:
+        """A reader with which no memory learns.
+
+        Raises:
+            ValueError: for a model without a memory.
+        """
+        if not self.inner.config.has_memory:
+            raise ValueError(
+                "freeze_memory=True: this model has no memory that could be frozen; leave it out"
+            )
+        return type(self)(self.model, freeze_memory=True)
 
     def read(
-        self, ids: Tensor, cache: TitansCache, *, all_logits: bool = False, output_surprise: bool = False
+        self, ids: Tensor, cache: Any, *, all_logits: bool = False, output_surprise: bool = False
     ) -> Read:
         with reading(self.inner):
             output = self.model(
@@ -110,14 +124,23 @@ class TitansReader:
     def check_room(self, num_tokens: int) -> None:
         """Any number of tokens."""
 
-    def generate(self, start: Tensor, cache: TitansCache, **kwargs: Any) -> Any:
+    def generate(self, start: Tensor, cache: Any, **kwargs: Any) -> Any:
         """transformers' `generate` from start (rows, n) ids; the cache is changed."""
         with reading(self.inner):
             return self.inner.generate(start.to(self.inner.device), past_key_values=cache, **kwargs)
 
-    def save(self, cache: TitansCache, path: Path, about: dict[str, str]) -> None:
+    def save(self, cache: Any, path: Path, about: dict[str, str]) -> None:
         """Write a cache to a file, with `about` in its header."""
         cache.save(path, about)
+
+
+class TitansReader(StateReader):
+    """A Titans model: at constant memory, with the variant "transformer" growing.
+
+    freeze_memory: see `TitansModel.forward`.
+    """
+
+    inner: TitansForCausalLM
 
     def load(self, file: StateFile) -> TitansCache:
         """The cache in a file, in this model's precision; ValueError where it is not this model's."""
@@ -128,6 +151,16 @@ class TitansReader:
         for layer, state in zip(cache.layers, states, strict=True):
             layer.state = state
         return cache
+
+
+class GraftReader(StateReader):
+    """A pretrained model with a memory: at constant memory."""
+
+    inner: GraftedForCausalLM
+
+    def load(self, file: StateFile) -> GraftCache:
+        """The cache in a file, in this model's precision; ValueError where it is not this model's."""
+        return GraftCache.from_file(file, self.inner.config, self.inner.initial_state(1))
 
 
 def initial_states(model: TitansForCausalLM) -> tuple[Any, ...]:

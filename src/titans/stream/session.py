@@ -18,7 +18,7 @@ from torch import Tensor
 from titans.hf.fingerprint import same_weights, weights_sample
 from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.stream.live import generated
-from titans.stream.reader import CausalReader, TitansReader, reader_of
+from titans.stream.reader import CausalReader, StateReader, TitansReader, reader_of
 from titans.stream.saved import (
     SessionStats,
     fingerprint,
@@ -92,8 +92,8 @@ class Session:
     takes in nothing else.
 
     Args:
-        model: a `TitansForCausalLM` or any causal LM of transformers with a cache, also wrapped by PEFT or
-            torch.compile; it is not changed.
+        model: a `TitansForCausalLM`, a graft, or any causal LM of transformers with a cache, also wrapped by
+            PEFT or torch.compile; it is not changed.
         tokenizer: a Hugging Face tokenizer, or None to work in token ids.
 
     Raises:
@@ -110,7 +110,7 @@ class Session:
         self._begin(reader_of(model), tokenizer)
 
     def _begin(self, reader: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.reader: TitansReader | CausalReader = reader
+        self.reader: StateReader | CausalReader = reader
         self.tokenizer = tokenizer
         self._now = _Now(reader.start())
         self._lock, self._stream_is_open = threading.RLock(), False

@@ -1,0 +1,8 @@
+"""A memory and a window without end for pretrained models of transformers (docs/graft.md)."""
+
+from titans.hf.graft.cache import GraftCache
+from titans.hf.graft.configuration import GraftConfig
+from titans.hf.graft.make import graft
+from titans.hf.graft.modeling import GraftedForCausalLM, GraftOutput
+
+__all__ = ["GraftCache", "GraftConfig", "GraftOutput", "GraftedForCausalLM", "graft"]

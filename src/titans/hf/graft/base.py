@@ -1,0 +1,252 @@
+"""A base model read through a window: what it must be, and reading on from any state."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from titans.hf.graft.base_cache import BaseCache, sliding_layers
+from titans.hf.graft.rotation import Rotation, moved, rotations
+from titans.hf.graft.window import Window, WindowState, together
+from titans.nn.adaptation import LinearHead
+
+# Frequencies of these kinds of rotary positions depend on the length of the text.
+_DEPEND_ON_LENGTH = ("dynamic", "longrope")
+_TRIAL_LENGTH = 6
+# Relative differences that rounding explains: of float32 angles of some hundred positions, and of bfloat16.
+_ALLOWED, _ALLOWED_IN_HALF_PRECISION = 0.01, 0.1
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What the trial found of a base: for each layer how keys are rotated, their shape (heads, head_dim) and
+    that of the values."""
+
+    rotations: tuple[Rotation | None, ...]
+    shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+
+class WindowedBase:
+    """A causal LM of transformers that sees a `Window` of its text.
+
+    Args:
+        model: with rotary positions, and layers that keep keys and values; it is called, never changed.
+
+    Raises:
+        ValueError: for a model that cannot be read so, with its class and the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, window: Window) -> None:
+        self.model, self.window = model, window
+        self.name = type(model).__name__
+        try:
+            self.config = model.config.get_text_config(decoder=True)
+            self._check_kind()
+            self.decoder: Any = model.get_decoder()
+            self.rotary = self._find_rotary()
+            self.sliding = sliding_layers(self.config)
+            self._check_positions()
+            self.head = _head_of(model, self.config)
+            known = _TRIED.setdefault(model, {})
+            if window not in known:
+                known[window] = self._try_out()
+            self.layers = known[window]
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot be grafted: {error}") from None
+
+    def initial_state(self, rows: int) -> WindowState:
+        """Rows that have read nothing."""
+        like = self.model.get_input_embeddings().weight
+
+        def empty(shape: tuple[int, int]) -> Tensor:
+            return torch.zeros(rows, shape[0], 0, shape[1], dtype=self.model.dtype, device=like.device)
+
+        keys, values = zip(*((empty(k), empty(v)) for k, v in self.layers.shapes), strict=True)
+        position = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return WindowState(keys, values, position)
+
+    def read(
+        self, x: Tensor, state: WindowState, lengths: Tensor | None = None
+    ) -> tuple[Tensor, WindowState]:
+        """Read on.
+
+        Args:
+            x: (rows, time) ids or (rows, time, hidden_size) embeddings.
+            lengths: (rows,) int64, how many of each row are real, which are its first; None for all.
+
+        Returns last hidden states (rows, time, hidden_size), 0 where no token is, and the new state.
+        """
+        rows, time = x.shape[:2]
+        positions = state.position.tolist()
+        left = [time] * rows if lengths is None else lengths.tolist()
+        if len({*positions}) == 1 and len({*left}) == 1:
+            hidden, state = self._read_alike(x[:, : left[0]], state, positions[0])
+            return _padded(hidden, time), state
+        # Rows at different places: those at the same one go on together.
+        alone = [state.row(row, self.window.slots(positions[row])) for row in range(rows)]
+        found: list[list[Tensor]] = [[] for _ in range(rows)]
+        done = [0] * rows
+        while going := [row for row in range(rows) if left[row]]:
+            place = min(positions[row] for row in going)
+            group = [row for row in going if positions[row] == place]
+            count = min(self.window.room(place), *(left[row] for row in group))
+            piece = torch.stack([x[row, done[row] : done[row] + count] for row in group])
+            hidden, state = self._read_alike(piece, together([alone[row] for row in group]), place)
+            for index, row in enumerate(group):
+                alone[row] = state.row(index, state.slots)
+                found[row].append(hidden[index])
+                positions[row], left[row], done[row] = place + count, left[row] - count, done[row] + count
+        empty = self.initial_hidden(x)
+        hidden = torch.stack([_padded(torch.cat([empty, *parts])[None], time)[0] for parts in found])
+        return hidden, together(alone)
+
+    def initial_hidden(self, x: Tensor) -> Tensor:
+        """No hidden states, (0, hidden_size)."""
+        like = self.model.get_input_embeddings().weight
+        return torch.zeros(0, like.shape[1], dtype=self.model.dtype, device=x.device)
+
+    def _read_alike(self, x: Tensor, state: WindowState, position: int) -> tuple[Tensor, WindowState]:
+        """`read` for rows that stand at the same position and are all real."""
+        found = [self.initial_hidden(x).expand(len(x), -1, -1)]
+        keys, values = state.keys, state.values
+        while x.shape[1]:
+            count = min(self.window.room(position), x.shape[1])
+            hidden, keys, values = self._call(x[:, :count], keys, values)
+            found.append(hidden)
+            x, position = x[:, count:], position + count
+            if (distance := self.window.distance(position)) is not None:
+                keys, values = self._next_block(keys, values, distance)
+        moved_on = sum(part.shape[1] for part in found)
+        hidden = found[1] if len(found) == 2 else torch.cat(found, 1)
+        return hidden, WindowState(keys, values, state.position + moved_on)
+
+    def _next_block(
+        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], distance: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What the next block sees of these: the sinks, and the block that ends, moved behind them."""
+        new = []
+        for layer, rotation in zip(keys, self.layers.rotations, strict=True):
+            sinks, block = self.window.kept(layer)
+            new.append(torch.cat([sinks, moved(block, distance, rotation, self.rotary)], 2))
+        return tuple(new), tuple(torch.cat(self.window.kept(layer), 2) for layer in values)
+
+    def _call(
+        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], first: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One call of the model; its positions begin at `first`, by default after the keys."""
+        cache = BaseCache(self.sliding, keys, values)
+        first = keys[0].shape[2] if first is None else first
+        positions = torch.arange(first, first + x.shape[1], device=x.device).expand(len(x), -1)
+        given = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
+        output = self.decoder(**given, position_ids=positions, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state, *cache.contents
+
+    def _check_kind(self) -> None:
+        if getattr(self.config, "is_encoder_decoder", False) or not isinstance(self.model, PreTrainedModel):
+            raise ValueError("it is no causal model of transformers")
+        if getattr(self.model, "is_quantized", False) or getattr(self.model, "quantization_method", None):
+            raise ValueError("its weights are quantised; load it without quantisation")
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError("its weights are offloaded; load it without offloading")
+        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError("it takes no past_key_values: its layers keep no keys and values")
+        if not isinstance(self.model.get_output_embeddings(), nn.Linear):
+            raise ValueError("it has no language-modelling head that is a linear layer")
+
+    def _find_rotary(self) -> nn.Module:
+        rotary = getattr(self.decoder, "rotary_emb", None)
+        if not isinstance(rotary, nn.Module):
+            raise ValueError(
+                "it has no module rotary_emb: positions that are not rotary cannot be counted anew when the "
+                "window moves on"
+            )
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+        for kind in kinds:
+            if kind.get("rope_type") in _DEPEND_ON_LENGTH:
+                raise ValueError(
+                    f"the frequencies of its rotary positions depend on the length of the text "
+                    f"(rope_type={kind['rope_type']!r}), so keys cannot move"
+                )
+        return rotary
+
+    def _check_positions(self) -> None:
+        most = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(most, int) and self.window.most_positions > most:
+            raise ValueError(
+                f"window={self.window.size} and sinks={self.window.sinks} need {self.window.most_positions} "
+                f"positions, and it has max_position_embeddings={most}; give a smaller window"
+            )
+
+    @torch.no_grad()
+    def _try_out(self) -> _Layers:
+        """Read a few tokens at two places, and find how the keys of one become those of the other."""
+        device, vocab_size = self.model.get_input_embeddings().weight.device, self.config.vocab_size
+        ids = (7 * torch.arange(_TRIAL_LENGTH, device=device) + 1).remainder(vocab_size)[None]
+        distance = self.window.block
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            near, keys, values = self._call(ids, (), (), 0)
+            far, far_keys, _ = self._call(ids, (), (), distance)
+            logits = self.model(ids, use_cache=False).logits
+        # What a model raises that was not made for this is of any kind.
+        except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+            raise ValueError((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
+        finally:
+            for module in training:
+                module.training = True
+        self._compare(self.head.logits(near), logits, "what it does to the answers of its head is not known")
+        self._compare(far, near, "what it answers depends on where in the text it stands")
+        types = list(getattr(self.config, "layer_types", None) or [])
+        kinds: list[Rotation | None] = [*rotations(self.rotary, types), None]
+        found = []
+        for index, (here, there) in enumerate(zip(keys, far_keys, strict=True)):
+            errors = [_difference(moved(there, -distance, kind, self.rotary), here) for kind in kinds]
+            best = min(range(len(kinds)), key=errors.__getitem__)
+            if not errors[best] <= self._allowed:
+                raise ValueError(f"the keys of layer {index} are not rotated in a way that is known here")
+            found.append(kinds[best])
+        shapes = tuple(
+            ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in zip(keys, values, strict=True)
+        )
+        return _Layers(tuple(found), shapes)
+
+    @property
+    def _allowed(self) -> float:
+        half = self.model.dtype in (torch.float16, torch.bfloat16)
+        return _ALLOWED_IN_HALF_PRECISION if half else _ALLOWED
+
+    def _compare(self, found: Tensor, expected: Tensor, reason: str) -> None:
+        if found.shape != expected.shape or not _difference(found, expected) <= self._allowed:
+            raise ValueError(reason)
+
+
+def _head_of(model: PreTrainedModel, config: Any) -> LinearHead:
+    """From last hidden states to logits, with what some models do to these."""
+    linear = cast("nn.Linear", model.get_output_embeddings())
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale /= divisor
+    return LinearHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+# What the trial found, for each window.
+_TRIED: WeakKeyDictionary[PreTrainedModel, dict[Window, _Layers]] = WeakKeyDictionary()
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _padded(x: Tensor, time: int) -> Tensor:
+    """x (rows, n, size) with zeros behind, (rows, time, size)."""
+    missing = time - x.shape[1]
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,0 +1,72 @@
+"""The window's keys and values as the cache that a base model's own forward takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer. is_sliding: whether the model's mask lets it see the newest only."""
+
+    def __init__(self, is_sliding: bool) -> None:
+        super().__init__()
+        self.is_sliding = is_sliding
+
+
+class BaseCache(Cache):
+    """What a base model reads on from, for one call: all its layers hold the same positions, 0 to length − 1.
+
+    A layer with a sliding window of its own holds them, too, and its mask leaves out what it does not see.
+
+    Args:
+        sliding: for each layer whether it has a sliding window.
+        keys, values: for each layer (rows, heads, length, head_dim); none for an empty cache.
+    """
+
+    layers: list[_Layer]
+
+    def __init__(
+        self, sliding: Sequence[bool], keys: Sequence[Tensor] = (), values: Sequence[Tensor] = ()
+    ) -> None:
+        super().__init__(layers=[_Layer(is_sliding) for is_sliding in sliding])
+        for layer, k, v in zip(self.layers, keys, values, strict=False):
+            layer.lazy_initialization(k, v)
+            layer.keys, layer.values = k, v
+
+    @property
+    def contents(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of all layers.
+
+        Raises:
+            ValueError: if the model has left a layer empty.
+        """
+        for index, layer in enumerate(self.layers):
+            if layer.keys is None or layer.values is None:
+                raise ValueError(f"layer {index} keeps no keys and values in the cache")
+        return tuple(layer.keys for layer in self.layers), tuple(layer.values for layer in self.layers)
+
+
+def sliding_layers(config: PreTrainedConfig) -> list[bool]:
+    """For each layer of a model whether it has a sliding window.
+
+    Raises:
+        ValueError: for a layer that keeps something other than keys and values of single tokens.
+    """
+    layers = DynamicCache(config=config).layers
+    if not layers:
+        raise ValueError("transformers knows no cache of keys and values for it")
+    kinds = getattr(config, "layer_types", None) or [type(layer).__name__ for layer in layers]
+    for index, layer in enumerate(layers):
+        known = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if not known or kinds[index] == "chunked_attention":
+            raise ValueError(f"layer {index} ({kinds[index]}) keeps more than keys and values of tokens")
+    return [layer.is_sliding for layer in layers]

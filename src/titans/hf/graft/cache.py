@@ -1,0 +1,121 @@
+"""What a graft has read: the window's keys and values, and what its memories have learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from titans.hf.causal_cache import saved_model
+from titans.hf.graft.configuration import GraftConfig
+from titans.hf.graft.window import Window, WindowState
+from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
+from titans.hf.state_file import StateFile, damaged_header
+from titans.state import register_state
+
+
+@register_state
+@dataclass(frozen=True)
+class GraftState:
+    """The state of all rows. adaptation: None without such a memory."""
+
+    window: WindowState
+    adaptation: Any
+
+
+class GraftCache(StateCache):
+    """Everything a graft has read. It can be copied, selected, repeated and saved; it cannot be cropped."""
+
+    def __init__(self, config: GraftConfig) -> None:
+        super().__init__(config, 1)
+
+    @property
+    def state(self) -> GraftState | None:
+        """The state, or None before the first token."""
+        return None if self.states is None else self.states[0]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._drop_unused_slots()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._drop_unused_slots()
+
+    def _drop_unused_slots(self) -> None:
+        """Keep no more slots than the rows need, so that rows hold what they would hold alone."""
+        if (state := self.state) is None or not len(state.window.position):
+            return
+        window = Window(self.config.window, self.config.sinks)
+        slots = max(map(window.slots, state.window.position.tolist()))
+        if slots < state.window.slots:
+            keys, values = (
+                tuple(x[:, :, :slots].clone() for x in layers)
+                for layers in (state.window.keys, state.window.values)
+            )
+            self.layers[0].state = GraftState(
+                WindowState(keys, values, state.window.position), state.adaptation
+            )
+
+    @classmethod
+    def from_file(cls, file: StateFile, config: GraftConfig, template: GraftState) -> GraftCache:
+        """What `save` wrote, in the precision and on the device of a template.
+
+        Args:
+            template: the state of one row of the model that goes on from it, which has read nothing.
+
+        Raises:
+            ValueError: for a damaged file, the memory of another model, or values that no model could have
+                written; says which.
+        """
+        saved, num_columns = saved_model(file)
+        if found := first_difference(saved, config.state_fields()):
+            raise ValueError(
+                f"{file.path} was written with {found.name}={found.theirs!r}, the model has {found.ours!r}: "
+                "load it with the model it was made with"
+            )
+        wanted = dict(named_leaves((template,)))
+        if different := sorted(wanted.keys() ^ file.kinds.keys()):
+            raise ValueError(
+                f"{file.path} does not hold exactly the tensors of such a model: {different[0]} differs"
+            )
+        tensors = file.tensors()
+        _check(file.path, tensors, wanted, Window(config.window, config.sinks), num_columns)
+        # Tensors that are equal by chance must not be one.
+        leaves = [tensors[name].to(like.device, like.dtype, copy=True) for name, like in wanted.items()]
+        cache = cls(config)
+        cache.store(pytree.tree_unflatten(leaves, pytree.tree_structure((template,))), num_columns)
+        cache._newest_ids = saved_ids(file, cache.batch_size, config.vocab_size)
+        return cache
+
+
+def _check(
+    path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor], window: Window, num_columns: int
+) -> None:
+    """Raise ValueError for tensors that no model with such states could have written."""
+    position = tensors["[0].window.position"]
+    if position.dim() != 1 or position.dtype != torch.int64 or not len(position):
+        raise damaged_header(path)
+    if (position < 0).any() or (position > num_columns).any():
+        raise ValueError(f"{path}: its positions contradict its length; the memory is damaged")
+    learned = tensors.get("[0].adaptation.position", position)
+    if learned.shape != position.shape or (learned < 0).any() or (learned > position).any():
+        raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
+    slots = max(map(window.slots, position.tolist()))
+    for name, tensor in tensors.items():
+        like = wanted[name]
+        shape = [len(position), *like.shape[1:]]
+        if ".window.keys" in name or ".window.values" in name:
+            shape[2] = slots
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}"
+            )
+        if tensor.is_floating_point() != like.is_floating_point():
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {like.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")

@@ -1,0 +1,80 @@
+"""`titans.graft`: a graft from a pretrained model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.configuration import GraftConfig, origin_of
+from titans.hf.graft.modeling import GraftedForCausalLM
+from titans.hf.graft.window import Window
+from titans.nn.adaptation import Adaptation
+
+
+def graft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    window: int = 512,
+    sinks: int = 4,
+    adaptation: bool | dict[str, Any] = True,
+    association: Any = None,
+) -> GraftedForCausalLM:
+    """Give a pretrained model a window that moves on for ever, and memories that learn while it reads.
+
+    Args:
+        model: a causal LM of transformers with rotary positions. It becomes part of the graft, its parameters
+            frozen.
+        tokenizer: saved with the graft.
+        window: tokens that attention sees: the block of window / 2 that a token stands in, and the block
+            before. Until a text has more tokens than that, a graft without memories is the model itself.
+        sinks: first tokens of the text that every token sees.
+        adaptation: a memory that learns by the model's own loss; settings of `titans.nn.Adaptation` as a
+            dict.
+        association: not available yet.
+
+    Returns a model in evaluation mode; it is read and asked like any other (`titans.Session`, `generate`).
+
+    Raises:
+        ValueError: for a model that cannot be grafted, with the reason, or sizes that make no window.
+    """
+    if association is not None:
+        raise ValueError(f"association={association!r} is not available yet; leave it out")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}: give the model of transformers itself; merge adapters into "
+            "it first"
+        )
+    if isinstance(model, GraftedForCausalLM) or model.config.model_type == "titans":
+        raise ValueError(f"model is a {type(model).__name__}, which has a memory of its own")
+    settings = None if adaptation is False else _settings({} if adaptation is True else adaptation)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: give the model's own"
+        )
+    # What cannot be grafted is refused before the head's rows are looked at.
+    windowed = WindowedBase(model, Window(window, sinks))
+    if settings is not None:
+        settings.setdefault("curvature", windowed.head.curvature())
+    grafted = GraftedForCausalLM(GraftConfig(window, sinks, settings, origin_of(model)), model).eval()
+    grafted.tokenizer = tokenizer
+    return grafted
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of an adaptation but its sizes, so that a saved graft does not depend on defaults.
+
+    Raises:
+        ValueError: for one that there is not.
+    """
+    known = list(inspect.signature(Adaptation).parameters.values())
+    names = [parameter.name for parameter in known if parameter.name not in ("hidden_size", "vocab_size")]
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"adaptation has no setting {unknown[0]!r}: it has {', '.join(names)}")
+    defaults = {p.name: p.default for p in known if p.default is not inspect.Parameter.empty}
+    return {**defaults, **given}

@@ -1,0 +1,367 @@
+"""A pretrained model with a window that moves on for ever, and memories that learn while it reads."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from titans.hf.generation import StateGenerationMixin
+from titans.hf.graft.adapted import read_adapted
+from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.cache import GraftCache, GraftState
+from titans.hf.graft.configuration import GraftConfig, check_origin
+from titans.hf.graft.window import Window
+from titans.hf.keywords import check_keywords, documents_of, real_tokens
+from titans.nn.adaptation import Adaptation
+from titans.nn.packing import Packed
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass
+class GraftOutput(ModelOutput):
+    """What a graft returns.
+
+    loss: mean cross-entropy in nats, with `labels`. logits: (batch, time or fewer, vocab_size).
+    past_key_values: the cache. surprises: for each memory (batch, time, 1), where asked for: of the
+    adaptation the loss in nats with which each token was predicted, 0 where none was.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: GraftCache | None = None
+    surprises: tuple[Tensor, ...] | None = None
+
+
+class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore[misc]
+    """A causal LM of transformers, the base, read through a window, with memories of its own.
+
+    Made by `titans.graft`. The base is part of it, frozen, and is never saved with it.
+
+    Args:
+        base: its parameters are frozen; otherwise it is unchanged, and may be used on its own meanwhile.
+
+    Raises:
+        ValueError: for a base that cannot be grafted, or another one than the configuration was made on.
+    """
+
+    config: GraftConfig
+    config_class = GraftConfig
+    base_model_prefix = "base"
+    _is_stateful = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # The loss is a mean; without this the Trainer would rescale it under gradient accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: GraftConfig, base: PreTrainedModel | None = None) -> None:
+        if base is None:
+            raise ValueError(
+                "a graft has no base of its own: use titans.graft(base), or from_pretrained(folder, base=…)"
+            )
+        super().__init__(config)
+        check_origin(base, config.origin)
+        window = Window(config.window, config.sinks)
+        self.adaptation: Adaptation | None = None
+        if config.adaptation is not None:
+            self.adaptation = Adaptation(config.hidden_size, config.vocab_size, **config.adaptation)
+        # Before the base is a part: what initialises weights must not reach its own.
+        self.post_init()
+        self.base = base.requires_grad_(False).eval()
+        self._windowed = WindowedBase(base, window)
+        if self.adaptation is not None:
+            self.adaptation.to(base.device)
+        # Saved with the graft, so that a folder is complete but for the base.
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.generation_config = copy.deepcopy(base.generation_config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Memories initialise themselves."""
+
+    def train(self, mode: bool = True) -> GraftedForCausalLM:
+        """Training mode for the memories alone: the base has no dropout here."""
+        super().train(mode)
+        if "base" in self._modules:
+            self.base.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's precision; memories are in float32 at least."""
+        return self.base.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.base.get_output_embeddings() if "base" in self._modules else None
+
+    def empty_cache(self) -> GraftCache:
+        return GraftCache(self.config)
+
+    def check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, GraftCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: a grafted model needs GraftCache(config)"
+            )
+        cache.check_fits(self.config)
+
+    def initial_state(self, rows: int) -> GraftState:
+        """The state of rows that have read nothing."""
+        adaptation = None
+        if self.adaptation is not None:
+            adaptation = self.adaptation.initial_state(rows, self.device, self.dtype)
+        return GraftState(self._windowed.initial_state(rows), adaptation)
+
+    @torch.no_grad()
+    def whiten(self, ids: Tensor) -> None:
+        """Take mean and covariance of the states that the adaptation learns from, from ids (n,) of any text.
+
+        Raises:
+            ValueError: without an adaptation.
+        """
+        if self.adaptation is None:
+            raise ValueError("this graft has no adaptation whose inputs could be whitened")
+        x = self._checked(ids.reshape(1, -1).to(self.device), None)
+        self.adaptation.whiten(self._windowed.read(x, self._windowed.initial_state(1))[0])
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: GraftCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_surprise: bool = False,
+        freeze_memory: bool = False,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **keywords: Any,
+    ) -> GraftOutput | tuple[Any, ...]:
+        """Read a stretch of tokens, of any length.
+
+        Args:
+            input_ids: (batch, time) int64, or, without an adaptation, `inputs_embeds`.
+            attention_mask: (batch, time), or (batch, seen + time) with `past_key_values`; 0 marks padding,
+                anywhere. A row is read as if it stood alone without it.
+            past_key_values: what was read before; it is updated.
+            labels: (batch, time) int64, the input ids again; shifted here, −100 is ignored.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these.
+            output_surprise: return each memory's surprise at every token.
+            freeze_memory: no memory learns.
+            keywords: keywords of transformers are accepted where they change nothing.
+
+        Raises:
+            ValueError: for contradictory or ill-shaped arguments, and requests that cannot be met.
+            TypeError: for an unknown keyword.
+        """
+        position_ids = keywords.pop("position_ids", None)
+        if keywords.pop("output_hidden_states", False):
+            raise ValueError("output_hidden_states: call the base for them; leave it out")
+        check_keywords(keywords, position_ids)
+        x = self._checked(input_ids, inputs_embeds)
+        batch, time = x.shape[:2]
+        if freeze_memory and not self.config.has_memory:
+            raise ValueError("freeze_memory=True: this graft has no memory that learns; leave it out")
+        cache = past_key_values
+        seen = set() if cache is None else {cache.get_seq_length(), cache.num_columns}
+        real = real_tokens(attention_mask, batch, time, seen)
+        if position_ids is not None and documents_of(position_ids, real, (batch, time)) is not None:
+            raise ValueError("position_ids restart inside a row: give a grafted model one document per row")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = self.empty_cache()
+        state = None
+        if past_key_values is not None:
+            self.check_cache(past_key_values)
+            if past_key_values.batch_size not in (-1, batch):
+                raise ValueError(
+                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat "
+                    "or select its rows first"
+                )
+            state = past_key_values.state
+        state = self.initial_state(batch) if state is None else state
+
+        # Everything stateful sees real tokens only, each row's moved to its front.
+        rows = Packed.of(real)
+        x = rows.pack(x)
+        hidden, window = self._windowed.read(x, state.window, rows.lengths)
+        kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        adaptation, surprise, loss = state.adaptation, None, None
+        if self.adaptation is None:
+            logits = self._windowed.head.logits(rows.unpack(hidden)[:, kept])
+        else:
+            logits, adaptation, surprise = read_adapted(
+                self.adaptation,
+                self._windowed.head,
+                hidden,
+                x,
+                adaptation,
+                rows,
+                frozen=freeze_memory,
+                keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+                surprise=output_surprise,
+            )
+            logits = logits if isinstance(logits_to_keep, int) else logits[:, kept]
+        if past_key_values is not None:
+            past_key_values.store((GraftState(window, adaptation),), time, input_ids)
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        surprises = None if surprise is None else (surprise.unsqueeze(-1),)
+        output = GraftOutput(loss=loss, logits=logits, past_key_values=past_key_values, surprises=surprises)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _checked(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The ids, or the embeddings; ValueError for another shape or type, and on a CPU for unknown ids."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            if self.adaptation is not None:
+                raise ValueError("inputs_embeds: an adaptation learns from tokens; give input_ids")
+            size = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != size:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give (batch, time, "
+                    f"hidden_size={size})"
+                )
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
+                "time) in torch.int64"
+            )
+        if input_ids.numel() and input_ids.device.type == "cpu":
+            least, most = (int(x) for x in input_ids.aminmax())
+            if least < 0 or most >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids holds {least} to {most}: give ids from 0 to {self.config.vocab_size - 1}, "
+                    "the vocabulary"
+                )
+        return input_ids
+
+    def own_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights of the memories alone."""
+        whole = self.state_dict() if state_dict is None else state_dict
+        return {name: value for name, value in whole.items() if not name.startswith("base.")}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write configuration and the memories' weights; the base stays where it is.
+
+        Args:
+            kwargs: others of the library are accepted where they change nothing.
+
+        Raises:
+            ValueError: for push_to_hub=True.
+            OSError: if a file cannot be written; a file of weights that was there before is left.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True: save the graft, and upload the folder")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        own = {name: value.detach().contiguous() for name, value in self.own_state_dict(state_dict).items()}
+        temporary = folder / f".{_WEIGHTS}.part"
+        try:
+            save_file(own, temporary, {"format": "pt"})
+            temporary.replace(folder / _WEIGHTS)
+        except SafetensorError as error:
+            raise OSError(f"{folder / _WEIGHTS} could not be written ({error}): make room") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        base: PreTrainedModel | str | Path | None = None,
+        config: GraftConfig | None = None,
+        **kwargs: Any,
+    ) -> GraftedForCausalLM:
+        """A graft that was saved, on its base.
+
+        Args:
+            pretrained_model_name_or_path: the folder that `save_pretrained` wrote.
+            base: the model it was made on, or its name or folder; by default the one that was noted.
+            kwargs: for loading the base, such as dtype.
+
+        Raises:
+            ValueError: for a damaged folder, a base that is not found, or another base.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: give a folder that a graft was saved to")
+        config = GraftConfig.from_pretrained(folder) if config is None else config
+        if not isinstance(base, PreTrainedModel):
+            base = _load_base(base or config.origin.get("name"), kwargs)
+        model = cls(config, base)
+        model._load_own(folder / _WEIGHTS)
+        return model.eval()
+
+    def _load_own(self, path: Path) -> None:
+        try:
+            found = load_file(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: restore the file") from None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore the file") from None
+        own = self.own_state_dict()
+        for name in sorted(own.keys() | found.keys()):
+            if name not in own or name not in found or own[name].shape != found[name].shape:
+                raise ValueError(f"{path} does not fit its config.json: {name} differs; restore both")
+            if not torch.isfinite(found[name]).all():
+                raise ValueError(f"{path} holds NaN or infinite values ({name}): restore the file")
+        self.load_state_dict(found, strict=False)
+
+
+def _load_base(name: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
+    if not name:
+        raise ValueError("the graft was made on a model without a name: give it as base=…")
+    known = {
+        key: value for key, value in options.items() if key in ("dtype", "device_map", "local_files_only")
+    }
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **known)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the base {str(name)!r} cannot be loaded ({reason}): give it as base=…") from None
+
+
+AutoConfig.register("titans-graft", GraftConfig)
+AutoModelForCausalLM.register(GraftConfig, GraftedForCausalLM)

@@ -1,0 +1,70 @@
+"""Moving keys that a model has rotated already: which rotation each layer uses, and turning by a distance."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a layer's keys are rotated by their positions.
+
+    layer_type: which of the model's rotary bases, where it has several (Gemma 3). interleaved: whether a
+    plane has features 2i and 2i + 1, not i and i + half.
+    """
+
+    layer_type: str | None
+    interleaved: bool
+
+
+def rotations(rotary: nn.Module, layer_types: list[str]) -> Iterator[Rotation]:
+    """All rotations that keys of this model may have."""
+    takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    for layer_type in dict.fromkeys(layer_types) if takes_type else [None]:
+        for interleaved in (False, True):
+            yield Rotation(layer_type, interleaved)
+
+
+def moved(keys: Tensor, distance: int, rotation: Rotation | None, rotary: nn.Module) -> Tensor:
+    """Keys as the model would have rotated them `distance` positions further on, or back where negative.
+
+    Args:
+        keys: (rows, heads, time, head_dim), rotated at whatever positions. Features beyond those that the
+            model rotates are left unchanged.
+        rotation: of this layer; None where its keys have no positions.
+        rotary: the model's module: its own frequencies, in its own precision.
+    """
+    if rotation is None or not distance:
+        return keys
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    of_type = {} if rotation.layer_type is None else {"layer_type": rotation.layer_type}
+    positions = torch.tensor([[0, abs(distance)]], device=keys.device)
+    cosines: Any = rotary(torch.empty(0, dtype=dtype, device=keys.device), positions, **of_type)
+    cos, sin = (x[0].to(dtype) for x in cosines)
+    # Some models scale both, which the keys are already: the cosine of position 0 is that scale.
+    cos, sin = cos[1] / cos[0], sin[1] / cos[0] * (1 if distance > 0 else -1)
+    cos, sin = (_of_planes(x, rotation.interleaved) for x in (cos, sin))
+    size = cos.shape[-1]
+    turned, rest = keys[..., :size].to(dtype), keys[..., size:]
+    turned = turned * cos + _quarter_turn(turned, rotation.interleaved) * sin
+    return torch.cat([turned.to(keys.dtype), rest], -1)
+
+
+def _of_planes(x: Tensor, interleaved: bool) -> Tensor:
+    """Values x (size,), each of them given twice, for the two features of a plane, in either order."""
+    half = len(x) // 2
+    planes = x[:half] if torch.equal(x[:half], x[half:]) else x[::2]
+    return planes.repeat_interleave(2) if interleaved else planes.repeat(2)
+
+
+def _quarter_turn(x: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)

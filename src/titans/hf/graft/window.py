@@ -1,0 +1,108 @@
+"""Attention over sinks, the block before and the own block, at positions that never grow.
+
+A text is cut into blocks of half a window, from its first token on. A token sees the first few tokens of the
+text (the sinks), the whole block before its own, and its own block up to itself. What it sees has the
+positions 0, 1, 2, …: the two first blocks those that they have in the text; from then on the sinks come
+first, then the block before, then the own one. Keys are kept as the model rotated them. When a block ends,
+its keys are turned back once to where the block before the own one stands, and are dropped a block later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titans.state import register_state
+
+
+@register_state
+@dataclass(frozen=True)
+class WindowState:
+    """What rows have read, as far as attention sees it.
+
+    keys, values: for each layer (rows, heads, slots, head_dim), a row's first `Window.slots` are its own.
+    position: (rows,) int64, real tokens read.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    position: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[2]
+
+    def row(self, index: int, slots: int) -> WindowState:
+        """One row alone, with its own slots."""
+        keys, values = (tuple(x[[index], :, :slots] for x in layers) for layers in (self.keys, self.values))
+        return WindowState(keys, values, self.position[[index]])
+
+
+@dataclass(frozen=True)
+class Window:
+    """size: tokens of two blocks. sinks: first tokens of the text that every token sees.
+
+    Raises:
+        ValueError: for sizes that make no window.
+    """
+
+    size: int
+    sinks: int
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("window", self.size, 2), ("sinks", self.sinks, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
+        if self.size % 2:
+            raise ValueError(f"window={self.size}: give an even number, for two blocks")
+        if self.sinks > self.block:
+            raise ValueError(f"sinks={self.sinks}: give at most half of window={self.size}")
+
+    @property
+    def block(self) -> int:
+        return self.size // 2
+
+    @property
+    def most_positions(self) -> int:
+        """How many positions a base needs."""
+        return self.size + self.sinks
+
+    def slots(self, position: int) -> int:
+        """Keys held after so many tokens, which is the position of the next one."""
+        within_two_blocks = position < self.size
+        return position if within_two_blocks else self.sinks + self.block + position % self.block
+
+    def room(self, position: int) -> int:
+        """Tokens up to the next place where keys move: the end of the second block, or of any later one."""
+        return self.size - position if position < self.size else self.block - position % self.block
+
+    def distance(self, position: int) -> int | None:
+        """By how much the keys of a block move where it ends at this position; None if nothing ends."""
+        if position % self.block or position < self.size:
+            return None
+        return self.sinks - self.block if position == self.size else -self.block
+
+    def kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x (rows, heads, slots, head_dim) at the end of a block: the sinks, and that block."""
+        return x[:, :, : self.sinks], x[:, :, x.shape[2] - self.block :]
+
+
+def together(states: Sequence[WindowState]) -> WindowState:
+    """Rows of several states, one after the other; zeros in slots that a row has not."""
+    slots = max(state.slots for state in states)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        padded = [
+            x if x.shape[2] == slots else torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[2]))
+            for x in parts
+        ]
+        return torch.cat(padded)
+
+    keys, values = (
+        tuple(join(parts) for parts in zip(*layers, strict=True))
+        for layers in ([s.keys for s in states], [s.values for s in states])
+    )
+    return WindowState(keys, values, torch.cat([state.position for state in states]))

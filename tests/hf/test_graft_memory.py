@@ -1,0 +1,274 @@
+"""A graft with an adaptation, and everything a stream does with one: rows, forks, files, folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from titans import Session, graft
+from titans.evaluate import bits_per_byte, score
+from titans.hf import GraftedForCausalLM
+from titans.hf.state_file import open_state_file, write_state_file
+from titans.stream import describe_memory, feed_together, reader_of
+from titans.stream import session as session_module
+
+from .grafts import (
+    LEARNING,
+    VOCAB,
+    WINDOW,
+    assert_near,
+    logits_of,
+    random_ids,
+    read_on,
+    small_base,
+    small_graft,
+)
+
+MODELS = {
+    "adaptation": small_graft(),
+    "softcap": small_graft("gemma2"),
+    "window": small_graft(adaptation=False),
+}
+# Gemma 2's attention has a softmax in float32.
+SAME = {"adaptation": 1e-9, "softcap": 1e-4, "window": 1e-10}
+LONG = 5 * WINDOW + 3
+
+
+@pytest.mark.parametrize("name", ["adaptation", "softcap"])
+@torch.no_grad()
+def test_it_is_the_adaptation_of_the_windowed_base(name: str) -> None:
+    model, ids = MODELS[name], random_ids(2, LONG)
+    base = model.base
+    bare = graft(base, window=WINDOW, sinks=2, adaptation=False)
+    hidden = bare._windowed.read(ids, bare._windowed.initial_state(2))[0]
+    config, linear = base.config, base.get_output_embeddings()
+
+    def head(hidden: Tensor) -> Tensor:
+        logits, cap = linear(hidden), getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    expected, _, surprise = model.adaptation(hidden, ids, head, surprise=True)
+    found = model(ids, output_surprise=True)
+    assert_near(found.logits, expected, SAME[name])
+    assert_near(found.surprises[0][..., 0], surprise, SAME[name])
+    assert_near(found.logits[:, :5], logits_of(bare, ids)[:, :5], SAME[name])
+    assert (found.logits - logits_of(bare, ids))[:, 10:].abs().max() > 0.05, "it must have learned"
+    losses = F.cross_entropy(found.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    assert_near(found.surprises[0][:, 1:, 0], losses, SAME[name])
+    assert_near(model(ids, labels=ids).loss, losses.mean(), 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_split_is_one_call(name: str) -> None:
+    model, ids = MODELS[name], random_ids(2, LONG)
+    expected = logits_of(model, ids)
+    for sizes in ([1] * LONG, [4, 0, 15, 1, LONG - 20]):
+        assert_near(read_on(model, ids.split(sizes, 1))[0], expected, SAME[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padded_rows_are_read_as_alone(name: str) -> None:
+    model, texts = MODELS[name], [random_ids(n, seed=n) for n in (31, 9, 24, 31)]
+    masks, cache = [], model.empty_cache()
+    generator, place = torch.Generator().manual_seed(0), [0] * 4
+    for width, counts in ((14, (14, 3, 0, 9)), (12, (5, 6, 12, 10)), (14, (12, 0, 12, 12))):
+        # Padding before, between and after.
+        order = torch.rand(4, width, generator=generator).argsort(1)
+        masks.append(order < torch.tensor(counts)[:, None])
+        ids = torch.full((4, width), VOCAB - 1)
+        for row, count in enumerate(counts):
+            ids[row, masks[-1][row]] = texts[row][place[row] : place[row] + count]
+        options = dict(attention_mask=masks[-1].long(), past_key_values=cache)
+        for keep in (0, 2):
+            given = {**options, "past_key_values": cache.clone() if keep else cache}
+            if not keep:
+                last = model(ids, **{**options, "past_key_values": cache.clone()}, logits_to_keep=2).logits
+            found = model(ids, **given, logits_to_keep=keep).logits if not keep else last
+            for row, count in enumerate(counts):
+                real = masks[-1][row][-2:] if keep else masks[-1][row]
+                whole = logits_of(model, texts[row][None])[0]
+                mine = whole[place[row] : place[row] + count]
+                assert_near(found[row, real], mine[count - int(real.sum()) :], SAME[name])
+        place = [begin + count for begin, count in zip(place, counts, strict=True)]
+    assert cache.state.window.position.tolist() == place == [31, 9, 24, 31]
+    # Rows that are taken out hold what they would hold alone.
+    cache.batch_select_indices(torch.tensor([1, 2]))
+    more = random_ids(2, 10, seed=7)
+    found = read_on(model, [more], cache)[0]
+    for row, text in enumerate((texts[1], texts[2])):
+        assert_near(found[row], logits_of(model, torch.cat([text, more[row]])[None])[0, -10:], SAME[name])
+
+
+@pytest.mark.parametrize("name", ["adaptation", "window"])
+def test_generate_is_the_loop_without_a_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titans.hf.generation.PREFILL_LENGTH", 5)
+    model, rows = MODELS[name], [random_ids(n, seed=n) for n in (14, 3, 8)]
+    alone = []
+    for row in rows:
+        for _ in range(2 * WINDOW):
+            row = torch.cat([row, logits_of(model, row[None])[0, -1:].argmax(-1)])
+        alone.append(row[-2 * WINDOW :])
+    assert len({*torch.stack(alone).flatten().tolist()}) > 5, "the texts must not be all alike"
+    ids = torch.stack([torch.cat([row.new_zeros(14 - len(row)), row]) for row in rows])
+    mask = torch.stack([torch.arange(14) >= 14 - len(row) for row in rows]).long()
+    options = dict(max_new_tokens=2 * WINDOW, attention_mask=mask, pad_token_id=0)
+    assert torch.equal(model.generate(ids, do_sample=False, **options)[:, 14:], torch.stack(alone))
+    # In the order of padding at the right, too; sampled and with beams, with the cache and without.
+    right = torch.stack([torch.cat([row, row.new_zeros(14 - len(row))]) for row in rows])
+    options |= dict(attention_mask=mask.flip(1), max_new_tokens=8)
+    for how in (dict(do_sample=True, temperature=0.5), dict(num_beams=3, do_sample=False)):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(model.generate(right, use_cache=use_cache, **how, **options))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_session_forks_generates_and_is_a_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "PIECE_LENGTH", 16)
+    model, ids, path = MODELS[name], random_ids(LONG), tmp_path / "text.memory"
+
+    def next_logits(session: Session) -> Tensor:
+        return session.reader.read(torch.tensor([session._now.recent[-1:]]), session.cache).logits[0, -1]
+
+    session = Session(model)
+    session.feed(ids[:29])
+    fork = session.fork()
+    fork.feed(ids[:9])
+    fed = session.feed(ids[29:], collect_surprise=True)
+    assert_near(next_logits(session), logits_of(model, ids[None])[0, -1], SAME[name])
+    other = torch.cat([ids[:29], ids[:9]])
+    assert_near(next_logits(fork), logits_of(model, other[None])[0, -1], SAME[name])
+    if name == "window":
+        assert fed.mean_surprise is None and session.stats().mean_surprise is None
+    else:
+        losses = score(model, ids)
+        assert fed.surprises is not None
+        torch.testing.assert_close(fed.surprises[1:, 0], losses[28:-1].float(), rtol=0, atol=1e-3)
+    session.save(path)
+    loaded = Session.load(path, model)
+    assert torch.equal(next_logits(loaded), next_logits(session)) and loaded.num_tokens == LONG
+    stats = session.stats()
+    assert describe_memory(path).stats.tokens == LONG and stats.state_bytes == session.cache.nbytes()
+    assert describe_memory(path).config["window"] == WINDOW
+    options = dict(max_new_tokens=5, do_sample=False)
+    new = session.generate(**options)
+    assert list(loaded.generate(stream=True, **options)) == new[0].tolist()
+    assert_near(next_logits(session), next_logits(loaded), 0)
+    assert fork.generate(max_new_tokens=4, num_beams=3, do_sample=False).shape == (1, 4)
+    feed_together([session, fork], [ids[:3], ids[:20]])
+    expected = torch.cat([ids, new[0], ids[:3]])
+    assert_near(next_logits(session), logits_of(model, expected[None])[0, -1], SAME[name])
+
+
+def test_files_of_other_models_and_damaged_ones(tmp_path: Path) -> None:
+    model, path = MODELS["adaptation"], tmp_path / "text.memory"
+    session = Session(model)
+    session.feed(random_ids(30))
+    session.save(path)
+    others: dict[str, Any] = {
+        "window=12, the model has 8": dict(window=8),
+        "sinks=2, the model has 1": dict(sinks=1),
+        "adaptation=True, the model has False": dict(adaptation=False),
+        "chunk_size=5, the model has 4": dict(adaptation={"chunk_size": 4}),
+        "does not hold exactly the tensors": dict(adaptation={**LEARNING, "momentum": 0.0}),
+    }
+    for message, options in others.items():
+        with pytest.raises(ValueError, match=message):
+            Session.load(path, small_graft(**options))
+    with pytest.raises(ValueError, match="another checkpoint"):
+        Session.load(path, graft(small_base(seed=1), window=12, sinks=2, adaptation=LEARNING))
+    single = graft(small_base().float(), window=12, sinks=2, adaptation=LEARNING)
+    assert Session.load(path, single).cache.state.window.keys[0].dtype == torch.float32
+    with open_state_file(path) as file:
+        tensors, about = file.tensors(), dict(file.about)
+    keys, place = "[0].window.keys[1]", "[0].window.position"
+    for name, value, message in (
+        (keys, tensors[keys][:, :, :-1], "keys.*shape"),
+        (keys, tensors[keys] * torch.nan, "NaN"),
+        (keys, tensors[keys].long(), "dtype"),
+        (place, tensors[place] + 100, "contradict its length"),
+        (place, tensors[place] - 1, "contradict"),
+        (place, tensors[place].double(), "damaged header"),
+        ("[0].adaptation.position", tensors[place] + 1, "contradict each other"),
+        ("[0].adaptation.weight", tensors["[0].adaptation.weight"][:, 1:], "weight.*shape"),
+    ):
+        write_state_file(path, {**tensors, name: value}, about)
+        with pytest.raises(ValueError, match=message):
+            Session.load(path, model)
+
+
+def test_a_folder_holds_the_memory_and_finds_its_base(tmp_path: Path) -> None:
+    base, ids = small_base(), random_ids(1, 40)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = graft(base, window=WINDOW, sinks=2, adaptation={**LEARNING, "learned_start": True})
+    model.whiten(random_ids(100, seed=3))
+    with torch.no_grad():
+        model.adaptation.start_weight.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "graft")
+    expected, parameters = logits_of(model, ids), sum(p.numel() for p in base.parameters())
+    assert (tmp_path / "graft" / "model.safetensors").stat().st_size < parameters
+    for given in ({}, {"base": base}, {"base": tmp_path / "base"}):
+        for kind in (GraftedForCausalLM, AutoModelForCausalLM):
+            loaded = kind.from_pretrained(tmp_path / "graft", **given)
+            assert type(loaded) is GraftedForCausalLM and not loaded.training
+            assert torch.equal(logits_of(loaded, ids), expected)
+    assert loaded.base.dtype == torch.float64
+    half = GraftedForCausalLM.from_pretrained(tmp_path / "graft", dtype=torch.float16)
+    assert half.dtype == torch.float16 and half.adaptation.mean.dtype == torch.float32
+    wrong = small_base(seed=1)
+    for given, message in (
+        ({"base": wrong}, "other weights than the graft was made on"),
+        ({"base": small_base("qwen2")}, "base has class='Qwen2ForCausalLM'"),
+        ({"base": tmp_path / "nothing"}, "cannot be loaded"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GraftedForCausalLM.from_pretrained(tmp_path / "graft", **given)
+    config = json.loads((tmp_path / "graft" / "config.json").read_text())
+    config["origin"]["name"] = ""
+    (tmp_path / "graft" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="without a name"):
+        GraftedForCausalLM.from_pretrained(tmp_path / "graft")
+    (tmp_path / "graft" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        GraftedForCausalLM.from_pretrained(tmp_path / "graft", base=base)
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        GraftedForCausalLM.from_pretrained(tmp_path / "nothing")
+
+
+def test_evaluation_and_a_frozen_memory() -> None:
+    model, text = MODELS["adaptation"], random_ids(10).repeat(8)
+    texts = [(text, len(text)), (text[3:40], 37)]
+    normal = bits_per_byte(model, texts, batch_size=2, piece_length=9)
+    losses = torch.cat([score(model, ids) for ids, _ in texts])
+    assert normal.nats_per_token == pytest.approx(float(losses.mean()), abs=1e-6)
+    frozen = bits_per_byte(model, texts, batch_size=2, freeze_memory=True)
+    window = bits_per_byte(MODELS["window"], texts)
+    assert frozen.nats_per_token == pytest.approx(window.nats_per_token, abs=1e-8)
+    assert normal.nats_per_token < 0.9 * frozen.nats_per_token, "a repeated text must become easier"
+    with pytest.raises(ValueError, match="no memory that could be frozen"):
+        bits_per_byte(MODELS["window"], texts, freeze_memory=True)
+    reader = reader_of(model)
+    assert reader_of(reader) is reader
+
+
+def test_the_base_is_frozen_and_the_adaptation_learns_through_its_updates() -> None:
+    model = small_graft(adaptation={**LEARNING, "learned_start": True}).train()
+    assert model.training and not model.base.training
+    model(random_ids(2, 30), labels=random_ids(2, 30)).loss.backward()
+    for name, parameter in model.named_parameters():
+        of_base = name.startswith("base.")
+        assert parameter.requires_grad != of_base and (parameter.grad is None) == of_base, name
+        assert of_base or parameter.grad.abs().max() > 0, name

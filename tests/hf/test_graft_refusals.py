@@ -1,0 +1,139 @@
+"""What cannot be grafted is refused with the reason, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
+
+from titans import graft
+
+from ..models import CONFIGS
+from .grafts import FAMILIES, ExactRotary, random_ids, small_base, small_graft
+from .models import small_model
+
+_SIZES: dict[str, Any] = FAMILIES["llama"].to_dict()
+
+
+def with_rotary(**parameters: Any) -> PreTrainedConfig:
+    fields = {**_SIZES, "rope_parameters": {"rope_theta": 1e4, "factor": 4.0, **parameters}}
+    return LlamaConfig.from_dict(fields)
+
+
+OTHERS = {
+    "learned positions": (
+        GPT2Config(vocab_size=53, n_embd=16, n_layer=2, n_head=2, eos_token_id=None, bos_token_id=None),
+        "GPT2LMHeadModel cannot be grafted.*positions that are not rotary",
+    ),
+    "biased distances": (
+        BloomConfig(vocab_size=53, hidden_size=16, n_layer=2, n_head=2, eos_token_id=None, bos_token_id=None),
+        "BloomForCausalLM cannot be grafted.*positions that are not rotary",
+    ),
+    "no keys": (CONFIGS["mamba"], "MambaForCausalLM cannot be grafted: it takes no past_key_values"),
+    "a recurrent layer": (CONFIGS["qwen3_next"], r"layer 0 \(linear_attention\) keeps more than keys"),
+    "frequencies by length": (with_rotary(rope_type="dynamic"), "rope_type='dynamic'"),
+    "few positions": (
+        LlamaConfig.from_dict({**_SIZES, "max_position_embeddings": 13}),
+        "need 14 positions, and it has max_position_embeddings=13; give a smaller window",
+    ),
+}
+assert isinstance(CONFIGS["mamba"], MambaConfig) and isinstance(CONFIGS["qwen3_next"], Qwen3NextConfig)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_a_window_cannot_carry_on(name: str) -> None:
+    config, reason = OTHERS[name]
+    with pytest.raises(ValueError, match=reason):
+        graft(small_base(config), window=12, sinks=2)
+
+
+class _Backwards(ExactRotary):
+    """Rotates by the square of the position: no distance turns one place into another."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x, position_ids.square())
+
+
+class _Head(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).exp()
+
+
+def test_the_trial_finds_models_that_do_something_else() -> None:
+    model = small_base()
+    model.model.rotary_emb = _Backwards(8)
+    with pytest.raises(ValueError, match="depends on where in the text it stands"):
+        graft(model, window=12, sinks=2)
+    model = small_base()
+    model.lm_head = _Head(16, 53, bias=False).double()
+    with pytest.raises(ValueError, match="what it does to the answers of its head is not known"):
+        graft(model, window=12, sinks=2)
+
+
+def test_arguments() -> None:
+    base = small_base()
+    wrong: dict[str, dict[str, Any]] = {
+        "window=7: give an even number": dict(window=7),
+        "window=0": dict(window=0),
+        "window=True": dict(window=True),
+        "sinks=-1": dict(sinks=-1),
+        "sinks=7: give at most half of window=12": dict(sinks=7),
+        "association=True is not available yet": dict(association=True),
+        "adaptation has no setting 'stepsize': it has curvature, chunk_size": dict(
+            adaptation={"stepsize": 1}
+        ),
+        "step must be between 0 and 1": dict(adaptation={"step": 1.5}),
+    }
+    for message, options in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            graft(base, **{"window": 12, "sinks": 2, **options})
+    with pytest.raises(ValueError, match="tokenizer has 60 tokens, the model 53"):
+        graft(base, [None] * 60, window=12)
+    for model, message in (
+        (nn.Linear(2, 2), "is a Linear: give the model of transformers itself"),
+        (small_graft(), "GraftedForCausalLM, which has a memory of its own"),
+        (small_model("lmm"), "TitansForCausalLM, which has a memory of its own"),
+        (LlamaModel(FAMILIES["llama"]), "LlamaModel cannot be grafted: it has no language-modelling head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graft(model, window=12)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_calls() -> None:
+    model, ids = small_graft(), random_ids(2, 5)
+    plain = small_graft(adaptation=False)
+    cache, restarts = model(ids).past_key_values, torch.tensor([[0, 1, 0, 1, 2]])
+    for call, error, message in (
+        (lambda: model(), ValueError, "exactly one of input_ids and inputs_embeds"),
+        (lambda: model(ids[0]), ValueError, r"input_ids has shape \(5,\)"),
+        (lambda: model(ids + 53), ValueError, "give ids from 0 to 52"),
+        (lambda: model(ids, attention_mask=torch.ones(2, 4)), ValueError, "attention_mask has shape"),
+        (lambda: model(ids[:1], past_key_values=cache), ValueError, "past_key_values holds 2 rows"),
+        (lambda: model(ids, past_key_values=plain(ids).past_key_values), ValueError, "adaptation=False"),
+        (
+            lambda: model(ids, position_ids=restarts),
+            ValueError,
+            "one document per row",
+        ),
+        (lambda: model(ids, output_hidden_states=True), ValueError, "call the base"),
+        (lambda: model(ids, hidden=1), TypeError, "no such keyword"),
+        (lambda: model(inputs_embeds=torch.zeros(1, 2, 16)), ValueError, "learns from tokens"),
+        (lambda: plain(inputs_embeds=torch.zeros(1, 2, 5)), ValueError, "hidden_size=16"),
+        (lambda: plain(ids, freeze_memory=True), ValueError, "has no memory that learns"),
+        (lambda: plain.whiten(ids[0]), ValueError, "no adaptation"),
+        (lambda: cache.crop(-1), ValueError, "cannot unlearn"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
