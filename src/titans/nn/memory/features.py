@@ -44,7 +44,7 @@ class FeatureMap(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(autocast_device(x), enabled=False):
             hidden = self.hidden(x.to(dtype).flatten(0, 1).transpose(0, 1))
-            square = torch.linalg.vecdot(hidden, hidden).unsqueeze(-1)
+            square = hidden.square().sum(-1, keepdim=True)
             features = hidden * torch.rsqrt(square + SOFTNESS * self.feature_size)
         return features.transpose(0, 1).unflatten(0, x.shape[:2])
 
