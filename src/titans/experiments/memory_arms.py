@@ -83,9 +83,9 @@ def _deep(activation: str) -> dict[str, Arm]:
 # "deep" is the default of `NeuralMemory` at this size. Equal operations: as many as the sines at 4k.
 ARMS: dict[str, dict[str, Arm]] = {
     "linear": {"4k": Arm(64), "1k": Arm(32), "equal operations": Arm(76)},
-    "deep": _deep("silu"),
-    "deep sin": _deep("sin"),
     "sin features": _features("sin", 128),
+    "deep": _deep("silu"),
     "product features": _features("product", 100),
+    "deep sin": _deep("sin"),
     "swiglu features": _features("swiglu", 100),
 }
