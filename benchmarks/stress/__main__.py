@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,24 @@ def default_form(quick: bool, progress: Progress) -> list[Row]:
                     f"default form, depth {depth}, chunks of {chunk}: growth {rows[-1]['growth']:.3g}",
                     8 * depth,
                 )
+    return rows
+
+
+def feature_memories(quick: bool, progress: Progress) -> list[Row]:
+    """One matrix on slow features, with the gates at their limits; the enemy holds keys, or the features."""
+    rows = []
+    for chunk in (4, 16) if quick else (1, 4, 16, 64, 256):
+        memories = {
+            name: stressed_memory(HEAD_DIM, 1, chunk, features=name, feature_size=4 * HEAD_DIM)
+            for name in ("sin", "product", "swiglu")
+        }
+        memories["any"] = replace(memories["sin"], features=None)
+        memories["two fast layers, sine"] = stressed_memory(HEAD_DIM, 2, chunk, activation="sin")
+        for features, memory in memories.items():
+            few = quick or chunk > 16 or features not in ("sin", "any")
+            name = {"features": features, "chunk_size": chunk}
+            rows.append(measure(memory, name, FEW if few else THOROUGH, 1024 if quick else TOKENS))
+            progress(f"features {features}, chunks of {chunk}: growth {rows[-1]['growth']:.3g}", 6)
     return rows
 
 
@@ -296,6 +315,7 @@ def main() -> int:
     per_model = (8192 if quick else 98304) + (10**6 if long else 0)
     seconds = {
         "default": 48 if quick else 480,
+        "features": 60 if quick else 150,
         "counter_examples": 75,
         "search": 54 if quick else 108,
         "layer": 8,
@@ -304,6 +324,7 @@ def main() -> int:
     progress = Progress(sum(seconds[part] for part in arguments.parts))
     run: dict[str, Callable[[], list[Row]]] = {
         "default": lambda: default_form(quick, progress),
+        "features": lambda: feature_memories(quick, progress),
         "counter_examples": lambda: counter_examples(quick, progress),
         "search": lambda: searches(quick, progress),
         "layer": lambda: layer_inputs(progress),

@@ -15,7 +15,8 @@ HEAD_DIM = 8
 TOKENS = 4096
 GROWTH_LIMIT = 100
 DISTANCES = (256, 512, 1024, 2048, 4096)
-PARTS = ("default", "counter_examples", "search", "layer", "models")
+GRADIENT_COLUMNS = [f"∂ at {d}" for d in DISTANCES]
+PARTS = ("default", "features", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
 
 
@@ -32,15 +33,42 @@ def fraction(row: Row, part: str) -> str:
     return f"{number(seen)} ({100 * share:.0f} %)"
 
 
+def gradients(row: Row) -> list[str]:
+    """The gradient at each distance."""
+    return [number(row["gradients"][d]) if d in row["gradients"] else "–" for d in DISTANCES]
+
+
+def growth_table(heading: str, names: list[list[str]], rows: list[Row]) -> str:
+    """Growth, state and gradients of memories with these names, one for each row, in columns `heading`."""
+    return markdown(
+        [*heading.split(", "), "streams", "growth", "of a key", "weights", "momentum", *GRADIENT_COLUMNS],
+        [
+            [
+                *name,
+                str(r["cases"]),
+                number(r["growth"]),
+                number(r["growth_of_key"]),
+                fraction(r, "weights"),
+                fraction(r, "momentum"),
+                *gradients(r),
+            ]
+            for name, r in zip(names, rows, strict=True)
+        ],
+    )
+
+
+def fixed_streams(rows: list[Row], of: str) -> str:
+    """A line about the largest growth."""
+    largest = max(max(r["growth"], r["growth_of_key"]) for r in rows)
+    return (
+        f"- Fixed streams: {sum(r['cases'] for r in rows):,} on {of}, the largest growth of a disturbance is "
+        f"{number(largest)} (limit {GROWTH_LIMIT}: {'kept' if largest < GROWTH_LIMIT else 'BROKEN'})."
+    )
+
+
 def report(found: dict[str, Any]) -> str:
     """Everything as Markdown."""
-    defaults = found["default"]
-
-    def gradients(row: Row) -> list[str]:
-        return [number(row["gradients"][d]) if d in row["gradients"] else "–" for d in DISTANCES]
-
-    columns = [f"∂ at {d}" for d in DISTANCES]
-    passed = all(r["growth"] < GROWTH_LIMIT and r["growth_of_key"] < GROWTH_LIMIT for r in defaults)
+    defaults, features = found["default"], found["features"]
     broke = all(
         (r["growth"] > GROWTH_LIMIT or not r["finite"]) == r["breaks"] for r in found["counter_examples"]
     )
@@ -52,11 +80,10 @@ def report(found: dict[str, Any]) -> str:
         )
         for depth in (1, 2)
     }
-    finite = all(r["finite"] for part in ("default", "layer", "models") for r in found[part])
+    finite = all(r["finite"] for part in ("default", "features", "layer", "models") for r in found[part])
     bullets = [
-        f"- Fixed streams: {sum(r['cases'] for r in defaults):,} on the default form, the largest growth of "
-        f"a disturbance is {number(max(max(r['growth'], r['growth_of_key']) for r in defaults))} "
-        f"(limit {GROWTH_LIMIT}: {'kept' if passed else 'BROKEN'}).",
+        fixed_streams(defaults, "the default form"),
+        fixed_streams(features, "memories of features"),
         f"- Forms that must break do, and the repaired one does not: {'yes' if broke else 'NO'}.",
         f"- NaN or infinity in the default form, a layer or a model: {'none' if finite else 'FOUND'}.",
         f"- A search by gradient ascent, at the default limits: "
@@ -72,25 +99,21 @@ def report(found: dict[str, Any]) -> str:
         "row seen, and how much that is of what `state_bound` allows. ∂ at T: the largest gradient of the "
         f"loss with respect to a key T tokens back. head_dim {HEAD_DIM}, expansion 2, float64. “learned”: "
         "with a base whose last layer is not empty.",
-        markdown(
-            ["depth", "chunk", "streams", "growth", "of a key", "weights", "momentum", *columns],
-            [
-                [
-                    str(r["depth"]),
-                    str(r["chunk_size"]) + (" learned" if r["last"] else ""),
-                    str(r["cases"]),
-                    number(r["growth"]),
-                    number(r["growth_of_key"]),
-                    fraction(r, "weights"),
-                    fraction(r, "momentum"),
-                    *gradients(r),
-                ]
-                for r in defaults
-            ],
+        growth_table(
+            "depth, chunk",
+            [[str(r["depth"]), str(r["chunk_size"]) + " learned" * (r["last"] > 0)] for r in defaults],
+            defaults,
         ),
+        "## Memories of features",
+        f"One matrix on {4 * HEAD_DIM} slow features of a key, in the default form. The streams are of keys, "
+        "among them keys that resemble each other; a change of the first key counts before the map, whose "
+        "slope is a part of its growth. “any”: the streams are of the features themselves, which have any "
+        "length up to 1. “two fast layers”: no slow features, but the default's two layers with a sine for "
+        "SiLU.",
+        growth_table("features, chunk", [[r["features"], str(r["chunk_size"])] for r in features], features),
         "## Forms that break",
         markdown(
-            ["form", "breaks", "growth", "by", "longest row", *columns],
+            ["form", "breaks", "growth", "by", "longest row", *GRADIENT_COLUMNS],
             [
                 [
                     r["form"],
