@@ -32,6 +32,7 @@ def operations(**fields: Any) -> dict[str, float]:
 
 def test_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     fields = [f"{name}={value}" for name, value in SIZES.items()]
+    fields += ["memory_depth=1", "memory.features=sin", "memory.start=sharp"]
     options = ["--batch-size", "2", "--sequence-length", "32", "--seconds", "0.05", "--device", "cpu"]
     options += ["--threads", str(torch.get_num_threads()), "--json", "--config", *fields]
     assert main(["bench", "--preset", "tiny", "--variant", "lmm", *options]) == 0
@@ -71,19 +72,33 @@ def test_every_layer_has_the_same_operations(variant: str) -> None:
         assert layer > 0 and three[name] - two[name] == pytest.approx(layer), name
 
 
-def test_operations_are_those_of_the_formula() -> None:
-    # docs/speed.md; what is decayed to, and the products of gates, are about.
-    layer = operations(num_hidden_layers=2)["reading"] - operations()["reading"]
-    heads, d, m, chunk = 2, 16, 32, 16
-    memory = heads * (26 * d * m + 4 * chunk * (d + m) + 4 * chunk**2)
+def two_layers(d: int, chunk: int) -> int:
+    m = 2 * d
+    return 26 * d * m + 4 * chunk * (d + m) + 4 * chunk**2
+
+
+def sin_features(d: int, chunk: int) -> int:
+    m = 4 * d
+    return 12 * d * m + 2 * chunk * (d + m) + 2 * chunk**2 + 4 * d * m
+
+
+@pytest.mark.parametrize(
+    ("fields", "formula"),
+    [({}, two_layers), (dict(memory_depth=1, memory={"features": "sin"}), sin_features)],
+)
+def test_operations_are_those_of_the_formula(fields: dict[str, Any], formula: Any) -> None:
+    # docs/speed.md and docs/maths.md; what is decayed to, and the products of gates, are about.
+    layer = operations(num_hidden_layers=2, **fields)["reading"] - operations(**fields)["reading"]
+    heads, d, chunk = 2, 16, 16
     # Of queries, keys and values, four tokens wide.
     convolution = 2 * 4 * 3 * heads * d
     matrices = [
         module.weight.numel()
-        for module in small().model.layers[0].modules()
+        for module in small(**fields).model.layers[0].modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    assert layer == pytest.approx(memory + convolution + 2 * sum(matrices), rel=0.1)
+    expected = heads * formula(d, chunk) + convolution + 2 * sum(matrices)
+    assert layer == pytest.approx(expected, rel=0.1)
 
 
 def test_attention_is_counted() -> None:
