@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.models import open_model
 from titans.cli.outputs import check_output, is_memory
 from titans.cli.terminal import report
-from titans.zoo.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Memorize:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
+    """Folder of a Titans model, a graft or any causal model of transformers, or the name of one of the
+    library's."""
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Texts, PDF files and folders of them to read, one after the other."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -39,6 +40,8 @@ class Memorize:
     """Write the memory after about so many tokens, and at the end."""
     resume: bool = False
     """Go on from where a reading of the same files into the same output was cut off."""
+    graft: bool = False
+    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
     json: bool = False
     """Print a summary as one JSON object."""
 
@@ -67,7 +70,7 @@ class Memorize:
         from titans.stream import Session
         from titans.stream.reading.reading import Reading
 
-        model, tokenizer = load_checkpoint(self.checkpoint)
+        model, tokenizer = open_model(self.checkpoint, self.graft)
         start = self.output if self.resume else self.memory
         session = Session.load(start, model, tokenizer) if start else Session(model, tokenizer)
         reading, began = Reading(session, tokenizer, sources), time.perf_counter()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.models import open_model
 from titans.cli.outputs import check_picture
-from titans.zoo.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from titans.evaluate.needle import NeedleCell
@@ -59,7 +59,8 @@ class EvalNeedle:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
+    """Folder of a Titans model, a graft or any causal model of transformers, or the name of one of the
+    library's."""
     task: Literal["passkey", "number", "word", "uuid", "qa1", "qa2", "qa3"] = "passkey"
     """passkey: five digits in repeated filler. number, word, uuid: these in natural text. qa1, qa2,
     qa3: where is a person, a thing, and where was it before? Like bAbI's, in natural text."""
@@ -85,6 +86,8 @@ class EvalNeedle:
     """Seed of names, values and places."""
     plot: Path | None = None
     """Draw the table as a picture into this file."""
+    graft: bool = False
+    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -98,7 +101,7 @@ class EvalNeedle:
         lengths = [_tokens(text) for text in self.lengths]
         depths = [_depth(text) for text in self.depths]
         check_picture("plot", self.plot, [Path(self.haystack)])
-        model, tokenizer = load_checkpoint(self.checkpoint)
+        model, tokenizer = open_model(self.checkpoint, self.graft)
         from titans.cli.progress import ReadingProgress
         from titans.data import hold_out, load_corpus
         from titans.data.needles import TASKS

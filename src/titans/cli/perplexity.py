@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.zoo.checkpoint import load_checkpoint
+from titans.cli.models import open_model
 
 if TYPE_CHECKING:
     from titans.evaluate import Perplexity, PositionLoss
@@ -24,7 +24,8 @@ class EvalPerplexity:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a Titans model or any causal model of transformers, or the name of one of the library's."""
+    """Folder of a Titans model, a graft or any causal model of transformers, or the name of one of the
+    library's."""
     data: tuple[str, ...]
     """Corpora, each a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare,
     bible."""
@@ -37,6 +38,8 @@ class EvalPerplexity:
     """Forget everything whenever so many tokens have been read; by default never within a document."""
     batch_size: int = 8
     """Documents read side by side."""
+    graft: bool = False
+    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -50,7 +53,7 @@ class EvalPerplexity:
                 raise UsageError(f"{name}={value}: give a whole number of at least 1")
         if not 0 <= self.hold_out < 1:
             raise UsageError(f"hold_out={self.hold_out}: give a fraction from 0 up to, but not including, 1")
-        model, tokenizer = load_checkpoint(self.checkpoint)
+        model, tokenizer = open_model(self.checkpoint, self.graft)
         if self.freeze_memory and not getattr(model.config, "has_memory", False):
             kind = getattr(model.config, "variant", model.config.model_type)
             raise UsageError(f"freeze_memory with a model {kind!r}: it has no memory; leave the option out")

@@ -12,7 +12,7 @@ import numpy as np
 from titans.data import leading_tokens
 from titans.data.needles import FILLER, TASKS, Needles, NeedleTask, make_needles
 from titans.evaluate.ask import answered, read
-from titans.hf import TitansConfig, causal_cache
+from titans.hf import GraftConfig, TitansConfig, causal_cache
 from titans.stream.model import unwrapped
 from titans.stream.reader import Reader, reader_of
 
@@ -92,6 +92,8 @@ def attention_reach(config: Any) -> float:
 
     0 where there is no attention; unlimited where nothing is known.
     """
+    if isinstance(config, GraftConfig):
+        return config.window * config.num_hidden_layers
     if not isinstance(config, TitansConfig):
         return math.inf if config is None else causal_cache.attention_reach(config)
     variant = config.variant

@@ -16,7 +16,8 @@ __all__ = ["load", "load_checkpoint", "load_config", "load_titans", "names"]
 def load(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model, ready to evaluate, and tokenizer: of a name in `names()`, or of a folder of `titans train`.
 
-    A folder may also hold any other causal LM, as transformers' `save_pretrained` writes it.
+    A folder may also hold any other causal LM, as transformers' `save_pretrained` writes it, or a graft,
+    whose base is found where it was, or among the downloaded models of the Hub.
 
     Raises:
         ImportError: without the extra `hf`; says how to install it.

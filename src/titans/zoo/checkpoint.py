@@ -80,8 +80,8 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """Model and tokenizer of a checkpoint folder, or by name, on the GPU if there is one; without tokenizer
     files, bytes.
 
-    A Titans model, or any causal LM that transformers has saved as safetensors. Nothing is downloaded, no
-    code of the folder is executed, and nothing is unpickled.
+    A Titans model, a graft, or any causal LM that transformers has saved as safetensors. Nothing is
+    downloaded, no code of the folder is executed, and nothing is unpickled.
 
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
@@ -89,6 +89,8 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     folder = folder_of(folder)
     if not folder.is_dir() or _config_fields(folder).get("model_type") == "titans":
         return load_titans(folder)
+    if _config_fields(folder).get("model_type") == "titans-graft":
+        return _load_graft(folder)
     from transformers import AutoModelForCausalLM
 
     model = _load_model(folder, AutoModelForCausalLM)
@@ -102,6 +104,52 @@ def load_titans(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBas
     from titans.hf import TitansForCausalLM
 
     return _load_model(folder, TitansForCausalLM, config=config), _load_tokenizer(folder, config.vocab_size)
+
+
+def _load_graft(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A graft on the base that it was made on, which it names; the tokenizer is its own or the base's."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from titans.hf import GraftedForCausalLM
+    from titans.hf.graft import GraftConfig
+
+    try:
+        config = GraftConfig.from_dict(_config_fields(folder))
+        name = config.origin["name"]
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged or of another version ({error!r}): restore the file"
+        ) from None
+    place = _base_folder(folder, name)
+    if str(_config_fields(place).get("model_type")).startswith("titans"):
+        raise ValueError(f"checkpoint={str(folder)!r} was made on {name!r}, which is no model to graft")
+    from transformers import AutoModelForCausalLM
+
+    base = _load_model(place, AutoModelForCausalLM)
+    try:
+        model = GraftedForCausalLM.from_pretrained(folder, base=base, config=config)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error!r}): restore the file") from None
+    own = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    return model, _load_tokenizer(folder if own else place, model.config.vocab_size)
+
+
+def _base_folder(graft: Path, name: str) -> Path:
+    """Where the base of a graft is: a folder, or a snapshot of the Hub that was downloaded before."""
+    place = folder_of(Path(name))
+    if name and place.is_dir():
+        return place
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise ValueError(
+            f"checkpoint={str(graft)!r} was made on {name!r}, which is neither a folder here nor a "
+            "downloaded model of Hugging Face's Hub: bring it there, or load the graft with "
+            "GraftedForCausalLM.from_pretrained(folder, base=…)"
+        ) from None
 
 
 def _load_model(folder: Path, kind: Any, **options: Any) -> Any:

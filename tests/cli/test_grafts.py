@@ -1,0 +1,126 @@
+"""The commands that read with a graft: of a folder, or made of any model on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import titans
+from titans.cli import main
+from titans.evaluate import score
+from titans.stream import describe_memory
+
+from ..models import small_causal_lm
+
+TEXT = "To be, or not to be, that is the question. " * 20
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    small_causal_lm("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grafted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder; what it is made on is named in it."""
+    folder = tmp_path_factory.mktemp("graft")
+    titans.graft(titans.load(base)[0], window=32, adaptation={"chunk_size": 16, "step": 0.9}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    def call(*arguments: object) -> dict[str, Any]:
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_a_folder_is_read_evaluated_and_continued(
+    grafted: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    book, memory = tmp_path / "book.txt", tmp_path / "memory"
+    book.write_text(TEXT)
+    model, tokenizer = titans.load(grafted)
+    assert model.config.window == 32 and len(tokenizer) == 256
+    found = run("eval", "perplexity", grafted, "--data", book, "--freeze-memory")
+    losses = score(model, np.frombuffer(TEXT.encode(), np.uint8))
+    assert found["nats_per_token"] == pytest.approx(float(losses.mean()), abs=1e-4)
+    assert found["gain"] > 0.01, "the adaptation learns a text that repeats"
+    cells = run("eval", "needle", grafted, "--lengths", "300", "--depths", "0", "1", "--samples", "1")[
+        "cells"
+    ]
+    assert [cell["beyond_attention"] for cell in cells] == [True, False]
+    read = run("memorize", grafted, book, "-o", memory)
+    assert read["tokens"] == len(TEXT) and read["mean_surprise"] == pytest.approx(
+        float(losses.mean()), abs=0.05
+    )
+    assert describe_memory(memory).stats.tokens == len(TEXT)
+    options = ["--memory", memory, "--max-new-tokens", 5, "--greedy"]
+    session = titans.Session.load(memory, model, tokenizer)
+    assert run("generate", grafted, *options)["text"] == session.generate(max_new_tokens=5, do_sample=False)
+
+
+def test_any_model_is_grafted_on_the_way(
+    base: Path, tmp_path: Path, run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    book, memory = tmp_path / "book.txt", tmp_path / "memory"
+    book.write_text(TEXT)
+    found = run("eval", "perplexity", base, "--data", book, "--graft", "--freeze-memory")
+    losses = score(titans.graft(titans.load(base)[0]), np.frombuffer(TEXT.encode(), np.uint8))
+    assert found["nats_per_token"] == pytest.approx(float(losses.mean()), abs=1e-4) and found["gain"] > 0.01
+    run("memorize", base, book, "-o", memory, "--graft")
+    options = ["generate", base, "--memory", memory, "--max-new-tokens", 3, "--greedy"]
+    assert run(*options, "--graft")["tokens"] == 3
+    assert main([*map(str, options)]) == 1, "a graft's memory is not the plain model's"
+    assert "load it with the model" in capsys.readouterr().err
+    assert main(["generate", "titans-mac-tiny", "--prompt", "a", "--graft"]) == 1
+    assert "has a memory of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"origin": {}}, "is damaged or of another version"),
+        ({"window": 3}, "is damaged or of another version"),
+        ({"origin": {"name": "nowhere/base"}}, "was made on 'nowhere/base', which is neither a folder here"),
+        ({"origin": {"name": ""}}, "was made on '', which is neither a folder here"),
+        ({"origin": {"name": "ITSELF"}}, "which is no model to graft"),
+        ({"origin": {"name": "titans-mac-tiny"}}, "which is no model to graft"),
+        ({"origin": {"name": "BASE"}}, "is damaged"),
+        ({"weights": "other"}, "give the same checkpoint"),
+    ],
+)
+def test_a_graft_without_its_base_is_one_line(
+    base: Path,
+    grafted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    folder = tmp_path / "graft"
+    shutil.copytree(grafted, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "weights" in changes:
+        other = tmp_path / "other"
+        model = small_causal_lm("llama")
+        model.lm_head.weight.data.add_(1.0)
+        model.save_pretrained(other)
+        changes = {"origin": config["origin"] | {"name": str(other)}}
+    text = json.dumps(config | changes).replace("ITSELF", str(folder)).replace("BASE", str(base))
+    (folder / "config.json").write_text(text)
+    assert main(["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
