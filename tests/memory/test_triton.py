@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from titans.memory import BACKENDS, SquaredError
@@ -45,7 +45,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
     assert_same(everything(call, "triton"), everything(call, "reference"), tolerance)
 
 
-@settings(max_examples=30)
+@settings(max_examples=22)
 @given(
     seed=st.integers(0, 2**20),
     time=st.integers(1, 44),
@@ -68,7 +68,21 @@ def test_any_call(shape, norm, **call) -> None:
     agree(**call, **shape, **norm)
 
 
-@settings(max_examples=10)
+# What the search may miss: features of a key, in registers.
+@example(
+    resident=True,
+    seed=0,
+    time=32,
+    shape=dict(depth=1, key_dim=32),
+    norm=dict(norm=True),
+    activation="sin",
+    residual=False,
+    normalize_step=True,
+    objective="squared_error",
+    row_limit=0.7,
+    base=True,
+)
+@settings(max_examples=9)
 @given(
     resident=st.sampled_from([True, True, False]),
     seed=st.integers(0, 2**20),
@@ -113,10 +127,10 @@ def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scan, "block_of", lambda *_: 16)
     monkeypatch.setattr(scan, "fits_registers", lambda *_: False)
-    agree(expansion=4, norm=True, row_limit=0.7, normalize_step=True, base=True, activation="sin")
+    every = dict(heads=1, norm=True, row_limit=0.7, normalize_step=True, base=True)
+    agree(**every, expansion=4, activation="sin")
+    agree(**every, depth=1, key_dim=64, mask="random", reset="random", position="apart")
     agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
-    features = dict(depth=1, key_dim=64, mask="random", reset="random", position="apart", heads=1)
-    agree(**features, norm=True, row_limit=0.7, normalize_step=True, base=True)
     agree(chunk_size=64, time=130, heads=1)
 
 
