@@ -96,6 +96,12 @@ def run_tool(name: str, source: bytes, *options: str) -> str:
     return done.stdout + done.stderr
 
 
+def label(option: tuple[str, Any]) -> str:
+    """An option and its value, as a row of the table names them."""
+    name, value = option
+    return name.lower() if value is True else f"{name.lower()} {value}"
+
+
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> tuple[str, ...]:
     """Registers, bytes spilled (stores, loads) and bytes of shared memory of a kernel."""
     code = built(kernel, constants, capability, warps)
@@ -133,7 +139,7 @@ def main() -> int:
                 kernels.append(resident.resident_kernel)
             for kernel in kernels:
                 cells = compiled(kernel, sizes, capability, 8)
-                known = [option.lower() for option in options if option in kernel.arg_names]
+                known = [label(option) for option in options.items() if option[0] in kernel.arg_names]
                 what = ", ".join([kernel.__name__, f"depth {depth}", f"chunks of {chunk}", *known])
                 print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)
         for depth, dim, hidden, options in DECODED:
@@ -143,7 +149,9 @@ def main() -> int:
                 ("a few", dict(HAS_MASK=True, HAS_RESET=True)),
             ):
                 cells = compiled(decode.decode_kernel, {**sizes, **options, **length}, capability, 8)
-                name = f"decode_kernel, depth {depth}, {tokens}" + "".join(f", {o.lower()}" for o in options)
+                name = f"decode_kernel, depth {depth}, {tokens}" + "".join(
+                    f", {label(o)}" for o in options.items()
+                )
                 print(f"| {name} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)
         for kernel, more in (
             (filters._filter_kernel, dict(REVERSED=False, TIME=filters._TIME)),
