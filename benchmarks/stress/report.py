@@ -83,7 +83,7 @@ def report(found: dict[str, Any]) -> str:
     finite = all(r["finite"] for part in ("default", "features", "layer", "models") for r in found[part])
     bullets = [
         fixed_streams(defaults, "the default form"),
-        fixed_streams(features, "memories of features"),
+        fixed_streams(features, "memories of features and of two fast layers with sines"),
         f"- Forms that must break do, and the repaired one does not: {'yes' if broke else 'NO'}.",
         f"- NaN or infinity in the default form, a layer or a model: {'none' if finite else 'FOUND'}.",
         f"- A search by gradient ascent, at the default limits: "
