@@ -99,12 +99,17 @@ def test_padded_rows_are_read_as_alone(name: str) -> None:
                 assert_near(found[row, real], mine[count - int(real.sum()) :], SAME[name])
         place = [begin + count for begin, count in zip(place, counts, strict=True)]
     assert cache.state.window.position.tolist() == place == [31, 9, 24, 31]
-    # Rows that are taken out hold what they would hold alone.
+    # Rows that are taken out hold what they would hold alone, however few of the slots that is.
+    alone = cache.clone()
+    alone.batch_select_indices(torch.tensor([2]))
+    assert alone.nbytes() == read_on(model, [texts[2][None]])[1].nbytes()
     cache.batch_select_indices(torch.tensor([1, 2]))
-    more = random_ids(2, 10, seed=7)
-    found = read_on(model, [more], cache)[0]
-    for row, text in enumerate((texts[1], texts[2])):
-        assert_near(found[row], logits_of(model, torch.cat([text, more[row]])[None])[0, -10:], SAME[name])
+    for rows, some in (([2], alone), ([1, 2], cache)):
+        more = random_ids(len(rows), 10, seed=7)
+        found = read_on(model, [more], some)[0]
+        for row, new, logits in zip(rows, more, found, strict=True):
+            whole = logits_of(model, torch.cat([texts[row], new])[None])
+            assert_near(logits, whole[0, -10:], SAME[name])
 
 
 @pytest.mark.parametrize("name", ["adaptation", "window"])
@@ -209,11 +214,15 @@ def test_files_of_other_models_and_damaged_ones(tmp_path: Path) -> None:
             Session.load(path, model)
 
 
-def test_a_folder_holds_the_memory_and_finds_its_base(tmp_path: Path) -> None:
+def test_a_folder_holds_the_memory_and_finds_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, ids = small_base(), random_ids(1, 40)
     base.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = graft(base, window=WINDOW, sinks=2, adaptation={**LEARNING, "learned_start": True})
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path)
+        base = AutoModelForCausalLM.from_pretrained("base")
+        model = graft(base, window=WINDOW, sinks=2, adaptation={**LEARNING, "learned_start": True})
     model.whiten(random_ids(100, seed=3))
     with torch.no_grad():
         model.adaptation.start_weight.normal_(std=0.1)

@@ -65,6 +65,13 @@ class _Backwards(ExactRotary):
         return super().forward(x, position_ids.square())
 
 
+class _Deceptive(ExactRotary):
+    """States other angles for a position than those by which it rotates."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x, position_ids if x.numel() else -position_ids)
+
+
 class _Head(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).exp()
@@ -74,6 +81,10 @@ def test_the_trial_finds_models_that_do_something_else() -> None:
     model = small_base()
     model.model.rotary_emb = _Backwards(8)
     with pytest.raises(ValueError, match="depends on where in the text it stands"):
+        graft(model, window=12, sinks=2)
+    model = small_base()
+    model.model.rotary_emb = _Deceptive(8)
+    with pytest.raises(ValueError, match="keys of layer 0 are not rotated in a way that is known"):
         graft(model, window=12, sinks=2)
     model = small_base()
     model.lm_head = _Head(16, 53, bias=False).double()

@@ -100,6 +100,21 @@ def test_any_split_is_one_call(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rows_at_different_places_are_read_as_alone(family: str) -> None:
+    grafted = graft(BASES[family], window=WINDOW, sinks=SINKS, adaptation=False)
+    ids, lengths = random_ids(3, 4 * BLOCK), torch.tensor([7, 4 * BLOCK, 2 * BLOCK])
+    mask = torch.arange(4 * BLOCK) < lengths[:, None]
+    cache = grafted(ids, attention_mask=mask).past_key_values
+    more = random_ids(3, 2 * BLOCK + 1, seed=1)
+    found = read_on(grafted, more.split([1, 2 * BLOCK], 1), cache)[0]
+    for row, length in enumerate(lengths):
+        text = torch.cat([ids[row, :length], more[row]])[None]
+        expected = logits_of(grafted, text)[:, length:]
+        assert_near(found[[row]], expected, SAME.get(family, 1e-10))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_keys_that_moved_are_those_of_their_new_positions(family: str) -> None:
     model, ids = BASES[family], random_ids(1, 4 * BLOCK)
     grafted = graft(model, window=WINDOW, sinks=SINKS, adaptation=False)

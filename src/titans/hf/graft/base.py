@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from titans.hf.graft.base_cache import BaseCache, sliding_layers
 from titans.hf.graft.rotation import Rotation, moved, rotations
-from titans.hf.graft.window import Window, WindowState, together
+from titans.hf.graft.window import Window, WindowState, aligned_right, together
 from titans.nn.adaptation import LinearHead
 
 # Frequencies of these kinds of rotary positions depend on the length of the text.
@@ -88,22 +89,20 @@ class WindowedBase:
         if len({*positions}) == 1 and len({*left}) == 1:
             hidden, state = self._read_alike(x[:, : left[0]], state, positions[0])
             return _padded(hidden, time), state
-        # Rows at different places: those at the same one go on together.
+        # Rows at different places go on together until the first of them ends or comes to a place where keys
+        # move.
         alone = [state.row(row, self.window.slots(positions[row])) for row in range(rows)]
-        found: list[list[Tensor]] = [[] for _ in range(rows)]
+        found: list[list[Tensor]] = [[self.initial_hidden(x)] for _ in range(rows)]
         done = [0] * rows
-        while going := [row for row in range(rows) if left[row]]:
-            place = min(positions[row] for row in going)
-            group = [row for row in going if positions[row] == place]
-            count = min(self.window.room(place), *(left[row] for row in group))
-            piece = torch.stack([x[row, done[row] : done[row] + count] for row in group])
-            hidden, state = self._read_alike(piece, together([alone[row] for row in group]), place)
-            for index, row in enumerate(group):
-                alone[row] = state.row(index, state.slots)
-                found[row].append(hidden[index])
-                positions[row], left[row], done[row] = place + count, left[row] - count, done[row] + count
-        empty = self.initial_hidden(x)
-        hidden = torch.stack([_padded(torch.cat([empty, *parts])[None], time)[0] for parts in found])
+        while going := [row for row in range(rows) if done[row] < left[row]]:
+            count = min(min(self.window.room(positions[row]), left[row] - done[row]) for row in going)
+            piece = torch.stack([x[row, done[row] : done[row] + count] for row in going])
+            hidden, after = self._read_apart(piece, [alone[row] for row in going])
+            for row, mine, state in zip(going, hidden, after, strict=True):
+                found[row].append(mine)
+                alone[row] = state
+                positions[row], done[row] = positions[row] + count, done[row] + count
+        hidden = torch.stack([_padded(torch.cat(parts)[None], time)[0] for parts in found])
         return hidden, together(alone)
 
     def initial_hidden(self, x: Tensor) -> Tensor:
@@ -126,6 +125,27 @@ class WindowedBase:
         hidden = found[1] if len(found) == 2 else torch.cat(found, 1)
         return hidden, WindowState(keys, values, state.position + moved_on)
 
+    def _read_apart(self, x: Tensor, states: Sequence[WindowState]) -> tuple[Tensor, list[WindowState]]:
+        """`read` for rows that stand anywhere, of one state each; x ends no later than the first block does.
+
+        A row with fewer keys than another has its own at the end, where the mask looks back from.
+        """
+        count, slots = x.shape[1], [state.slots for state in states]
+        keys, values = (
+            tuple(map(aligned_right, zip(*layers, strict=True)))
+            for layers in ([state.keys for state in states], [state.values for state in states])
+        )
+        hidden, keys, values = self._call(x, keys, values, torch.tensor(slots, device=x.device))
+        after = []
+        for row, state in enumerate(states):
+            mine = slots[row] + count
+            k, v = (tuple(y[[row], :, y.shape[2] - mine :] for y in layers) for layers in (keys, values))
+            position = state.position + count
+            if (distance := self.window.distance(int(position))) is not None:
+                k, v = self._next_block(k, v, distance)
+            after.append(WindowState(k, v, position))
+        return hidden, after
+
     def _next_block(
         self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], distance: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -137,13 +157,28 @@ class WindowedBase:
         return tuple(new), tuple(torch.cat(self.window.kept(layer), 2) for layer in values)
 
     def _call(
-        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], first: int | None = None
+        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], slots: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """One call of the model; its positions begin at `first`, by default after the keys."""
-        cache = BaseCache(self.sliding, keys, values)
-        first = keys[0].shape[2] if first is None else first
-        positions = torch.arange(first, first + x.shape[1], device=x.device).expand(len(x), -1)
-        given = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
+        """One call of the model: last hidden states, and keys and values with the new ones.
+
+        Args:
+            slots: (rows,) int64, how many keys each row has, which are its last; None where all are. They are
+                the position of its first token.
+        """
+        held = keys[0].shape[2] if keys else 0
+        given: dict[str, Any] = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
+        first = torch.full((len(x),), held, device=x.device) if slots is None else slots
+        if slots is not None and bool((slots < held).any()):
+            column = torch.arange(held + x.shape[1], device=x.device)
+            given["attention_mask"] = (column >= held - slots[:, None]).long()
+        return self._call_at(first, given, BaseCache(self.sliding, keys, values))
+
+    def _call_at(
+        self, first: Tensor, given: dict[str, Any], cache: BaseCache
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The model's forward, each row's positions counted from `first` (rows,)."""
+        x = next(iter(given.values()))
+        positions = first[:, None] + torch.arange(x.shape[1], device=x.device)
         output = self.decoder(**given, position_ids=positions, past_key_values=cache, use_cache=True)
         return output.last_hidden_state, *cache.contents
 
@@ -193,8 +228,12 @@ class WindowedBase:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            near, keys, values = self._call(ids, (), (), 0)
-            far, far_keys, _ = self._call(ids, (), (), distance)
+            (near, keys, values), (far, far_keys, _) = (
+                self._call_at(
+                    torch.tensor([place], device=device), {"input_ids": ids}, BaseCache(self.sliding)
+                )
+                for place in (0, distance)
+            )
             logits = self.model(ids, use_cache=False).logits
         # What a model raises that was not made for this is of any kind.
         except (RuntimeError, TypeError, AttributeError, LookupError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,10 +64,10 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
 
 def origin_of(base: PreTrainedModel) -> dict[str, Any]:
     """What is written of a base, by which it is found and recognised."""
-    text = base.config.get_text_config(decoder=True)
+    text, name = base.config.get_text_config(decoder=True), base.name_or_path or base.config.name_or_path
     return {
         "class": type(base).__name__,
-        "name": base.name_or_path or base.config.name_or_path,
+        "name": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
         "sizes": {name: getattr(text, name, None) for name in _SIZES},
         "weights": weights_name(base),
         "sample": weights_sample(base),

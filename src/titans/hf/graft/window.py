@@ -106,3 +106,9 @@ def together(states: Sequence[WindowState]) -> WindowState:
         for layers in ([s.keys for s in states], [s.values for s in states])
     )
     return WindowState(keys, values, torch.cat([state.position for state in states]))
+
+
+def aligned_right(rows: Sequence[Tensor]) -> Tensor:
+    """Keys or values (1, heads, slots, head_dim) of rows, side by side; zeros before those that are fewer."""
+    slots = max(x.shape[2] for x in rows)
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, slots - x.shape[2], 0)) for x in rows])
