@@ -72,7 +72,7 @@ ORDER = {
         tnt
         """,
     "titans.nn.adaptation": """
-        head
+        head state
         layer
         """,
     "titans.nn.memory.tnt": """

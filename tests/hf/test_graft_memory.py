@@ -16,6 +16,7 @@ from titans import Session, graft
 from titans.evaluate import bits_per_byte, score
 from titans.hf import GraftedForCausalLM
 from titans.hf.state_file import open_state_file, write_state_file
+from titans.nn.adaptation import LinearHead
 from titans.stream import describe_memory, feed_together, reader_of
 from titans.stream import session as session_module
 
@@ -48,12 +49,8 @@ def test_it_is_the_adaptation_of_the_windowed_base(name: str) -> None:
     base = model.base
     bare = graft(base, window=WINDOW, sinks=2, adaptation=False)
     hidden = bare._windowed.read(ids, bare._windowed.initial_state(2))[0]
-    config, linear = base.config, base.get_output_embeddings()
-
-    def head(hidden: Tensor) -> Tensor:
-        logits, cap = linear(hidden), getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
+    linear = base.get_output_embeddings()
+    head = LinearHead(linear.weight, linear.bias, getattr(base.config, "final_logit_softcapping", None))
     expected, _, surprise = model.adaptation(hidden, ids, head, surprise=True)
     found = model(ids, output_surprise=True)
     assert_near(found.logits, expected, SAME[name])

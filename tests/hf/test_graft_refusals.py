@@ -101,7 +101,7 @@ def test_arguments() -> None:
         "sinks=-1": dict(sinks=-1),
         "sinks=7: give at most half of window=12": dict(sinks=7),
         "association=True is not available yet": dict(association=True),
-        "adaptation has no setting 'stepsize': it has curvature, chunk_size": dict(
+        "adaptation has no setting 'stepsize': it has row_variance, chunk_size": dict(
             adaptation={"stepsize": 1}
         ),
         "step must be between 0 and 1": dict(adaptation={"step": 1.5}),

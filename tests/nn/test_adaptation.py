@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from titans.nn.adaptation import Adaptation, AdaptationState, LinearHead
+from titans.nn.adaptation import Adaptation, AdaptationState, FunctionHead, Head, LinearHead
 from titans.state import map_state
 
 D, V, CHUNK = 6, 11, 4
@@ -53,39 +53,56 @@ def oracle(layer: Adaptation, hidden: Tensor, ids: Tensor, head: LinearHead) -> 
     x = (hidden - layer.mean) @ layer.whitening.T
     x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    def predict(t: int, weight: Tensor, bias: Tensor) -> Tensor:
-        found = (hidden[t] + (weight + start[0]) @ x[t]) @ head.weight.T + head.bias
-        return (found if cap is None else cap * torch.tanh(found / cap)) + bias + start[1]
+    def predict(t: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the factor by which the softcap flattens each."""
+        own = (hidden[t] + (weight + start[0]) @ x[t]) @ head.weight.T + head.bias
+        if cap is None:
+            return own + bias + start[1], torch.ones_like(own)
+        return cap * torch.tanh(own / cap) + bias + start[1], (own / cap).cosh() ** -2
+
+    def curvature(t: int, logits: Tensor, slopes: Tensor) -> Tensor:
+        """The largest variance of the head's rows under any mixture of the prediction and the label."""
+        rows, probs, label = head.weight * slopes[:, None], logits.softmax(-1), F.one_hot(ids[t + 1], V)
+
+        def variance(share: float | Tensor) -> Tensor:
+            mixed = (1 - share) * probs + share * label
+            return mixed @ rows.square().sum(-1) - (mixed @ rows).square().sum()
+
+        first, middle, last = variance(0.0), variance(0.5), variance(1.0)  # of a parabola
+        bent, rising = first + last - 2 * middle, 4 * middle - 3 * first - last
+        return variance((-rising / (4 * bent)).clamp(0, 1))
 
     chunk: list[int] = []
     for t in range(len(ids)):
         if t % layer.chunk_size == 0 and t:
             with torch.enable_grad():
                 leaves = [v.detach().requires_grad_() if not v.requires_grad else v for v in (weight, bias)]
-                total = sum(F.cross_entropy(predict(i, *leaves), ids[i + 1], reduction="none") for i in chunk)
+                total = sum(F.cross_entropy(predict(i, *leaves)[0], ids[i + 1]) for i in chunk)
                 gradients = torch.autograd.grad(total, leaves, create_graph=torch.is_grad_enabled())
-            values = torch.linalg.svdvals(x[chunk])
-            spread = (values**16).sum() ** (1 / 8)
-            ratio = layer.log_ratio.exp() / (layer.curvature * D)
+            curved = torch.stack([curvature(i, *predict(i, *leaves)) for i in chunk])
+            values = torch.linalg.svdvals(x[chunk] * curved.sqrt()[:, None])
+            ratio = layer.log_ratio.exp() / (layer.row_variance * D)
             theta = 2 * torch.sigmoid(layer.step_logit)
-            theta = theta / (ratio * layer.curvature * spread + layer.chunk_size / 2)
+            theta = theta / (ratio * (values**16).sum() ** (1 / 8) + layer.chunk_size / 2)
             scales = (ratio * theta, theta)
             slow = [eta * s - (1 - eta) * r * g for s, r, g in zip(slow, scales, gradients, strict=True)]
             weight, bias, chunk = kept * leaves[0] + slow[0], kept * leaves[1] + slow[1], []
         chunk.append(t)
-        logits.append(predict(t, weight, bias))
+        logits.append(predict(t, weight, bias)[0])
         if t + 1 < len(ids):
             losses.append(F.cross_entropy(logits[-1], ids[t + 1]))
     return torch.stack(logits), torch.stack(losses)
 
 
-def read(layer: Adaptation, hidden: Tensor, ids: Tensor, head: object, cuts: tuple[int, ...] = (), **options):
+def read(
+    layer: Adaptation, hidden: Tensor, ids: Tensor, head: Head | Tensor, cuts: tuple[int, ...] = (), **options
+):
     """A text in several calls: logits, losses, final state."""
     state: AdaptationState | None = None
     logits, losses = [], []
     for start, stop in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
         part = slice(start, stop)
-        some, state, loss = layer(hidden[:, part], ids[:, part], head, state, surprise=True, **options)
+        some, state, loss = layer(hidden[:, part], ids[:, part], head, state, surprise=True)
         logits.append(some)
         losses.append(loss)
     return torch.cat(logits, 1), torch.cat(losses, 1), state
@@ -103,34 +120,38 @@ def test_token_by_token_with_autograd(options: dict, softcap: float | None) -> N
     wanted, losses = oracle(layer, hidden[0], ids[0], linear)
     plain = linear.logits(hidden[0])
     assert (wanted - plain)[CHUNK:].abs().max() > 0.1, "the text must have changed the predictions"
-    for given in (linear, linear.logits):
-        logits, lost, _ = read(layer, hidden, ids, given)
-        torch.testing.assert_close(logits[0], wanted, **EXACT)
-        torch.testing.assert_close(lost[0], losses, **EXACT)
+    logits, lost, _ = read(layer, hidden, ids, linear)
+    torch.testing.assert_close(logits[0], wanted, **EXACT)
+    torch.testing.assert_close(lost[0], losses, **EXACT)
 
 
-def test_scale_of_a_head_is_in_its_gradient_and_curvature() -> None:
-    linear, scaled = head(), LinearHead(head().weight, head().bias, scale=0.5)
-    hidden = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn(3, V, dtype=torch.float64)
-    logits = scaled.logits(hidden)
-    torch.testing.assert_close(logits, linear.logits(hidden) / 2)
-    (wanted,) = torch.autograd.grad((cotangent * logits).sum(), hidden)
-    torch.testing.assert_close(scaled.pullback(hidden, cotangent), wanted)
-    assert scaled.curvature() == pytest.approx(linear.curvature() / 4)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.5}])
+def test_a_function_and_a_linear_head_have_the_same_gradient(options: dict) -> None:
+    linear = head(**options)
+    hidden, other = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(3, V, dtype=torch.float64)
+    labels = torch.tensor([0, 4, 9])
+    probs = (linear.logits(hidden[0]) + other).softmax(-1)
+    gradient, curvature = linear.gradient(hidden[0], probs, labels)
+    again, constant = FunctionHead(linear.logits, 7.0).gradient(hidden[0], probs, labels)
+    torch.testing.assert_close(gradient, again)
+    assert constant.tolist() == [7.0] * 3
+    hidden = hidden[0].requires_grad_()
+    F.cross_entropy(linear.logits(hidden) + other, labels, reduction="sum").backward()
+    torch.testing.assert_close(gradient, hidden.grad)
+    if "softcap" not in options:
+        for t in range(3):  # Hessians
+            h = torch.autograd.functional.hessian(
+                lambda z, t=t: F.cross_entropy(linear.logits(z) + other[t], labels[t]), hidden[t].detach()
+            )
+            assert torch.linalg.eigvalsh(h)[-1] <= curvature[t]
 
 
-def test_curvature_bounds_the_hessian_of_any_prediction() -> None:
-    linear = head()
-    far = torch.cdist(linear.weight, linear.weight).flatten().argmax()
-    likely = F.one_hot(torch.stack([far // V, far % V]), V).sum(0).double() * 20  # a coin between two words
-
-    def loss(hidden: Tensor) -> Tensor:
-        return (hidden @ linear.weight.T + likely).logsumexp(-1)
-
-    hessian = torch.autograd.functional.hessian(loss, torch.zeros(D, dtype=torch.float64))
-    largest = torch.linalg.eigvalsh(hessian)[-1].item()
-    assert 0.5 * linear.curvature() < largest <= linear.curvature()
+def test_the_curvature_is_that_of_an_even_prediction_even_where_the_prediction_is_sure_and_wrong() -> None:
+    weight = torch.zeros(3, D, dtype=torch.float64)
+    weight[0, 0], weight[1, 0] = 3.0, -1.0
+    probs = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    _, curvature = LinearHead(weight).gradient(torch.zeros(D), probs, torch.tensor(1))
+    assert curvature.item() == pytest.approx(4.0)  # a quarter of the square of 3 − (−1)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (4,), (3, 4, 5, 5, 13), tuple(range(1, 19))])
@@ -186,7 +207,7 @@ def test_frozen_reading_uses_the_weights_and_leaves_them() -> None:
     short, again, _ = layer(hidden[:, 10:], ids[:, 10:], linear, state, frozen=True, keep=2)
     torch.testing.assert_close(short, logits[:, -2:])
     assert_same(again, frozen)
-    for name in ("weight", "bias", "momentum", "position", "inputs", "errors", "bias_gradient"):
+    for name in ("weight", "bias", "momentum", "position", "inputs", "errors", "curvatures", "bias_gradient"):
         assert_same(getattr(frozen, name), getattr(state, name), rtol=0, atol=0)
     before = layer(hidden[:, 9:10], ids[:, 9:10], linear, _state_before(layer, hidden, ids, 9))[0]
     torch.testing.assert_close(lost[0, 0], F.cross_entropy(before[0], ids[0, 10:11]))
@@ -230,7 +251,7 @@ def test_no_text_makes_it_unstable(chunk_size: int, stream: str) -> None:
     torch.manual_seed(3)
     time, dim, vocab = 16 * chunk_size, 16, 50
     linear = LinearHead(torch.randn(vocab, dim, dtype=torch.float64) * 3)
-    layer = Adaptation(dim, vocab, linear.curvature(), chunk_size=chunk_size, step=0.999).double()
+    layer = Adaptation(dim, vocab, linear.row_variance(), chunk_size=chunk_size, step=0.999).double()
     few = {"same": 1, "pair": 2, "wrong": 1, "random": time}[stream]
     hidden = torch.randn(few, dim, dtype=torch.float64).repeat(-(-time // few), 1)[None, :time]
     if stream == "wrong":  # the likeliest word never comes, and two rare ones do in turn
@@ -239,7 +260,7 @@ def test_no_text_makes_it_unstable(chunk_size: int, stream: str) -> None:
         ids = torch.randint(vocab, (1, few)).repeat(1, -(-time // few))[:, :time]
     if stream == "pair":  # the same two states, their labels swapped in every chunk
         ids = torch.where(torch.arange(time) // chunk_size % 2 == 0, ids, ids.roll(1, 1))
-    r = layer.log_ratio.exp().item() / (layer.curvature * dim)
+    r = layer.log_ratio.exp().item() / (layer.row_variance * dim)
 
     def distance(a: AdaptationState, b: AdaptationState) -> float:
         return ((a.weight - b.weight).square().sum() / r + (a.bias - b.bias).square().sum()).sqrt().item()

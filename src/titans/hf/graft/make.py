@@ -60,7 +60,7 @@ def graft(
     # What cannot be grafted is refused before the head's rows are looked at.
     windowed = WindowedBase(model, Window(window, sinks))
     if settings is not None:
-        settings.setdefault("curvature", windowed.head.curvature())
+        settings.setdefault("row_variance", windowed.head.row_variance())
     grafted = GraftedForCausalLM(GraftConfig(window, sinks, settings, origin_of(model)), model).eval()
     grafted.tokenizer = tokenizer
     return grafted
