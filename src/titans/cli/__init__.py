@@ -15,6 +15,7 @@ from titans.cli.threads import Watch, choose_threads
 _COMMANDS = {
     "train": ("titans.cli.train", "Train"),
     "generate": ("titans.cli.generate", "Generate"),
+    "chat": ("titans.cli.chat", "Chat"),
     "memorize": ("titans.cli.memorize", "Memorize"),
     "inspect": ("titans.cli.inspect", "Inspect"),
     "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity"),

@@ -1,0 +1,234 @@
+"""`titans chat`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from titans.cli.errors import UsageError
+from titans.cli.models import open_model
+from titans.cli.outputs import check_output, is_memory
+from titans.cli.sampling import Sampling
+from titans.cli.terminal import printable, report
+
+if TYPE_CHECKING:
+    from titans.cli.conversation import Conversation
+
+_HELP = """\
+/read FILE    read a text, a PDF or a folder of them; Ctrl-C stops it, and what was read stays
+/fork NAME    keep a copy of this conversation under a name
+/switch NAME  go to a conversation of that name; the first one is called main
+/save FILE    write what was said and read to a memory file
+/forget       start this conversation anew
+/stats        tokens read, bytes of state, speed
+/quit         leave, as Ctrl-D does
+Anything else is a message; begin it with a blank if it begins with /. Ctrl-C stops an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Sampling):
+    """Talk with a model, and have it read texts in between.
+
+    Example: titans chat runs/tempest --memory plays.memory
+
+    Messages are written in the model's chat template; a model without one continues what you write. Type
+    /help for commands. Messages and commands may also come from a pipe, one a line; answers go to stdout,
+    everything else to stderr.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder of a Titans model, a graft or any causal model of transformers, or the name of one of the
+    library's."""
+    memory: Path | None = None
+    """Start from this memory, written by `titans memorize` or /save."""
+    max_new_tokens: int = 400
+    """The most tokens of an answer."""
+    temperature: float = 0.7
+    """Below 1 safer, above 1 wilder."""
+    plain: bool = False
+    """Use no chat template: each message is a line of text that the model continues."""
+    graft: bool = False
+    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+
+    def run(self) -> int:
+        """Talk until the input ends."""
+        self.check_sampling()
+        from titans.cli.conversation import Conversation, Turns
+        from titans.stream import Session
+
+        model, tokenizer = open_model(self.checkpoint, self.graft)
+        turns = Turns(tokenizer, self.plain)
+        if self.memory:
+            conversation = Conversation.load(self.memory, model, turns)
+        else:
+            conversation = Conversation(Session(model, tokenizer), turns)
+        self.seed_choices()
+        if sys.stdin.isatty():
+            how = "what you write is continued" if turns.plain else "in its chat template"
+            report(f"{self.checkpoint.name}, {how}; /help lists commands")
+        return 1 if _Chatting(self, conversation).talk() and not sys.stdin.isatty() else 0
+
+
+class _Chatting:
+    """Obeys commands and hands messages on."""
+
+    def __init__(self, options: Chat, conversation: Conversation) -> None:
+        self.options, self.name, self.kept = options, "main", {"main": conversation}
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/read": self.read, "/fork": self.fork, "/switch": self.switch, "/save": self.save,
+            "/forget": self.forget, "/stats": self.stats, "/help": self.help,
+        }  # fmt: skip
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.kept[self.name]
+
+    def talk(self) -> int:
+        """Until the input ends; returns how many lines could not be obeyed."""
+        failures = 0
+        for line in self.lines():
+            word, _, rest = line.strip().partition(" ")
+            if line.startswith("/") and word == "/quit":
+                break
+            try:
+                if not line.startswith("/"):
+                    self.ask(line.strip())
+                elif word in self.commands:
+                    self.commands[word](rest.strip())
+                else:
+                    raise UsageError(f"{word}: no such command; /help lists them")
+            except KeyboardInterrupt as error:
+                report(str(error) or "interrupted")
+            except (ValueError, OSError, ArithmeticError) as error:
+                failures += 1
+                report(" ".join(str(error).split()) or type(error).__name__)
+        return failures
+
+    def lines(self) -> Iterator[str]:
+        """Lines of the input that are not blank; at a terminal each is asked for."""
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        if not sys.stdin.isatty():
+            yield from (line for line in sys.stdin if line.strip())
+            return
+        with suppress(ImportError):
+            import readline  # noqa: F401  gives input() a history and keys to edit the line
+        while True:
+            try:
+                prompt = f"{self.name if len(self.kept) > 1 else ''}> "
+                if sys.stdout.isatty():
+                    line = input(prompt)
+                else:
+                    print(prompt, end="", file=sys.stderr, flush=True)
+                    if not (line := sys.stdin.readline()):
+                        raise EOFError
+            except EOFError:
+                print(file=sys.stderr)
+                return
+            except KeyboardInterrupt:
+                report("\nCtrl-D or /quit leaves")
+                continue
+            if line.strip():
+                yield line
+
+    def ask(self, message: str) -> None:
+        at_terminal, newest = sys.stdout.isatty(), ""
+
+        def show(piece: str) -> None:
+            nonlocal newest
+            newest = piece or newest
+            print(printable(piece) if at_terminal else piece, end="", flush=True)
+
+        with _interrupts() as interrupted:
+            try:
+                self.conversation.ask(message, show, interrupted, **self.options.sampling())
+                newest = newest or " "
+            finally:
+                if newest and not newest.endswith("\n"):
+                    print(flush=True)
+            if interrupted():
+                report("stopped; what was answered stays")
+
+    def read(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("/read FILE: name a text, a PDF or a folder")
+        from titans.cli.progress import ReadingProgress
+
+        session, before = self.conversation.session, self.conversation.session.num_tokens
+        try:
+            self.conversation.read([Path(rest).expanduser()], ReadingProgress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {session.num_tokens - before:,} tokens are read") from None
+        except ValueError as error:
+            if session.num_tokens == before:
+                raise
+            raise ValueError(f"{error}; {session.num_tokens - before:,} tokens before are read") from None
+        report(f"{session.num_tokens - before:,} tokens read; {self._held()}")
+
+    def fork(self, name: str) -> None:
+        if not name or " " in name:
+            raise UsageError("/fork NAME: give one word")
+        if name in self.kept:
+            raise UsageError(f"/fork {name}: there is one of that name; /switch {name} goes there")
+        self.kept[name] = self.conversation.fork()
+        report(f"{name} has what {self.name} has; this is still {self.name}")
+
+    def switch(self, name: str) -> None:
+        if name not in self.kept:
+            raise UsageError(f"/switch {name}: there are {', '.join(self.kept)}")
+        self.name = name
+        report(f"{name}: {self._held()}")
+
+    def save(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("/save FILE: name the file to write")
+        path = Path(rest).expanduser()
+        check_output("/save", path, is_memory)
+        self.conversation.save(path)
+        report(f"{path} has {self._held()}, {path.stat().st_size:,} bytes")
+
+    def forget(self, rest: str) -> None:
+        self.conversation.forget()
+        report("forgotten; this begins anew")
+
+    def stats(self, rest: str) -> None:
+        stats = self.conversation.session.stats()
+        lines = [f"{self.name}: {stats.tokens:,} tokens, {stats.state_bytes:,} bytes of state"]
+        if stats.tokens_per_second is not None:
+            lines.append(f"read at {stats.tokens_per_second:,.0f} tokens/s")
+        if stats.mean_surprise is not None:
+            lines.append(f"mean surprise {stats.mean_surprise:.4f}")
+        if len(self.kept) > 1:
+            lines.append(f"conversations: {', '.join(self.kept)}")
+        report("\n".join(lines))
+
+    def help(self, rest: str) -> None:
+        report(_HELP)
+
+    def _held(self) -> str:
+        stats = self.conversation.session.stats()
+        return f"{stats.tokens:,} tokens in {stats.state_bytes:,} bytes of state"
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C is only noted; what it gives says whether there was one."""
+    seen = False
+
+    def note(*_: object) -> None:
+        nonlocal seen
+        seen = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)

@@ -1,0 +1,203 @@
+"""A conversation with any reader, in the model's own template, with texts that are read in between."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import StoppingCriteria
+
+from titans.stream import Session
+from titans.stream.causal import CausalReader, position_limit
+from titans.stream.reading.reading import Reading
+from titans.stream.reading.sources import find_sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Stands for an answer where only what surrounds answers is wanted.
+_ANSWER = "⟦answer⟧"
+# In a memory's header: some turn of a conversation is in it.
+_HEADER = "conversation"
+
+
+class Turns:
+    """How messages are written: by the tokenizer's chat template, or plainly, each with a line end.
+
+    Raises:
+        ValueError: for a template that cannot be used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, plain: bool = False) -> None:
+        self.tokenizer, self.plain = tokenizer, plain or not tokenizer.chat_template
+        if not self.plain and _ANSWER not in self._rendered("question", _ANSWER):
+            raise ValueError("the chat template leaves out answers: use --plain")
+
+    def first(self, message: str, begins_text: bool) -> str:
+        """A first message, with what the template puts before it, such as a system prompt.
+
+        Args:
+            begins_text: whether nothing was read before it; otherwise it has no beginning-of-text token.
+        """
+        if self.plain:
+            return f"{message}\n"
+        text, begin = self._rendered(message), self.tokenizer.bos_token
+        if begins_text or not begin or self.later(message).startswith(begin):
+            return text
+        return text.removeprefix(begin)
+
+    def later(self, message: str) -> str:
+        """A message that follows an answer and what closes it."""
+        if self.plain:
+            return f"{message}\n"
+        rest = self._rendered("question", _ANSWER, message).partition(_ANSWER)[2]
+        return rest.removeprefix(self.closing)
+
+    @cached_property
+    def closing(self) -> str:
+        """What stands between an answer and the next message."""
+        return "" if self.plain else self._rendered("question", _ANSWER).partition(_ANSWER)[2]
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer by the template."""
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return [
+            id for id in self.tokenizer.encode(self.closing, add_special_tokens=False)[:1] if id in special
+        ]
+
+    def _rendered(self, *messages: str) -> str:
+        """Messages of user and assistant in turn; after a last one by the user an answer begins."""
+        turns = [
+            {"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(messages)
+        ]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=len(turns) % 2 == 1
+                )
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the chat template cannot be used ({reason}): use --plain") from None
+
+
+@dataclass
+class Conversation:
+    """What was said and read, and how to go on. Whatever fails or is interrupted has not happened.
+
+    begun: whether a message was answered.
+    """
+
+    session: Session
+    turns: Turns
+    begun: bool = False
+
+    def fork(self) -> Conversation:
+        """An independent conversation with the same past."""
+        return Conversation(self.session.fork(), self.turns, self.begun)
+
+    def ask(
+        self, message: str, show: Callable[[str], None], stopped: Callable[[], bool], **sampling: Any
+    ) -> None:
+        """Answer a message.
+
+        Args:
+            show: called with each new piece of the answer.
+            stopped: asked after every token whether to stop there; what was answered is kept.
+            sampling: of transformers' `generate`, with max_new_tokens, at least 1.
+
+        Raises:
+            ValueError: for a text that is not valid, or one for which the model has no positions left.
+        """
+        past = self.session.fork()
+        turns, last, ends = self.turns, _LastToken(), self._end_tokens()
+        text = turns.later(message) if self.begun else turns.first(message, begins_text=not past.num_tokens)
+        try:
+            self.session.feed(text)
+            sampling["max_new_tokens"] = self._room(sampling["max_new_tokens"])
+            if ends:
+                sampling["eos_token_id"] = ends
+            stream = self.session.generate(stream=True, stopping_criteria=[last], **sampling)
+            for piece in stream:
+                show(piece)
+                if stopped():
+                    break
+            stream.close()
+            # The end token is part of the session already.
+            ended = str(turns.tokenizer.decode([last.id])) if last.id in ends else ""
+            self.session.feed(turns.closing.removeprefix(ended))
+        except BaseException:
+            self.session = past
+            raise
+        self.begun = True
+
+    def read(self, paths: Sequence[Path], progress: Callable[[int], Any]) -> None:
+        """Read files and folders. An error or an interruption leaves what was read by then.
+
+        Args:
+            progress: called with the bytes to read; gives a context as `ReadingProgress` is.
+
+        Raises:
+            ValueError: for what cannot be read as text.
+        """
+        with tempfile.TemporaryDirectory(prefix="titans-") as scratch:
+            sources = find_sources(paths, Path(scratch))
+            reading = Reading(self.session, self.turns.tokenizer, sources)
+            with progress(sum(source.num_bytes for source in sources)) as shown:
+                reading.read(lambda done, name: shown.update(done, reading.tokens, name), lambda: None)
+
+    def save(self, path: Path) -> None:
+        """Write a memory file.
+
+        Raises:
+            ValueError: before anything was said or read. OSError: if it cannot be written.
+        """
+        self.session.save(path, {_HEADER: "begun"} if self.begun else {})
+
+    @classmethod
+    def load(cls, path: Path, model: Any, turns: Turns) -> Conversation:
+        """Go on from a memory file, of `save` or of `titans memorize`.
+
+        Raises:
+            ValueError: for a damaged file, or another model's.
+        """
+        from titans.hf.state_file import open_state_file
+
+        session = Session.load(path, model, turns.tokenizer)
+        with open_state_file(path) as file:
+            return cls(session, turns, _HEADER in file.about)
+
+    def forget(self) -> None:
+        """Start anew."""
+        self.session.reset()
+        self.begun = False
+
+    def _room(self, most: int) -> int:
+        """How many of so many tokens the model has positions for, before the closing; ValueError for none."""
+        closing = len(self.turns.tokenizer.encode(self.turns.closing, add_special_tokens=False))
+        reader, now = self.session.reader, self.session.num_tokens + closing
+        reader.check_room(now + 1)
+        limit = position_limit(reader.config) if isinstance(reader, CausalReader) else None
+        return most if limit is None else min(most, limit - now)
+
+    def _end_tokens(self) -> list[int]:
+        known = getattr(self.session.reader.inner.generation_config, "eos_token_id", None)
+        known = [] if known is None else [known] if isinstance(known, int) else list(known)
+        return list(dict.fromkeys([*known, *self.turns.end_tokens]))
+
+
+class _LastToken(StoppingCriteria):  # type: ignore[misc]
+    """Notes the newest token, and never stops."""
+
+    id = -1
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.id = int(input_ids[0, -1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,260 @@
+"""A conversation in a terminal and through a pipe: what the model reads, and what every command does."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import titans
+from titans import Session
+from titans.cli.conversation import Conversation, Turns
+from titans.data import byte_tokenizer
+
+from ..models import small_causal_lm
+
+END = 257
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<|s|>system\nBe brief.<|e|>\n{% endif %}"
+    "<|s|>{{ m.role }}\n{{ m.content }}<|e|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|s|>assistant\n{% endif %}"
+)
+SYSTEM = "<|s|>system\nBe brief.<|e|>\n"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+
+
+def chat_tokenizer(template: str | None = TEMPLATE, bos: str | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|s|>", "<|e|>"]})
+    if bos:
+        tokenizer.bos_token = bos
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_model(end_is_likely: float = 1.0, **changes: Any) -> Any:
+    model = small_causal_lm("llama", vocab_size=258, **changes)
+    with torch.no_grad():
+        # Letters alone, and the end now and then.
+        model.lm_head.weight[:97] = model.lm_head.weight[123:] = 0
+        model.lm_head.weight[END] = end_is_likely * torch.randn(
+            32, generator=torch.Generator().manual_seed(1)
+        )
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat")
+    chat_model().save_pretrained(path)
+    chat_tokenizer().save_pretrained(path)
+    return path
+
+
+def said(conversation: Conversation, message: str, **options: Any) -> str:
+    pieces: list[str] = []
+    options = {"max_new_tokens": 8, "do_sample": False, **options}
+    conversation.ask(message, pieces.append, lambda: False, **options)
+    return "".join(pieces)
+
+
+@pytest.mark.parametrize("graft", [False, True])
+@pytest.mark.parametrize("likely", [0.0, 1.0])
+def test_the_model_reads_what_its_template_writes(likely: float, graft: bool) -> None:
+    model, tokenizer = chat_model(likely), chat_tokenizer()
+    if graft:
+        model = titans.graft(model, window=64, adaptation=False)
+    conversation = Conversation(Session(model, tokenizer), Turns(tokenizer))
+    answers = [said(conversation, text) for text in ("One?", "Two?")]
+    text = SYSTEM
+    for question, answer in zip(("One?", "Two?"), answers, strict=True):
+        text += f"<|s|>user\n{question}<|e|>\n<|s|>assistant\n"
+        alone = Session(model, tokenizer)
+        alone.feed(text)
+        whole = alone.generate(max_new_tokens=8, do_sample=False, eos_token_id=END)
+        assert whole == answer and "<" not in answer
+        text += f"{answer}<|e|>\n"
+    assert (len(answers[0]) < 8) == bool(likely), "the case with an end that is written, and that without"
+    assert conversation.session.num_tokens == len(tokenizer.encode(text))
+    again = Session(model, tokenizer)
+    again.feed(text)
+    options = dict(max_new_tokens=8, do_sample=False)
+    assert conversation.session.generate(**options) == again.generate(**options)
+
+
+def test_a_text_that_was_read_comes_before_the_system_prompt(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("<s>" + TEMPLATE, bos="<s>")
+    turns = Turns(tokenizer)
+    question = "<|s|>user\nOne?<|e|>\n<|s|>assistant\n"
+    assert turns.first("One?", begins_text=True) == "<s>" + SYSTEM + question
+    assert turns.first("One?", begins_text=False) == SYSTEM + question
+    assert turns.later("One?") == question and turns.closing == "<|e|>\n" and turns.end_tokens == [END]
+    # A template whose every message begins with the token keeps it.
+    assert Turns(chat_tokenizer(bos="<|s|>")).first("One?", begins_text=False) == SYSTEM + question
+    plain = Turns(chat_tokenizer(None))
+    assert plain.first("One?", True) == plain.later("One?") == "One?\n" and not plain.end_tokens
+    with pytest.raises(ValueError, match=r"chat template cannot be used.*--plain"):
+        Turns(chat_tokenizer("{{ raise_exception('no roles') }}"))
+    with pytest.raises(ValueError, match="leaves out answers"):
+        Turns(chat_tokenizer("nothing"))
+
+
+def test_what_fails_has_not_happened_and_a_stopped_answer_stays() -> None:
+    model, tokenizer = chat_model(0.0, max_position_embeddings=200), chat_tokenizer()
+    conversation = Conversation(Session(model, tokenizer), Turns(tokenizer))
+    said(conversation, "One?")
+    before = conversation.session.num_tokens
+    with pytest.raises(ValueError, match="has positions for 200 tokens"):
+        said(conversation, "Two?" * 50)
+    with pytest.raises(ValueError, match="half a character"):
+        said(conversation, "\ud800")
+    assert conversation.session.num_tokens == before
+    longest = conversation.fork()
+    assert len(said(longest, "Two?", max_new_tokens=10**6)) == 200 - before - len(
+        "suser\nTwo?e\nsassistant\ne\n"
+    )
+    pieces: list[str] = []
+    conversation.ask("Two?", pieces.append, lambda: len(pieces) == 3, max_new_tokens=40, do_sample=False)
+    added = conversation.session.num_tokens - before
+    assert len(pieces) == 3 and added < len("user\nTwo?\nassistant\n") + 20
+
+
+def talk(folder: Path, lines: str, *options: str, code: int = 0) -> tuple[str, str]:
+    command = [sys.executable, "-m", "titans", "chat", str(folder), "--greedy", "--max-new-tokens", "8"]
+    done = subprocess.run(
+        [*command, *options], input=lines, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_through_a_pipe(folder: Path, tmp_path: Path) -> None:
+    book, memory = tmp_path / "a book.txt", tmp_path / "talk.memory"
+    book.write_text("All the world's a stage. " * 20)
+    lines = f"""\
+/read {book}
+One?
+
+/fork other
+Two?
+/stats
+/switch other
+Two?
+/save {memory}
+/forget
+/stats
+"""
+    out, err = talk(folder, lines)
+    model, tokenizer = titans.load(folder)
+    conversation = Conversation(Session(model, tokenizer), Turns(tokenizer))
+    conversation.session.feed(book.read_text())
+    expected = [said(conversation, "One?"), said(conversation, "Two?")]
+    assert out.splitlines() == [*expected, expected[1]], "a fork answers as what it was made of"
+    tokens = conversation.session.num_tokens
+    assert f"{book.stat().st_size:,} tokens read" in err and "tokens/s" in err
+    assert f"main: {tokens:,} tokens" in err and "other has what main has" in err
+    assert f"{memory} has {tokens:,} tokens" in err and "other: 0 tokens" in err
+
+    out, err = talk(folder, "Three?\n", "--memory", str(memory))
+    assert out.splitlines() == [said(conversation, "Three?")], "it has begun already"
+    wrong = "/read none\n/nothing\n/switch none\n/fork main\n/fork\n/read\n/save"
+    lines = f"{wrong}\n/save {book}\nOne?\n/quit\nTwo?\n"
+    out, err = talk(folder, lines, "--graft", code=1)
+    assert len(out.splitlines()) == 1
+    for message in (
+        "'none' is not a file", "/nothing: no such command; /help", "there are main", "/fork NAME",
+        "there is one of that name", "/read FILE", "/save FILE", "holds something else, which would be",
+    ):  # fmt: skip
+        assert message in err, message
+
+
+@pytest.mark.parametrize("name", ["titans-lmm-tiny"])
+def test_a_model_without_a_template_continues_what_is_written(name: str) -> None:
+    out, err = talk(Path(name), "PROSPERO:\n /not a command\n")
+    session = Session(*titans.load(name))
+    expected = ""
+    for text in ("PROSPERO:\n", "/not a command\n"):
+        session.feed(text)
+        answer = session.generate(max_new_tokens=8, do_sample=False)
+        expected += answer + "\n" * (not answer.endswith("\n"))
+    assert out == expected
+
+
+class Terminal:
+    """A program with a terminal of its own."""
+
+    def __init__(self, *command: str) -> None:
+        self.own, other = pty.openpty()
+        # Where the tests run in the background, the shell has the commands of these ignore the signal.
+        program = (
+            "import signal, sys; from titans.cli import main; "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, *command], stdin=other, stdout=other, stderr=other,
+            env=ENVIRONMENT, start_new_session=True, close_fds=True,
+        )  # fmt: skip
+        os.close(other)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.own, text.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+        """What is shown up to a pattern, which is then forgotten."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < end, f"{pattern!r} did not come: {self.shown!r}"
+            if select.select([self.own], [], [], 0.5)[0]:
+                try:
+                    self.shown += os.read(self.own, 4096).decode(errors="replace")
+                except OSError:
+                    raise AssertionError(f"it ended before {pattern!r}: {self.shown!r}") from None
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+
+def test_in_a_terminal(tmp_path: Path) -> None:
+    model = chat_model(0.0, max_position_embeddings=10**6)
+    with torch.no_grad():
+        # It writes the control character that clears a screen now and then, and never ends.
+        model.lm_head.weight[27] = 3 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+    model.save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    terminal = Terminal("chat", str(tmp_path), "--greedy", "--max-new-tokens", "100000")
+    try:
+        terminal.wait_for(r"/help lists commands")
+        terminal.wait_for("> ")
+        terminal.interrupt()
+        terminal.wait_for("Ctrl-D or /quit leaves")
+        terminal.type("One?\n")
+        answer = terminal.wait_for(r"x1b[^>]{20}")
+        terminal.interrupt()
+        answer += terminal.wait_for("stopped; what was answered stays")
+        assert "\x1b[" not in answer.replace("\x1b[?2004", "") and "\\x1b" in answer
+        terminal.wait_for("> ")
+        terminal.type("/fork b\n")
+        terminal.wait_for("main> ")
+        terminal.type("/switch b\n")
+        terminal.wait_for("b> ")
+        terminal.type("\x04")
+        terminal.process.wait(60)
+        assert terminal.process.returncode == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.own)
