@@ -53,7 +53,7 @@ def test_quick_cells_are_measured(task: str, way: str, tmp_path) -> None:
         assert sizes[0] == pytest.approx(sizes[1], rel=0.02), "not at equal parameters"
 
 
-def test_a_run_that_diverges_is_a_result(monkeypatch, tmp_path) -> None:
+def test_a_run_that_diverges_and_one_with_few_numbers_are_results(monkeypatch, tmp_path) -> None:
     def fails(*_) -> None:
         raise RuntimeError("The total norm of order 2.0 for gradients is non-finite")
 
@@ -62,4 +62,6 @@ def test_a_run_that_diverges_is_a_result(monkeypatch, tmp_path) -> None:
     numbers = MemoryForms().measure(Cell("deep", measured), Request(work=tmp_path), silent)
     results = Results(tmp_path / "some.json")
     results.add(f"{measured.name}, seed 0", numbers, "today", "here")
+    results.add("recall, 4k, linear, seed 0", {"number 512": [3, 5]}, "today", "here")
+    assert "| linear | 22,528 | 1 | 60 | – | – |" in MemoryForms().table(results)
     assert "| deep | 4k | 4,096 | 25,600 | 0 (1 diverged) | – |" in MemoryForms().table(results)

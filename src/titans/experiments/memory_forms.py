@@ -163,7 +163,9 @@ def table_of(results: Results, task: str, columns: list[Column], sizes: bool = F
             cells = [cell for key, cell in results.cells.items() if key.rpartition(", seed")[0] == name]
             good = [cell for cell in cells if "diverged" not in cell]
             seeds, diverged = max(seeds, len(good)), max(diverged, len(cells) - len(good))
-            shown.append(interval([column.scale * share(cell[column.key]) for cell in good], column.digits))
+            # A quick cell has fewer numbers.
+            values = [column.scale * share(cell[column.key]) for cell in good if column.key in cell]
+            shown.append(interval(values, column.digits))
         count = f"{seeds} ({diverged} diverged)" if diverged else str(seeds)
         rows.append(
             [form, *([size, f"{arm.numbers:,}"] if sizes else []), f"{arm.operations:,}", count, *shown]
