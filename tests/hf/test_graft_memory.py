@@ -123,6 +123,15 @@ def test_generate_is_the_loop_without_a_cache(name: str, monkeypatch: pytest.Mon
     mask = torch.stack([torch.arange(14) >= 14 - len(row) for row in rows]).long()
     options = dict(max_new_tokens=2 * WINDOW, attention_mask=mask, pad_token_id=0)
     assert torch.equal(model.generate(ids, do_sample=False, **options)[:, 14:], torch.stack(alone))
+    # A row that ends is padded, which is not read, and the others go on.
+    end, cache = int(alone[0][3]), model.empty_cache()
+    ended = dict(do_sample=False, eos_token_id=end, past_key_values=cache, return_dict_in_generate=True)
+    found = model.generate(ids, **options, **ended).sequences[:, 14:]
+    lengths = [[*row.tolist(), end].index(end) + 1 for row in alone]
+    read = [len(row) + min(n, found.shape[1] - 1) for row, n in zip(rows, lengths, strict=True)]
+    assert cache.state.window.position.tolist() == read and min(lengths) < max(lengths)
+    for row, expected, length in zip(found, alone, lengths, strict=True):
+        assert torch.equal(row[:length], expected[: min(length, len(row))])
     # In the order of padding at the right, too; sampled and with beams, with the cache and without.
     right = torch.stack([torch.cat([row, row.new_zeros(14 - len(row))]) for row in rows])
     options |= dict(attention_mask=mask.flip(1), max_new_tokens=8)
@@ -132,6 +141,16 @@ def test_generate_is_the_loop_without_a_cache(name: str, monkeypatch: pytest.Mon
             torch.manual_seed(0)
             found.append(model.generate(right, use_cache=use_cache, **how, **options))
         assert torch.equal(*found)
+
+
+def test_a_window_alone_reads_and_generates_from_embeddings() -> None:
+    model, ids = MODELS["window"], random_ids(2, 20)
+    embedded = model.get_input_embeddings()(ids).detach()
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
+    options = dict(max_new_tokens=6, do_sample=False)
+    assert torch.equal(
+        model.generate(inputs_embeds=embedded, **options), model.generate(ids, **options)[:, 20:]
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -92,6 +92,15 @@ def test_the_trial_finds_models_that_do_something_else() -> None:
         graft(model, window=12, sinks=2)
 
 
+def test_weights_that_are_not_all_there() -> None:
+    model = small_base()
+    model.quantization_method = "some"
+    with pytest.raises(ValueError, match="cannot be grafted: its weights are quantised"):
+        graft(model, window=12)
+    with pytest.raises(ValueError, match="cannot be grafted: its weights are offloaded"):
+        graft(small_base().to("meta"), window=12)
+
+
 def test_arguments() -> None:
     base = small_base()
     wrong: dict[str, dict[str, Any]] = {

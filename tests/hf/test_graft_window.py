@@ -157,3 +157,13 @@ def test_where_blocks_end() -> None:
 def test_windows_of_any_size(sizes: dict[str, int]) -> None:
     grafted, ids = small_graft(adaptation=False, **sizes), random_ids(1, 23)
     assert_near(read_on(grafted, ids.split([7, 1, 15], 1))[0], logits_of(grafted, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model, ids = small_base().to(dtype), random_ids(2, 5 * BLOCK)
+    grafted = graft(model, window=WINDOW, sinks=SINKS, adaptation=False)
+    found = read_on(grafted, ids.split(BLOCK + 1, 1))[0]
+    assert torch.equal(logits_of(grafted, ids[:, :WINDOW]), logits_of(model, ids[:, :WINDOW]))
+    expected = logits_of(graft(BASES["llama"], window=WINDOW, sinks=SINKS, adaptation=False), ids)
+    assert found.dtype == dtype and (found - expected).norm() < 0.05 * expected.norm()

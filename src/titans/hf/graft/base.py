@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,8 +21,9 @@ from titans.nn.adaptation import LinearHead
 # Frequencies of these kinds of rotary positions depend on the length of the text.
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")
 _TRIAL_LENGTH = 6
-# Relative differences that rounding explains: of float32 angles of some hundred positions, and of bfloat16.
-_ALLOWED, _ALLOWED_IN_HALF_PRECISION = 0.01, 0.1
+# Relative differences that rounding explains, in float32 and in half precision: of one operation, and of all
+# layers, where it grows (SmolLM2-135M in bfloat16: 0.13). What is wrong differs by 0.7 to 1.4.
+_ALLOWED, _ALLOWED_OF_ALL_LAYERS = (0.01, 0.05), (0.01, 0.4)
 
 
 @dataclass(frozen=True)
@@ -241,30 +243,26 @@ class WindowedBase:
         finally:
             for module in training:
                 module.training = True
-        self._compare(self.head.logits(near), logits, "what it does to the answers of its head is not known")
-        self._compare(far, near, "what it answers depends on where in the text it stands")
+        half = int(self.model.dtype in (torch.float16, torch.bfloat16))
+        if not _difference(self.head.logits(near), logits) <= _ALLOWED[half]:
+            raise ValueError("what it does to the answers of its head is not known")
+        if not _difference(far, near) <= _ALLOWED_OF_ALL_LAYERS[half]:
+            raise ValueError("what it answers depends on where in the text it stands")
         types = list(getattr(self.config, "layer_types", None) or [])
         kinds: list[Rotation | None] = [*rotations(self.rotary, types), None]
         found = []
         for index, (here, there) in enumerate(zip(keys, far_keys, strict=True)):
+            # The first token sees itself alone, wherever it stands: its keys differ by their rotation only.
+            here, there = here[:, :, :1], there[:, :, :1]
             errors = [_difference(moved(there, -distance, kind, self.rotary), here) for kind in kinds]
             best = min(range(len(kinds)), key=errors.__getitem__)
-            if not errors[best] <= self._allowed:
+            if not errors[best] <= _ALLOWED[half]:
                 raise ValueError(f"the keys of layer {index} are not rotated in a way that is known here")
             found.append(kinds[best])
         shapes = tuple(
             ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in zip(keys, values, strict=True)
         )
         return _Layers(tuple(found), shapes)
-
-    @property
-    def _allowed(self) -> float:
-        half = self.model.dtype in (torch.float16, torch.bfloat16)
-        return _ALLOWED_IN_HALF_PRECISION if half else _ALLOWED
-
-    def _compare(self, found: Tensor, expected: Tensor, reason: str) -> None:
-        if found.shape != expected.shape or not _difference(found, expected) <= self._allowed:
-            raise ValueError(reason)
 
 
 def _head_of(model: PreTrainedModel, config: Any) -> LinearHead:
@@ -281,6 +279,9 @@ _TRIED: WeakKeyDictionary[PreTrainedModel, dict[Window, _Layers]] = WeakKeyDicti
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative, infinite for another shape."""
+    if found.shape != expected.shape:
+        return math.inf
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 

@@ -33,8 +33,8 @@ def graft(
         window: tokens that attention sees: the block of window / 2 that a token stands in, and the block
             before. Until a text has more tokens than that, a graft without memories is the model itself.
         sinks: first tokens of the text that every token sees.
-        adaptation: a memory that learns by the model's own loss; settings of `titans.nn.Adaptation` as a
-            dict.
+        adaptation: a memory that learns by the model's own loss; settings of
+            `titans.nn.adaptation.Adaptation` as a dict.
         association: not available yet.
 
     Returns a model in evaluation mode; it is read and asked like any other (`titans.Session`, `generate`).
