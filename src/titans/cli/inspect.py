@@ -6,14 +6,20 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.models import open_model
 from titans.cli.outputs import check_page_and_picture
 from titans.cli.terminal import report
-from titans.zoo.checkpoint import load_titans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from titans.hf import GraftedForCausalLM, TitansForCausalLM
+    from titans.inspection import GraftInspection, Inspection
 
 # Arrays of one text are held in memory, some 200 bytes a token.
 _MOST_BYTES = 4_000_000
@@ -21,16 +27,17 @@ _MOST_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class Inspect:
-    """Read a text and show what surprised the memory, what it holds, and where it helped.
+    """Read a text and show where a memory helped, token by token.
 
     Example: titans inspect titans-lmm-tiny book.txt -o book.html
 
     Writes a page that needs no network (the whole text is in it), and a picture of the same name next to it.
-    Every passage is also read with the memory of another text and with none, to see what memory did for it.
+    Of a Titans model it also shows what surprised the memory and what it holds, and reads every passage with
+    the memory of another text and with none. A graft is compared with its base in the same window.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a model, as `titans train` leaves it, or the name of one that comes with the library."""
+    """Folder of a Titans model or a graft, or the name of one of the library's; with --graft any model's."""
     file: tyro.conf.Positional[Path]
     """Text or PDF to read."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("inspection.html")
@@ -38,9 +45,11 @@ class Inspect:
     memory: Path | None = None
     """Go on from this memory instead of an empty one."""
     another: str = "bible"
-    """The other text: a file, a folder, or a built-in name such as shakespeare or excerpt."""
+    """The other text for a Titans model: a file, a folder, or a built-in name such as shakespeare."""
     most: int = _MOST_BYTES
     """Read at most so many bytes of the file."""
+    graft: bool = False
+    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
     json: bool = False
     """Print all arrays as one JSON object."""
 
@@ -51,10 +60,34 @@ class Inspect:
         check_page_and_picture("output", self.output, picture, inputs)
         if self.most < 2:
             raise UsageError(f"most={self.most}: give a whole number of at least 2")
-        from titans.cli.progress import ReadingProgress
-        from titans.data import encode_document, load_corpus
-        from titans.inspection import draw_inspection, inspect_text, write_page
-        from titans.stream import Session
+        from titans.hf import GraftedForCausalLM, TitansForCausalLM
+        from titans.inspection import GraftInspection, draw_graft_inspection, draw_inspection, write_page
+
+        name, content = self._content()
+        model, tokenizer = open_model(self.checkpoint, self.graft)
+        title = f"What {self.checkpoint.name} remembers of {self.file.name}"
+        if isinstance(model, GraftedForCausalLM):
+            found, about = self._of_graft(model, tokenizer, name, content)
+            title = f"What its memory gains {self.checkpoint.name} in {self.file.name}"
+        elif isinstance(model, TitansForCausalLM):
+            found, about = self._of_memory(model, tokenizer, name, content)
+        else:
+            raise ValueError(
+                f"checkpoint={str(self.checkpoint)!r} is a {type(model).__name__} without a memory: give a "
+                "Titans model or a graft, or --graft"
+            )
+        write_page(self.output, found, tokenizer, title=title, about=about)
+        if isinstance(found, GraftInspection):
+            draw_graft_inspection(picture, found, title)
+        else:
+            draw_inspection(picture, found, title)
+        report(f"{self.output}, {self.output.stat().st_size:,} bytes; {picture}")
+        if self.json:
+            print(json.dumps(found.to_json()))
+        return 0
+
+    def _content(self) -> tuple[str, bytes]:
+        """Name and text of the file."""
         from titans.stream.reading.sources import find_sources
 
         with tempfile.TemporaryDirectory(prefix="titans-") as scratch:
@@ -62,26 +95,56 @@ class Inspect:
                 raise ValueError(f"file={str(self.file)!r} is a folder: give one text")
             (source,) = find_sources([self.file], Path(scratch))
             with source.text.open("rb") as file:
-                content = file.read(self.most)
+                return source.name, file.read(self.most)
+
+    def _of_memory(
+        self, model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, content: bytes
+    ) -> tuple[Inspection, str]:
+        """An inspection, and a line about it."""
+        from titans.cli.progress import ReadingProgress
+        from titans.data import encode_document, load_corpus
+        from titans.inspection import inspect_text
+
         other = b"\n".join(document.data for document in load_corpus(self.another))[: len(content)]
-        model, tokenizer = load_titans(self.checkpoint)
-        cache = Session.load(self.memory, model, tokenizer).cache if self.memory else None
         with ReadingProgress(len(content)) as progress:
             found = inspect_text(
                 model,
-                encode_document(tokenizer, content, source.name),
+                encode_document(tokenizer, content, name),
                 encode_document(tokenizer, other, self.another),
-                cache=cache,
+                cache=self._cache(model, tokenizer),
                 progress=lambda done, total: progress.update(
                     done / total * len(content), done, self.file.name
                 ),
             )
-        title = f"What {self.checkpoint.name} remembers of {self.file.name}"
         size = f"{model.config.variant}, {model.num_parameters():,} parameters"
-        about = f"{size}; the other text: {self.another}"
-        write_page(self.output, found, tokenizer, title=title, about=about)
-        draw_inspection(picture, found, title)
-        report(f"{self.output}, {self.output.stat().st_size:,} bytes; {picture}")
-        if self.json:
-            print(json.dumps(found.to_json()))
-        return 0
+        return found, f"{size}; the other text: {self.another}"
+
+    def _of_graft(
+        self, model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, content: bytes
+    ) -> tuple[GraftInspection, str]:
+        """An inspection, and a line about it."""
+        from titans.cli.progress import ReadingProgress
+        from titans.data import encode_document, leading_tokens
+        from titans.inspection import inspect_graft
+
+        cache = self._cache(model, tokenizer)
+        ids = encode_document(tokenizer, content, name)
+        with ReadingProgress(len(ids)) as progress:
+            found = inspect_graft(
+                model,
+                ids,
+                cache=cache,
+                beginning=() if cache else leading_tokens(tokenizer),
+                progress=lambda done, total: progress.update(done, done, self.file.name),
+            )
+        size = f"{type(model.base).__name__}, {model.num_parameters():,} parameters"
+        return (
+            found,
+            f"{size}, window of {model.config.window} tokens; compared with the same without its memory",
+        )
+
+    def _cache(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """What the memory that is given has read, or None."""
+        from titans.stream import Session
+
+        return Session.load(self.memory, model, tokenizer).cache if self.memory else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from titans.inspection.grafted import GraftInspection
 from titans.inspection.measure import Inspection
 
 _POINTS = 300
@@ -44,6 +45,33 @@ def draw_inspection(path: Path, found: Inspection, title: str) -> None:
     for axis in axes:
         axis.legend(frameon=False, fontsize=7, ncols=3)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_graft_inspection(path: Path, found: GraftInspection, title: str) -> None:
+    """Write a PNG: loss with and without a graft's memory, gain, and nats saved so far, over the text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    step = max(len(found.ids) // _POINTS, 1)
+    figure, axes = plt.subplots(3, figsize=(9, 7), sharex=True, layout="constrained")
+    for values, name in ((found.base, "without"), (found.loss, "with the memory")):
+        axes[0].plot(*_means(values, step), lw=0.9, label=name)
+    axes[0].set_ylabel("loss\nin nats per token")
+    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+    axes[1].plot(*_means(found.helped, step), lw=0.9)
+    axes[1].set_ylabel("gain\nin nats per token")
+    axes[2].plot(np.arange(1, len(found.ids)), found.helped[1:].cumsum(dtype=np.float64), lw=0.9)
+    axes[2].set_ylabel("nats saved so far")
+    axes[2].set_xlabel("tokens read")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1:]:
+        axis.axhline(0, color="#999", lw=0.6)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -33,13 +33,15 @@ class GraftOutput(ModelOutput):
 
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time or fewer, vocab_size).
     past_key_values: the cache. surprises: for each memory (batch, time, 1), where asked for: of the
-    adaptation the loss in nats with which each token was predicted, 0 where none was.
+    adaptation the loss in nats with which each token was predicted, 0 where none was. base_logits: as logits,
+    where asked for: those of the base in the same window without any memory.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: GraftCache | None = None
     surprises: tuple[Tensor, ...] | None = None
+    base_logits: Tensor | None = None
 
 
 class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore[misc]
@@ -149,6 +151,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         logits_to_keep: int | Tensor = 0,
         output_surprise: bool = False,
         freeze_memory: bool = False,
+        output_base_logits: bool = False,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **keywords: Any,
@@ -164,6 +167,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these.
             output_surprise: return each memory's surprise at every token.
             freeze_memory: no memory learns.
+            output_base_logits: return what the base alone predicts from the same states, too.
             keywords: keywords of transformers are accepted where they change nothing.
 
         Raises:
@@ -203,9 +207,11 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         x = rows.pack(x)
         hidden, window = self._windowed.read(x, state.window, rows.lengths)
         kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        adaptation, surprise, loss = state.adaptation, None, None
+        adaptation, surprise, loss, base_logits = state.adaptation, None, None, None
+        if self.adaptation is None or output_base_logits:
+            base_logits = self._windowed.head.logits(rows.unpack(hidden)[:, kept])
         if self.adaptation is None:
-            logits = self._windowed.head.logits(rows.unpack(hidden)[:, kept])
+            logits = base_logits
         else:
             logits, adaptation, surprise = read_adapted(
                 self.adaptation,
@@ -229,7 +235,8 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
                 num_items_in_batch=num_items_in_batch,
             )
         surprises = None if surprise is None else (surprise.unsqueeze(-1),)
-        output = GraftOutput(loss=loss, logits=logits, past_key_values=past_key_values, surprises=surprises)
+        base_logits = base_logits if output_base_logits else None
+        output = GraftOutput(loss, logits, past_key_values, surprises, base_logits)
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()

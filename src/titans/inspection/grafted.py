@@ -1,0 +1,154 @@
+"""What a graft's memory gains in prediction, token by token, over its base in the same window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from titans.evaluate.perplexity import TokenIds
+from titans.hf import GraftCache, GraftedForCausalLM
+from titans.stream.model import reading
+from titans.stream.text import token_ids
+
+# Tokens read in one call: the logits of all of them are held, twice.
+PIECE_LENGTH = 256
+POSITIONS = (0, 512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class LossAt:
+    """Mean loss in nats per token over the tokens that stand at begin to end − 1 of a text.
+
+    loss: with the memory. base: of the base in the same window. end: None for the rest of the text.
+    """
+
+    begin: int
+    end: int | None
+    tokens: int
+    loss: float
+    base: float
+
+    @property
+    def gain(self) -> float:
+        """The share of the base's loss that the memory saves."""
+        return 1 - self.loss / self.base
+
+
+@dataclass(frozen=True)
+class GraftInspection:
+    """Arrays over the n tokens of a text, float32 but for the ids; NaN at the first token.
+
+    ids: (n,). loss: (n,), nats of each token as the graft predicts it, whose memory has learned from the text
+    before it. base: (n,), the same of the base, which sees the same window and has no memory.
+    """
+
+    ids: np.ndarray
+    loss: np.ndarray
+    base: np.ndarray
+
+    @property
+    def helped(self) -> np.ndarray:
+        """(n,), gain in nats per token."""
+        return self.base - self.loss
+
+    def whole(self) -> LossAt:
+        """Over the whole text."""
+        return self._between(0, None)
+
+    def by_position(self, begins: tuple[int, ...] = POSITIONS) -> list[LossAt]:
+        """Over parts of the text that begin at these tokens; parts that the text does not reach are left
+        out."""
+        ends = (*begins[1:], None)
+        reached = [part for part in zip(begins, ends, strict=True) if part[0] < len(self.ids) - 1]
+        return [self._between(begin, end) for begin, end in reached]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, NaN as None, and the means by position."""
+        lists = {name: [None if np.isnan(x) else x for x in getattr(self, name).tolist()] for name in _LOSSES}
+        parts = [asdict(part) | {"gain": part.gain} for part in self.by_position()]
+        return {"ids": self.ids.tolist(), **lists, "by_position": parts}
+
+    def _between(self, begin: int, end: int | None) -> LossAt:
+        # The first token is predicted by nothing.
+        part = slice(max(begin, 1), end)
+        means = (float(getattr(self, name)[part].mean(dtype=np.float64)) for name in _LOSSES)
+        return LossAt(begin, end, len(self.ids[part]), *means)
+
+
+_LOSSES = ("loss", "base")
+
+
+def inspect_graft(
+    model: GraftedForCausalLM,
+    ids: TokenIds,
+    *,
+    cache: GraftCache | None = None,
+    beginning: Iterable[int] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> GraftInspection:
+    """Read a text once, at constant memory; both losses come from the same hidden states.
+
+    Args:
+        ids: token ids (n,) of the text.
+        cache: the state before the text, one row; it is not changed.
+        beginning: ids that are read before the text and not shown, such as a tokenizer puts there.
+        progress: called with the number of tokens read so far and in all.
+
+    Raises:
+        ValueError: for a graft without a memory, fewer than two tokens, or foreign token ids.
+    """
+    parts = []
+    text = _checked(model, ids)
+    for part in read_graft(model, text, cache=cache, beginning=beginning):
+        parts.append(part)
+        if progress is not None:
+            progress(sum(len(each.ids) for each in parts), len(text))
+    return joined(parts)
+
+
+def read_graft(
+    model: GraftedForCausalLM,
+    ids: TokenIds,
+    *,
+    cache: GraftCache | None = None,
+    beginning: Iterable[int] = (),
+) -> Iterator[GraftInspection]:
+    """`inspect_graft` piece by piece: whoever stops asking stops the reading."""
+    text = _checked(model, ids)
+    cache = model.empty_cache() if cache is None else cache.clone()
+    before = torch.full((1, model.config.vocab_size), torch.nan)
+    with reading(model):
+        if first := [int(token) for token in beginning]:
+            model(torch.tensor([first], device=model.device), past_key_values=cache, logits_to_keep=1)
+    for piece in text.split(PIECE_LENGTH):
+        with reading(model):
+            output = model(
+                piece[None].to(model.device),
+                past_key_values=cache,
+                output_surprise=True,
+                output_base_logits=True,
+            )
+        logits = torch.cat([before, output.base_logits[0].float().cpu()])
+        base = F.cross_entropy(logits[:-1], piece, reduction="none")
+        loss = output.surprises[0][0, :, 0].float().cpu()
+        before = logits[-1:].clone()
+        yield GraftInspection(piece.numpy(), torch.where(base.isnan(), base, loss).numpy(), base.numpy())
+
+
+def joined(parts: list[GraftInspection]) -> GraftInspection:
+    """Pieces of one text as a whole."""
+    return GraftInspection(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("ids", *_LOSSES)))
+
+
+def _checked(model: GraftedForCausalLM, ids: TokenIds) -> torch.Tensor:
+    if not model.config.has_memory:
+        raise ValueError("this graft has no memory to inspect: make it with adaptation=True")
+    text = token_ids(ids, None, model.config.vocab_size).long()
+    if len(text) < 2:
+        raise ValueError(f"the text holds {len(text)} token(s): give two or more")
+    return text

@@ -1,0 +1,87 @@
+"""An inspection of a graft: both losses are those of the graft and of its base in the same window."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import titans
+from titans.cli import main
+from titans.evaluate import score
+from titans.inspection import inspect_graft
+
+from ..models import small_causal_lm, tokenizer_with_beginning
+
+TEXT = "Cordelia: Nothing, my lord. Lear: Nothing! Naïve “nothing”.\n" * 24
+
+
+def small_graft(**options: Any) -> Any:
+    options = {"window": 32, "adaptation": {"step": 0.9}, **options}
+    return titans.graft(small_causal_lm("llama", vocab_size=257), **options)
+
+
+def test_both_losses_are_of_one_window() -> None:
+    model, ids = small_graft(), np.frombuffer(TEXT.encode(), np.uint8)
+    seen = []
+    found = inspect_graft(model, ids, progress=lambda done, total: seen.append((done, total)))
+    assert np.isnan(found.loss[0]) and np.isnan(found.base[0]) and seen[-1] == (len(ids), len(ids))
+    np.testing.assert_allclose(found.loss[1:], score(model, ids), rtol=1e-4)
+    base = titans.graft(model.base, window=32, adaptation=False)
+    np.testing.assert_allclose(found.base[1:], score(base, ids), rtol=1e-4)
+    assert found.whole().gain > 0.05, "a text that repeats is learned"
+
+    parts = found.by_position((0, 100, 700, 10_000))
+    assert [(part.begin, part.end, part.tokens) for part in parts] == [
+        (0, 100, 99), (100, 700, 600), (700, 10_000, len(ids) - 700)
+    ]  # fmt: skip
+    assert parts[1].base == pytest.approx(found.base[100:700].mean())
+
+    cache = model.empty_cache()
+    with torch.no_grad():
+        model(torch.from_numpy(ids[:100].astype(np.int64))[None], past_key_values=cache)
+    later = inspect_graft(model, ids[100:400], cache=cache)
+    np.testing.assert_allclose(later.loss[1:], found.loss[101:400], rtol=1e-3)
+    np.testing.assert_allclose(later.base[1:], found.base[101:400], rtol=1e-3)
+    begun = inspect_graft(model, ids[7:60], beginning=ids[:7])
+    np.testing.assert_allclose(begun.loss[1:], found.loss[8:60], rtol=1e-3)
+    with pytest.raises(ValueError, match="has no memory to inspect"):
+        inspect_graft(base, ids)
+    with pytest.raises(ValueError, match=r"1 token\(s\)"):
+        inspect_graft(model, ids[:1])
+
+
+def test_the_page_shows_the_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, text, page = tmp_path / "model", tmp_path / "text.txt", tmp_path / "page.html"
+    small_causal_lm("llama", vocab_size=257).save_pretrained(folder)
+    tokenizer_with_beginning().save_pretrained(folder)
+    text.write_text(TEXT, encoding="utf-8")
+    command = ["inspect", str(folder), str(text), "-o", str(page)]
+    assert (
+        main(command) == 1 and "without a memory: give a Titans model or a graft" in capsys.readouterr().err
+    )
+    assert main([*command, "--graft", "--json"]) == 0
+    printed = capsys.readouterr()
+    arrays = json.loads(printed.out)
+    assert "tokens/s" in printed.err and (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
+    ids = list(TEXT.encode())
+    losses = score(titans.graft(titans.load(folder)[0]), [256, *ids])
+    np.testing.assert_allclose(arrays["loss"][1:], losses[1:], rtol=1e-3)
+
+    content = page.read_text(encoding="utf-8")
+    data = json.loads(content.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert data["text"] == TEXT
+    gain = np.array(arrays["base"][1:]) - np.array(arrays["loss"][1:])
+    high = data["channels"][0]["high"]
+    drawn = np.frombuffer(base64.b64decode(data["channels"][0]["values"]), np.uint8)[1:]
+    np.testing.assert_allclose((drawn - 128.0) / 127 * high, np.clip(gain, -high, high), atol=high / 120)
+    names = dict(data["numbers"])
+    assert names["tokens"] == f"{len(ids):,}" and any("tokens 512 to 2,047" in name for name in names)
+    # The last stretch may be shorter than the others.
+    assert data["charts"][1]["lines"][0]["values"][-1] == pytest.approx(gain.sum(), rel=0.02)
+    assert "NaN" not in content
