@@ -17,12 +17,11 @@ from titans.cli.outputs import check_page_and_picture, check_picture, check_run_
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is refused is refused before a model is loaded."""
 
-    def load(_: Path) -> None:
+    def load(*_: object) -> None:
         raise AssertionError("the work began")
 
-    for module in ("memorize", "generate", "needle"):
-        monkeypatch.setattr(f"titans.cli.{module}.load_checkpoint", load)
-    monkeypatch.setattr("titans.cli.inspect.load_titans", load)
+    for module in ("memorize", "generate", "needle", "inspect"):
+        monkeypatch.setattr(f"titans.cli.{module}.open_model", load)
     monkeypatch.setattr("titans.train.recipe.TrainingRun.__init__", load)
 
 

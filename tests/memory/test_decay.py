@@ -9,7 +9,6 @@ import torch
 
 from titans.memory import UPDATE_RULES
 from titans.memory.decay import decay_products
-from titans.memory.reference import momentum_step
 
 from ..tolerances import assert_close
 
@@ -68,7 +67,7 @@ def test_coefficients_are_the_step_repeated(rule):
     for t in range(size):
         if written[t]:
             gates = forget[t], momentum[t], step_size[t]
-            weight, state = getattr(UPDATE_RULES[rule](), "step", momentum_step)(
+            weight, state = UPDATE_RULES[rule]().step(
                 weight, state, gradient[t], *gates
             )
             closed = c.read_weights[t, 0] * start + c.read_momentum[t, 0] * start_momentum
