@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -183,6 +184,9 @@ def test_a_session_forks_generates_and_is_a_file(
     stats = session.stats()
     assert describe_memory(path).stats.tokens == LONG and stats.state_bytes == session.cache.nbytes()
     assert describe_memory(path).config["window"] == WINDOW
+    learned = session.cache.state.adaptation
+    norms = [] if learned is None else [float(torch.cat([learned.weight.flatten(), learned.bias[0]]).norm())]
+    assert [layer.weight_norm for layer in stats.layers] == pytest.approx(norms) and norms != [0.0]
     options = dict(max_new_tokens=5, do_sample=False)
     new = session.generate(**options)
     assert list(loaded.generate(stream=True, **options)) == new[0].tolist()
@@ -230,6 +234,11 @@ def test_files_of_other_models_and_damaged_ones(tmp_path: Path) -> None:
             Session.load(path, model)
 
 
+def no_space(tensors: Any, path: Path, metadata: Any) -> None:
+    path.write_bytes(b"half")
+    raise SafetensorError("No space left on device")
+
+
 def test_a_folder_holds_the_memory_and_finds_its_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +262,11 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
     assert loaded.base.dtype == torch.float64
     half = GraftedForCausalLM.from_pretrained(tmp_path / "graft", dtype=torch.float16)
     assert half.dtype == torch.float16 and half.adaptation.mean.dtype == torch.float32
+    before = (tmp_path / "graft" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as full, pytest.raises(OSError, match=r"could not be written .*make room"):
+        full.setattr("titans.hf.graft.modeling.save_file", no_space)
+        model.save_pretrained(tmp_path / "graft")
+    assert (tmp_path / "graft" / "model.safetensors").read_bytes() == before
     wrong = small_base(seed=1)
     for given, message in (
         ({"base": wrong}, "other weights than the graft was made on"),

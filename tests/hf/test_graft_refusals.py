@@ -101,6 +101,14 @@ def test_weights_that_are_not_all_there() -> None:
         graft(small_base().to("meta"), window=12)
 
 
+def test_weights_that_are_no_numbers() -> None:
+    model = small_base()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="cannot be grafted: its answers hold NaN"):
+        graft(model, window=12)
+
+
 def test_arguments() -> None:
     base = small_base()
     wrong: dict[str, dict[str, Any]] = {

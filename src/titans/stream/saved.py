@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
+from titans.hf import GraftCache, TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import saved_sizes
 from titans.hf.causal_cache import saved_model
 from titans.hf.fingerprint import gathered, weights_name
@@ -28,7 +28,7 @@ from titans.stream.reader import initial_states
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Frobenius norms over all heads and matrices of one layer's memory.
+    """Frobenius norms over all heads and matrices of one layer's memory, or of a graft's adaptation.
 
     weight_norm, momentum_norm: of the fast weights and of their momentum. change: how far the network has
     moved from that of a fresh session, ‖W − W_0‖ / ‖W_0‖; None where the model is not at hand.
@@ -136,12 +136,17 @@ def carried_memories(states: object) -> list[MemoryState]:
     return [state.memory for state in find_states(NeuralMemoryState, states)]
 
 
+def adaptation_stats(cache: GraftCache) -> tuple[LayerStats, ...]:
+    """The norms of what a graft has learned, over its fast matrix and bias; nothing without an adaptation."""
+    adaptation = None if cache.state is None else cache.state.adaptation
+    if adaptation is None:
+        return ()
+    return (LayerStats(_norm((adaptation.weight, adaptation.bias)), _norm(adaptation.momentum), None),)
+
+
 @torch.no_grad()
 def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -> SessionStats:
     """Statistics of a cache of one row; without the model nothing is known of a fresh one."""
-
-    def norm(tensors: Sequence[Tensor]) -> float:
-        return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
 
     initial = None if model is None else initial_states(model)
     now = carried_memories(cache.states or initial)
@@ -151,9 +156,13 @@ def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -
     for index, (learner, fresh) in enumerate(zip(learners, carried_memories(initial), strict=True)):
         difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
         base = None if learner.base is None else [gathered(weight) for weight in learner.base]
-        changes[index] = norm(difference) / norm(learner.network.total(fresh.weights, base))
+        changes[index] = _norm(difference) / _norm(learner.network.total(fresh.weights, base))
     layers = (
-        LayerStats(norm(memory.weights), norm(memory.momentum), change)
+        LayerStats(_norm(memory.weights), _norm(memory.momentum), change)
         for memory, change in zip(now, changes, strict=True)
     )
     return SessionStats(tokens, cache.nbytes(), tuple(layers))
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -243,6 +243,8 @@ class WindowedBase:
         finally:
             for module in training:
                 module.training = True
+        if not logits.isfinite().all():
+            raise ValueError("its answers hold NaN or infinite values")
         half = int(self.model.dtype in (torch.float16, torch.bfloat16))
         if not _difference(self.head.logits(near), logits) <= _ALLOWED[half]:
             raise ValueError("what it does to the answers of its head is not known")

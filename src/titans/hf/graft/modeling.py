@@ -78,6 +78,8 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         # Before the base is a part: what initialises weights must not reach its own.
         self.post_init()
         self.base = base.requires_grad_(False).eval()
+        # A checkpoint of transformers' Trainer lacks these, and says nothing of it.
+        self._keys_to_ignore_on_save = {name for name in self.state_dict() if name.startswith("base.")}
         self._windowed = WindowedBase(base, window)
         if self.adaptation is not None:
             self.adaptation.to(base.device)
