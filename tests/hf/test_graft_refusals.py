@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     BloomConfig,
+    DynamicCache,
     GPT2Config,
     LlamaConfig,
     LlamaModel,
@@ -148,6 +149,12 @@ def test_calls() -> None:
         (lambda: model(ids[0]), ValueError, r"input_ids has shape \(5,\)"),
         (lambda: model(ids + 53), ValueError, "give ids from 0 to 52"),
         (lambda: model(ids, attention_mask=torch.ones(2, 4)), ValueError, "attention_mask has shape"),
+        (
+            lambda: model(ids, past_key_values=DynamicCache()),
+            ValueError,
+            "a DynamicCache: a grafted model",
+        ),
+        (lambda: model.generate(ids, past_key_values=DynamicCache()), ValueError, "is a DynamicCache"),
         (lambda: model(ids[:1], past_key_values=cache), ValueError, "past_key_values holds 2 rows"),
         (lambda: model(ids, past_key_values=plain(ids).past_key_values), ValueError, "adaptation=False"),
         (

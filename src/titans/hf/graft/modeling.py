@@ -184,7 +184,8 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         batch, time = x.shape[:2]
         if freeze_memory and not self.config.has_memory:
             raise ValueError("freeze_memory=True: this graft has no memory that learns; leave it out")
-        cache = past_key_values
+        if (cache := past_key_values) is not None:
+            self.check_cache(cache)
         seen = set() if cache is None else {cache.get_seq_length(), cache.num_columns}
         real = real_tokens(attention_mask, batch, time, seen)
         if position_ids is not None and documents_of(position_ids, real, (batch, time)) is not None:
@@ -193,15 +194,12 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = self.empty_cache()
-        state = None
-        if past_key_values is not None:
-            self.check_cache(past_key_values)
-            if past_key_values.batch_size not in (-1, batch):
-                raise ValueError(
-                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat "
-                    "or select its rows first"
-                )
-            state = past_key_values.state
+        if cache is not None and cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"past_key_values holds {cache.batch_size} rows, the input has {batch}: repeat or select its "
+                "rows first"
+            )
+        state = None if cache is None else cache.state
         state = self.initial_state(batch) if state is None else state
 
         # Everything stateful sees real tokens only, each row's moved to its front.
