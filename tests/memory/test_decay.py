@@ -67,9 +67,7 @@ def test_coefficients_are_the_step_repeated(rule):
     for t in range(size):
         if written[t]:
             gates = forget[t], momentum[t], step_size[t]
-            weight, state = UPDATE_RULES[rule]().step(
-                weight, state, gradient[t], *gates
-            )
+            weight, state = UPDATE_RULES[rule]().step(weight, state, gradient[t], *gates)
             closed = c.read_weights[t, 0] * start + c.read_momentum[t, 0] * start_momentum
             assert_close(closed - c.read_steps[t] @ gradient, weight, 1e-14, f"weight after token {t}")
     end = start + c.end_weights[0, 0] * start + c.end_momentum[0, 0] * start_momentum
