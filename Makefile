@@ -1,5 +1,5 @@
-# `make demo` trains a small model and shows its memory at work, `make test` checks everything, `make bench` compares
-# its speed with others'. Each builds .venv by itself when it is missing or older than what it is built from.
+# `make demo` has a pretrained model read a play with a memory and without, `make test` checks everything, `make bench`
+# compares speed with others'. Each builds .venv by itself when it is missing or older than what it is built from.
 
 PYTHON ?= python3
 BIN := .venv/bin

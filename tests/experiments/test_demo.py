@@ -1,103 +1,86 @@
+"""The demo reads a book with and without the memory, stops in time, and says what it found."""
+
 from __future__ import annotations
 
-import math
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from titans.evaluate import keep_memory_only, score
-from titans.experiments.demo import same_size_config, surprise_of, verdict_on
-from titans.experiments.hidden_fact import HiddenFact, Reply
-from titans.experiments.recollection import Recollection, recollect, shuffled_lines
-from titans.experiments.report import DemoResult, TrainedModel, write_report
-from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
+import titans
+from titans.cli import main
+from titans.data import Document, byte_tokenizer
+from titans.evaluate import score
+from titans.experiments import demo, small_demo
+from titans.inspection import GraftInspection
+from titans.zoo import checkpoint
 
-PAST, TEXT = (
-    b"Now is the winter of our discontent\n" * 40,
-    b"Made glorious summer by this sun of York.\n" * 30,
-)
+from ..models import small_causal_lm
 
-
-@pytest.fixture(scope="module")
-def model() -> TitansForCausalLM:
-    torch.manual_seed(0)
-    config = TitansConfig.from_preset(
-        "tiny", hidden_size=32, head_dim=16, intermediate_size=32, num_hidden_layers=2, initializer_range=0.2
-    )
-    return TitansForCausalLM(config).double().eval()
+BOOK = b"Howl, howl, howl, howl! O, you are men of stones! " * 30
 
 
-def ids(text: bytes) -> torch.Tensor:
-    return torch.tensor(list(text))
+def pretrained() -> Any:
+    return small_causal_lm("llama"), byte_tokenizer()
 
 
-def test_an_arm_is_the_text_scored_after_its_past_with_the_memory_alone(model: TitansForCausalLM) -> None:
-    found = recollect(model, {"past": PAST, "nothing": b"", "other": PAST[::-1]}, TEXT)
-    cache = TitansCache(model.config)
-    with torch.no_grad():
-        model(ids(PAST)[None], past_key_values=cache)
-    after = score(model, ids(TEXT), keep_memory_only(model, cache)).mean() / math.log(2)
-    fresh = score(model, ids(TEXT)).mean() / math.log(2)
-    assert found.arms == ("past", "nothing", "other")
-    assert found.bits_per_byte[0] == pytest.approx(float(after), abs=1e-9)
-    assert found.bits_per_byte[1] == pytest.approx(float(fresh), abs=1e-9)
-    assert abs(found.bits_per_byte[0] - found.bits_per_byte[1]) > 1e-4
-    assert found.bits_per_byte[2] != pytest.approx(found.bits_per_byte[0], abs=1e-7)
+def test_the_demo_writes_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: pretrained())
+    monkeypatch.setattr(demo, "load_corpus", lambda name: [Document("king-lear", BOOK)])
+    monkeypatch.setattr(demo, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
+    error = capsys.readouterr().err
+    numbers = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    losses = score(titans.graft(pretrained()[0]), np.frombuffer(BOOK, np.uint8))
+    assert numbers["whole"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert numbers["whole"]["loss"] < 0.9 * numbers["whole"]["base"]
+    assert [part["begin"] for part in numbers["by_position"]] == [0, 512]
+    assert f"{numbers['by_position'][1]['loss']:.3f}" in error and "tokens/s" in error and "s left" in error
+    assert "read 1,500 of the 1,500 tokens of King Lear" in error and "lowers the loss by" in error
+    # Two layers, two heads of eight keys and values, in four bytes.
+    assert numbers["cache_bytes"] == len(BOOK) * 2 * 2 * 2 * 8 * 4
+    files = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert files == {"report.html", "report.png", "demo.json"}
+    assert "Howl" in (tmp_path / "demo" / "report.html").read_text()
 
 
-def test_shuffling_keeps_the_lines() -> None:
-    text = b"".join(b"line %d\n" % i for i in range(50))
-    shuffled = shuffled_lines(text, 0)
-    assert shuffled != text
-    assert sorted(shuffled.splitlines()) == sorted(text.splitlines())
+def test_it_stops_in_time() -> None:
+    model, tokenizer = titans.graft(pretrained()[0]), byte_tokenizer()
+    found = demo.read_book(model, tokenizer, BOOK, seconds=0.0)
+    assert len(found.found.ids) == 256 and found.tokens_in_book == len(BOOK) and found.early_bytes is None
 
 
-def test_there_is_a_surprise_for_every_byte(model: TitansForCausalLM) -> None:
-    before, passage = TEXT[:100], TEXT[100:300]
-    surprise = surprise_of(model, before, passage)
-    with torch.no_grad():
-        surprises = model(ids(before + passage)[None], output_surprise=True).surprises
-    layers = torch.stack([s[0, 100:].mean(-1) for s in surprises], 1)
-    assert surprise.shape == (200,)
-    # Sessions keep surprises in float32.
-    np.testing.assert_allclose(surprise, (layers / layers.mean(0)).mean(1).numpy(), rtol=1e-6)
+def test_the_verdict_says_which_way_it_fell() -> None:
+    losses = np.full(600, 3.0, np.float32)
+    worse = GraftInspection(np.arange(600), 1.1 * losses, losses)
+    text = demo.verdict(demo.BookDemo(worse, 600, 2.0, 7_000_000, 6_000_000, 9_000_000), "Model", 512)
+    assert "raises the loss by 10.0 % on tokens 512 to 2,047" in text and "grew to 7.0 MB" in text
+    assert "300 tokens/s" in text and "would take 9 MB" in text
 
 
-def test_the_transformer_is_of_the_same_size() -> None:
-    with torch.device("meta"):
-        sizes = [
-            TitansForCausalLM(
-                TitansConfig.from_preset("tiny", variant=variant, **same_size_config(variant))
-            ).num_parameters()
-            for variant in ("mac", "transformer")
-        ]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.005
+def test_without_the_package_small_models_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(path: Path) -> Any:
+        raise ConnectionError("no\nnetwork")
 
-
-def test_the_page_holds_everything(tmp_path: Path) -> None:
-    curve = np.array([[3.0, 2.9], [3.1, 3.0], [3.0, 3.0], [3.2, 3.1]])
-    found = Recollection(("own", "shuffled", "other", "nothing"), (2.95, 3.05, 3.0, 3.15), curve)
-    trained = TrainedModel("titans (mac)", 10, 20, 2.5, 1e3, ((1, 5.0), (2, 4.0)), ((2, 4.5),))
-    passage = "<b>Ö & so</b>".encode()
-    result = DemoResult(
-        "setting", "machine", (trained, trained), "note", found, "why", verdict_on(found), passage,
-        np.linspace(0, 2, len(passage)), "a <sample>", 0.8,
-        HiddenFact("The key <is> 7.", "The key?", "7", (Reply(1_000_000, "8"),), 50.0, 4096), "of a model",
-    )  # fmt: skip
-    write_report(result, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    assert "http" not in page and "<script" not in page
-    assert "a &lt;sample&gt;" in page and "&lt;</span>" in page and "2.9500" in page and "-0.2000" in page
-    assert (
-        "The key &lt;is&gt; 7." in page and "8 (wrong, it is 7)" in page and "1,000,000 bytes later" in page
-    )
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_the_verdict_says_what_fell() -> None:
-    worse = Recollection(("own", "shuffled", "other", "nothing"), (3.2, 3.0, 3.0, 3.1), np.zeros((4, 1)))
-    assert "costs 0.1000 bits per byte" in verdict_on(worse)
-    assert "worse than another play's by 0.2000" in verdict_on(worse)
+    shown: list[Any] = []
+    monkeypatch.setattr(checkpoint, "load_checkpoint", missing)
+    monkeypatch.setattr(small_demo, "show", lambda *given: shown.append(given))
+    assert main(["demo", "--output", str(tmp_path), "--steps", "7"]) == 0
+    assert main(["demo", "--output", str(tmp_path), "--small"]) == 0
+    error = capsys.readouterr().err
+    assert shown == [(7, tmp_path), (320, tmp_path)]
+    assert error.count("cannot be had (no network): small models in its place") == 1
+    (tmp_path / "report.png").write_text("mine")
+    for arguments, message in (
+        (["--minutes", "0"], "minutes=0"),
+        (["--steps", "0"], "steps=0"),
+        ([], "holds something else"),
+    ):
+        assert main(["demo", "--output", str(tmp_path), *arguments]) == 2
+        assert message in capsys.readouterr().err

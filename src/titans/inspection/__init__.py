@@ -1,13 +1,14 @@
 """Inspect a memory: surprise, gates and gain in prediction, token by token, as arrays, page and picture."""
 
 from titans.inspection.attention import SeenKeys, draw_seen_keys, seen_keys
-from titans.inspection.grafted import GraftInspection, inspect_graft, read_graft
+from titans.inspection.grafted import GraftInspection, GraftReading, inspect_graft
 from titans.inspection.measure import Inspection, inspect_text
 from titans.inspection.page import write_page
 from titans.inspection.picture import draw_graft_inspection, draw_inspection
 
 __all__ = [
     "GraftInspection",
+    "GraftReading",
     "Inspection",
     "SeenKeys",
     "draw_graft_inspection",
@@ -15,7 +16,6 @@ __all__ = [
     "draw_seen_keys",
     "inspect_graft",
     "inspect_text",
-    "read_graft",
     "seen_keys",
     "write_page",
 ]

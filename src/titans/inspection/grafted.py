@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import GraftCache, GraftedForCausalLM
 from titans.stream.model import reading
 from titans.stream.text import token_ids
 
-# Tokens read in one call: the logits of all of them are held, twice.
+# Tokens read in one call.
 PIECE_LENGTH = 256
 POSITIONS = (0, 512, 2048, 8192)
 
@@ -83,6 +84,49 @@ class GraftInspection:
 _LOSSES = ("loss", "base")
 
 
+class GraftReading:
+    """Reads a text once, piece by piece, at constant memory; both losses come from the same hidden states.
+
+    cache: what was read; it changes with every piece.
+
+    Args:
+        cache: the state before the text, one row; it is not changed.
+        beginning: ids that are read before the text and not shown, such as a tokenizer puts there.
+
+    Raises:
+        ValueError: for a graft without a memory.
+    """
+
+    def __init__(
+        self, model: GraftedForCausalLM, cache: GraftCache | None = None, beginning: Iterable[int] = ()
+    ) -> None:
+        if not model.config.has_memory:
+            raise ValueError("this graft has no memory to inspect: make it with adaptation=True")
+        self.model = model
+        self.cache = model.empty_cache() if cache is None else cache.clone()
+        # What the base predicts from the token before.
+        self._before = torch.full((1, model.config.vocab_size), torch.nan)
+        if first := [int(token) for token in beginning]:
+            with reading(model):
+                ids = torch.tensor([first], device=model.device)
+                model(ids, past_key_values=self.cache, logits_to_keep=1)
+
+    def read(self, ids: Tensor) -> GraftInspection:
+        """Read on: (n,) int64 ids; the logits of all of them are held, twice."""
+        with reading(self.model):
+            output = self.model(
+                ids[None].to(self.model.device),
+                past_key_values=self.cache,
+                output_surprise=True,
+                output_base_logits=True,
+            )
+        logits = torch.cat([self._before, output.base_logits[0].float().cpu()])
+        base = F.cross_entropy(logits[:-1], ids, reduction="none")
+        loss = output.surprises[0][0, :, 0].float().cpu()
+        self._before = logits[-1:].clone()
+        return GraftInspection(ids.numpy(), torch.where(base.isnan(), base, loss).numpy(), base.numpy())
+
+
 def inspect_graft(
     model: GraftedForCausalLM,
     ids: TokenIds,
@@ -91,64 +135,28 @@ def inspect_graft(
     beginning: Iterable[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> GraftInspection:
-    """Read a text once, at constant memory; both losses come from the same hidden states.
+    """Read a text with and without a graft's memory.
 
     Args:
         ids: token ids (n,) of the text.
-        cache: the state before the text, one row; it is not changed.
-        beginning: ids that are read before the text and not shown, such as a tokenizer puts there.
+        cache, beginning: of `GraftReading`.
         progress: called with the number of tokens read so far and in all.
 
     Raises:
         ValueError: for a graft without a memory, fewer than two tokens, or foreign token ids.
     """
-    parts = []
-    text = _checked(model, ids)
-    for part in read_graft(model, text, cache=cache, beginning=beginning):
-        parts.append(part)
-        if progress is not None:
-            progress(sum(len(each.ids) for each in parts), len(text))
-    return joined(parts)
-
-
-def read_graft(
-    model: GraftedForCausalLM,
-    ids: TokenIds,
-    *,
-    cache: GraftCache | None = None,
-    beginning: Iterable[int] = (),
-) -> Iterator[GraftInspection]:
-    """`inspect_graft` piece by piece: whoever stops asking stops the reading."""
-    text = _checked(model, ids)
-    cache = model.empty_cache() if cache is None else cache.clone()
-    before = torch.full((1, model.config.vocab_size), torch.nan)
-    with reading(model):
-        if first := [int(token) for token in beginning]:
-            model(torch.tensor([first], device=model.device), past_key_values=cache, logits_to_keep=1)
-    for piece in text.split(PIECE_LENGTH):
-        with reading(model):
-            output = model(
-                piece[None].to(model.device),
-                past_key_values=cache,
-                output_surprise=True,
-                output_base_logits=True,
-            )
-        logits = torch.cat([before, output.base_logits[0].float().cpu()])
-        base = F.cross_entropy(logits[:-1], piece, reduction="none")
-        loss = output.surprises[0][0, :, 0].float().cpu()
-        before = logits[-1:].clone()
-        yield GraftInspection(piece.numpy(), torch.where(base.isnan(), base, loss).numpy(), base.numpy())
-
-
-def joined(parts: list[GraftInspection]) -> GraftInspection:
-    """Pieces of one text as a whole."""
-    return GraftInspection(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("ids", *_LOSSES)))
-
-
-def _checked(model: GraftedForCausalLM, ids: TokenIds) -> torch.Tensor:
-    if not model.config.has_memory:
-        raise ValueError("this graft has no memory to inspect: make it with adaptation=True")
     text = token_ids(ids, None, model.config.vocab_size).long()
     if len(text) < 2:
         raise ValueError(f"the text holds {len(text)} token(s): give two or more")
-    return text
+    reader, parts, done = GraftReading(model, cache, beginning), [], 0
+    for piece in text.split(PIECE_LENGTH):
+        parts.append(reader.read(piece))
+        done += len(piece)
+        if progress is not None:
+            progress(done, len(text))
+    return joined(parts)
+
+
+def joined(parts: Sequence[GraftInspection]) -> GraftInspection:
+    """Pieces of one text as a whole."""
+    return GraftInspection(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("ids", *_LOSSES)))
