@@ -26,8 +26,14 @@ def or_by_name() -> str:
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The folder of a model that is named, or else what was given."""
-    return _MODELS / checkpoint if not checkpoint.exists() and str(checkpoint) in names() else checkpoint
+    """The folder of a model that is named, or else what was given; a pretrained base is fetched at first."""
+    if checkpoint.exists():
+        return checkpoint
+    if str(checkpoint) in names():
+        return _MODELS / checkpoint
+    from titans.zoo.smollm import PRETRAINED, smollm_folder
+
+    return smollm_folder() if str(checkpoint) == PRETRAINED else checkpoint
 
 
 def load_config(folder: Path) -> TitansConfig:
