@@ -145,6 +145,15 @@ def test_a_far_place_is_a_near_one_at_constant_memory() -> None:
     assert largest[0] == largest[1] and after.num_columns == 85
 
 
+def test_nothing_accumulates_however_long_a_text_is() -> None:
+    grafted, begin = small_graft(adaptation=False), random_ids(1, BLOCK)
+    # Two layers look back two blocks beyond what attention sees, and to the beginning.
+    end = random_ids(1, 5 * BLOCK, seed=2)
+    short = torch.cat([begin, random_ids(1, BLOCK, seed=3), end], 1)
+    long = torch.cat([begin, random_ids(1, 200 * BLOCK, seed=4), end], 1)
+    assert_near(logits_of(grafted, long)[:, -BLOCK:], logits_of(grafted, short)[:, -BLOCK:], 1e-12)
+
+
 def test_where_blocks_end() -> None:
     window = Window(WINDOW, SINKS)
     for position in range(4 * WINDOW):
