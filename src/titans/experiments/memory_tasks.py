@@ -87,9 +87,10 @@ def text(arm: Arm, start: str, seed: int, quick: bool, progress: Progress) -> Nu
 
     The MLP is as wide as leaves the model with `TEXT_PARAMETERS` at most.
     """
-    sizes = {**SIZES, "vocab_size": 256, **arm.config(start)}
+    sizes: dict[str, Any] = {**SIZES, "vocab_size": 256, **arm.config(start)}
+    del sizes["intermediate_size"]
     small, more = (
-        count_parameters(TitansForCausalLM(TitansConfig(**{**sizes, "intermediate_size": width})))
+        count_parameters(TitansForCausalLM(TitansConfig(**sizes, intermediate_size=width)))
         for width in (8, 16)
     )
     sizes["intermediate_size"] = 8 + 8 * (TEXT_PARAMETERS - small) // (more - small)

@@ -78,8 +78,8 @@ class Learner(nn.Module):
         self.inner, self.network, self.num_heads, self.chunk_size = inner, network, num_heads, chunk_size
         self.form, self.max_step_size, self.half_lives = form, max_step_size, half_lives
         # Modules of their own, so that an experiment may change what comes out.
-        self.forget_gate = DecayRate(half_lives if form.bounded_half_lives else None)
-        self.step_size_gate = nn.Sigmoid()
+        self.forget_gate: nn.Module = DecayRate(half_lives if form.bounded_half_lives else None)
+        self.step_size_gate: nn.Module = nn.Sigmoid()
         depth, head_dim = network.depth, network.head_dim
         self.gate_weight = nn.Parameter(torch.empty(3 * num_heads * depth, hidden_size))
         self.gate_bias = nn.Parameter(torch.empty(3, num_heads, depth))
