@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import titans
 from titans.cli import main
 from titans.data import Document, byte_tokenizer
 from titans.evaluate import score
 from titans.experiments import demo, small_demo
-from titans.inspection import GraftInspection
+from titans.inspection import GraftInspection, GraftReading
 from titans.zoo import checkpoint
 
 from ..models import small_causal_lm
@@ -48,18 +49,28 @@ def test_the_demo_writes_what_it_found(
     assert "Howl" in (tmp_path / "demo" / "report.html").read_text()
 
 
+def test_the_state_has_a_limit_that_is_reached() -> None:
+    model = titans.graft(pretrained()[0], window=16)
+    reader, held = GraftReading(model), []
+    for token in torch.arange(100):
+        reader.read(token[None])
+        held.append(reader.cache.nbytes())
+    limit, per_token = demo.state_sizes(model)
+    assert limit - per_token == max(held) == max(held[-8:])
+
+
 def test_it_stops_in_time() -> None:
     model, tokenizer = titans.graft(pretrained()[0]), byte_tokenizer()
     found = demo.read_book(model, tokenizer, BOOK, seconds=0.0)
-    assert len(found.found.ids) == 256 and found.tokens_in_book == len(BOOK) and found.early_bytes is None
+    assert len(found.found.ids) == 256 and found.tokens_in_book == len(BOOK)
 
 
 def test_the_verdict_says_which_way_it_fell() -> None:
     losses = np.full(600, 3.0, np.float32)
     worse = GraftInspection(np.arange(600), 1.1 * losses, losses)
-    text = demo.verdict(demo.BookDemo(worse, 600, 2.0, 7_000_000, 6_000_000, 9_000_000), "Model", 512)
-    assert "raises the loss by 10.0 % on tokens 512 to 2,047" in text and "grew to 7.0 MB" in text
-    assert "300 tokens/s" in text and "would take 9 MB" in text
+    text = demo.verdict(demo.BookDemo(worse, 600, 2.0, 7_000_000, 9_000_000), "Model", 512)
+    assert "raises the loss by 10.0 % on tokens 512 to 2,047" in text and "at most 7.0 MB" in text
+    assert "300 tokens/s" in text and "would have 9 MB" in text
 
 
 def test_without_the_package_small_models_are_shown(

@@ -18,6 +18,7 @@ from titans.hf import GraftedForCausalLM
 from titans.inspection import GraftInspection, GraftReading, draw_graft_inspection, write_page
 from titans.inspection.graft_page import percent, place
 from titans.inspection.grafted import PIECE_LENGTH, LossAt, joined
+from titans.state import state_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,16 +31,14 @@ _SECONDS_BETWEEN_LINES = 15.0
 class BookDemo:
     """What was read and measured.
 
-    tokens_in_book: of the whole book. seconds: of reading. state_bytes: held at the end. early_bytes: held
-    when a window was full for the first time, None before. cache_bytes: what the base's own cache of all
-    tokens would hold.
+    tokens_in_book: of the whole book. seconds: of reading. state_bytes: the most that the graft holds after
+    any text. cache_bytes: what the base's own cache of the tokens read would hold.
     """
 
     found: GraftInspection
     tokens_in_book: int
     seconds: float
     state_bytes: int
-    early_bytes: int | None
     cache_bytes: int
 
     @property
@@ -55,13 +54,11 @@ def read_book(
     Both arms come from one pass of the base. Reports to stderr how far it is.
     """
     ids = torch.tensor(encode_document(tokenizer, text, "the book").tolist())
-    reader, parts, done, early_bytes = GraftReading(model, beginning=leading_tokens(tokenizer)), [], 0, None
+    reader, parts, done = GraftReading(model, beginning=leading_tokens(tokenizer)), [], 0
     began = said = time.perf_counter()
     for piece in ids.split(PIECE_LENGTH):
         parts.append(reader.read(piece))
         done += len(piece)
-        if early_bytes is None and done > 2 * model.config.window:
-            early_bytes = reader.cache.nbytes()
         now = time.perf_counter()
         if now - said >= _SECONDS_BETWEEN_LINES:
             said, rate = now, done / (now - began)
@@ -74,15 +71,16 @@ def read_book(
         if now - began >= seconds:
             break
     taken = time.perf_counter() - began
-    per_token = _cache_bytes_per_token(model)
-    return BookDemo(joined(parts), len(ids), taken, reader.cache.nbytes(), early_bytes, done * per_token)
+    state_bytes, per_token = state_sizes(model)
+    return BookDemo(joined(parts), len(ids), taken, state_bytes, done * per_token)
 
 
-def _cache_bytes_per_token(model: GraftedForCausalLM) -> int:
-    """Keys and values that the base itself keeps of a token."""
-    window = model.initial_state(1).window
-    sizes = [x.shape[1] * x.shape[3] * x.element_size() for x in (*window.keys, *window.values)]
-    return sum(sizes)
+def state_sizes(model: GraftedForCausalLM) -> tuple[int, int]:
+    """Bytes of a row: the most that a graft holds after any text, and what its base keeps of each token."""
+    state = model.initial_state(1)
+    keys_and_values = (*state.window.keys, *state.window.values)
+    per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in keys_and_values)
+    return state_nbytes(state) + per_token * (model.config.window + model.config.sinks), per_token
 
 
 def table(found: GraftInspection) -> str:
@@ -98,16 +96,14 @@ def verdict(demo: BookDemo, name: str, window: int) -> str:
     found = demo.found
     last, whole = found.by_position()[-1], found.whole()
     read = f"{len(found.ids):,} of the {demo.tokens_in_book:,}"
-    grown = demo.early_bytes is not None and demo.state_bytes > demo.early_bytes
-    state = f"{demo.state_bytes / 1e6:.1f} MB"
     return "\n".join(
         [
             f"{name} read {read} tokens of {TITLE}, and saw at most {window} of them at a time: "
             f"{demo.tokens_per_second:,.0f} tokens/s.",
             f"A memory that learns while it reads, and was trained by nobody, {_changed(last)} on "
             f"{place(last)}, and {_changed(whole)} over all.",
-            f"Its state {'grew to' if grown else 'stayed at'} {state}; the model's own cache of these tokens "
-            f"would take {demo.cache_bytes / 1e6:,.0f} MB.",
+            f"Its state has at most {demo.state_bytes / 1e6:.1f} MB after any text; the model's own cache of "
+            f"these tokens would have {demo.cache_bytes / 1e6:,.0f} MB.",
         ]
     )
 
