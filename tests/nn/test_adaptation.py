@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.adaptation import Adaptation, AdaptationState, FunctionHead, Head, LinearHead
+from titans.nn.adaptation.head import curvature
 from titans.state import map_state
 
 D, V, CHUNK = 6, 11, 4
@@ -131,27 +132,30 @@ def test_a_function_and_a_linear_head_have_the_same_gradient(options: dict) -> N
     hidden, other = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(3, V, dtype=torch.float64)
     labels = torch.tensor([0, 4, 9])
     probs = (linear.logits(hidden[0]) + other).softmax(-1)
-    gradient, curvature = linear.gradient(hidden[0], probs, labels)
-    again, constant = FunctionHead(linear.logits, 7.0).gradient(hidden[0], probs, labels)
-    torch.testing.assert_close(gradient, again)
+    (mean, trace), row = linear.moments(hidden[0], probs), linear.row(hidden[0], labels, torch.float64)
+    function = FunctionHead(linear.logits, 7.0)
+    again, constant = function.moments(hidden[0], probs)
+    torch.testing.assert_close(mean, again)
+    torch.testing.assert_close(row, function.row(hidden[0], labels, torch.float64))
     assert constant.tolist() == [7.0] * 3
     hidden = hidden[0].requires_grad_()
     F.cross_entropy(linear.logits(hidden) + other, labels, reduction="sum").backward()
-    torch.testing.assert_close(gradient, hidden.grad)
+    torch.testing.assert_close(mean - row, hidden.grad)
     if "softcap" not in options:
         for t in range(3):  # Hessians
             h = torch.autograd.functional.hessian(
                 lambda z, t=t: F.cross_entropy(linear.logits(z) + other[t], labels[t]), hidden[t].detach()
             )
-            assert torch.linalg.eigvalsh(h)[-1] <= curvature[t]
+            assert torch.linalg.eigvalsh(h)[-1] <= trace[t]
 
 
 def test_the_curvature_is_that_of_an_even_prediction_even_where_the_prediction_is_sure_and_wrong() -> None:
     weight = torch.zeros(3, D, dtype=torch.float64)
     weight[0, 0], weight[1, 0] = 3.0, -1.0
     probs = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    _, curvature = LinearHead(weight).gradient(torch.zeros(D), probs, torch.tensor(1))
-    assert curvature.item() == pytest.approx(4.0)  # a quarter of the square of 3 − (−1)
+    mean, trace = LinearHead(weight).moments(torch.zeros(D), probs)
+    assert trace.item() == 0.0
+    assert curvature(trace, mean - weight[1]).item() == pytest.approx(4.0)  # (3 − (−1))² / 4
 
 
 @pytest.mark.parametrize("cuts", [(1,), (4,), (3, 4, 5, 5, 13), tuple(range(1, 19))])

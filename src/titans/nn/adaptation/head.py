@@ -19,20 +19,40 @@ class Head(Protocol):
         """(..., hidden_size) → (..., vocab_size)."""
         ...
 
-    def gradient(
-        self, hidden: Tensor, probs: Tensor, labels: Tensor, logits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the loss −log p(label) has at `hidden`, with other logits added behind the head.
+    def moments(self, hidden: Tensor, probs: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the rows ∂logit_i/∂hidden under a prediction.
 
         Args:
-            hidden: (..., hidden_size). probs: (..., vocab_size), the prediction. labels: (...) int64.
-            logits: the head's own, if they are known already.
+            hidden: (..., hidden_size). probs: (..., vocab_size).
+            logits: the head's, if they are known already.
 
         Returns:
-            gradient: (..., hidden_size), Σ_i (p_i − [i = label]) ∂logit_i/∂hidden, in the dtype of `probs`.
-            curvature: (...), an estimate from above of the largest eigenvalue of the Hessian.
+            mean: (..., hidden_size), in the dtype of `probs`.
+            trace: (...), of their covariance, or a bound on its largest eigenvalue.
         """
         ...
+
+    def row(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """∂logit_label/∂hidden, (..., hidden_size) in `dtype`; labels: (...) int64."""
+        ...
+
+
+def curvature(trace: Tensor, gradient: Tensor) -> Tensor:
+    """The largest trace on the straight path from a prediction to the label, (...).
+
+    The Hessian of the loss −log p(label) in the state is the covariance of the head's rows under the
+    prediction (with a softcap, that of Gauss and Newton), whose eigenvalues its trace bounds. A step towards
+    the label changes the prediction, and with it the Hessian: at a share λ of the way the trace is
+    (1 − λ)(trace + λ ‖gradient‖²).
+
+    Args:
+        trace: (...), at the prediction.
+        gradient: (..., hidden_size), of the loss: the mean of the rows minus the label's.
+    """
+    far = gradient.square().sum(-1)
+    # The floor keeps the derivative finite where prediction and label agree.
+    path = (trace + far).square() / (4 * far).clamp_min(torch.finfo(far.dtype).tiny)
+    return torch.where(far > trace, path, trace)
 
 
 @dataclass(frozen=True)
@@ -55,31 +75,28 @@ class LinearHead:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def gradient(
-        self, hidden: Tensor, probs: Tensor, labels: Tensor, logits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Head`. With J the rows ∂logit_i/∂hidden, the gradient is their mean minus the label's.
-
-        The Hessian (of Gauss and Newton, with a softcap) is the covariance of the rows under the prediction,
-        and its trace a bound on its eigenvalues. A step towards the label changes the prediction, and with it
-        the Hessian: the curvature is the largest trace on the straight path from the prediction to the label,
-        (1 − λ)(trace + λ ‖gradient‖²) at the best λ in [0, 1].
-        """
+    def moments(self, hidden: Tensor, probs: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         wide = probs.dtype
-        rows, own = probs * self.scale, self.weight[labels].to(wide) * self.scale
+        rows = probs * self.scale
         squares = rows * self.scale
         if self.softcap is not None:
-            logits = self.logits(hidden) if logits is None else logits
-            slopes = 1 - (logits.to(wide) / self.softcap).square()
+            slopes = self._slopes(self.logits(hidden) if logits is None else logits, wide)
             rows, squares = rows * slopes, squares * slopes.square()
-            own = own * slopes.gather(-1, labels[..., None])
         mean = (rows.to(self.weight.dtype) @ self.weight).to(wide)
-        gradient = mean - own
-        trace = (squares @ self._row_squares().to(wide) - mean.square().sum(-1)).clamp_min(0)
-        far = gradient.square().sum(-1)
-        # The floor keeps the derivative finite where prediction and label agree.
-        path = (trace + far).square() / (4 * far).clamp_min(torch.finfo(wide).tiny)
-        return gradient, torch.where(far > trace, path, trace)
+        trace = squares @ self._row_squares().to(wide) - mean.square().sum(-1)
+        return mean, trace.clamp_min(0)
+
+    def row(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        row = self.weight[labels]
+        if self.softcap is None:
+            return row.to(dtype) * self.scale
+        logit = (row * hidden.to(row.dtype)).sum(-1) + (0 if self.bias is None else self.bias[labels])
+        capped = self.softcap * torch.tanh(logit * self.scale / self.softcap)
+        return row.to(dtype) * self.scale * self._slopes(capped, dtype)[..., None]
+
+    def _slopes(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """By what the softcap flattens each logit."""
+        return 1 - (logits.to(dtype) / (self.softcap or 1.0)).square()
 
     def _row_squares(self) -> Tensor:
         """‖E_i‖², computed once for each device: (vocab_size,), float32 at least."""
@@ -113,13 +130,19 @@ class FunctionHead:
     def logits(self, hidden: Tensor) -> Tensor:
         return self.function(hidden)
 
-    def gradient(
-        self, hidden: Tensor, probs: Tensor, labels: Tensor, logits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def moments(self, hidden: Tensor, probs: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean = self._pulled(hidden, probs)
+        return mean, torch.full_like(mean[..., 0], self.curvature)
+
+    def row(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._pulled(hidden, None, labels).to(dtype)
+
+    def _pulled(self, hidden: Tensor, cotangent: Tensor | None, labels: Tensor | None = None) -> Tensor:
         logits, pull = torch.func.vjp(self.function, hidden)
-        error = probs.scatter_add(-1, labels[..., None], -torch.ones_like(probs[..., :1]))
-        gradient = pull(error.to(logits.dtype))[0].to(probs.dtype)
-        return gradient, torch.full_like(gradient[..., 0], self.curvature)
+        if labels is not None:
+            cotangent = torch.zeros_like(logits).scatter(-1, labels[..., None], 1.0)
+        assert cotangent is not None
+        return pull(cotangent.to(logits.dtype))[0].to(cotangent.dtype)
 
 
 def as_head(head: Head | Tensor) -> Head:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory.precision import autocast_device
-from titans.nn.adaptation.head import Head, as_head
+from titans.nn.adaptation.head import Head, as_head, curvature
 from titans.nn.adaptation.state import AdaptationState
 
 
@@ -32,7 +32,7 @@ class Adaptation(nn.Module):
 
     The step is bounded by the curvature of the chunk's loss, so that no text makes the learning unstable. In
     (W / √r, b) its largest eigenvalue is at most r λ + C/2, where λ is that of Σ_t κ_t x_t x_tᵀ, κ_t
-    (`Head.gradient`) the curvature of ℓ_t in the adapted state, and ½ that of any loss in the logits. With
+    (`curvature`) the curvature of ℓ_t in the adapted state, and ½ that of any loss in the logits. With
 
         θ = 2 s / (r λ + C/2),   0 < s < 1,   r = ratio / (d · row_variance),
 
@@ -122,7 +122,7 @@ class Adaptation(nn.Module):
         momentum = () if self.momentum_logit is None else (zeros(d, d), zeros(v))
         return AdaptationState(
             zeros(d, d), zeros(v), momentum, zeros(dtype=torch.int64), zeros(c, d), zeros(c, d), zeros(c),
-            zeros(v), zeros(d), zeros(v), zeros(dtype=torch.int64),
+            zeros(v), zeros(d), zeros(v), zeros(d), zeros(), zeros(dtype=torch.int64),
         )  # fmt: skip
 
     def forward(
@@ -237,14 +237,15 @@ class Adaptation(nn.Module):
         first = real.int().argmax(1)
         label = ids.gather(1, first[:, None])
         probs = state.log_probs.exp()
-        error, curvature = head.gradient(state.pending.to(dtype), probs, label[:, 0])
+        error = state.mean - head.row(state.pending.to(dtype), label[:, 0], probs.dtype)
+        curved = curvature(state.trace, error)
         in_logits = torch.where(learns[:, None], _minus_one_at(probs, label), 0)
         place = (column + first - 1) % self.chunk_size
         at = (torch.arange(self.chunk_size, device=ids.device) == place[:, None]) & learns[:, None]
         return replace(
             state,
             errors=torch.where(at[..., None], error[:, None], state.errors),
-            curvatures=torch.where(at, curvature[:, None], state.curvatures),
+            curvatures=torch.where(at, curved[:, None], state.curvatures),
             bias_gradient=state.bias_gradient + in_logits,
             awaits=torch.where(learns, 0, state.awaits),
         )
@@ -301,7 +302,8 @@ class Adaptation(nn.Module):
         if self.start_weight is not None and self.start_bias is not None:
             weight, bias = weight + self.start_weight.to(wide), bias + self.start_bias.to(wide)
         adapted = hidden.to(wide) + features @ weight.transpose(1, 2)
-        raw = head.logits(adapted.to(hidden.dtype))
+        given = adapted.to(hidden.dtype)
+        raw = head.logits(given)
         logits = raw.to(wide) + bias[:, None]
         log_probs = logits.log_softmax(-1)
         count = real.sum(1)
@@ -324,9 +326,11 @@ class Adaptation(nn.Module):
         )
         if frozen:
             return logits.to(hidden.dtype), losses, state
-        probs = log_probs[:, :-1].exp()
-        error, curvature = head.gradient(adapted[:, :-1].to(hidden.dtype), probs, labels, raw[:, :-1])
-        in_logits = torch.where(labelled[..., None], _minus_one_at(probs, labels[..., None]), 0)
+        probs = log_probs.exp()
+        mean, trace = head.moments(given, probs, raw)
+        error = mean[:, :-1] - head.row(given[:, :-1], labels, wide)
+        curved = curvature(trace[:, :-1], error)
+        in_logits = torch.where(labelled[..., None], _minus_one_at(probs[:, :-1], labels[..., None]), 0)
 
         def written(old: Tensor, new: Tensor, real: Tensor) -> Tensor:
             """The chunk's tensor `old` with `new` in the places of this segment, where real."""
@@ -338,8 +342,10 @@ class Adaptation(nn.Module):
             state,
             inputs=written(state.inputs, features, real),
             errors=written(state.errors, error, labelled),
-            curvatures=written(state.curvatures, curvature, labelled),
+            curvatures=written(state.curvatures, curved, labelled),
             bias_gradient=state.bias_gradient + in_logits.sum(1),
+            mean=torch.where(some, mean.take_along_dim(last, 1)[:, 0], state.mean),
+            trace=torch.where(count > 0, trace.take_along_dim(last[..., 0], 1)[:, 0], state.trace),
             position=state.position + count,
         )
         return logits.to(hidden.dtype), losses, state

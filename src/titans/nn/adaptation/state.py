@@ -24,7 +24,8 @@ class AdaptationState:
             curvatures: (batch, chunk), those of these losses; 0 where the label is not known yet.
         bias_gradient: (batch, vocab), the sum of the chunk's gradients with respect to the logits.
         pending: (batch, hidden), the adapted state of the last token. log_probs: (batch, vocab), what it
-            predicts; zeros before the first token. awaits: (batch,) int64, 1 where its loss is to be learned.
+            predicts; zeros before the first token. mean: (batch, hidden) and trace: (batch,), those of the
+            head's rows under this prediction. awaits: (batch,) int64, 1 where its loss is to be learned.
     """
 
     weight: Tensor
@@ -37,6 +38,8 @@ class AdaptationState:
     bias_gradient: Tensor
     pending: Tensor
     log_probs: Tensor
+    mean: Tensor
+    trace: Tensor
     awaits: Tensor
 
     def detach(self) -> AdaptationState:
