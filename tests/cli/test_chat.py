@@ -117,6 +117,9 @@ def test_what_fails_has_not_happened_and_a_stopped_answer_stays() -> None:
     before = conversation.session.num_tokens
     with pytest.raises(ValueError, match="has positions for 200 tokens"):
         said(conversation, "Two?" * 50)
+    # It fits, and no answer does.
+    with pytest.raises(ValueError, match="has positions for 200 tokens"):
+        said(conversation, "x" * (200 - before - len("suser\ne\nsassistant\n")))
     with pytest.raises(ValueError, match="half a character"):
         said(conversation, "\ud800")
     assert conversation.session.num_tokens == before
