@@ -41,7 +41,7 @@ def test_the_demo_writes_what_it_found(
     assert numbers["whole"]["loss"] < 0.9 * numbers["whole"]["base"]
     assert [part["begin"] for part in numbers["by_position"]] == [0, 512]
     assert f"{numbers['by_position'][1]['loss']:.3f}" in error and "tokens/s" in error and "s left" in error
-    assert "read 1,500 of the 1,500 tokens of King Lear" in error and "lowers the loss by" in error
+    assert "read 1,500 of the 1,500 tokens of King Lear" in error and "lowered the loss by" in error
     # Two layers, two heads of eight keys and values, in four bytes.
     assert numbers["cache_bytes"] == len(BOOK) * 2 * 2 * 2 * 8 * 4
     files = {path.name for path in (tmp_path / "demo").iterdir()}
@@ -69,7 +69,7 @@ def test_the_verdict_says_which_way_it_fell() -> None:
     losses = np.full(600, 3.0, np.float32)
     worse = GraftInspection(np.arange(600), 1.1 * losses, losses)
     text = demo.verdict(demo.BookDemo(worse, 600, 2.0, 7_000_000, 9_000_000), "Model", 512)
-    assert "raises the loss by 10.0 % on tokens 512 to 2,047" in text and "at most 7.0 MB" in text
+    assert "on tokens 512 to 2,047 raised the loss by 10.0 %" in text and "at most 7.0 MB" in text
     assert "300 tokens/s" in text and "would have 9 MB" in text
 
 

@@ -86,8 +86,9 @@ def state_sizes(model: GraftedForCausalLM) -> tuple[int, int]:
 def table(found: GraftInspection) -> str:
     """Losses by position, a line each."""
     parts = [(place(part), part) for part in found.by_position()] + [("all", found.whole())]
-    lines = [f"{'nats per token':28} {'without':>8} {'with':>8} {'change':>8}"]
-    lines += [f"{name:28} {part.base:8.3f} {part.loss:8.3f} {percent(part):>8}" for name, part in parts]
+    lines = [f"{'nats per token':26} {'tokens':>7} {'without':>8} {'with':>8} {'change':>8}"]
+    for name, part in parts:
+        lines.append(f"{name:26} {part.tokens:7,} {part.base:8.3f} {part.loss:8.3f} {percent(part):>8}")
     return "\n".join(lines)
 
 
@@ -100,8 +101,8 @@ def verdict(demo: BookDemo, name: str, window: int) -> str:
         [
             f"{name} read {read} tokens of {TITLE}, and saw at most {window} of them at a time: "
             f"{demo.tokens_per_second:,.0f} tokens/s.",
-            f"A memory that learns while it reads, and was trained by nobody, {_changed(last)} on "
-            f"{place(last)}, and {_changed(whole)} over all.",
+            f"A memory that learns while it reads, and was trained by nobody, {_changed(whole)}, and on "
+            f"{place(last)} {_changed(last)}.",
             f"Its state has at most {demo.state_bytes / 1e6:.1f} MB after any text; the model's own cache of "
             f"these tokens would have {demo.cache_bytes / 1e6:,.0f} MB.",
         ]
@@ -110,7 +111,7 @@ def verdict(demo: BookDemo, name: str, window: int) -> str:
 
 def _changed(part: LossAt) -> str:
     change = percent(part).lstrip("+−")
-    return f"{'lowers' if part.gain >= 0 else 'raises'} the loss by {change}"
+    return f"{'lowered' if part.gain >= 0 else 'raised'} the loss by {change}"
 
 
 def show(
