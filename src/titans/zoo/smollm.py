@@ -114,7 +114,8 @@ def convert(source: Path, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _llama(source).save_pretrained(partial)
-        AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(partial)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        tokenizer.save_pretrained(partial)
         if not folder.is_dir():  # another process may have been faster
             os.replace(partial, folder)
     except (OSError, safetensors.SafetensorError) as error:
@@ -149,7 +150,7 @@ def _llama(source: Path) -> Any:
         f"{name}_token_id": field(f"tokenizer.ggml.{key}_token_id", -1)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    tokens = {name: None if number < 0 else number for name, number in tokens.items()}
+    known: dict[str, Any] = {name: None if number < 0 else number for name, number in tokens.items()}
     weights = {tensor.name.removesuffix(".weight"): _dequantised(tensor) for tensor in reader.tensors}
     config = LlamaConfig(
         vocab_size=len(weights["token_embd"]),
@@ -162,7 +163,7 @@ def _llama(source: Path) -> Any:
         rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base", 10000.0)},
         tie_word_embeddings="output" not in weights,
-        **tokens,
+        **known,
     )
     state = {}
     for name, weight in weights.items():
@@ -180,7 +181,7 @@ def _llama(source: Path) -> Any:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(**tokens)
+    model.generation_config = GenerationConfig(**known)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class FunctionHead:
         return self._pulled(hidden, None, labels).to(dtype)
 
     def _pulled(self, hidden: Tensor, cotangent: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        logits, pull = torch.func.vjp(self.function, hidden)
+        logits, pull = cast("tuple[Tensor, Any]", torch.func.vjp(self.function, hidden))
         if labels is not None:
             cotangent = torch.zeros_like(logits).scatter(-1, labels[..., None], 1.0)
         assert cotangent is not None

@@ -193,8 +193,8 @@ class Adaptation(nn.Module):
         shift = [phase - first for phase in phases]
         slots = time + max(shift, default=0)
         rows = torch.arange(batch, device=ids.device)[:, None]
+        offset = torch.tensor(shift, device=ids.device)
         if any(shift):
-            offset = torch.tensor(shift, device=ids.device)
             times = torch.arange(slots, device=ids.device) - offset[:, None]
             real = (times >= 0) & (times < time)
             place = times.clamp(0, time - 1)
