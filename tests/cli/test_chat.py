@@ -232,6 +232,8 @@ class Terminal:
 
 
 def test_in_a_terminal(tmp_path: Path) -> None:
+    endless = tmp_path / "endless.txt"
+    endless.write_text("All the world's a stage. " * 400_000)
     model = chat_model(0.0, max_position_embeddings=10**6)
     with torch.no_grad():
         # It writes the control character that clears a screen now and then, and never ends.
@@ -253,6 +255,11 @@ def test_in_a_terminal(tmp_path: Path) -> None:
         terminal.type("/fork b\n")
         terminal.wait_for("main> ")
         terminal.type("/switch b\n")
+        terminal.wait_for("b> ")
+        terminal.type(f"/read {endless}\n")
+        time.sleep(1)
+        terminal.interrupt()
+        terminal.wait_for(r"stopped; [\d,]+ tokens are read")
         terminal.wait_for("b> ")
         terminal.type("\x04")
         terminal.process.wait(60)
