@@ -68,7 +68,7 @@ class Inspect:
         title = f"What {self.checkpoint.name} remembers of {self.file.name}"
         if isinstance(model, GraftedForCausalLM):
             found, about = self._of_graft(model, tokenizer, name, content)
-            title = f"What its memory gains {self.checkpoint.name} in {self.file.name}"
+            title = f"What a memory gains {self.checkpoint.name} in prediction of {self.file.name}"
         elif isinstance(model, TitansForCausalLM):
             found, about = self._of_memory(model, tokenizer, name, content)
         else:
