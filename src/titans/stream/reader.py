@@ -133,6 +133,10 @@ class StateReader:
         """Write a cache to a file, with `about` in its header."""
         cache.save(path, about)
 
+    def load(self, file: StateFile) -> Any:
+        """The cache in a file, in this model's precision; ValueError where it is not this model's."""
+        raise NotImplementedError
+
 
 class TitansReader(StateReader):
     """A Titans model: at constant memory, with the variant "transformer" growing.

@@ -172,7 +172,7 @@ def _llama(source: Path) -> Any:
             continue
         _, layer, part = name.split(".")
         if part in ("attn_q", "attn_k"):
-            count = heads if part == "attn_q" else config.num_key_value_heads
+            count = heads if part == "attn_q" else int(config.num_key_value_heads or heads)
             weight = _half_split(weight, count)
         state[f"model.layers.{layer}.{_LAYER[part]}.weight"] = weight
     with torch.device("meta"):

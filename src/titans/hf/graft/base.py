@@ -63,9 +63,14 @@ class WindowedBase:
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be grafted: {error}") from None
 
+    @property
+    def _embeddings(self) -> Tensor:
+        weight: Any = self.model.get_input_embeddings().weight
+        return cast("Tensor", weight)
+
     def initial_state(self, rows: int) -> WindowState:
         """Rows that have read nothing."""
-        like = self.model.get_input_embeddings().weight
+        like = self._embeddings
 
         def empty(shape: tuple[int, int]) -> Tensor:
             return torch.zeros(rows, shape[0], 0, shape[1], dtype=self.model.dtype, device=like.device)
@@ -109,8 +114,7 @@ class WindowedBase:
 
     def initial_hidden(self, x: Tensor) -> Tensor:
         """No hidden states, (0, hidden_size)."""
-        like = self.model.get_input_embeddings().weight
-        return torch.zeros(0, like.shape[1], dtype=self.model.dtype, device=x.device)
+        return torch.zeros(0, self._embeddings.shape[1], dtype=self.model.dtype, device=x.device)
 
     def _read_alike(self, x: Tensor, state: WindowState, position: int) -> tuple[Tensor, WindowState]:
         """`read` for rows that stand at the same position and are all real."""
@@ -224,7 +228,7 @@ class WindowedBase:
     @torch.no_grad()
     def _try_out(self) -> _Layers:
         """Read a few tokens at two places, and find how the keys of one become those of the other."""
-        device, vocab_size = self.model.get_input_embeddings().weight.device, self.config.vocab_size
+        device, vocab_size = self._embeddings.device, self.config.vocab_size
         ids = (7 * torch.arange(_TRIAL_LENGTH, device=device) + 1).remainder(vocab_size)[None]
         distance = self.window.block
         training = [module for module in self.model.modules() if module.training]

@@ -49,10 +49,13 @@ class BaseCache(Cache):
         Raises:
             ValueError: if the model has left a layer empty.
         """
+        keys, values = [], []
         for index, layer in enumerate(self.layers):
             if layer.keys is None or layer.values is None:
                 raise ValueError(f"layer {index} keeps no keys and values in the cache")
-        return tuple(layer.keys for layer in self.layers), tuple(layer.values for layer in self.layers)
+            keys.append(layer.keys)
+            values.append(layer.values)
+        return tuple(keys), tuple(values)
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:
@@ -69,4 +72,4 @@ def sliding_layers(config: PreTrainedConfig) -> list[bool]:
         known = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         if not known or kinds[index] == "chunked_attention":
             raise ValueError(f"layer {index} ({kinds[index]}) keeps more than keys and values of tokens")
-    return [layer.is_sliding for layer in layers]
+    return [isinstance(layer, DynamicSlidingWindowLayer) for layer in layers]

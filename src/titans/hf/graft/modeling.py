@@ -275,7 +275,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         whole = self.state_dict() if state_dict is None else state_dict
         return {name: value for name, value in whole.items() if not name.startswith("base.")}
 
-    def save_pretrained(
+    def save_pretrained(  # pyrefly: ignore[bad-override]
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
