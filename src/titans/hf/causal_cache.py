@@ -147,7 +147,7 @@ class CausalCache:
         loaded.num_columns = num_columns
         loaded.held = _rebuilt(
             template.held,
-            lambda name, leaf, shared: tensors[name].to(leaf.device, leaf.dtype),
+            lambda name, leaf, shared: converted(file.path, name, tensors[name], leaf),
             lambda name: num_columns if name == _POSITION else None,
         )
         return loaded
@@ -175,6 +175,22 @@ def saved_model(file: StateFile) -> tuple[dict[str, Any], int]:
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
         pass
     raise damaged_header(file.path)
+
+
+def converted(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a file's finite tensor in the precision and on the device of another.
+
+    A copy, because tensors that are equal by chance must not be one.
+
+    Raises:
+        ValueError: if it holds numbers too large for that precision.
+    """
+    new = tensor.to(like.device, like.dtype, copy=True)
+    if not torch.isfinite(new).all():
+        raise ValueError(
+            f"{path}: {name} holds numbers too large for {like.dtype}: load the model in {tensor.dtype}"
+        )
+    return new
 
 
 def named_leaves(held: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titans.hf.causal_cache import saved_model
+from titans.hf.causal_cache import converted, saved_model
 from titans.hf.graft.configuration import GraftConfig
 from titans.hf.graft.window import Window, WindowState
 from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
 from titans.hf.state_file import StateFile, damaged_header
 from titans.state import register_state
+
+# Least and greatest values of an adaptation's numbers; probabilities are rounded.
+_LIMITS = {
+    "awaits": (0, 1), "log_probs": (-math.inf, 1e-3), "curvatures": (0, math.inf), "trace": (0, math.inf),
+}  # fmt: skip
 
 
 @register_state
@@ -85,8 +91,7 @@ class GraftCache(StateCache):
             )
         tensors = file.tensors()
         _check(file.path, tensors, wanted, Window(config.window, config.sinks), num_columns)
-        # Tensors that are equal by chance must not be one.
-        leaves = [tensors[name].to(like.device, like.dtype, copy=True) for name, like in wanted.items()]
+        leaves = [converted(file.path, name, tensors[name], like) for name, like in wanted.items()]
         cache = cls(config)
         cache.store(pytree.tree_unflatten(leaves, pytree.tree_structure((template,))), num_columns)
         cache._newest_ids = saved_ids(file, cache.batch_size, config.vocab_size)
@@ -119,3 +124,6 @@ def _check(
             raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {like.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
+        least, most = _LIMITS.get(name.rpartition(".")[2], (-math.inf, math.inf))
+        if ".adaptation." in name and not ((tensor >= least) & (tensor <= most)).all():
+            raise ValueError(f"{path}: {name} holds values that no text gives; the memory is damaged")
