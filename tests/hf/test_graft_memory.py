@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -228,10 +229,17 @@ def test_files_of_other_models_and_damaged_ones(tmp_path: Path) -> None:
         (place, tensors[place].double(), "damaged header"),
         ("[0].adaptation.position", tensors[place] + 1, "contradict each other"),
         ("[0].adaptation.weight", tensors["[0].adaptation.weight"][:, 1:], "weight.*shape"),
+        ("[0].adaptation.awaits", torch.tensor([2]), "awaits holds values that no text gives"),
+        ("[0].adaptation.log_probs", tensors["[0].adaptation.log_probs"] + 50, "log_probs holds values that"),
+        ("[0].adaptation.trace", -1 - tensors["[0].adaptation.trace"], "trace holds values that"),
     ):
         write_state_file(path, {**tensors, name: value}, about)
         with pytest.raises(ValueError, match=message):
             Session.load(path, model)
+    half = graft(small_base().half(), window=12, sinks=2, adaptation=LEARNING)
+    write_state_file(path, {**tensors, keys: 1e6 * torch.ones_like(tensors[keys])}, about)
+    with pytest.raises(ValueError, match=r"too large for torch\.float16: load the model in torch\.float64"):
+        Session.load(path, half)
 
 
 def no_space(tensors: Any, path: Path, metadata: Any) -> None:
@@ -280,6 +288,11 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
     (tmp_path / "graft" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="without a name"):
         GraftedForCausalLM.from_pretrained(tmp_path / "graft")
+    weights = load_file(tmp_path / "graft" / "model.safetensors")
+    weights["adaptation.step_logit"] = torch.tensor(1)
+    save_file(weights, tmp_path / "graft" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no finite numbers \(adaptation.step_logit\)"):
+        GraftedForCausalLM.from_pretrained(tmp_path / "graft", base=base)
     (tmp_path / "graft" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         GraftedForCausalLM.from_pretrained(tmp_path / "graft", base=base)

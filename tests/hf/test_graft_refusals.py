@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     DynamicCache,
     GPT2Config,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 from titans import graft
+from titans.hf import GraftConfig, GraftedForCausalLM
 
 from ..models import CONFIGS
 from .grafts import FAMILIES, ExactRotary, random_ids, small_base, small_graft
@@ -138,6 +142,39 @@ def test_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             graft(model, window=12)
     assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_configuration_is_checked_where_it_is_read(tmp_path: Path) -> None:
+    base = small_base()
+    graft(base, window=12, sinks=2).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    learning, origin = saved["adaptation"], saved["origin"]
+    wrong: dict[str, dict[str, Any]] = {
+        "windw=8 is not a field of GraftConfig: choose from": {"windw": 8},
+        "adaptation has no setting 'stp'": {"adaptation": {**learning, "stp": 1}},
+        "adaptation lacks row_variance": {"adaptation": {"step": 0.5}},
+        "adaptation=True: give its settings as a dict": {"adaptation": True},
+        "chunk_size must be a whole number, not 2.5": {"adaptation": {**learning, "chunk_size": 2.5}},
+        "half_life must be a number, not '9'": {"adaptation": {**learning, "half_life": "9"}},
+        "momentum must be a number, not False": {"adaptation": {**learning, "momentum": False}},
+        "origin does not describe a base": {"origin": {**origin, "sizes": []}},
+        "the base in origin has 53: leave vocab_size out": {"vocab_size": 99},
+    }
+    for message, change in wrong.items():
+        (tmp_path / "config.json").write_text(json.dumps({**saved, **change}))
+        with pytest.raises(ValueError, match=message):
+            GraftedForCausalLM.from_pretrained(tmp_path, base=base)
+    with pytest.raises(ValueError, match="states no base"):
+        GraftedForCausalLM(GraftConfig(), base)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for kind in (GraftedForCausalLM, AutoModelForCausalLM):
+        assert kind.from_pretrained(tmp_path, base=base, window=6)._windowed.window.size == 6
+        with pytest.raises(ValueError, match="window=7: give an even number"):
+            kind.from_pretrained(tmp_path, base=base, window=7)
+        with pytest.raises(TypeError, match="no keyword 'windw'"):
+            kind.from_pretrained(tmp_path, base=base, windw=8)
+    with pytest.raises(ValueError, match="windw=8 is not a field"):
+        GraftConfig.from_pretrained(tmp_path, windw=8)
 
 
 def test_calls() -> None:

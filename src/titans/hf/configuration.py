@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -80,7 +80,7 @@ class TitansMemoryConfig(PreTrainedConfig):
     shard_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_unknown(kwargs, TitansMemoryConfig)
+        refuse_unknown(kwargs, TitansMemoryConfig)
         # No local memories, stated in one way.
         self.local_chunk_sizes = self.local_chunk_sizes or None
         # Once more than the library does, which would wrap the reason in an error of its own kind.
@@ -217,7 +217,7 @@ class TitansConfig(PreTrainedConfig):
         super().__setattr__(key, value)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_unknown(kwargs, TitansConfig)
+        refuse_unknown(kwargs, TitansConfig)
         if self.memory is None:
             self.memory = TitansMemoryConfig()
         # Once more than the library does, which would wrap the reason in an error of its own kind.
@@ -244,14 +244,14 @@ class TitansConfig(PreTrainedConfig):
         if changes.keys() & {"variant", "num_hidden_layers"}:
             changes.setdefault("layer_types", None)
         # The Auto classes would pass these on to the model.
-        _refuse_unknown({name: value for name, value in kwargs.items() if remedy(name)}, TitansConfig)
+        refuse_unknown({name: value for name, value in kwargs.items() if remedy(name)}, TitansConfig)
         saved = nested(config_dict)
         if isinstance(changes.get("memory"), Mapping):
             changes["memory"] = _changed_memory(saved.get("memory"), changes["memory"])
         found = super().from_dict({**saved, **changes}, **kwargs)
         if not kwargs.get("return_unused_kwargs", False):
             unused = {name: value for name, value in kwargs.items() if not hasattr(found, name)}
-            _refuse_unknown(unused, TitansConfig)
+            refuse_unknown(unused, TitansConfig)
         return found
 
     def validate_architecture(self) -> None:
@@ -381,10 +381,18 @@ def _changed_memory(saved: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, **changes}
 
 
-def _refuse_unknown(values: dict[str, Any], kind: type[PreTrainedConfig]) -> None:
+def refuse_unknown(
+    values: Mapping[str, Any], kind: type[PreTrainedConfig], fields: Sequence[str] | None = None
+) -> None:
+    """Raise ValueError for a name that is neither one of the library nor a field.
+
+    Args:
+        values: what is left when those of the configuration itself are taken out.
+        fields: the names to choose from; by default those that the class annotates.
+    """
     known = _LIBRARY_KEYS | GenerationConfig._get_default_generation_params().keys()
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
     if unknown:
-        own = sorted(kind.__annotations__)
+        own = sorted(kind.__annotations__ if fields is None else fields)
         advice = remedy(unknown[0]) or f"choose from {own}"
         raise ValueError(f"{unknown[0]}={values[unknown[0]]!r} is not a field of {kind.__name__}: {advice}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from titans.hf.configuration import refuse_unknown
 from titans.hf.fingerprint import same_weights, weights_name, weights_sample
 from titans.hf.graft.window import Window
+from titans.nn.adaptation import Adaptation
 
+FIELDS = ("window", "sinks", "adaptation", "origin")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
@@ -18,6 +23,10 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
 
     window, sinks: of `titans.graft`. adaptation: settings of the memory that learns by the model's own loss,
     None without it. origin: the base: its class, name, sizes, a name of its weights and a sample of them.
+    Unknown fields are an error.
+
+    Raises:
+        ValueError: for an unknown field, also of `adaptation`, or a value outside its domain.
     """
 
     model_type = "titans-graft"
@@ -31,16 +40,34 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.window, self.sinks = window, sinks
-        self.adaptation = None if adaptation is None else dict(adaptation)
-        self.origin = {} if origin is None else dict(origin)
+        self.adaptation = None if adaptation is None else adaptation_settings(adaptation)
+        self.origin = {} if not origin else _checked_origin(origin)
         # Of the base, and read by the library and by streams.
-        sizes = self.origin.get("sizes", {})
-        for name in _SIZES[1:]:
-            kwargs.setdefault(name, sizes.get(name))
-        kwargs["tie_word_embeddings"] = False
+        sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
+        for name, value in sizes.items():
+            if (given := kwargs.pop(name, None)) not in (None, value):
+                raise ValueError(f"{name}={given!r}, but the base in origin has {value!r}: leave {name} out")
         self.use_cache = kwargs.pop("use_cache", True)
-        super().__init__(**kwargs)
+        kwargs["tie_word_embeddings"] = False
+        written = ("architectures", "transformers_version", "dtype", "tie_word_embeddings")
+        refuse_unknown({name: kwargs[name] for name in kwargs if name not in written}, GraftConfig, FIELDS)
+        super().__init__(**kwargs, **sizes)
         Window(window, sinks)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from saved fields, and changes of them: `from_pretrained(folder, window=256)`.
+
+        Raises:
+            ValueError: for a field that is not known or outside its domain.
+        """
+        # The library would set them afterwards, unseen by any check, and drop those that it does not know.
+        changes = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        found = super().from_dict({**config_dict, **changes}, **kwargs)
+        if not kwargs.get("return_unused_kwargs", False):
+            unused = {name: value for name, value in kwargs.items() if not hasattr(found, name)}
+            refuse_unknown(unused, GraftConfig, FIELDS)
+        return found
 
     @property
     def has_memory(self) -> bool:
@@ -62,6 +89,36 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         }
 
 
+def adaptation_settings(given: Any, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All settings of an adaptation but its sizes, so that a saved graft does not depend on defaults.
+
+    Args:
+        measured: of the base, where they are not given.
+
+    Raises:
+        ValueError: for one that there is not, or one without a default that is not given.
+    """
+    known = inspect.signature(Adaptation).parameters
+    names = [name for name in known if name not in ("hidden_size", "vocab_size")]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"adaptation={given!r}: give its settings as a dict of {', '.join(names)}")
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"adaptation has no setting {unknown[0]!r}: it has {', '.join(names)}")
+    settings = {name: known[name].default for name in names} | {**(measured or {})} | {**given}
+    if missing := [name for name, value in settings.items() if value is inspect.Parameter.empty]:
+        raise ValueError(f"adaptation lacks {missing[0]}: make a graft with titans.graft(base)")
+    return settings
+
+
+def _checked_origin(origin: Any) -> dict[str, Any]:
+    texts = ("class", "name", "weights", "sample")
+    if isinstance(origin, Mapping) and isinstance(sizes := origin.get("sizes"), Mapping):
+        complete = origin.keys() == {*texts, "sizes"} and sizes.keys() == {*_SIZES}
+        if complete and all(isinstance(origin[name], str) for name in texts if name != "name"):
+            return dict(origin)
+    raise ValueError("origin does not describe a base: give what titans.graft wrote")
+
+
 def origin_of(base: PreTrainedModel) -> dict[str, Any]:
     """What is written of a base, by which it is found and recognised."""
     text, name = base.config.get_text_config(decoder=True), base.name_or_path or base.config.name_or_path
@@ -80,6 +137,8 @@ def check_origin(base: PreTrainedModel, origin: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the first thing that differs.
     """
+    if not origin:
+        raise ValueError("the configuration states no base: make a graft with titans.graft(base)")
     found = {"class": type(base).__name__}
     text = base.config.get_text_config(decoder=True)
     found |= {name: getattr(text, name, None) for name in _SIZES}

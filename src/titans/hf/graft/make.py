@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans.hf.graft.base import WindowedBase
-from titans.hf.graft.configuration import GraftConfig, origin_of
+from titans.hf.graft.configuration import GraftConfig, adaptation_settings, origin_of
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.hf.graft.window import Window
-from titans.nn.adaptation import Adaptation
 
 
 def graft(
@@ -51,7 +48,7 @@ def graft(
         )
     if isinstance(model, GraftedForCausalLM) or model.config.model_type == "titans":
         raise ValueError(f"model is a {type(model).__name__}, which has a memory of its own")
-    settings = None if adaptation is False else _settings({} if adaptation is True else adaptation)
+    given = {} if adaptation is True else adaptation
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise ValueError(
@@ -59,22 +56,9 @@ def graft(
         )
     # What cannot be grafted is refused before the head's rows are looked at.
     windowed = WindowedBase(model, Window(window, sinks))
-    if settings is not None:
-        settings.setdefault("row_variance", windowed.head.row_variance())
+    settings = None
+    if given is not False:
+        settings = adaptation_settings(given, {"row_variance": windowed.head.row_variance()})
     grafted = GraftedForCausalLM(GraftConfig(window, sinks, settings, origin_of(model)), model).eval()
     grafted.tokenizer = tokenizer
     return grafted
-
-
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of an adaptation but its sizes, so that a saved graft does not depend on defaults.
-
-    Raises:
-        ValueError: for one that there is not.
-    """
-    known = list(inspect.signature(Adaptation).parameters.values())
-    names = [parameter.name for parameter in known if parameter.name not in ("hidden_size", "vocab_size")]
-    if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"adaptation has no setting {unknown[0]!r}: it has {', '.join(names)}")
-    defaults = {p.name: p.default for p in known if p.default is not inspect.Parameter.empty}
-    return {**defaults, **given}

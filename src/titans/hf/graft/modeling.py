@@ -18,13 +18,16 @@ from titans.hf.generation import StateGenerationMixin
 from titans.hf.graft.adapted import read_adapted
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.cache import GraftCache, GraftState
-from titans.hf.graft.configuration import GraftConfig, check_origin
+from titans.hf.graft.configuration import FIELDS, GraftConfig, check_origin
 from titans.hf.graft.window import Window
 from titans.hf.keywords import check_keywords, documents_of, real_tokens
 from titans.nn.adaptation import Adaptation
 from titans.nn.packing import Packed
 
 _WEIGHTS = "model.safetensors"
+# What `from_pretrained` hands to the base, and what the Auto classes add of themselves.
+_FOR_BASE = {"dtype", "torch_dtype", "device_map", "local_files_only", "attn_implementation"}
+_FROM_AUTO = {"trust_remote_code", "adapter_kwargs", "revision", "token", "_from_auto"}
 
 
 @dataclass
@@ -326,15 +329,23 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         Args:
             pretrained_model_name_or_path: the folder that `save_pretrained` wrote.
             base: the model it was made on, or its name or folder; by default the one that was noted.
-            kwargs: for loading the base, such as dtype.
+            kwargs: changed fields of the configuration, and, for loading the base, dtype, device_map,
+                attn_implementation or local_files_only.
 
         Raises:
             ValueError: for a damaged folder, a base that is not found, or another base.
+            TypeError: for an unknown keyword.
         """
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json: give a folder that a graft was saved to")
-        config = GraftConfig.from_pretrained(folder) if config is None else config
+        changes = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        if unknown := kwargs.keys() - _FOR_BASE - _FROM_AUTO:
+            raise TypeError(f"from_pretrained has no keyword {min(unknown)!r}: leave it out")
+        if config is None:
+            config = GraftConfig.from_pretrained(folder, **changes)
+        elif changes:
+            raise ValueError(f"{min(changes)} is given beside config: change config")
         if not isinstance(base, PreTrainedModel):
             base = _load_base(base or config.origin.get("name"), kwargs)
         model = cls(config, base)
@@ -352,17 +363,15 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         for name in sorted(own.keys() | found.keys()):
             if name not in own or name not in found or own[name].shape != found[name].shape:
                 raise ValueError(f"{path} does not fit its config.json: {name} differs; restore both")
-            if not torch.isfinite(found[name]).all():
-                raise ValueError(f"{path} holds NaN or infinite values ({name}): restore the file")
+            if not found[name].is_floating_point() or not torch.isfinite(found[name]).all():
+                raise ValueError(f"{path} holds values that are no finite numbers ({name}): restore the file")
         self.load_state_dict(found, strict=False)
 
 
 def _load_base(name: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
     if not name:
         raise ValueError("the graft was made on a model without a name: give it as base=…")
-    known = {
-        key: value for key, value in options.items() if key in ("dtype", "device_map", "local_files_only")
-    }
+    known = {key: value for key, value in options.items() if key in _FOR_BASE}
     try:
         return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **known)
     except (OSError, ValueError, ImportError) as error:

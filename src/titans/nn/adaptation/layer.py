@@ -71,6 +71,14 @@ class Adaptation(nn.Module):
         learned_start: bool = False,
     ) -> None:
         super().__init__()
+        sizes = dict(hidden_size=hidden_size, vocab_size=vocab_size, chunk_size=chunk_size)
+        numbers = dict(row_variance=row_variance, step=step, ratio=ratio, momentum=momentum)
+        for name, value in {**numbers, **({} if half_life is None else {"half_life": half_life})}.items():
+            if type(value) not in (int, float):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        for name, value in sizes.items():
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
         limits = (
             ("hidden_size", hidden_size >= 1, "at least 1"),
             ("vocab_size", vocab_size >= 1, "at least 1"),
