@@ -171,15 +171,31 @@ Two?
 
     out, err = talk(folder, "Three?\n", "--memory", str(memory))
     assert out.splitlines() == [said(conversation, "Three?")], "it has begun already"
-    wrong = "/read none\n/nothing\n/switch none\n/fork main\n/fork\n/read\n/save"
+    nobody = "~nobody-of-this-name/a"
+    wrong = (
+        f"/read {nobody}\n/save {nobody}\n/read none\n/nothing\n/switch none\n/fork main\n/fork\n/read\n/save"
+    )
     lines = f"{wrong}\n/save {book}\nOne?\n/quit\nTwo?\n"
     out, err = talk(folder, lines, "--graft", code=1)
     assert len(out.splitlines()) == 1
+    assert err.count(f"{nobody}: there is no such home folder") == 2
     for message in (
         "'none' is not a file", "/nothing: no such command; /help", "there are main", "/fork NAME",
         "there is one of that name", "/read FILE", "/save FILE", "holds something else, which would be",
     ):  # fmt: skip
         assert message in err, message
+
+
+def test_nothing_more_is_asked_when_nobody_reads_the_answers(folder: Path) -> None:
+    command = [sys.executable, "-m", "titans", "chat", str(folder), "--max-new-tokens", "2"]
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as chat:
+        assert chat.stdin and chat.stdout and chat.stderr
+        chat.stdout.close()
+        chat.stdin.write("Hello\n" * 20)
+        chat.stdin.close()
+        assert "pipe" not in chat.stderr.read()
+    assert chat.returncode == 1
 
 
 @pytest.mark.parametrize("name", ["titans-lmm-tiny"])

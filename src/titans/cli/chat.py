@@ -107,6 +107,8 @@ class _Chatting:
                     raise UsageError(f"{word}: no such command; /help lists them")
             except KeyboardInterrupt as error:
                 report(str(error) or "interrupted")
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
             except (ValueError, OSError, ArithmeticError) as error:
                 failures += 1
                 report(" ".join(str(error).split()) or type(error).__name__)
@@ -164,7 +166,7 @@ class _Chatting:
 
         session, before = self.conversation.session, self.conversation.session.num_tokens
         try:
-            self.conversation.read([Path(rest).expanduser()], ReadingProgress)
+            self.conversation.read([_path(rest)], ReadingProgress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {session.num_tokens - before:,} tokens are read") from None
         except ValueError as error:
@@ -190,7 +192,7 @@ class _Chatting:
     def save(self, rest: str) -> None:
         if not rest:
             raise UsageError("/save FILE: name the file to write")
-        path = Path(rest).expanduser()
+        path = _path(rest)
         check_output("/save", path, is_memory)
         self.conversation.save(path)
         report(f"{path} has {self._held()}, {path.stat().st_size:,} bytes")
@@ -216,6 +218,13 @@ class _Chatting:
     def _held(self) -> str:
         stats = self.conversation.session.stats()
         return f"{stats.tokens:,} tokens in {stats.state_bytes:,} bytes of state"
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{name}: there is no such home folder; begin it with ./ for a file") from None
 
 
 @contextmanager
