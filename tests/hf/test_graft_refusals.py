@@ -182,6 +182,7 @@ def test_calls() -> None:
     plain = small_graft(adaptation=False)
     cache, restarts = model(ids).past_key_values, torch.tensor([[0, 1, 0, 1, 2]])
     for call, error, message in (
+        (lambda: model(ids, logits_to_keep=-1), ValueError, "logits_to_keep=-1"),
         (lambda: model(), ValueError, "exactly one of input_ids and inputs_embeds"),
         (lambda: model(ids[0]), ValueError, r"input_ids has shape \(5,\)"),
         (lambda: model(ids + 53), ValueError, "give ids from 0 to 52"),
@@ -209,3 +210,13 @@ def test_calls() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+    # A call that fails has not been read.
+    for labels in (ids[:1], ids + 53):
+        with pytest.raises((ValueError, IndexError)):
+            model(ids, past_key_values=cache, labels=labels)
+    assert cache.num_columns == 5 and cache.state.window.position.tolist() == [5, 5]
+
+
+def test_no_rows_give_no_answers() -> None:
+    for model in (small_graft(), small_graft(adaptation=False)):
+        assert model(random_ids(0, 5)).logits.shape == (0, 5, 53)

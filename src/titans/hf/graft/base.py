@@ -91,6 +91,10 @@ class WindowedBase:
         Returns last hidden states (rows, time, hidden_size), 0 where no token is, and the new state.
         """
         rows, time = x.shape[:2]
+        if not rows:
+            return torch.zeros(
+                0, time, self._embeddings.shape[1], dtype=self.model.dtype, device=x.device
+            ), state
         positions = state.position.tolist()
         left = [time] * rows if lengths is None else lengths.tolist()
         if len({*positions}) == 1 and len({*left}) == 1:

@@ -185,6 +185,10 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         check_keywords(keywords, position_ids)
         x = self._checked(input_ids, inputs_embeds)
         batch, time = x.shape[:2]
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep}: give the number of last positions, or 0 for all"
+            )
         if freeze_memory and not self.config.has_memory:
             raise ValueError("freeze_memory=True: this graft has no memory that learns; leave it out")
         if (cache := past_key_values) is not None:
@@ -228,8 +232,6 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
                 surprise=output_surprise,
             )
             logits = logits if isinstance(logits_to_keep, int) else logits[:, kept]
-        if past_key_values is not None:
-            past_key_values.store((GraftState(window, adaptation),), time, input_ids)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -237,6 +239,9 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
+        # Last, so that a call that fails has not been read.
+        if past_key_values is not None:
+            past_key_values.store((GraftState(window, adaptation),), time, input_ids)
         surprises = None if surprise is None else (surprise.unsqueeze(-1),)
         base_logits = base_logits if output_base_logits else None
         output = GraftOutput(loss, logits, past_key_values, surprises, base_logits)
