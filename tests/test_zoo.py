@@ -49,5 +49,5 @@ def test_a_new_folder_is_a_new_name_and_errors_list_it(tmp_path, monkeypatch):
     assert zoo.names() == ["titans-some-tiny"]
     again, _ = titans.load("titans-some-tiny")
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
-    with pytest.raises(ValueError, match=r"written by `titans train`, or one of titans-some-tiny"):
+    with pytest.raises(ValueError, match=r"`save_pretrained`, or one of titans-some-tiny, smollm2-135m"):
         titans.load("titans-other-tiny")

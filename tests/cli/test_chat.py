@@ -166,8 +166,8 @@ Two?
     assert out.splitlines() == [*expected, expected[1]], "a fork answers as what it was made of"
     tokens = conversation.session.num_tokens
     assert f"{book.stat().st_size:,} tokens read" in err and "tokens/s" in err
-    assert f"main: {tokens:,} tokens" in err and "other has what main has" in err
-    assert f"{memory} has {tokens:,} tokens" in err and "other: 0 tokens" in err
+    assert f"main: {tokens:,} tokens" in err and "other is a copy of main" in err
+    assert f"{memory} holds {tokens:,} tokens" in err and "other: 0 tokens" in err
 
     out, err = talk(folder, "Three?\n", "--memory", str(memory))
     assert out.splitlines() == [said(conversation, "Three?")], "it has begun already"
@@ -181,7 +181,7 @@ Two?
     assert err.count(f"{nobody}: there is no such home folder") == 2
     for message in (
         "'none' is not a file", "/nothing: no such command; /help", "there are main", "/fork NAME",
-        "there is one of that name", "/read FILE", "/save FILE", "holds something else, which would be",
+        "this name exists", "/read FILE", "/save FILE", "holds something else, which would be",
     ):  # fmt: skip
         assert message in err, message
 

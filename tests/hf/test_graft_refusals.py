@@ -39,13 +39,13 @@ def with_rotary(**parameters: Any) -> PreTrainedConfig:
 OTHERS = {
     "learned positions": (
         GPT2Config(vocab_size=53, n_embd=16, n_layer=2, n_head=2, eos_token_id=None, bos_token_id=None),
-        "GPT2LMHeadModel cannot be grafted.*positions that are not rotary",
+        "GPT2LMHeadModel cannot be grafted.*positions are not rotary",
     ),
     "biased distances": (
         BloomConfig(vocab_size=53, hidden_size=16, n_layer=2, n_head=2, eos_token_id=None, bos_token_id=None),
-        "BloomForCausalLM cannot be grafted.*positions that are not rotary",
+        "BloomForCausalLM cannot be grafted.*positions are not rotary",
     ),
-    "no keys": (CONFIGS["mamba"], "MambaForCausalLM cannot be grafted: it takes no past_key_values"),
+    "no keys": (CONFIGS["mamba"], "MambaForCausalLM cannot be grafted: its forward has no past_key_values"),
     "a recurrent layer": (CONFIGS["qwen3_next"], r"layer 0 \(linear_attention\) keeps more than keys"),
     "frequencies by length": (with_rotary(rope_type="dynamic"), "rope_type='dynamic'"),
     "few positions": (
@@ -85,15 +85,15 @@ class _Head(nn.Linear):
 def test_the_trial_finds_models_that_do_something_else() -> None:
     model = small_base()
     model.model.rotary_emb = _Backwards(8)
-    with pytest.raises(ValueError, match="depends on where in the text it stands"):
+    with pytest.raises(ValueError, match="depend on the absolute position"):
         graft(model, window=12, sinks=2)
     model = small_base()
     model.model.rotary_emb = _Deceptive(8)
-    with pytest.raises(ValueError, match="keys of layer 0 are not rotated in a way that is known"):
+    with pytest.raises(ValueError, match="keys of layer 0 are rotated in an unknown way"):
         graft(model, window=12, sinks=2)
     model = small_base()
     model.lm_head = _Head(16, 53, bias=False).double()
-    with pytest.raises(ValueError, match="what it does to the answers of its head is not known"):
+    with pytest.raises(ValueError, match="its logits are not those of its head alone"):
         graft(model, window=12, sinks=2)
 
 
@@ -110,7 +110,7 @@ def test_weights_that_are_no_numbers() -> None:
     model = small_base()
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
-    with pytest.raises(ValueError, match="cannot be grafted: its answers hold NaN"):
+    with pytest.raises(ValueError, match="cannot be grafted: its logits hold NaN"):
         graft(model, window=12)
 
 
@@ -137,7 +137,10 @@ def test_arguments() -> None:
         (nn.Linear(2, 2), "is a Linear: give the model of transformers itself"),
         (small_graft(), "GraftedForCausalLM, which has a memory of its own"),
         (small_model("lmm"), "TitansForCausalLM, which has a memory of its own"),
-        (LlamaModel(FAMILIES["llama"]), "LlamaModel cannot be grafted: it has no language-modelling head"),
+        (
+            LlamaModel(FAMILIES["llama"]),
+            "LlamaModel cannot be grafted: its language-modelling head is not a linear layer",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             graft(model, window=12)
@@ -202,7 +205,7 @@ def test_calls() -> None:
         ),
         (lambda: model(ids, output_hidden_states=True), ValueError, "call the base"),
         (lambda: model(ids, hidden=1), TypeError, "no such keyword"),
-        (lambda: model(inputs_embeds=torch.zeros(1, 2, 16)), ValueError, "learns from tokens"),
+        (lambda: model(inputs_embeds=torch.zeros(1, 2, 16)), ValueError, "needs the token ids"),
         (lambda: plain(inputs_embeds=torch.zeros(1, 2, 5)), ValueError, "hidden_size=16"),
         (lambda: plain(ids, freeze_memory=True), ValueError, "has no memory that learns"),
         (lambda: plain.whiten(ids[0]), ValueError, "no adaptation"),

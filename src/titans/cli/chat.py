@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from titans.cli.conversation import Conversation
 
 _HELP = """\
-/read FILE    read a text, a PDF or a folder of them; Ctrl-C stops it, and what was read stays
-/fork NAME    keep a copy of this conversation under a name
-/switch NAME  go to a conversation of that name; the first one is called main
-/save FILE    write what was said and read to a memory file
-/forget       start this conversation anew
-/stats        tokens read, bytes of state, speed
+/read FILE    read a text, a PDF or a folder into the memory; Ctrl-C stops, and the part read so far stays
+/fork NAME    copy this conversation under a name, and stay in this one
+/switch NAME  go to the conversation of that name; the first one is called main
+/save FILE    write the memory, with all messages and texts so far, to a file for --memory
+/forget       start this conversation again, with an empty memory
+/stats        tokens read, bytes of state, speed, mean surprise
 /quit         leave, as Ctrl-D does
-Anything else is a message; begin it with a blank if it begins with /. Ctrl-C stops an answer."""
+Anything else is a message; type a blank before a message that begins with /. Ctrl-C stops an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,19 @@ class Chat(Sampling):
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a Titans model, a graft or any causal model of transformers, or the name of one of the
-    library's."""
+    """Folder of a Titans model, a graft or any causal model of transformers, or a name of the library:
+    titans-lmm-tiny, titans-mag-tiny, titans-mac-tiny, smollm2-135m."""
     memory: Path | None = None
     """Start from this memory, written by `titans memorize` or /save."""
     max_new_tokens: int = 400
     """The most tokens of an answer."""
     temperature: float = 0.7
-    """Below 1 safer, above 1 wilder."""
+    """Of sampling: below 1 favours likely tokens, above 1 unlikely ones."""
     plain: bool = False
     """Use no chat template: each message is a line of text that the model continues."""
     graft: bool = False
-    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
+    during reading."""
 
     def run(self) -> int:
         """Talk until the input ends."""
@@ -78,7 +79,7 @@ class Chat(Sampling):
 
 
 class _Chatting:
-    """Obeys commands and hands messages on."""
+    """Runs commands, and passes messages to the conversation."""
 
     def __init__(self, options: Chat, conversation: Conversation) -> None:
         self.options, self.name, self.kept = options, "main", {"main": conversation}
@@ -92,7 +93,7 @@ class _Chatting:
         return self.kept[self.name]
 
     def talk(self) -> int:
-        """Until the input ends; returns how many lines could not be obeyed."""
+        """Read lines until the input ends; returns how many of them failed."""
         failures = 0
         for line in self.lines():
             word, _, rest = line.strip().partition(" ")
@@ -179,9 +180,9 @@ class _Chatting:
         if not name or " " in name:
             raise UsageError("/fork NAME: give one word")
         if name in self.kept:
-            raise UsageError(f"/fork {name}: there is one of that name; /switch {name} goes there")
+            raise UsageError(f"/fork {name}: this name exists; /switch {name} goes there")
         self.kept[name] = self.conversation.fork()
-        report(f"{name} has what {self.name} has; this is still {self.name}")
+        report(f"{name} is a copy of {self.name}; this is still {self.name}")
 
     def switch(self, name: str) -> None:
         if name not in self.kept:
@@ -195,11 +196,11 @@ class _Chatting:
         path = _path(rest)
         check_output("/save", path, is_memory)
         self.conversation.save(path)
-        report(f"{path} has {self._held()}, {path.stat().st_size:,} bytes")
+        report(f"{path} holds {self._held()}; the file has {path.stat().st_size:,} bytes")
 
     def forget(self, rest: str) -> None:
         self.conversation.forget()
-        report("forgotten; this begins anew")
+        report("forgotten; the memory is empty")
 
     def stats(self, rest: str) -> None:
         stats = self.conversation.session.stats()
@@ -229,7 +230,7 @@ def _path(name: str) -> Path:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C is only noted; what it gives says whether there was one."""
+    """Within it Ctrl-C only sets a flag; the function it yields returns the flag."""
     seen = False
 
     def note(*_: object) -> None:

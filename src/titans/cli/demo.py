@@ -60,7 +60,7 @@ class Demo:
 
 
 def _pretrained() -> tuple[Any, Any] | None:
-    """The pretrained model and its tokenizer, or None, of which is told why."""
+    """The pretrained model and its tokenizer; None, with the reason on stderr, if it is not available."""
     from titans.zoo.checkpoint import load_checkpoint
 
     try:

@@ -35,7 +35,8 @@ class Generate(Sampling):
     save_memory: Path | None = None
     """Write the memory with the prompt and the new text to this file."""
     graft: bool = False
-    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
+    during reading."""
     json: bool = False
     """Print one JSON object instead of the text."""
 

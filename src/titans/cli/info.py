@@ -40,7 +40,7 @@ class Info:
 
     Of a checkpoint with a memory it also reports, from a sample of text, what the gates have learned: for
     each layer and head how many tokens it takes to forget half, and how hard tokens are written; and how many
-    keys each layer can tell apart.
+    keys each layer can distinguish.
     """
 
     path: tyro.conf.Positional[Path]

@@ -49,7 +49,8 @@ class Inspect:
     most: int = _MOST_BYTES
     """Read at most so many bytes of the file."""
     graft: bool = False
-    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
+    during reading."""
     json: bool = False
     """Print all arrays as one JSON object."""
 

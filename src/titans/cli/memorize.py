@@ -41,7 +41,8 @@ class Memorize:
     resume: bool = False
     """Go on from where a reading of the same files into the same output was cut off."""
     graft: bool = False
-    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
+    during reading."""
     json: bool = False
     """Print a summary as one JSON object."""
 

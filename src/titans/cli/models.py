@@ -16,7 +16,7 @@ def open_model(checkpoint: Path, graft: bool) -> tuple[Any, PreTrainedTokenizerB
     """Model and tokenizer of a checkpoint.
 
     Args:
-        graft: give it a window that moves on and an adaptation, as `titans.graft` does.
+        graft: give it a sliding window and an adaptation, as `titans.graft` does.
 
     Raises:
         ValueError: for a checkpoint that cannot be opened, or a model that cannot be grafted.

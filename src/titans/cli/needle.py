@@ -87,7 +87,8 @@ class EvalNeedle:
     plot: Path | None = None
     """Draw the table as a picture into this file."""
     graft: bool = False
-    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
+    during reading."""
     json: bool = False
     """Print the result as one JSON object."""
 

@@ -39,7 +39,8 @@ class EvalPerplexity:
     batch_size: int = 8
     """Documents read side by side."""
     graft: bool = False
-    """Give a model of transformers a window that moves on for ever and a memory that learns its own loss."""
+    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
+    during reading."""
     json: bool = False
     """Print the result as one JSON object."""
 

@@ -1,5 +1,5 @@
-"""Model in, numbers out: bits per byte by position, what the gates have learned, how many keys a memory can
-tell apart; and a memory that may not write, or stands alone."""
+"""Model in, numbers out: bits per byte by position, what the gates have learned, how many keys a memory
+can distinguish; and a model reduced to its memory."""
 
 from titans.evaluate.dimensions import KeyDimensions, effective_dimensions, key_dimensions
 from titans.evaluate.gates import LayerGates, gate_statistics

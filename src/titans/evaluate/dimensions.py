@@ -1,4 +1,4 @@
-"""How many keys a long-term memory can tell apart: the effective dimensions of what its last matrix reads."""
+"""How many keys a long-term memory can distinguish: the effective dimensions of its last matrix's inputs."""
 
 from __future__ import annotations
 

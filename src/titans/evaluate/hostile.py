@@ -149,7 +149,7 @@ def hostile_streams(
         periods: in tokens, besides the chunk's.
         key_dim: head_dim if not given.
         of_features: add what only memories of features meet: keys that resemble each other, which features
-            are to tell apart, and keys shorter than 1.
+            are to distinguish, and keys shorter than 1.
     """
     key_dim = head_dim if key_dim is None else key_dim
 

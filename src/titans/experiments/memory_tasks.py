@@ -1,4 +1,4 @@
-"""What the memories of `memory-forms` are asked to do: one measurement for each task, of one arm and seed."""
+"""The tasks of `memory-forms`: one function for each, which measures one arm with one seed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = dict(
     num_persistent_tokens=0,
     initializer_range=0.1,
 )
-# Pairs → steps, one after the other; the first find out what is asked for.
+# Pairs → steps, in this order. Few pairs at first, because many alone are not learned.
 CURRICULUM = {32: 80, 64: 40, 128: 40, 256: 40, 512: 40}
 PAIRS, TESTED_QUERIES = tuple(CURRICULUM), 8192
 COSINES, WRITTEN_PAIRS = (1.0, 0.9, 0.8), (32, 128)
@@ -85,7 +85,7 @@ def pairs(arm: Arm, seed: int, quick: bool, progress: Progress) -> Numbers:
 def text(arm: Arm, start: str, seed: int, quick: bool, progress: Progress) -> Numbers:
     """Held-out bits per byte, of windows of 256 bytes and of one stream, at equal parameters.
 
-    The MLP is as wide as leaves the model with `TEXT_PARAMETERS` at most.
+    The width of the MLP is the largest with which the model has at most `TEXT_PARAMETERS`.
     """
     sizes: dict[str, Any] = {**SIZES, "vocab_size": 256, **arm.config(start)}
     del sizes["intermediate_size"]
@@ -121,9 +121,9 @@ def mad(arm: Arm, task: str, seed: int, quick: bool, progress: Progress) -> Numb
 
 
 def recall(arm: Arm, seed: int, quick: bool, progress: Progress, folder: Path) -> Numbers:
-    """Needles that a short recipe teaches: exact answers, of so many texts, for each task and length.
+    """Needles after a short recipe: [exact answers, texts] for each task and length.
 
-    The recipe is the first two stages of `titans.experiments.recipe`, made short: facts in every line, then
+    The recipe is the first two stages of `titans.experiments.recipe`, shortened: facts in every line, then
     fewer of them, asked for within 1,024 bytes.
     """
     shutil.rmtree(folder, ignore_errors=True)

@@ -47,7 +47,8 @@ class Registry(dict[str, Any], Generic[Part]):
         name = parameters.pop("name", None)
         if not isinstance(name, str) or name not in self:
             raise ValueError(
-                f"{self.argument}={name!r}: choose one of {sorted(self)}, or import what registers it first"
+                f"{self.argument}={name!r}: choose one of {sorted(self)}, or first import the "
+                "file that registers it"
             )
         made = self[name]
         own = _fields(made)

@@ -48,10 +48,10 @@ class HeadRMSNorm(nn.Module):
 
 
 class ReadNorm(nn.Module):
-    """A memory's answers on one scale, whatever their size: the update from the text plus the prior.
+    """A memory's answers at one scale, whatever their size: the update from the text, plus the prior.
 
     The prior is the answer of a memory that has read nothing. The two are normalised separately, because a
-    token writes a few per cent of its value, which the prior would drown otherwise.
+    token writes a few per cent of its value, and in a common norm the prior would hide it.
     """
 
     def __init__(self, num_heads: int, head_dim: int, has_prior: bool, eps: float = 1e-6) -> None:

@@ -21,12 +21,12 @@ def names() -> list[str]:
 
 
 def or_by_name() -> str:
-    """How an error that wants a model goes on: with the names there are, if any."""
+    """The end of an error that asks for a model: the names in the library, if there are any."""
     return f", or one of {', '.join(names())}" if names() else ""
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The folder of a model that is named, or else what was given; a pretrained base is fetched at first."""
+    """The folder of a model given by name, or the path itself; a pretrained base is fetched on first use."""
     if checkpoint.exists():
         return checkpoint
     if str(checkpoint) in names():
@@ -51,7 +51,7 @@ def load_config(folder: Path) -> TitansConfig:
     if (kind := fields.get("model_type")) != "titans":
         raise ValueError(
             f"checkpoint={str(folder)!r} is a model of type {kind!r}: this needs a Titans model, as `titans "
-            "train` writes it; generate, memorize and eval read other causal models, too"
+            "train` writes it; generate, chat, memorize, inspect and eval take other causal models, too"
         )
     from huggingface_hub.errors import StrictDataclassError
 
@@ -86,14 +86,21 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """Model and tokenizer of a checkpoint folder, or by name, on the GPU if there is one; without tokenizer
     files, bytes.
 
-    A Titans model, a graft, or any causal LM that transformers has saved as safetensors. Nothing is
-    downloaded, no code of the folder is executed, and nothing is unpickled.
+    A Titans model, a graft, or any causal LM that transformers has saved as safetensors. Nothing but a
+    pretrained base is downloaded, no code of the folder is executed, and nothing is unpickled.
 
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
     """
     folder = folder_of(folder)
-    if not folder.is_dir() or _config_fields(folder).get("model_type") == "titans":
+    if not folder.is_dir():
+        from titans.zoo.smollm import PRETRAINED
+
+        raise ValueError(
+            f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train` or "
+            f"`save_pretrained`{or_by_name()}, {PRETRAINED}"
+        )
+    if _config_fields(folder).get("model_type") == "titans":
         return load_titans(folder)
     if _config_fields(folder).get("model_type") == "titans-graft":
         return _load_graft(folder)

@@ -23,14 +23,14 @@ def read_adapted(
     keep: int,
     surprise: bool,
 ) -> tuple[Tensor, AdaptationState, Tensor | None]:
-    """Predict and learn; each row as if it stood alone.
+    """Predict and learn; each row gets the result of a batch of one.
 
     Args:
         hidden: (batch, time, hidden_size) and ids: (batch, time), packed: a row's real tokens come first.
-        keep: for how many of the last columns, as they stood before packing, to return logits; 0: all.
+        keep: for how many of the last columns, in the order before packing, to return logits; 0: all.
         frozen, surprise: of `Adaptation.forward`.
 
-    Returns logits (batch, kept, vocab_size) and the surprise (batch, time) where the tokens stood before, 0
+    Returns logits (batch, kept, vocab_size) and the surprise (batch, time) at the places before packing, 0
     at padding, and the new state.
     """
     if rows.lengths is None or rows.place is None or rows.kept is None:

@@ -1,4 +1,4 @@
-"""A base model read through a window: what it must be, and reading on from any state."""
+"""A base model with a window: the checks of the model, and its forward pass from any state."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from titans.nn.adaptation import LinearHead
 # Frequencies of these kinds of rotary positions depend on the length of the text.
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")
 _TRIAL_LENGTH = 6
-# Relative differences that rounding explains, in float32 and in half precision: of one operation, and of all
-# layers, where it grows (SmolLM2-135M in bfloat16: 0.13). What is wrong differs by 0.7 to 1.4.
+# Relative differences up to which rounding is the cause, in float32 and in half precision: of one operation,
+# and of all layers, where it grows (SmolLM2-135M in bfloat16: 0.13). A real mismatch differs by 0.7 to 1.4.
 _ALLOWED, _ALLOWED_OF_ALL_LAYERS = (0.01, 0.05), (0.01, 0.4)
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """What the trial found of a base: for each layer how keys are rotated, their shape (heads, head_dim) and
-    that of the values."""
+    """Results of the trial for each layer of a base: how its keys are rotated, and the shapes of its keys and
+    values, (heads, head_dim)."""
 
     rotations: tuple[Rotation | None, ...]
     shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
@@ -39,10 +39,10 @@ class WindowedBase:
     """A causal LM of transformers that sees a `Window` of its text.
 
     Args:
-        model: with rotary positions, and layers that keep keys and values; it is called, never changed.
+        model: with rotary positions, and layers that cache keys and values. It is not changed.
 
     Raises:
-        ValueError: for a model that cannot be read so, with its class and the reason.
+        ValueError: for a model that does not support this, with its class and the reason.
     """
 
     def __init__(self, model: PreTrainedModel, window: Window) -> None:
@@ -82,13 +82,13 @@ class WindowedBase:
     def read(
         self, x: Tensor, state: WindowState, lengths: Tensor | None = None
     ) -> tuple[Tensor, WindowState]:
-        """Read on.
+        """The hidden states of further tokens, and the state after them.
 
         Args:
             x: (rows, time) ids or (rows, time, hidden_size) embeddings.
-            lengths: (rows,) int64, how many of each row are real, which are its first; None for all.
+            lengths: (rows,) int64, how many of each row are real, and these come first; None for all.
 
-        Returns last hidden states (rows, time, hidden_size), 0 where no token is, and the new state.
+        Returns last hidden states (rows, time, hidden_size), 0 at padding, and the new state.
         """
         rows, time = x.shape[:2]
         if not rows:
@@ -100,8 +100,8 @@ class WindowedBase:
         if len({*positions}) == 1 and len({*left}) == 1:
             hidden, state = self._read_alike(x[:, : left[0]], state, positions[0])
             return _padded(hidden, time), state
-        # Rows at different places go on together until the first of them ends or comes to a place where keys
-        # move.
+        # Rows at different positions proceed together until the first of them ends, or completes a block,
+        # where keys move.
         alone = [state.row(row, self.window.slots(positions[row])) for row in range(rows)]
         found: list[list[Tensor]] = [[self.initial_hidden(x)] for _ in range(rows)]
         done = [0] * rows
@@ -121,7 +121,7 @@ class WindowedBase:
         return torch.zeros(0, self._embeddings.shape[1], dtype=self.model.dtype, device=x.device)
 
     def _read_alike(self, x: Tensor, state: WindowState, position: int) -> tuple[Tensor, WindowState]:
-        """`read` for rows that stand at the same position and are all real."""
+        """`read` for rows at the same position without padding."""
         found = [self.initial_hidden(x).expand(len(x), -1, -1)]
         keys, values = state.keys, state.values
         while x.shape[1]:
@@ -136,9 +136,9 @@ class WindowedBase:
         return hidden, WindowState(keys, values, state.position + moved_on)
 
     def _read_apart(self, x: Tensor, states: Sequence[WindowState]) -> tuple[Tensor, list[WindowState]]:
-        """`read` for rows that stand anywhere, of one state each; x ends no later than the first block does.
+        """`read` for rows at different positions, one state each; x must not cross the end of a block.
 
-        A row with fewer keys than another has its own at the end, where the mask looks back from.
+        A row with fewer keys than another is aligned right, as the attention mask expects.
         """
         count, slots = x.shape[1], [state.slots for state in states]
         keys, values = (
@@ -159,7 +159,7 @@ class WindowedBase:
     def _next_block(
         self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], distance: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What the next block sees of these: the sinks, and the block that ends, moved behind them."""
+        """The keys and values that the next block sees: the sinks, then the block that ends here."""
         new = []
         for layer, rotation in zip(keys, self.layers.rotations, strict=True):
             sinks, block = self.window.kept(layer)
@@ -172,8 +172,8 @@ class WindowedBase:
         """One call of the model: last hidden states, and keys and values with the new ones.
 
         Args:
-            slots: (rows,) int64, how many keys each row has, which are its last; None where all are. They are
-                the position of its first token.
+            slots: (rows,) int64, how many keys each row has, aligned right; None if all slots are
+                keys. It is also the position of the row's first new token.
         """
         held = keys[0].shape[2] if keys else 0
         given: dict[str, Any] = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
@@ -194,22 +194,22 @@ class WindowedBase:
 
     def _check_kind(self) -> None:
         if getattr(self.config, "is_encoder_decoder", False) or not isinstance(self.model, PreTrainedModel):
-            raise ValueError("it is no causal model of transformers")
+            raise ValueError("it is not a causal model of transformers")
         if getattr(self.model, "is_quantized", False) or getattr(self.model, "quantization_method", None):
             raise ValueError("its weights are quantised; load it without quantisation")
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise ValueError("its weights are offloaded; load it without offloading")
         if "past_key_values" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError("it takes no past_key_values: its layers keep no keys and values")
+            raise ValueError("its forward has no past_key_values: its layers cache no keys and values")
         if not isinstance(self.model.get_output_embeddings(), nn.Linear):
-            raise ValueError("it has no language-modelling head that is a linear layer")
+            raise ValueError("its language-modelling head is not a linear layer")
 
     def _find_rotary(self) -> nn.Module:
         rotary = getattr(self.decoder, "rotary_emb", None)
         if not isinstance(rotary, nn.Module):
             raise ValueError(
-                "it has no module rotary_emb: positions that are not rotary cannot be counted anew when the "
-                "window moves on"
+                "it has no module rotary_emb: its positions are not rotary, so that cached keys cannot be "
+                "moved when the window slides"
             )
         parameters = getattr(self.config, "rope_parameters", None) or {}
         kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
@@ -231,7 +231,7 @@ class WindowedBase:
 
     @torch.no_grad()
     def _try_out(self) -> _Layers:
-        """Read a few tokens at two places, and find how the keys of one become those of the other."""
+        """Read a few tokens at two positions, and find the rotation between their keys."""
         device, vocab_size = self._embeddings.device, self.config.vocab_size
         ids = (7 * torch.arange(_TRIAL_LENGTH, device=device) + 1).remainder(vocab_size)[None]
         distance = self.window.block
@@ -245,19 +245,23 @@ class WindowedBase:
                 for place in (0, distance)
             )
             logits = self.model(ids, use_cache=False).logits
-        # What a model raises that was not made for this is of any kind.
+        # An unsuitable model may raise any of these.
         except (RuntimeError, TypeError, AttributeError, LookupError) as error:
             raise ValueError((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
         finally:
             for module in training:
                 module.training = True
         if not logits.isfinite().all():
-            raise ValueError("its answers hold NaN or infinite values")
+            raise ValueError("its logits hold NaN or infinite values")
         half = int(self.model.dtype in (torch.float16, torch.bfloat16))
         if not _difference(self.head.logits(near), logits) <= _ALLOWED[half]:
-            raise ValueError("what it does to the answers of its head is not known")
+            raise ValueError(
+                "its logits are not those of its head alone (an unknown operation follows the head)"
+            )
         if not _difference(far, near) <= _ALLOWED_OF_ALL_LAYERS[half]:
-            raise ValueError("what it answers depends on where in the text it stands")
+            raise ValueError(
+                "its hidden states depend on the absolute position, not only on rotary positions"
+            )
         types = list(getattr(self.config, "layer_types", None) or [])
         kinds: list[Rotation | None] = [*rotations(self.rotary, types), None]
         found = []
@@ -267,7 +271,7 @@ class WindowedBase:
             errors = [_difference(moved(there, -distance, kind, self.rotary), here) for kind in kinds]
             best = min(range(len(kinds)), key=errors.__getitem__)
             if not errors[best] <= _ALLOWED[half]:
-                raise ValueError(f"the keys of layer {index} are not rotated in a way that is known here")
+                raise ValueError(f"the keys of layer {index} are rotated in an unknown way")
             found.append(kinds[best])
         shapes = tuple(
             ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in zip(keys, values, strict=True)
@@ -276,7 +280,7 @@ class WindowedBase:
 
 
 def _head_of(model: PreTrainedModel, config: Any) -> LinearHead:
-    """From last hidden states to logits, with what some models do to these."""
+    """The head, with the scale or softcap that some models apply to its logits."""
     linear = cast("nn.Linear", model.get_output_embeddings())
     scale = getattr(config, "logit_scale", None) or 1.0
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
@@ -284,7 +288,7 @@ def _head_of(model: PreTrainedModel, config: Any) -> LinearHead:
     return LinearHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
-# What the trial found, for each window.
+# Results of the trial, for each model and window.
 _TRIED: WeakKeyDictionary[PreTrainedModel, dict[Window, _Layers]] = WeakKeyDictionary()
 
 

@@ -1,4 +1,4 @@
-"""The window's keys and values as the cache that a base model's own forward takes."""
+"""The window's keys and values as a cache of transformers for the base model's forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer. is_sliding: whether the model's mask lets it see the newest only."""
+    """Keys and values of one layer. is_sliding: whether the model masks all but the newest keys."""
 
     def __init__(self, is_sliding: bool) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class _Layer(DynamicLayer):
 
 
 class BaseCache(Cache):
-    """What a base model reads on from, for one call: all its layers hold the same positions, 0 to length − 1.
+    """The cache of a base model for one call; every layer holds positions 0 to length − 1.
 
-    A layer with a sliding window of its own holds them, too, and its mask leaves out what it does not see.
+    A layer with its own sliding window holds all of them too; the model's mask hides the older ones.
 
     Args:
         sliding: for each layer whether it has a sliding window.

@@ -1,4 +1,4 @@
-"""What a graft has read: the window's keys and values, and what its memories have learned."""
+"""The state of a graft: the window's keys and values, and the fast weights of its memories."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ _LIMITS = {
 @register_state
 @dataclass(frozen=True)
 class GraftState:
-    """The state of all rows. adaptation: None without such a memory."""
+    """The state of all rows. adaptation: None if the graft has none."""
 
     window: WindowState
     adaptation: Any
 
 
 class GraftCache(StateCache):
-    """Everything a graft has read. It can be copied, selected, repeated and saved; it cannot be cropped."""
+    """The state of a graft as a cache of transformers.
+
+    It can be copied, selected, repeated and saved; it cannot be cropped.
+    """
 
     def __init__(self, config: GraftConfig) -> None:
         super().__init__(config, 1)
@@ -53,7 +56,7 @@ class GraftCache(StateCache):
         self._drop_unused_slots()
 
     def _drop_unused_slots(self) -> None:
-        """Keep no more slots than the rows need, so that rows hold what they would hold alone."""
+        """Keep no more slots than the rows need, so that each row holds the same as in a batch of one."""
         if (state := self.state) is None or not len(state.window.position):
             return
         window = Window(self.config.window, self.config.sinks)
@@ -69,14 +72,14 @@ class GraftCache(StateCache):
 
     @classmethod
     def from_file(cls, file: StateFile, config: GraftConfig, template: GraftState) -> GraftCache:
-        """What `save` wrote, in the precision and on the device of a template.
+        """The cache that `save` wrote, in the precision and on the device of a template.
 
         Args:
-            template: the state of one row of the model that goes on from it, which has read nothing.
+            template: the initial state of one row, of the model that will use the cache.
 
         Raises:
             ValueError: for a damaged file, the memory of another model, or values that no model could have
-                written; says which.
+                written; the message names which.
         """
         saved, num_columns = saved_model(file)
         if found := first_difference(saved, config.state_fields()):

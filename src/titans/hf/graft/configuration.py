@@ -1,4 +1,4 @@
-"""Configuration of a graft: its window, its memories, and which base it belongs to."""
+"""Configuration of a graft: its window, its memories, and the identity of its base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
     """What a `GraftedForCausalLM` is made of.
 
     window, sinks: of `titans.graft`. adaptation: settings of the memory that learns by the model's own loss,
-    None without it. origin: the base: its class, name, sizes, a name of its weights and a sample of them.
+    None without it. origin: identifies the base by its class, name, sizes, a hash of its weights and
+    a sample of them.
     Unknown fields are an error.
 
     Raises:
@@ -42,7 +43,7 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         self.window, self.sinks = window, sinks
         self.adaptation = None if adaptation is None else adaptation_settings(adaptation)
         self.origin = {} if not origin else _checked_origin(origin)
-        # Of the base, and read by the library and by streams.
+        # Sizes of the base, which transformers and `titans.stream` read from a configuration.
         sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
         for name, value in sizes.items():
             if (given := kwargs.pop(name, None)) not in (None, value):
@@ -71,11 +72,11 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def has_memory(self) -> bool:
-        """Whether anything in it learns while it reads."""
+        """Whether the graft has a memory that learns during reading."""
         return self.adaptation is not None
 
     def state_fields(self) -> dict[str, Any]:
-        """What two grafts must share to understand each other's states."""
+        """The fields that must be equal for one graft to continue from another's state."""
         sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
         chunk_size = None if self.adaptation is None else self.adaptation.get("chunk_size")
         return {
@@ -120,7 +121,7 @@ def _checked_origin(origin: Any) -> dict[str, Any]:
 
 
 def origin_of(base: PreTrainedModel) -> dict[str, Any]:
-    """What is written of a base, by which it is found and recognised."""
+    """The fields by which a saved graft finds and identifies its base."""
     text, name = base.config.get_text_config(decoder=True), base.name_or_path or base.config.name_or_path
     return {
         "class": type(base).__name__,
@@ -132,7 +133,7 @@ def origin_of(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_origin(base: PreTrainedModel, origin: dict[str, Any]) -> None:
-    """Whether a base is the one that a graft was made on, in whatever precision.
+    """Check that a base is the one that a graft was made on; its precision may differ.
 
     Raises:
         ValueError: naming the first thing that differs.

@@ -21,20 +21,20 @@ def graft(
     adaptation: bool | dict[str, Any] = True,
     association: Any = None,
 ) -> GraftedForCausalLM:
-    """Give a pretrained model a window that moves on for ever, and memories that learn while it reads.
+    """Give a pretrained model a sliding window, and memories that learn during reading.
 
     Args:
         model: a causal LM of transformers with rotary positions. It becomes part of the graft, its parameters
             frozen.
         tokenizer: saved with the graft.
-        window: tokens that attention sees: the block of window / 2 that a token stands in, and the block
-            before. Until a text has more tokens than that, a graft without memories is the model itself.
+        window: tokens that attention sees: a token's own block of window / 2 tokens, and the previous block.
+            In a text of at most this many tokens a graft without memories gives the model's own logits.
         sinks: first tokens of the text that every token sees.
         adaptation: a memory that learns by the model's own loss; settings of
             `titans.nn.adaptation.Adaptation` as a dict.
         association: not available yet.
 
-    Returns a model in evaluation mode; it is read and asked like any other (`titans.Session`, `generate`).
+    Returns a model in evaluation mode, for `titans.Session`, `generate` and the call with ids.
 
     Raises:
         ValueError: for a model that cannot be grafted, with the reason, or sizes that make no window.
@@ -54,7 +54,7 @@ def graft(
         raise ValueError(
             f"tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: give the model's own"
         )
-    # What cannot be grafted is refused before the head's rows are looked at.
+    # Refuses a model that cannot be grafted, before the cost of looking at the head's rows.
     windowed = WindowedBase(model, Window(window, sinks))
     settings = None
     if given is not False:

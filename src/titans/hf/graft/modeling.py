@@ -1,4 +1,4 @@
-"""A pretrained model with a window that moves on for ever, and memories that learn while it reads."""
+"""A pretrained model with a sliding window, and memories that learn during reading."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class GraftOutput(ModelOutput):
     """What a graft returns.
 
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time or fewer, vocab_size).
-    past_key_values: the cache. surprises: for each memory (batch, time, 1), where asked for: of the
-    adaptation the loss in nats with which each token was predicted, 0 where none was. base_logits: as logits,
-    where asked for: those of the base in the same window without any memory.
+    past_key_values: the cache. surprises: with `output_surprise`, for each memory (batch, time, 1): for the
+    adaptation the loss of each token in nats, 0 for the first of a text. base_logits: with
+    `output_base_logits`, the base's logits in the same window without a memory, shaped as logits.
     """
 
     loss: Tensor | None = None
@@ -53,10 +53,10 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
     Made by `titans.graft`. The base is part of it, frozen, and is never saved with it.
 
     Args:
-        base: its parameters are frozen; otherwise it is unchanged, and may be used on its own meanwhile.
+        base: its parameters are frozen; otherwise it is unchanged and can still be used alone.
 
     Raises:
-        ValueError: for a base that cannot be grafted, or another one than the configuration was made on.
+        ValueError: for a base that cannot be grafted, or that is not the one in the configuration.
     """
 
     config: GraftConfig
@@ -78,10 +78,10 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         self.adaptation: Adaptation | None = None
         if config.adaptation is not None:
             self.adaptation = Adaptation(config.hidden_size, config.vocab_size, **config.adaptation)
-        # Before the base is a part: what initialises weights must not reach its own.
+        # Before the base is assigned, so that `post_init` does not initialise the base's weights anew.
         self.post_init()
         self.base = base.requires_grad_(False).eval()
-        # A checkpoint of transformers' Trainer lacks these, and says nothing of it.
+        # transformers' Trainer leaves these out of its checkpoints, without a warning.
         self._keys_to_ignore_on_save = {name for name in self.state_dict() if name.startswith("base.")}
         self._windowed = WindowedBase(base, window)
         if self.adaptation is not None:
@@ -135,13 +135,13 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
 
     @torch.no_grad()
     def whiten(self, ids: Tensor) -> None:
-        """Take mean and covariance of the states that the adaptation learns from, from ids (n,) of any text.
+        """Set the mean and covariance of the adaptation's inputs from ids (n,) of any text.
 
         Raises:
             ValueError: without an adaptation.
         """
         if self.adaptation is None:
-            raise ValueError("this graft has no adaptation whose inputs could be whitened")
+            raise ValueError("this graft has no adaptation: whitening applies to its inputs")
         x = self._checked(ids.reshape(1, -1).to(self.device), None)
         self.adaptation.whiten(self._windowed.read(x, self._windowed.initial_state(1))[0])
 
@@ -255,7 +255,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
             if self.adaptation is not None:
-                raise ValueError("inputs_embeds: an adaptation learns from tokens; give input_ids")
+                raise ValueError("inputs_embeds: an adaptation needs the token ids as labels; give input_ids")
             size = self.config.hidden_size
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != size:
                 raise ValueError(
@@ -293,14 +293,14 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         """Write configuration and the memories' weights; the base stays where it is.
 
         Args:
-            kwargs: others of the library are accepted where they change nothing.
+            kwargs: further arguments of transformers; accepted if they would change nothing.
 
         Raises:
             ValueError: for push_to_hub=True.
             OSError: if a file cannot be written; a file of weights that was there before is left.
         """
         if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub=True: save the graft, and upload the folder")
+            raise ValueError("push_to_hub=True is not supported: save the graft, and upload the folder")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -333,7 +333,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
 
         Args:
             pretrained_model_name_or_path: the folder that `save_pretrained` wrote.
-            base: the model it was made on, or its name or folder; by default the one that was noted.
+            base: the model it was made on, or its name or folder; by default the saved name or folder.
             kwargs: changed fields of the configuration, and, for loading the base, dtype, device_map,
                 attn_implementation or local_files_only.
 

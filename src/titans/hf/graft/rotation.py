@@ -1,4 +1,4 @@
-"""Moving keys that a model has rotated already: which rotation each layer uses, and turning by a distance."""
+"""Moving rotated keys to other positions: each layer's kind of rotation, and rotation by a distance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class Rotation:
     """How a layer's keys are rotated by their positions.
 
-    layer_type: which of the model's rotary bases, where it has several (Gemma 3). interleaved: whether a
-    plane has features 2i and 2i + 1, not i and i + half.
+    layer_type: which of the model's rotary bases, if it has several (Gemma 3). interleaved: whether features
+    2i and 2i + 1 form a plane, and not i and i + half.
     """
 
     layer_type: str | None
@@ -24,7 +24,7 @@ class Rotation:
 
 
 def rotations(rotary: nn.Module, layer_types: list[str]) -> Iterator[Rotation]:
-    """All rotations that keys of this model may have."""
+    """All kinds of rotation that the keys of this model may have."""
     takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
     for layer_type in dict.fromkeys(layer_types) if takes_type else [None]:
         for interleaved in (False, True):
@@ -32,7 +32,7 @@ def rotations(rotary: nn.Module, layer_types: list[str]) -> Iterator[Rotation]:
 
 
 def moved(keys: Tensor, distance: int, rotation: Rotation | None, rotary: nn.Module) -> Tensor:
-    """Keys as the model would have rotated them `distance` positions further on, or back where negative.
+    """The keys as if they stood `distance` positions later; earlier if it is negative.
 
     Args:
         keys: (rows, heads, time, head_dim), rotated at whatever positions. Features beyond those that the
@@ -47,7 +47,7 @@ def moved(keys: Tensor, distance: int, rotation: Rotation | None, rotary: nn.Mod
     positions = torch.tensor([[0, abs(distance)]], device=keys.device)
     cosines: Any = rotary(torch.empty(0, dtype=dtype, device=keys.device), positions, **of_type)
     cos, sin = (x[0].to(dtype) for x in cosines)
-    # Some models scale both, which the keys are already: the cosine of position 0 is that scale.
+    # Some models scale both, and the keys have this scale already: it is the cosine of position 0.
     cos, sin = cos[1] / cos[0], sin[1] / cos[0] * (1 if distance > 0 else -1)
     cos, sin = (_of_planes(x, rotation.interleaved) for x in (cos, sin))
     size = cos.shape[-1]

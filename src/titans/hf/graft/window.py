@@ -1,10 +1,10 @@
-"""Attention over sinks, the block before and the own block, at positions that never grow.
+"""Attention over sinks, the previous block and the current block, at bounded positions.
 
 A text is cut into blocks of half a window, from its first token on. A token sees the first few tokens of the
-text (the sinks), the whole block before its own, and its own block up to itself. What it sees has the
-positions 0, 1, 2, …: the two first blocks those that they have in the text; from then on the sinks come
-first, then the block before, then the own one. Keys are kept as the model rotated them. When a block ends,
-its keys are turned back once to where the block before the own one stands, and are dropped a block later.
+text (the sinks), the whole block before its own, and its own block up to itself. These tokens have
+positions 0, 1, 2, …: in the first two blocks their positions in the text; afterwards the sinks come first,
+then the previous block, then the current one. The cache holds rotated keys. When a block ends, its keys are
+rotated back once, to the positions of the previous block; when the next block ends, they are dropped.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from titans.state import register_state
 @register_state
 @dataclass(frozen=True)
 class WindowState:
-    """What rows have read, as far as attention sees it.
+    """The keys and values that attention can still see.
 
-    keys, values: for each layer (rows, heads, slots, head_dim), a row's first `Window.slots` are its own.
+    keys, values: for each layer (rows, heads, slots, head_dim), the first `Window.slots` of a row are valid.
     position: (rows,) int64, real tokens read.
     """
 
@@ -71,16 +71,16 @@ class Window:
         return self.size + self.sinks
 
     def slots(self, position: int) -> int:
-        """Keys held after so many tokens, which is the position of the next one."""
+        """Keys held after `position` tokens; also the position that the next token gets."""
         within_two_blocks = position < self.size
         return position if within_two_blocks else self.sinks + self.block + position % self.block
 
     def room(self, position: int) -> int:
-        """Tokens up to the next place where keys move: the end of the second block, or of any later one."""
+        """Tokens until keys move next: at the end of the second block, or of any later one."""
         return self.size - position if position < self.size else self.block - position % self.block
 
     def distance(self, position: int) -> int | None:
-        """By how much the keys of a block move where it ends at this position; None if nothing ends."""
+        """How far the keys of the block that ends at this position move; None if no block ends."""
         if position % self.block or position < self.size:
             return None
         return self.sinks - self.block if position == self.size else -self.block
@@ -91,7 +91,7 @@ class Window:
 
 
 def together(states: Sequence[WindowState]) -> WindowState:
-    """Rows of several states, one after the other; zeros in slots that a row has not."""
+    """Rows of several states, one after the other; zeros in the unused slots of a row."""
     slots = max(state.slots for state in states)
 
     def join(parts: Sequence[Tensor]) -> Tensor:

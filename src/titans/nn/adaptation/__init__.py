@@ -1,4 +1,4 @@
-"""Fast weights beside a language model's head that learn from its own cross-entropy while it reads."""
+"""Fast weights at a language model's head, updated during reading by the model's own cross-entropy."""
 
 from titans.nn.adaptation.head import FunctionHead, Head, LinearHead, as_head
 from titans.nn.adaptation.layer import Adaptation

@@ -1,4 +1,4 @@
-"""A language model's head as the adaptation needs it: logits of a hidden state, and the way back."""
+"""A language model's head as the adaptation needs it: logits of a hidden state, and their gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Head(Protocol):
-    """What turns a hidden state into logits."""
+    """A map from hidden states to logits, with the derivatives that the adaptation needs."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden_size) → (..., vocab_size)."""
@@ -24,7 +24,7 @@ class Head(Protocol):
 
         Args:
             hidden: (..., hidden_size). probs: (..., vocab_size).
-            logits: the head's, if they are known already.
+            logits: the head's, if the caller has them already.
 
         Returns:
             mean: (..., hidden_size), in the dtype of `probs`.
@@ -42,7 +42,7 @@ def curvature(trace: Tensor, gradient: Tensor) -> Tensor:
 
     The Hessian of the loss −log p(label) in the state is the covariance of the head's rows under the
     prediction (with a softcap, that of Gauss and Newton), whose eigenvalues its trace bounds. A step towards
-    the label changes the prediction, and with it the Hessian: at a share λ of the way the trace is
+    the label changes the prediction, and with it the Hessian: after a fraction λ of the path the trace is
     (1 − λ)(trace + λ ‖gradient‖²).
 
     Args:
@@ -60,8 +60,8 @@ class LinearHead:
     """softcap · tanh(scale · (E h + bias) / softcap), without softcap scale · (E h + bias).
 
     Args:
-        weight: E, (vocab_size, hidden_size), not to be changed afterwards. bias: (vocab_size,). softcap: a
-            bound on every logit, as Gemma 2 has. scale: what multiplies the logits, as in Cohere's models.
+        weight: E, (vocab_size, hidden_size); must not change afterwards. bias: (vocab_size,). softcap: a
+            bound on every logit, as Gemma 2 has. scale: a factor of the logits, as in Cohere's models.
     """
 
     weight: Tensor
@@ -95,7 +95,7 @@ class LinearHead:
         return row.to(dtype) * self.scale * self._slopes(capped, dtype)[..., None]
 
     def _slopes(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        """By what the softcap flattens each logit."""
+        """The derivative of the softcap at each logit."""
         return 1 - (logits.to(dtype) / (self.softcap or 1.0)).square()
 
     def _row_squares(self) -> Tensor:
@@ -103,7 +103,7 @@ class LinearHead:
         known = self.__dict__.setdefault("_squares", {})
         device = self.weight.device
         if device not in known:
-            # Whatever the mode of the first call, later ones may need gradients.
+            # The first call may be in inference mode while later ones need gradients.
             with torch.inference_mode(False), torch.no_grad():
                 weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
                 known[device] = weight.square().sum(-1)

@@ -1,4 +1,4 @@
-"""A fast matrix and a fast bias beside the head of a language model, written by its own cross-entropy."""
+"""A fast matrix and a fast bias at the head of a language model, updated by its own cross-entropy."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from titans.nn.adaptation.state import AdaptationState
 
 
 class Adaptation(nn.Module):
-    """Test-time learning for any language model, with no training of its own.
+    """Test-time learning for any language model; the adaptation needs no training.
 
-    h_t is the state that the model's head reads. With features x_t = √d · unit(A (h_t − mean)) the logits are
+    h_t is the hidden state that the model's head takes. With features x_t = √d · unit(A (h_t − mean)) the
+    logits are
 
         head(h_t + W x_t) + b,
 
-    and W and b, both 0 at first, learn the model's loss ℓ_t = −log p(id_{t+1}). All tokens of a chunk,
-    counted from the start of the text, are predicted by the weights at its start. When all its losses are
-    known, that is when the next chunk's first token arrives and before its own prediction,
+    and W and b, both 0 at first, minimise the model's loss ℓ_t = −log p(id_{t+1}). Chunks are counted from
+    the start of the text, and the weights at a chunk's start predict all its tokens. All its losses are known
+    when the first token of the next chunk arrives. Then, before that token's own prediction,
 
         S ← η S − (1−η) θ Σ_t ∇ℓ_t,     W ← (1−α) W + r S_W,     b ← (1−α) b + S_b.
 
-    A trained start W_0, b_0 is added to both, so that forgetting leads back to it.
+    A trained start W_0, b_0 is added to both, so that forgetting returns to it.
 
-    The step is bounded by the curvature of the chunk's loss, so that no text makes the learning unstable. In
-    (W / √r, b) its largest eigenvalue is at most r λ + C/2, where λ is that of Σ_t κ_t x_t x_tᵀ, κ_t
-    (`curvature`) the curvature of ℓ_t in the adapted state, and ½ that of any loss in the logits. With
+    A bound on the curvature of the chunk's loss limits the step. In the variables (W / √r, b) the largest
+    eigenvalue of its Hessian is at most r λ + C/2. Here λ is the largest eigenvalue of Σ_t κ_t x_t x_tᵀ, κ_t
+    (`curvature`) is the curvature of ℓ_t in the adapted state, and ½ is that of any loss in the logits. With
 
         θ = 2 s / (r λ + C/2),   0 < s < 1,   r = ratio / (d · row_variance),
 
-    a step of gradient descent does not enlarge the distance ‖W‖²/r + ‖b‖² of two states wherever the
-    curvature stays below 2/θ. It would everywhere if κ_t bounded all predictions; but text does not come near
-    to that bound, and κ_t is that of the predictions between the present one and the label. Tests hold the
-    distance on hostile streams. λ is taken as (Σ λ_i⁸)^⅛ ≥ λ over all eigenvalues, from three products of
-    C × C matrices.
+    a step of gradient descent does not increase the distance ‖W‖²/r + ‖b‖² of two states wherever the
+    curvature stays below 2/θ. This would be certain if κ_t bounded the curvature at every prediction, but
+    that bound is far larger than what text reaches. κ_t is the maximum over the predictions between the
+    present one and the label, and tests check the distance on hostile streams. λ is computed as
+    (Σ λ_i⁸)^⅛ ≥ λ over all eigenvalues, from three products of C × C matrices.
 
     Args:
         hidden_size: d. vocab_size: that of the head.
@@ -105,7 +106,7 @@ class Adaptation(nn.Module):
 
     @torch.no_grad()
     def whiten(self, hidden: Tensor, floor: float = 0.01) -> None:
-        """Take the features' mean and A from states of any text, (..., hidden_size).
+        """Set the mean and A from hidden states (..., hidden_size) of any text.
 
         A is the symmetric inverse root of their covariance, whose eigenvalues are raised by `floor` of their
         mean.
@@ -120,7 +121,7 @@ class Adaptation(nn.Module):
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> AdaptationState:
-        """The state of `batch` texts of which nothing was read; at least float32."""
+        """The state of `batch` texts before their first token; at least float32."""
         dtype = torch.promote_types(dtype, torch.float32)
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -144,16 +145,16 @@ class Adaptation(nn.Module):
         keep: int = 0,
         surprise: bool = False,
     ) -> tuple[Tensor, AdaptationState, Tensor | None]:
-        """Read tokens: predict with the weights so far, and learn from each label when it arrives.
+        """Predict each token with the current fast weights, and learn from each label when it is known.
 
         Any split of a text into calls gives the same result. Rows may be at different positions.
 
         Args:
-            hidden: (batch, time, hidden), what the head reads at each token, after the final norm.
+            hidden: (batch, time, hidden), the head's input at each token, after the final norm.
             ids: (batch, time) int64, the tokens at these positions: each is the label of the one before.
             head: a `Head`, or the weight (vocab, hidden) of a linear one.
-            state: of the tokens before, None for the start of a text.
-            frozen: neither learn nor count the tokens.
+            state: after the tokens before these; None at the start of a text.
+            frozen: predict only; neither learn from the tokens nor count them.
             keep: how many of the last positions to return logits for, 0 for all.
             surprise: whether to return the loss at each token.
 

@@ -1,7 +1,7 @@
-"""Features of queries and keys, on which a linear memory learns in place of the vectors themselves.
+"""Feature maps φ, which a linear memory applies to its queries and keys.
 
-A memory M(k) = W φ(k), with W fast and φ slow, is linear in what it learns: its chunks, its largest safe step
-and its proof of stability are those of a linear memory, while W has as many columns as there are features.
+A memory M(k) = W φ(k), with W fast and φ slow, is linear in W. The chunked form, the largest stable
+step and the proof of stability of a linear memory hold unchanged, and W has one column for each feature.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ BANDWIDTH, SPREAD = 2.0, math.sqrt(2)
 
 
 class FeatureMap(nn.Module):
-    """φ(x) = h / √(‖h‖² + 0.01 · feature_size), h being what a class makes of x in `hidden`.
+    """φ(x) = h / √(‖h‖² + 0.01 · feature_size), where a class defines h = `hidden(x)`.
 
-    So ‖φ(x)‖ < 1 for any x, which the stability of the memory rests on.
+    So ‖φ(x)‖ < 1 for any x. The stability of the memory depends on this.
 
     Args:
-        num_heads: each has features of its own.
-        head_dim: numbers of a query or key.
-        feature_size: numbers of φ(x), the columns of the fast weights.
+        num_heads: heads; each has its own features.
+        head_dim: width of a query or key.
+        feature_size: width of φ(x), the number of columns of the fast weights.
     """
 
     def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
@@ -52,8 +52,8 @@ class FeatureMap(nn.Module):
 class SinFeatures(FeatureMap):
     """h = sin(b U x): U (heads, feature_size, head_dim) and a bandwidth b for each head are learned.
 
-    The larger b, the more do features of two different keys differ: the memory holds more pairs, and asks for
-    more exact queries. Heads begin with different ones, `BANDWIDTH` being in the middle.
+    The larger b, the more the features of two different keys differ: the memory holds more pairs, and needs
+    more exact queries. Heads start with different bandwidths around `BANDWIDTH`.
 
     Source: random features (Rahimi and Recht, 2007), here learned, normalised, and without the cosine.
     """
@@ -76,7 +76,7 @@ class SinFeatures(FeatureMap):
 
 
 class _TwoProjections(FeatureMap):
-    """A and B, (heads, feature_size, head_dim), one above the other."""
+    """`weight` stacks A and B, both (heads, feature_size, head_dim)."""
 
     def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
         super().__init__(num_heads, head_dim, feature_size)
@@ -130,19 +130,19 @@ FEATURES: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 
 def feature_width(features: str, feature_size: int | None, head_dim: int) -> int:
-    """How many numbers a key has when the memory takes it; 4 · head_dim where feature_size is None."""
+    """The width of φ(k); 4 · head_dim where feature_size is None."""
     if features == IDENTITY:
         return head_dim
     return 4 * head_dim if feature_size is None else feature_size
 
 
 def refuses(features: str, feature_size: int | None, residual: bool) -> str | None:
-    """Why no memory has these features, or None.
+    """The reason why a memory cannot have these features, or None if it can.
 
-    residual: whether its network adds a key to the answer.
+    residual: whether its network adds the key to the answer.
     """
     if not isinstance(features, str) or features not in FEATURES:
-        return f"features={features!r}: choose one of {sorted(FEATURES)}, or import what registers it first"
+        return f"features={features!r}: choose one of {sorted(FEATURES)}, or import its file first"
     if features == IDENTITY:
         if feature_size is None:
             return None

@@ -86,10 +86,10 @@ class NeuralMemory(Learner):
         depth: weight matrices of a head's network; 1 is a linear memory.
         expansion: hidden width of that network divided by head_dim.
         chunk_size: tokens that share one set of gradient weights.
-        features: what the fast weights meet in place of a query or key: a name in `FEATURES` ("identity",
-            "sin", "product", "swiglu"). With any but "identity" the memory is one fast matrix (head_dim,
-            feature_size) on slow features of the key, at depth 1.
-        feature_size: numbers of these features; None for 4 · head_dim.
+        features: the feature map of queries and keys, a name in `FEATURES` ("identity", "sin", "product",
+            "swiglu"). Any but "identity" needs depth 1; a head's fast weights are then (head_dim,
+            feature_size).
+        feature_size: how many features; None for 4 · head_dim.
         objective: what the memory minimises while it reads: a name in `OBJECTIVES` ("squared_error", "huber",
             "lp"), {"name": …, parameter: …}, or an object.
         rule: how its weights are updated: a name in `UPDATE_RULES`, {"name": …, parameter: …}, or an object;
@@ -97,8 +97,8 @@ class NeuralMemory(Learner):
             with it.
         form: a name in `FORMS` ("stable", "paper", "recall"), {"name": …, field: …} for a named form with
             some fields of `MemoryForm` replaced, or a `MemoryForm`.
-        start: "random"; or an associative memory of what followed what: "induction", or "sharp", with queries
-            and keys that see one token each, see `begin_as_induction`.
+        start: "random"; or "induction", with which a repeated context retrieves the token that followed it;
+            or "sharp", the same with contexts of one token; see `begin_as_induction`.
         conv_kernel: width of the causal convolution on q, k and v.
         half_lives: the shortest and the longest half-life, in tokens, with which the heads forget at first;
             the others are log-spaced between them.
@@ -150,7 +150,7 @@ class NeuralMemory(Learner):
         mapped = features != feature_maps.IDENTITY
         if mapped and depth != 1:
             raise ValueError(
-                f"depth={depth!r} with features={features!r}: what learns is one matrix on the features; "
+                f"depth={depth!r} with features={features!r}: features need a single fast matrix; "
                 "give depth=1, or features='identity'"
             )
         key_dim = feature_maps.feature_width(features, feature_size, head_dim) if mapped else None
@@ -178,12 +178,13 @@ class NeuralMemory(Learner):
     def begin_as_induction(self) -> None:
         """Keys see what queries see, one token later, and values the newest token alone.
 
-        So whoever reads "… the code is" for the second time asks with the key under which was written what
-        followed the first time. Otherwise this agreement has to be learned before recall earns anything.
+        The query of the second "… the code is" then equals the key under which the token after the first one
+        was written. From other initial weights, training must find this equality before the memory recalls
+        anything.
 
-        With the start "sharp" a query sees the newest token alone. Then one pair of tokens is enough to be
-        found again, whatever was before it, which narrow features of keys need: they answer to no query that
-        only resembles its key.
+        With the start "sharp" a query sees the newest token alone, so that the tokens before it do not change
+        it. Features of high bandwidth need this: they do not recall with a query that is only similar to its
+        key.
         """
         queries, keys, _, _ = self.input.weight.chunk(4)
         keys.copy_(queries)
