@@ -164,3 +164,12 @@ def test_export_needs_no_keywords():
     model, ids = MODELS["lmm"], random_ids(2, 7)
     exported = torch.export.export(model, (ids,)).module()
     assert_near(exported(ids).logits, logits_of(model, ids))
+
+
+def test_labels_that_do_not_fit_leave_the_cache_as_it_was() -> None:
+    model, ids = small_model("lmm"), torch.zeros(2, 5, dtype=torch.int64)
+    cache = model(ids, use_cache=True).past_key_values
+    for wrong, message in (({"labels": ids[:1]}, "labels has shape"), ({"logits_to_keep": -1}, "number of")):
+        with pytest.raises(ValueError, match=message):
+            model(ids, past_key_values=cache, **wrong)
+    assert cache.num_columns == 5

@@ -42,6 +42,20 @@ def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> Non
             raise TypeError(f"{name}={value!r}: a Titans model's forward has no such keyword; leave it out")
 
 
+def check_targets(labels: Tensor | None, logits_to_keep: int | Tensor, given: Tensor | None) -> None:
+    """Raise ValueError for labels or logits that the tokens given do not have, before these are read.
+
+    Args:
+        given: (batch, time), or embeddings (batch, time, hidden_size).
+    """
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep}: give the number of last positions, or 0 for all")
+    if labels is not None and given is not None and labels.shape != given.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: give {tuple(given.shape[:2])}, the input ids again"
+        )
+
+
 def real_tokens(attention_mask: Tensor | None, batch: int, time: int, seen: set[int]) -> Tensor | None:
     """Which tokens (batch, time) bool of a call are real; None where all are.
 

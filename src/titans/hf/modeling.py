@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
 from titans.hf.generation import TitansGenerationMixin, check_cache
-from titans.hf.keywords import Documents, check_keywords, documents_of, real_tokens
+from titans.hf.keywords import Documents, check_keywords, check_targets, documents_of, real_tokens
 from titans.hf.layer import TitansLayer, TitansOutput, TitansPreTrainedModel
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.norm import RMSNorm
@@ -236,6 +236,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGenerationMixin):
             num_items_in_batch: divide the summed loss by this, the labels of all accumulated batches, in
                 place of the labels given here.
         """
+        check_targets(labels, logits_to_keep, inputs_embeds if input_ids is None else input_ids)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -20,7 +20,7 @@ from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.cache import GraftCache, GraftState
 from titans.hf.graft.configuration import FIELDS, GraftConfig, check_origin
 from titans.hf.graft.window import Window
-from titans.hf.keywords import check_keywords, documents_of, real_tokens
+from titans.hf.keywords import check_keywords, check_targets, documents_of, real_tokens
 from titans.nn.adaptation import Adaptation
 from titans.nn.packing import Packed
 
@@ -185,10 +185,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         check_keywords(keywords, position_ids)
         x = self._checked(input_ids, inputs_embeds)
         batch, time = x.shape[:2]
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(
-                f"logits_to_keep={logits_to_keep}: give the number of last positions, or 0 for all"
-            )
+        check_targets(labels, logits_to_keep, x)
         if freeze_memory and not self.config.has_memory:
             raise ValueError("freeze_memory=True: this graft has no memory that learns; leave it out")
         if (cache := past_key_values) is not None:
