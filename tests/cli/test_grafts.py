@@ -94,10 +94,10 @@ def test_any_model_is_grafted_on_the_way(
     [
         ({"origin": {}}, "is damaged or of another version"),
         ({"window": 3}, "is damaged or of another version"),
-        ({"origin": {"name": "nowhere/base"}}, "was made on 'nowhere/base', which is neither a folder here"),
-        ({"origin": {"name": ""}}, "was made on '', which is neither a folder here"),
-        ({"origin": {"name": "ITSELF"}}, "which is no model to graft"),
-        ({"origin": {"name": "titans-mac-tiny"}}, "which is no model to graft"),
+        ({"name": "nowhere/base"}, "was made on 'nowhere/base', which is neither a folder here"),
+        ({"name": ""}, "was made on '', which is neither a folder here"),
+        ({"name": "ITSELF"}, "which is no model to graft"),
+        ({"name": "titans-mac-tiny"}, "which is no model to graft"),
         ({"origin": {"name": "BASE"}}, "is damaged"),
         ({"weights": "other"}, "give the same checkpoint"),
     ],
@@ -113,6 +113,8 @@ def test_a_graft_without_its_base_is_one_line(
     folder = tmp_path / "graft"
     shutil.copytree(grafted, folder)
     config = json.loads((folder / "config.json").read_text())
+    if "name" in changes:
+        changes = {"origin": config["origin"] | changes}
     if "weights" in changes:
         other = tmp_path / "other"
         model = small_causal_lm("llama")
