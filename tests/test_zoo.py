@@ -45,7 +45,7 @@ def test_a_folder_is_loaded_and_an_unknown_name_is_refused(tmp_path):
 def test_a_new_folder_is_a_new_name_and_errors_list_it(tmp_path, monkeypatch):
     model = titans.TitansForCausalLM(titans.TitansConfig.from_preset("tiny", variant="lmm"))
     model.save_pretrained(tmp_path / "titans-some-tiny")
-    monkeypatch.setattr("titans.zoo.checkpoint._MODELS", tmp_path)
+    monkeypatch.setattr("titans.zoo.by_name.MODELS", tmp_path)
     assert zoo.names() == ["titans-some-tiny"]
     again, _ = titans.load("titans-some-tiny")
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)

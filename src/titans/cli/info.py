@@ -14,7 +14,8 @@ import tyro
 
 from titans.cli.errors import UsageError
 from titans.cli.terminal import printable
-from titans.zoo.checkpoint import folder_of, load_config, load_titans, or_by_name
+from titans.zoo.by_name import or_by_name
+from titans.zoo.checkpoint import folder_of, load_config, load_titans
 
 if TYPE_CHECKING:
     from titans.evaluate import KeyDimensions, LayerGates

@@ -22,7 +22,7 @@ from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.window import Window
 from titans.nn.adaptation import Adaptation, FunctionHead, Head, LinearHead
 from titans.zoo import load
-from titans.zoo.smollm import PRETRAINED
+from titans.zoo.by_name import PRETRAINED
 
 WINDOW, SINKS = 512, 4
 # Positions between which losses are averaged.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.zoo.checkpoint import load_checkpoint, load_config, load_titans, names
+from titans.zoo.by_name import names
+from titans.zoo.checkpoint import load_checkpoint, load_config, load_titans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

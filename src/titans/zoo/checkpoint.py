@@ -6,34 +6,28 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titans.zoo.by_name import PRETRAINED, folder_in_library, or_by_name
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from titans.hf import TitansConfig, TitansForCausalLM
 
-_MODELS = Path(__file__).parent
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def names() -> list[str]:
-    """The models that come with the library."""
-    return sorted(path.parent.name for path in _MODELS.glob("*/config.json"))
-
-
-def or_by_name() -> str:
-    """The end of an error that asks for a model: the names in the library, if there are any."""
-    return f", or one of {', '.join(names())}" if names() else ""
 
 
 def folder_of(checkpoint: Path) -> Path:
     """The folder of a model given by name, or the path itself; a pretrained base is fetched on first use."""
     if checkpoint.exists():
         return checkpoint
-    if str(checkpoint) in names():
-        return _MODELS / checkpoint
-    from titans.zoo.smollm import PRETRAINED, smollm_folder
+    if (folder := folder_in_library(str(checkpoint))) is not None:
+        return folder
+    if str(checkpoint) != PRETRAINED:
+        return checkpoint
+    # It imports torch, which a command that ends with an error has no need of.
+    from titans.zoo.smollm import smollm_folder
 
-    return smollm_folder() if str(checkpoint) == PRETRAINED else checkpoint
+    return smollm_folder()
 
 
 def load_config(folder: Path) -> TitansConfig:
@@ -94,8 +88,6 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """
     folder = folder_of(folder)
     if not folder.is_dir():
-        from titans.zoo.smollm import PRETRAINED
-
         raise ValueError(
             f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train` or "
             f"`save_pretrained`{or_by_name()}, {PRETRAINED}"
@@ -197,10 +189,10 @@ def _load_model(folder: Path, kind: Any, **options: Any) -> Any:
         raise ValueError(
             f"checkpoint={str(folder)!r} is no causal model that transformers can open ({reason})"
         ) from None
-    for reason, names in found.items():
+    for reason, parts in found.items():
         # Other models may leave out parts that were saved with them, such as heads for drafts.
-        if names and (options or reason != "unexpected_keys"):
-            name = sorted(map(str, names))[0]
+        if parts and (options or reason != "unexpected_keys"):
+            name = sorted(map(str, parts))[0]
             raise ValueError(
                 f"the weights in {folder} do not fit its config.json ({reason.replace('_', ' ')}: {name}): "
                 "the two files must come from the same model"

