@@ -122,7 +122,9 @@ class AdaptationGains(Experiment):
                     progress(sum(x.shape[1] for x in found), ids.shape[1])
             path.parent.mkdir(parents=True, exist_ok=True)
             weight = base.head.weight.detach().half()
-            save_file({"hidden": torch.cat(found, 1), "ids": ids, "weight": weight}, path)
+            unfinished = path.with_suffix(".part")
+            save_file({"hidden": torch.cat(found, 1), "ids": ids, "weight": weight}, unfinished)
+            unfinished.replace(path)
         kept = load_file(path)
         return kept["hidden"].float(), kept["ids"], kept["weight"].float()
 
