@@ -42,6 +42,23 @@ def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> Non
             raise TypeError(f"{name}={value!r}: a Titans model's forward has no such keyword; leave it out")
 
 
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:
+    """Raise ValueError unless one of both is given, ids (batch, time) or embeddings (batch, time,
+    hidden_size)."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != hidden_size):
+        raise ValueError(
+            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give (batch, time, "
+            f"hidden_size={hidden_size})"
+        )
+    if input_ids is not None and (input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
+            "time) in torch.int64"
+        )
+
+
 def check_targets(labels: Tensor | None, logits_to_keep: int | Tensor, given: Tensor | None) -> None:
     """Raise ValueError for labels or logits that the tokens given do not have, before these are read.
 

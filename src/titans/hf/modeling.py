@@ -12,7 +12,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from titans.hf.cache import TitansCache
 from titans.hf.configuration import TitansConfig
 from titans.hf.generation import TitansGenerationMixin, check_cache
-from titans.hf.keywords import Documents, check_keywords, check_targets, documents_of, real_tokens
+from titans.hf.keywords import (
+    Documents,
+    check_keywords,
+    check_targets,
+    check_tokens,
+    documents_of,
+    real_tokens,
+)
 from titans.hf.layer import TitansLayer, TitansOutput, TitansPreTrainedModel
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.norm import RMSNorm
@@ -74,8 +81,7 @@ class TitansModel(TitansPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         if past_key_values is not None and memory_states is not None:
             raise ValueError("give past_key_values (inference) or memory_states (training), not both")
         if past_key_values is not None:
@@ -120,11 +126,7 @@ class TitansModel(TitansPreTrainedModel):
         if use_cache and past_key_values is None and memory_states is None:
             past_key_values = TitansCache(self.config)
         if past_key_values is not None:
-            if past_key_values.batch_size not in (-1, batch):
-                raise ValueError(
-                    f"past_key_values holds {past_key_values.batch_size} rows, the input has {batch}: repeat "
-                    "or select its rows first"
-                )
+            past_key_values.check_rows(batch)
             memory_states = past_key_values.states
 
         if freeze_memory and not self.config.has_memory:
@@ -171,20 +173,10 @@ class TitansModel(TitansPreTrainedModel):
         return None if documents is None else Documents(documents, real)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(batch, time, hidden_size); ValueError for another shape or type, and on a CPU for unknown ids."""
+        """(batch, time, hidden_size) of checked tokens; ValueError on a CPU for ids outside the range."""
         if input_ids is None:
             assert inputs_embeds is not None
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give (batch, time, "
-                    f"hidden_size={self.config.hidden_size})"
-                )
             return inputs_embeds
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
-                "time) in torch.int64"
-            )
         try:
             return self.embed_tokens(input_ids)
         except IndexError:

@@ -152,6 +152,14 @@ class StateCache(Cache):
         """Rows held, or −1 before the first token."""
         return -1 if self.states is None else pytree.tree_leaves(self.states)[0].shape[0]
 
+    def check_rows(self, batch: int) -> None:
+        """Raise ValueError if what is held has another number of rows than an input."""
+        if self.batch_size not in (-1, batch):
+            raise ValueError(
+                f"past_key_values holds {self.batch_size} rows, the input has {batch}: repeat or select its "
+                "rows first"
+            )
+
     def nbytes(self) -> int:
         """Bytes held by all states."""
         return state_nbytes(self.states)

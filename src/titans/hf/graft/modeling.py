@@ -20,7 +20,7 @@ from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.cache import GraftCache, GraftState
 from titans.hf.graft.configuration import FIELDS, GraftConfig, check_origin
 from titans.hf.graft.window import Window
-from titans.hf.keywords import check_keywords, check_targets, documents_of, real_tokens
+from titans.hf.keywords import check_keywords, check_targets, check_tokens, documents_of, real_tokens
 from titans.nn.adaptation import Adaptation
 from titans.nn.packing import Packed
 
@@ -198,11 +198,8 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = self.empty_cache()
-        if cache is not None and cache.batch_size not in (-1, batch):
-            raise ValueError(
-                f"past_key_values holds {cache.batch_size} rows, the input has {batch}: repeat or select its "
-                "rows first"
-            )
+        if cache is not None:
+            cache.check_rows(batch)
         state = None if cache is None else cache.state
         state = self.initial_state(batch) if state is None else state
 
@@ -248,24 +245,12 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
 
     def _checked(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The ids, or the embeddings; ValueError for another shape or type, and on a CPU for unknown ids."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is not None:
-            if self.adaptation is not None:
-                raise ValueError("inputs_embeds: an adaptation needs the token ids as labels; give input_ids")
-            size = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != size:
-                raise ValueError(
-                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give (batch, time, "
-                    f"hidden_size={size})"
-                )
+        if inputs_embeds is not None and input_ids is None and self.adaptation is not None:
+            raise ValueError("inputs_embeds: an adaptation needs the token ids as labels; give input_ids")
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        if input_ids is None:
+            assert inputs_embeds is not None
             return inputs_embeds
-        assert input_ids is not None
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: give (batch, "
-                "time) in torch.int64"
-            )
         if input_ids.numel() and input_ids.device.type == "cpu":
             least, most = (int(x) for x in input_ids.aminmax())
             if least < 0 or most >= self.config.vocab_size:
