@@ -54,10 +54,10 @@ ORDER = {
         traced
         """,
     "titans.nn": """
-        packing norm rotary mlp kernels
+        packing norm rotary mlp kernels whitening
         conv combine context
         attention memory adaptation
-        blocks
+        blocks association
         """,
     "titans.nn.blocks": """
         settings protocol
@@ -73,6 +73,10 @@ ORDER = {
         """,
     "titans.nn.adaptation": """
         head state
+        layer
+        """,
+    "titans.nn.association": """
+        keys gates state
         layer
         """,
     "titans.nn.memory.tnt": """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from titans.memory.precision import autocast_device
 from titans.nn.adaptation.head import Head, as_head, curvature
 from titans.nn.adaptation.state import AdaptationState
+from titans.nn.whitening import whitening_of
 
 
 class Adaptation(nn.Module):
@@ -110,13 +111,13 @@ class Adaptation(nn.Module):
 
         A is the symmetric inverse root of their covariance, whose eigenvalues are raised by `floor` of their
         mean.
+
+        Raises:
+            ValueError: for states that are all the same, or not finite.
         """
-        states = hidden.reshape(-1, self.hidden_size).double()
-        mean = states.mean(0)
-        values, vectors = torch.linalg.eigh((states - mean).T @ (states - mean) / max(len(states) - 1, 1))
-        scales = (values.clamp_min(0) + floor * values.mean()).rsqrt()
-        self.mean.copy_(mean)
-        self.whitening.copy_((vectors * scales) @ vectors.T)
+        found = whitening_of(hidden.reshape(-1, self.hidden_size).double(), floor)
+        self.mean.copy_(found.mean)
+        self.whitening.copy_(found.root)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
