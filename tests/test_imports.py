@@ -95,7 +95,7 @@ ORDER = {
         rotation base_cache window adapted
         configuration
         base cache
-        modeling
+        feature_cache modeling
         make
         """,
     "titans.stream": """

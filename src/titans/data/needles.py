@@ -74,22 +74,23 @@ def pseudo_word(generator: np.random.Generator, held_out: bool, syllables: int =
         ]
         return "".join(map("".join, letters))
 
-    return _from_half(draw, held_out)
+    return from_half(draw, held_out)
 
 
 def digits(count: int) -> Draw:
     """Draws numbers of `count` digits."""
-    return lambda generator, held_out: _from_half(
+    return lambda generator, held_out: from_half(
         lambda: "".join(map(str, generator.integers(10, size=count))), held_out
     )
 
 
 def random_uuid(generator: np.random.Generator, held_out: bool) -> str:
     """Thirty-two hexadecimal digits in five groups."""
-    return _from_half(lambda: str(uuid.UUID(bytes=generator.bytes(16), version=4)), held_out)
+    return from_half(lambda: str(uuid.UUID(bytes=generator.bytes(16), version=4)), held_out)
 
 
-def _from_half(draw: Callable[[], str], held_out: bool) -> str:
+def from_half(draw: Callable[[], str], held_out: bool) -> str:
+    """The first draw of the half that is reserved for tests, or else of the other."""
     while True:
         found = draw()
         if (zlib.crc32(found.encode()) % _HELD_OUT_IN == 0) == held_out:

@@ -1,0 +1,292 @@
+"""What a frozen base computes for many texts, on disk: hidden states, and its log-normaliser. Resumable.
+
+A folder holds index.json and one safetensors file for each unit, named by the hash of its tokens. A unit is
+one document, or several rows of blocks; its parts (such as "statements" and "questions") are read apart, each
+from its first token. A part has these tensors, for b rows of t tokens:
+
+    PART.ids (b, t) int32            the tokens
+    PART.flags (b, t) uint8          of the caller, such as which tokens answer a question
+    PART.state.L (b, t, hidden)      float16, the hidden state after layer L, for each chosen layer
+    PART.hidden (b, t, hidden)       float16, what the head gets
+    PART.normaliser (b, t) float32   log of the sum of the exponentials of the base's logits, in nats
+
+A file exists once it is complete, so that a folder can be read while it grows, and is continued after an
+interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from titans.hf.fingerprint import weights_name
+from titans.hf.graft.base import WindowedBase
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "index.json"
+_FORMAT = 1
+# The head makes the logits of so many tokens at once.
+_TOKENS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one file is about.
+
+    group: a name for units of a kind, such as "facts". parts: for each name ids and flags, (rows, time) of
+    whole numbers; flags below 256. about: JSON of the caller, which stands in the file's header.
+    """
+
+    group: str
+    parts: Mapping[str, tuple[Tensor, Tensor]]
+    about: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(ids.numel() for ids, _ in self.parts.values())
+
+    def digest(self) -> str:
+        """A name for these tokens and flags."""
+        digest = hashlib.sha256()
+        for name, (ids, flags) in sorted(self.parts.items()):
+            digest.update(f"{name}{tuple(ids.shape)}".encode())
+            digest.update(ids.to(torch.int32).contiguous().numpy().tobytes())
+            digest.update(flags.to(torch.uint8).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Features:
+    """A part of a unit as it was read.
+
+    states: for each layer (rows, time, hidden), float16; hidden, likewise. ids: (rows, time) int64. flags:
+    (rows, time) uint8. normaliser: (rows, time) float32, nats.
+    """
+
+    states: tuple[Tensor, ...]
+    hidden: Tensor
+    ids: Tensor
+    flags: Tensor
+    normaliser: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureProgress:
+    """tokens read of total, tokens per second of this run, and the seconds left; done: units."""
+
+    tokens: int
+    total: int
+    rate: float
+    seconds_left: float
+    done: int
+    units: int
+
+
+def bytes_per_token(hidden_size: int, layers: Sequence[int]) -> int:
+    """What a token takes on disk."""
+    return 2 * hidden_size * (len(layers) + 1) + 4 + 1 + 4
+
+
+def write_features(
+    base: WindowedBase,
+    units: Sequence[Unit],
+    folder: Path,
+    layers: Sequence[int],
+    progress: Callable[[FeatureProgress], None] = lambda _: None,
+) -> FeatureCache:
+    """Read all units, in their order, and write what the base computes; units that are there are kept.
+
+    Args:
+        layers: indices of the base's layers, the states after which are kept.
+        progress: called after each unit.
+
+    Raises:
+        ValueError: for a folder of another base, window or layers, layers that the base lacks, or states
+            that float16 cannot hold.
+        OSError: if the folder cannot be written.
+    """
+    count = len(base.decoder.layers)
+    if not layers or list(layers) != sorted({*layers}) or not 0 <= layers[0] <= layers[-1] < count:
+        raise ValueError(f"layers={tuple(layers)!r}: give rising indices from 0 to {count - 1}")
+    key = {
+        "base": weights_name(base.model),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "window": base.window.size,
+        "sinks": base.window.sinks,
+        "layers": list(layers),
+        "hidden_size": base.head.weight.shape[1],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = [
+        {"file": f"{unit.group}-{unit.digest()}.safetensors", "group": unit.group, "tokens": unit.tokens}
+        for unit in units
+    ]
+    _check_key(folder, key)
+    _write_index(folder, {"format": _FORMAT, "key": key, "units": plan})
+    total = sum(unit.tokens for unit in units)
+    done = sum(
+        unit.tokens for unit, entry in zip(units, plan, strict=True) if (folder / entry["file"]).exists()
+    )
+    read, began = 0, time.perf_counter()
+    for number, (unit, entry) in enumerate(zip(units, plan, strict=True), 1):
+        path = folder / entry["file"]
+        if path.exists():
+            continue
+        _write(_read(base, unit, layers), path, unit.about, total - done, key)
+        read, done = read + unit.tokens, done + unit.tokens
+        rate = read / max(time.perf_counter() - began, 1e-9)
+        progress(FeatureProgress(done, total, rate, (total - done) / rate, number, len(units)))
+    return FeatureCache(folder)
+
+
+class FeatureCache:
+    """A folder of features, complete or growing.
+
+    Raises:
+        ValueError: for a folder that holds none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = _index_of(folder)
+        if index is None:
+            raise ValueError(f"{folder} has no {_INDEX}: give a folder of cached features")
+        self.key: dict[str, Any] = index["key"]
+        self._units = index["units"]
+
+    def groups(self) -> list[str]:
+        """Names of the kinds of units."""
+        return list(dict.fromkeys(entry["group"] for entry in self._units))
+
+    def files(self, group: str) -> list[Path]:
+        """The files of a group that are complete, in their order."""
+        paths = (self.folder / entry["file"] for entry in self._units if entry["group"] == group)
+        return [path for path in paths if path.exists()]
+
+    def load(self, path: Path) -> dict[str, Features]:
+        """The parts of one file.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): remove it, and cache again") from None
+        return {
+            part: Features(
+                tuple(found[f"{part}.state.{layer}"] for layer in self.key["layers"]),
+                found[f"{part}.hidden"],
+                found[f"{part}.ids"].long(),
+                found[f"{part}.flags"],
+                found[f"{part}.normaliser"],
+            )
+            for part in sorted({name.partition(".")[0] for name in found})
+        }
+
+    def about(self, path: Path) -> str:
+        """What the caller wrote about this unit."""
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("about", "")
+
+
+@torch.inference_mode()
+def _read(base: WindowedBase, unit: Unit, layers: Sequence[int]) -> dict[str, Tensor]:
+    tensors = {}
+    device = base.head.weight.device
+    for part, (ids, flags) in unit.parts.items():
+        with collected_states(base, layers) as states:
+            hidden, _ = base.read(ids.long().to(device), base.initial_state(len(ids)))
+        found = {f"state.{layer}": torch.cat(states[layer], 1) for layer in layers} | {"hidden": hidden}
+        for name, value in found.items():
+            narrow = value.to(torch.float16)
+            if not narrow.isfinite().all():
+                raise ValueError(f"{name} of the base exceeds float16's range: choose other layers")
+            tensors[f"{part}.{name}"] = narrow.cpu().contiguous()
+        # Of the rounded states, which are what training sees.
+        rounded = tensors[f"{part}.hidden"].flatten(0, 1).to(device)
+        pieces = [base.head.logits(piece).float().logsumexp(-1) for piece in rounded.split(_TOKENS_AT_ONCE)]
+        tensors[f"{part}.normaliser"] = torch.cat(pieces).view(ids.shape).cpu()
+        tensors[f"{part}.ids"] = ids.to(torch.int32).contiguous()
+        tensors[f"{part}.flags"] = flags.to(torch.uint8).contiguous()
+    return tensors
+
+
+@contextmanager
+def collected_states(base: WindowedBase, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Inside, every call of the base adds the states after these layers to the lists that are given."""
+    states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def keeper(layer: int) -> Callable[[Any, Any, Any], None]:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            states[layer].append(output[0] if isinstance(output, tuple) else output)
+
+        return keep
+
+    handles = [base.decoder.layers[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _write(tensors: dict[str, Tensor], path: Path, about: str, tokens_left: int, key: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        save_file(tensors, temporary, {"about": about})
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        needed = tokens_left * bytes_per_token(key["hidden_size"], key["layers"]) / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(
+            f"{path} could not be written ({error}): {needed:,.0f} MB are needed, {free:,.0f} MB are free; "
+            "make room and start again, which continues"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _index_of(folder: Path) -> dict[str, Any] | None:
+    path = folder / _INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and cache again") from None
+    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        raise ValueError(f"{path} is of another format: give an empty folder")
+    return index
+
+
+def _check_key(folder: Path, key: dict[str, Any]) -> None:
+    """Refuse a folder that was begun with another base, window or layers."""
+    index = _index_of(folder)
+    for name, value in {} if index is None else index["key"].items():
+        if key.get(name) != value:
+            raise ValueError(
+                f"{folder} holds features with {name}={value!r}, now it is {key.get(name)!r}: give another "
+                "folder"
+            )
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    temporary = folder / f".{_INDEX}.part"
+    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    temporary.replace(folder / _INDEX)
