@@ -20,8 +20,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("the work began")
 
-    for module in ("memorize", "generate", "needle", "inspect"):
-        monkeypatch.setattr(f"titans.cli.{module}.open_model", load)
+    monkeypatch.setattr("titans.cli.models.ModelOptions.open_model", load)
     monkeypatch.setattr("titans.train.recipe.TrainingRun.__init__", load)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import open_model
+from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_output, is_memory
 from titans.cli.sampling import Sampling
 from titans.cli.terminal import printable, report
@@ -34,7 +34,7 @@ Anything else is a message; type a blank before a message that begins with /. Ct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Sampling):
+class Chat(Sampling, ModelOptions):
     """Talk with a model, and have it read texts in between.
 
     Example: titans chat runs/tempest --memory plays.memory
@@ -55,9 +55,6 @@ class Chat(Sampling):
     """Of sampling: below 1 favours likely tokens, above 1 unlikely ones."""
     plain: bool = False
     """Use no chat template: each message is a line of text that the model continues."""
-    graft: bool = False
-    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
-    during reading."""
 
     def run(self) -> int:
         """Talk until the input ends."""
@@ -65,7 +62,7 @@ class Chat(Sampling):
         from titans.cli.conversation import Conversation, Turns
         from titans.stream import Session
 
-        model, tokenizer = open_model(self.checkpoint, self.graft)
+        model, tokenizer = self.open_model(self.checkpoint)
         turns = Turns(tokenizer, self.plain)
         if self.memory:
             conversation = Conversation.load(self.memory, model, turns)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.cli.errors import UsageError
+from titans.cli.models import set_precision
 from titans.cli.outputs import check_output, is_page, is_picture
 from titans.cli.terminal import report
 
@@ -55,6 +56,7 @@ class Demo:
         from titans.hf.graft import graft
 
         model, tokenizer = opened
+        set_precision(model, "auto")
         show(graft(model, tokenizer), tokenizer, _NAME, self.minutes, self.output)
         return 0
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import open_model
+from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_output, is_memory
 from titans.cli.sampling import Sampling
 from titans.cli.terminal import report, text_streamer
 
 
 @dataclass(frozen=True)
-class Generate(Sampling):
+class Generate(Sampling, ModelOptions):
     """Continue a prompt, or what a memory has read.
 
     Example: titans generate runs/tempest --prompt "PROSPERO:" --memory plays.memory --temperature 0.8
@@ -34,9 +34,6 @@ class Generate(Sampling):
     """Start from this memory, written by `titans memorize` or --save-memory."""
     save_memory: Path | None = None
     """Write the memory with the prompt and the new text to this file."""
-    graft: bool = False
-    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
-    during reading."""
     json: bool = False
     """Print one JSON object instead of the text."""
 
@@ -45,7 +42,7 @@ class Generate(Sampling):
         self._check()
         from titans.stream import Session
 
-        model, tokenizer = open_model(self.checkpoint, self.graft)
+        model, tokenizer = self.open_model(self.checkpoint)
         session = Session.load(self.memory, model, tokenizer) if self.memory else Session(model, tokenizer)
         session.feed(self.prompt)
         self.seed_choices()

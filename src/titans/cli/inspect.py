@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import open_model
+from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_page_and_picture
 from titans.cli.terminal import report
 
@@ -26,7 +26,7 @@ _MOST_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Inspect(ModelOptions):
     """Read a text and show where a memory helped, token by token.
 
     Example: titans inspect titans-lmm-tiny book.txt -o book.html
@@ -48,9 +48,6 @@ class Inspect:
     """The other text for a Titans model: a file, a folder, or a built-in name such as shakespeare."""
     most: int = _MOST_BYTES
     """Read at most so many bytes of the file."""
-    graft: bool = False
-    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
-    during reading."""
     json: bool = False
     """Print all arrays as one JSON object."""
 
@@ -65,7 +62,7 @@ class Inspect:
         from titans.inspection import GraftInspection, draw_graft_inspection, draw_inspection, write_page
 
         name, content = self._content()
-        model, tokenizer = open_model(self.checkpoint, self.graft)
+        model, tokenizer = self.open_model(self.checkpoint)
         title = f"What {self.checkpoint.name} remembers of {self.file.name}"
         if isinstance(model, GraftedForCausalLM):
             found, about = self._of_graft(model, tokenizer, name, content)

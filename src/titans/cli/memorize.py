@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import open_model
+from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_output, is_memory
 from titans.cli.terminal import report
 
 
 @dataclass(frozen=True)
-class Memorize:
+class Memorize(ModelOptions):
     """Read files into a memory, in the order given, and save it.
 
     Example: titans memorize titans-lmm-tiny book.txt notes/ paper.pdf -o book.memory
@@ -40,9 +40,6 @@ class Memorize:
     """Write the memory after about so many tokens, and at the end."""
     resume: bool = False
     """Go on from where a reading of the same files into the same output was cut off."""
-    graft: bool = False
-    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
-    during reading."""
     json: bool = False
     """Print a summary as one JSON object."""
 
@@ -71,7 +68,7 @@ class Memorize:
         from titans.stream import Session
         from titans.stream.reading.reading import Reading
 
-        model, tokenizer = open_model(self.checkpoint, self.graft)
+        model, tokenizer = self.open_model(self.checkpoint)
         start = self.output if self.resume else self.memory
         session = Session.load(start, model, tokenizer) if start else Session(model, tokenizer)
         reading, began = Reading(session, tokenizer, sources), time.perf_counter()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import open_model
+from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_picture
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _listed(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[tuple[st
 
 
 @dataclass(frozen=True)
-class EvalNeedle:
+class EvalNeedle(ModelOptions):
     """Hide a fact in a long text, ask for it at the end, and compare the answer that is generated.
 
     Example: titans eval needle titans-mac-tiny --task number --lengths 1k 4k 16k --plot needle.png
@@ -86,9 +86,6 @@ class EvalNeedle:
     """Seed of names, values and places."""
     plot: Path | None = None
     """Draw the table as a picture into this file."""
-    graft: bool = False
-    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
-    during reading."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -102,7 +99,7 @@ class EvalNeedle:
         lengths = [_tokens(text) for text in self.lengths]
         depths = [_depth(text) for text in self.depths]
         check_picture("plot", self.plot, [Path(self.haystack)])
-        model, tokenizer = open_model(self.checkpoint, self.graft)
+        model, tokenizer = self.open_model(self.checkpoint)
         from titans.cli.progress import ReadingProgress
         from titans.data import hold_out, load_corpus
         from titans.data.needles import TASKS

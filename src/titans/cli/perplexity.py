@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import open_model
+from titans.cli.models import ModelOptions
 
 if TYPE_CHECKING:
     from titans.evaluate import Perplexity, PositionLoss
 
 
 @dataclass(frozen=True)
-class EvalPerplexity:
+class EvalPerplexity(ModelOptions):
     """Bits per byte of documents read from beginning to end, overall and by position in the document.
 
     Example: titans eval perplexity runs/tempest --data shakespeare --hold-out 0.1 --freeze-memory
@@ -38,9 +38,6 @@ class EvalPerplexity:
     """Forget everything whenever so many tokens have been read; by default never within a document."""
     batch_size: int = 8
     """Documents read side by side."""
-    graft: bool = False
-    """Give a model of transformers a sliding window, for texts of any length, and a memory that learns
-    during reading."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -54,7 +51,7 @@ class EvalPerplexity:
                 raise UsageError(f"{name}={value}: give a whole number of at least 1")
         if not 0 <= self.hold_out < 1:
             raise UsageError(f"hold_out={self.hold_out}: give a fraction from 0 up to, but not including, 1")
-        model, tokenizer = open_model(self.checkpoint, self.graft)
+        model, tokenizer = self.open_model(self.checkpoint)
         if self.freeze_memory and not getattr(model.config, "has_memory", False):
             kind = getattr(model.config, "variant", model.config.model_type)
             raise UsageError(f"freeze_memory with a model {kind!r}: it has no memory; leave the option out")
