@@ -92,7 +92,7 @@ ORDER = {
         graft
         """,
     "titans.hf.graft": """
-        rotation base_cache window adapted
+        rotation base_cache window adapted layers
         configuration
         base cache
         feature_cache modeling

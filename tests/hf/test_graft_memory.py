@@ -24,6 +24,7 @@ from titans.stream import session as session_module
 
 from .grafts import (
     LEARNING,
+    RECALLING,
     VOCAB,
     WINDOW,
     assert_near,
@@ -36,11 +37,12 @@ from .grafts import (
 
 MODELS = {
     "adaptation": small_graft(),
+    "both": small_graft(association=RECALLING),
     "softcap": small_graft("gemma2"),
     "window": small_graft(adaptation=False),
 }
 # Gemma 2's attention has a softmax in float32.
-SAME = {"adaptation": 1e-9, "softcap": 1e-4, "window": 1e-10}
+SAME = {"adaptation": 1e-9, "both": 1e-8, "softcap": 1e-4, "window": 1e-10}
 LONG = 5 * WINDOW + 3
 
 
@@ -111,7 +113,7 @@ def test_padded_rows_are_read_as_alone(name: str) -> None:
             assert_near(logits, whole[0, -10:], SAME[name])
 
 
-@pytest.mark.parametrize("name", ["adaptation", "window"])
+@pytest.mark.parametrize("name", ["both", "window"])
 def test_generate_is_the_loop_without_a_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titans.hf.generation.PREFILL_LENGTH", 5)
     model, rows = MODELS[name], [random_ids(n, seed=n) for n in (14, 3, 8)]
@@ -185,9 +187,12 @@ def test_a_session_forks_generates_and_is_a_file(
     stats = session.stats()
     assert describe_memory(path).stats.tokens == LONG and stats.state_bytes == session.cache.nbytes()
     assert describe_memory(path).config["window"] == WINDOW
-    learned = session.cache.state.adaptation
-    norms = [] if learned is None else [float(torch.cat([learned.weight.flatten(), learned.bias[0]]).norm())]
-    assert [layer.weight_norm for layer in stats.layers] == pytest.approx(norms) and norms != [0.0]
+    state = session.cache.state
+    learned = [] if state.association is None else [state.association.weight.flatten()]
+    if state.adaptation is not None:
+        learned.append(torch.cat([state.adaptation.weight.flatten(), state.adaptation.bias[0]]))
+    norms = [float(weights.norm()) for weights in learned]
+    assert [layer.weight_norm for layer in stats.layers] == pytest.approx(norms) and 0.0 not in norms
     options = dict(max_new_tokens=5, do_sample=False)
     new = session.generate(**options)
     assert list(loaded.generate(stream=True, **options)) == new[0].tolist()

@@ -122,7 +122,13 @@ def test_arguments() -> None:
         "window=True": dict(window=True),
         "sinks=-1": dict(sinks=-1),
         "sinks=7: give at most half of window=12": dict(sinks=7),
-        "association=True is not available yet": dict(association=True),
+        "association has no setting 'layer': it has layers, keys, features": dict(association={"layer": 1}),
+        "can have no such association: layers has 2, and it has layers 0 to 1": dict(
+            association={"layers": [0, 2]}
+        ),
+        r"keys=\[\[1\]\]: give for each head the layers of its key": dict(
+            association={"layers": [0], "keys": [[1]]}
+        ),
         "adaptation has no setting 'stepsize': it has row_variance, chunk_size": dict(
             adaptation={"stepsize": 1}
         ),
@@ -205,10 +211,10 @@ def test_calls() -> None:
         ),
         (lambda: model(ids, output_hidden_states=True), ValueError, "call the base"),
         (lambda: model(ids, hidden=1), TypeError, "no such keyword"),
-        (lambda: model(inputs_embeds=torch.zeros(1, 2, 16)), ValueError, "needs the token ids"),
+        (lambda: model(inputs_embeds=torch.zeros(1, 2, 16)), ValueError, "a memory learns the token ids"),
         (lambda: plain(inputs_embeds=torch.zeros(1, 2, 5)), ValueError, "hidden_size=16"),
         (lambda: plain(ids, freeze_memory=True), ValueError, "has no memory that learns"),
-        (lambda: plain.whiten(ids[0]), ValueError, "no adaptation"),
+        (lambda: plain.whiten(ids[0]), ValueError, "this graft has no memory"),
         (lambda: cache.crop(-1), ValueError, "cannot unlearn"),
     ):
         with pytest.raises(error, match=message):

@@ -15,6 +15,7 @@ import titans
 from titans.cli import main
 from titans.evaluate import score
 from titans.inspection import inspect_graft
+from titans.inspection.graft_page import graft_content
 
 from ..models import small_causal_lm, tokenizer_with_beginning
 
@@ -54,6 +55,29 @@ def test_both_losses_are_of_one_window() -> None:
         inspect_graft(base, ids)
     with pytest.raises(ValueError, match=r"1 token\(s\)"):
         inspect_graft(model, ids[:1])
+
+
+def test_each_of_two_memories_has_its_part_of_the_gain() -> None:
+    recalling = {"layers": (0, 1), "feature_size": 64}
+    model, ids = small_graft(association=recalling), np.frombuffer(TEXT.encode(), np.uint8)[:400]
+    alone = small_graft(adaptation=False, association=recalling)
+    for association in (model.association, alone.association):
+        with torch.no_grad():
+            association.scale += 4.0
+            association.write_gate.bias[:2] += 3.0
+    found = inspect_graft(model, ids)
+    np.testing.assert_allclose(found.loss[1:], score(model, ids), rtol=1e-4)
+    np.testing.assert_allclose(found.association[1:], score(alone, ids), rtol=1e-4)
+    of_one = inspect_graft(alone, ids)
+    np.testing.assert_allclose(of_one.loss, found.association, rtol=1e-4)
+    np.testing.assert_allclose(of_one.base, found.base, rtol=1e-4)
+    assert of_one.association is None and "association" not in of_one.to_json()
+    assert (found.base - found.association)[100:].mean() > 0.2, "a text that repeats is recalled"
+    assert found.to_json()["by_position"][0]["association"] == pytest.approx(found.association[1:].mean())
+    assert found.whole().association == pytest.approx(found.association[1:].mean())
+    names = [part["name"] for part in graft_content(found, [chr(c) for c in ids])["channels"]]
+    assert names[3:] == ["gain of the association", "gain of the adaptation"]
+    assert len(graft_content(of_one, [chr(c) for c in ids])["channels"]) == 3
 
 
 def test_the_page_shows_the_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,14 @@ from titans.inspection.parts import WINDOW, channel, peaks, thinned
 
 def graft_content(found: GraftInspection, texts: Sequence[str]) -> dict[str, Any]:
     """What the page shows beside its text, one of `texts` a token."""
+    of_each = []
+    if found.association is not None:
+        for name, gain in (
+            ("association", found.base - found.association),
+            ("adaptation", found.association - found.loss),
+        ):
+            meaning = f"The {name}'s part of the gain; the association comes before the adaptation."
+            of_each.append(channel(f"gain of the {name}", gain, "nats", meaning, signed=True))
     return {
         "numbers": [("tokens", f"{len(found.ids):,}"), _number("all", found.whole())]
         + [_number(place(part), part) for part in found.by_position()],
@@ -27,6 +35,7 @@ def graft_content(found: GraftInspection, texts: Sequence[str]) -> dict[str, Any
                     "tokens are white."),
             channel("loss without", found.base, "nats", "Of the base in the same window. The scale begins at "
                     "the median."),
+            *of_each,
         ],
         "lists": [
             peaks("Where the memory helped most", "Compared with the base in the same window.", 0,
@@ -59,10 +68,18 @@ def _charts(found: GraftInspection) -> list[dict[str, Any]]:
     def line(name: str, values: np.ndarray) -> dict[str, Any]:
         return {"name": name, "values": thinned(values[1:])}
 
-    saved = np.concatenate([[0.0], found.helped[1:].cumsum(dtype=np.float64)])
+    def saved(name: str, gain: np.ndarray) -> dict[str, Any]:
+        return line(name, np.concatenate([[0.0], gain[1:].cumsum(dtype=np.float64)]))
+
+    of_each = []
+    if found.association is not None:
+        of_each = [
+            saved("by the association", found.base - found.association),
+            saved("by the adaptation", found.association - found.loss),
+        ]
     return [
         {"title": "Loss", "meaning": "Nats per token, mean over stretches; a logarithmic scale.",
          "lines": [line("with the memory", found.loss), line("without", found.base)], "logarithmic": True},
         {"title": "Nats saved so far", "meaning": "The sum of the gain of all tokens: it rises where the "
-         "memory helps.", "lines": [line("saved", saved)], "logarithmic": False},
+         "memory helps.", "lines": [saved("saved", found.helped), *of_each], "logarithmic": False},
     ]  # fmt: skip

@@ -26,6 +26,7 @@ class LossAt:
     """Mean loss in nats per token over the tokens that stand at begin to end − 1 of a text.
 
     loss: with the memory. base: of the base in the same window. end: None for the rest of the text.
+    association: with the first of two memories alone; None unless there are two.
     """
 
     begin: int
@@ -33,6 +34,7 @@ class LossAt:
     tokens: int
     loss: float
     base: float
+    association: float | None = None
 
     @property
     def gain(self) -> float:
@@ -45,12 +47,14 @@ class GraftInspection:
     """Arrays over the n tokens of a text, float32 but for the ids; NaN at the first token.
 
     ids: (n,). loss: (n,), nats of each token as the graft predicts it, whose memory has learned from the text
-    before it. base: (n,), the same of the base, which sees the same window and has no memory.
+    before it. base: (n,), the same of the base, which sees the same window and has no memory. association:
+    (n,), the same with the association alone, of a graft that has an adaptation, too; otherwise None.
     """
 
     ids: np.ndarray
     loss: np.ndarray
     base: np.ndarray
+    association: np.ndarray | None = None
 
     @property
     def helped(self) -> np.ndarray:
@@ -70,18 +74,23 @@ class GraftInspection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, NaN as None, and the means by position."""
-        lists = {name: [None if np.isnan(x) else x for x in getattr(self, name).tolist()] for name in _LOSSES}
+        lists = {
+            name: [None if np.isnan(x) else x for x in values.tolist()]
+            for name, values in self._losses().items()
+        }
         parts = [asdict(part) | {"gain": part.gain} for part in self.by_position()]
         return {"ids": self.ids.tolist(), **lists, "by_position": parts}
 
     def _between(self, begin: int, end: int | None) -> LossAt:
         # The first token is predicted by nothing.
         part = slice(max(begin, 1), end)
-        means = (float(getattr(self, name)[part].mean(dtype=np.float64)) for name in _LOSSES)
+        means = (float(values[part].mean(dtype=np.float64)) for values in self._losses().values())
         return LossAt(begin, end, len(self.ids[part]), *means)
 
-
-_LOSSES = ("loss", "base")
+    def _losses(self) -> dict[str, np.ndarray]:
+        """What was measured, by name."""
+        found = {"loss": self.loss, "base": self.base}
+        return found if self.association is None else {**found, "association": self.association}
 
 
 class GraftReading:
@@ -102,17 +111,21 @@ class GraftReading:
     ) -> None:
         if not model.config.has_memory:
             raise ValueError("this graft has no memory to inspect: make it with adaptation=True")
+        self._names = ["loss", "base"]
+        if model.config.adaptation is not None and model.config.association is not None:
+            self._names.append("association")
         self.model = model
         self.cache = model.empty_cache() if cache is None else cache.clone()
-        # What the base predicts from the token before.
-        self._before = torch.full((1, model.config.vocab_size), torch.nan)
+        # What was predicted from the token before, by name.
+        nothing = torch.full((1, model.config.vocab_size), torch.nan)
+        self._before = dict.fromkeys(self._names, nothing)
         if first := [int(token) for token in beginning]:
             with reading(model):
                 ids = torch.tensor([first], device=model.device)
                 model(ids, past_key_values=self.cache, logits_to_keep=1)
 
     def read(self, ids: Tensor) -> GraftInspection:
-        """Read on: (n,) int64 ids; the logits of all of them are held, twice."""
+        """Read on: (n,) int64 ids; the logits of all of them are held, once for each loss."""
         with reading(self.model):
             output = self.model(
                 ids[None].to(self.model.device),
@@ -120,11 +133,17 @@ class GraftReading:
                 output_surprise=True,
                 output_base_logits=True,
             )
-        logits = torch.cat([self._before, output.base_logits[0].float().cpu()])
-        base = F.cross_entropy(logits[:-1], ids, reduction="none")
-        loss = output.surprises[0][0, :, 0].float().cpu()
-        self._before = logits[-1:].clone()
-        return GraftInspection(ids.numpy(), torch.where(base.isnan(), base, loss).numpy(), base.numpy())
+        found = {"loss": output.logits, "base": output.base_logits, "association": output.association_logits}
+        losses = {}
+        for name in self._names:
+            logits = torch.cat([self._before[name], found[name][0].float().cpu()])
+            losses[name] = F.cross_entropy(logits[:-1], ids, reduction="none")
+            self._before[name] = logits[-1:].clone()
+        if self.model.config.adaptation is not None:
+            # The loss that it learned from: exact where logits are rounded to half precision.
+            base, loss = losses["base"], output.surprises[-1][0, :, 0].float().cpu()
+            losses["loss"] = torch.where(base.isnan(), base, loss)
+        return GraftInspection(ids.numpy(), **{name: loss.numpy() for name, loss in losses.items()})
 
 
 def inspect_graft(
@@ -159,4 +178,7 @@ def inspect_graft(
 
 def joined(parts: Sequence[GraftInspection]) -> GraftInspection:
     """Pieces of one text as a whole."""
-    return GraftInspection(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("ids", *_LOSSES)))
+    names = ["ids", *parts[0]._losses()]
+    return GraftInspection(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -161,6 +162,14 @@ class GraftReader(StateReader):
     """A pretrained model with a memory: at constant memory."""
 
     inner: GraftedForCausalLM
+
+    def read(
+        self, ids: Tensor, cache: Any, *, all_logits: bool = False, output_surprise: bool = False
+    ) -> Read:
+        """As of `Reader`; the surprise of an adaptation alone where there is an association, too: nats and
+        squared errors have no common mean."""
+        found = super().read(ids, cache, all_logits=all_logits, output_surprise=output_surprise)
+        return replace(found, surprises=found.surprises and found.surprises[-1:])
 
     def load(self, file: StateFile) -> GraftCache:
         """The cache in a file, in this model's precision; ValueError where it is not this model's."""

@@ -28,7 +28,7 @@ from titans.stream.reader import initial_states
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Frobenius norms over all heads and matrices of one layer's memory, or of a graft's adaptation.
+    """Frobenius norms over all heads and matrices of one layer's memory, or of one memory of a graft.
 
     weight_norm, momentum_norm: of the fast weights and of their momentum. change: how far the network has
     moved from that of a fresh session, ‖W − W_0‖ / ‖W_0‖; None where the model is not at hand.
@@ -136,12 +136,16 @@ def carried_memories(states: object) -> list[MemoryState]:
     return [state.memory for state in find_states(NeuralMemoryState, states)]
 
 
-def adaptation_stats(cache: GraftCache) -> tuple[LayerStats, ...]:
-    """The norms of what a graft has learned, over its fast matrix and bias; nothing without an adaptation."""
-    adaptation = None if cache.state is None else cache.state.adaptation
-    if adaptation is None:
-        return ()
-    return (LayerStats(_norm((adaptation.weight, adaptation.bias)), _norm(adaptation.momentum), None),)
+def graft_stats(cache: GraftCache) -> tuple[LayerStats, ...]:
+    """The norms of what a graft has learned: of its association's fast matrices, and of its adaptation's
+    matrix and bias; of those that it has."""
+    found = []
+    if (state := cache.state) is not None and (association := state.association) is not None:
+        found.append(LayerStats(_norm((association.weight,)), 0.0, None))
+    if state is not None and (adaptation := state.adaptation) is not None:
+        norms = (_norm((adaptation.weight, adaptation.bias)), _norm(adaptation.momentum))
+        found.append(LayerStats(*norms, None))
+    return tuple(found)
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from titans.stream.live import generated
 from titans.stream.reader import CausalReader, GraftReader, StateReader, TitansReader, reader_of
 from titans.stream.saved import (
     SessionStats,
-    adaptation_stats,
     fingerprint,
+    graft_stats,
     recent_tokens,
     stats_of,
     surprise_so_far,
@@ -47,8 +47,8 @@ class FeedResult:
     tokens: how many were taken in. seconds: how long it took. start: index in the session of the first token
     the model read meanwhile: it is one less than that, because the last token waits for the next call.
     mean_surprise: mean over the tokens read, layers and heads of ‖M(k) − v‖² before each write, of a graft
-    the loss in nats; None without a memory or when nothing was read. surprises: (tokens read, layers)
-    float32, mean over heads, where asked for.
+    with an adaptation the loss in nats; None without a memory or when nothing was read. surprises: (tokens
+    read, layers) float32, mean over heads, where asked for.
     """
 
     tokens: int
@@ -353,7 +353,7 @@ class Session:
         if isinstance(self.reader, TitansReader):
             found = stats_of(now.cache, now.num_tokens, self.reader.inner)
         else:
-            layers = adaptation_stats(now.cache) if isinstance(self.reader, GraftReader) else ()
+            layers = graft_stats(now.cache) if isinstance(self.reader, GraftReader) else ()
             found = SessionStats(now.num_tokens, now.cache.nbytes(), layers)
         return replace(
             found,

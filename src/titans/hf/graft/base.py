@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from titans.hf.graft.base_cache import BaseCache, sliding_layers
+from titans.hf.graft.layers import layers_of, states_after
 from titans.hf.graft.rotation import Rotation, moved, rotations
 from titans.hf.graft.window import Window, WindowState, aligned_right, together
 from titans.nn.adaptation import LinearHead
@@ -64,6 +65,10 @@ class WindowedBase:
             raise ValueError(f"{self.name} cannot be grafted: {error}") from None
 
     @property
+    def num_layers(self) -> int:
+        return len(self.sliding)
+
+    @property
     def _embeddings(self) -> Tensor:
         weight: Any = self.model.get_input_embeddings().weight
         return cast("Tensor", weight)
@@ -90,25 +95,60 @@ class WindowedBase:
 
         Returns last hidden states (rows, time, hidden_size), 0 at padding, and the new state.
         """
+        return self._read(x, state, lengths, ())
+
+    def read_layers(
+        self, x: Tensor, state: WindowState, lengths: Tensor | None = None, *, layers: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...], WindowState]:
+        """`read` that also returns the states after chosen layers, (rows, time, hidden_size) each.
+
+        Args:
+            layers: indices into the model's layers.
+
+        Returns last hidden states, the states after each of the layers, and the new state.
+        """
+        both, state = self._read(x, state, lengths, layers)
+        parts = both.chunk(1 + len(layers), -1)
+        # As `read` returns them, so that a matrix product of them is the same to the bit.
+        hidden, *states = (part.contiguous() for part in parts)
+        return hidden, tuple(states), state
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Whether the states after these layers can be read.
+
+        Raises:
+            ValueError: naming the first layer that there is not, or the reason.
+        """
+        try:
+            if missing := [layer for layer in layers if layer >= self.num_layers]:
+                raise ValueError(f"layers has {missing[0]}, and it has layers 0 to {self.num_layers - 1}")
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=self._embeddings.device)
+            with torch.no_grad():
+                self.read_layers(ids, self.initial_state(1), layers=layers)
+        except ValueError as error:
+            raise ValueError(f"{self.name} can have no such association: {error}") from None
+
+    def _read(
+        self, x: Tensor, state: WindowState, lengths: Tensor | None, layers: Sequence[int]
+    ) -> tuple[Tensor, WindowState]:
+        """`read`, and behind each hidden state those after `layers`."""
         rows, time = x.shape[:2]
         if not rows:
-            return torch.zeros(
-                0, time, self._embeddings.shape[1], dtype=self.model.dtype, device=x.device
-            ), state
+            return self.initial_hidden(x, layers)[:, None].expand(0, time, -1), state
         positions = state.position.tolist()
         left = [time] * rows if lengths is None else lengths.tolist()
         if len({*positions}) == 1 and len({*left}) == 1:
-            hidden, state = self._read_alike(x[:, : left[0]], state, positions[0])
+            hidden, state = self._read_alike(x[:, : left[0]], state, positions[0], layers)
             return _padded(hidden, time), state
         # Rows at different positions proceed together until the first of them ends, or completes a block,
         # where keys move.
         alone = [state.row(row, self.window.slots(positions[row])) for row in range(rows)]
-        found: list[list[Tensor]] = [[self.initial_hidden(x)] for _ in range(rows)]
+        found: list[list[Tensor]] = [[self.initial_hidden(x, layers)] for _ in range(rows)]
         done = [0] * rows
         while going := [row for row in range(rows) if done[row] < left[row]]:
             count = min(min(self.window.room(positions[row]), left[row] - done[row]) for row in going)
             piece = torch.stack([x[row, done[row] : done[row] + count] for row in going])
-            hidden, after = self._read_apart(piece, [alone[row] for row in going])
+            hidden, after = self._read_apart(piece, [alone[row] for row in going], layers)
             for row, mine, state in zip(going, hidden, after, strict=True):
                 found[row].append(mine)
                 alone[row] = state
@@ -116,17 +156,20 @@ class WindowedBase:
         hidden = torch.stack([_padded(torch.cat(parts)[None], time)[0] for parts in found])
         return hidden, together(alone)
 
-    def initial_hidden(self, x: Tensor) -> Tensor:
-        """No hidden states, (0, hidden_size)."""
-        return torch.zeros(0, self._embeddings.shape[1], dtype=self.model.dtype, device=x.device)
+    def initial_hidden(self, x: Tensor, layers: Sequence[int] = ()) -> Tensor:
+        """No hidden states, (0, (1 + number of layers) · hidden_size)."""
+        size = self._embeddings.shape[1] * (1 + len(layers))
+        return torch.zeros(0, size, dtype=self.model.dtype, device=x.device)
 
-    def _read_alike(self, x: Tensor, state: WindowState, position: int) -> tuple[Tensor, WindowState]:
-        """`read` for rows at the same position without padding."""
-        found = [self.initial_hidden(x).expand(len(x), -1, -1)]
+    def _read_alike(
+        self, x: Tensor, state: WindowState, position: int, layers: Sequence[int]
+    ) -> tuple[Tensor, WindowState]:
+        """`_read` for rows at the same position without padding."""
+        found = [self.initial_hidden(x, layers).expand(len(x), -1, -1)]
         keys, values = state.keys, state.values
         while x.shape[1]:
             count = min(self.window.room(position), x.shape[1])
-            hidden, keys, values = self._call(x[:, :count], keys, values)
+            hidden, keys, values = self._call(x[:, :count], keys, values, layers)
             found.append(hidden)
             x, position = x[:, count:], position + count
             if (distance := self.window.distance(position)) is not None:
@@ -135,8 +178,10 @@ class WindowedBase:
         hidden = found[1] if len(found) == 2 else torch.cat(found, 1)
         return hidden, WindowState(keys, values, state.position + moved_on)
 
-    def _read_apart(self, x: Tensor, states: Sequence[WindowState]) -> tuple[Tensor, list[WindowState]]:
-        """`read` for rows at different positions, one state each; x must not cross the end of a block.
+    def _read_apart(
+        self, x: Tensor, states: Sequence[WindowState], layers: Sequence[int]
+    ) -> tuple[Tensor, list[WindowState]]:
+        """`_read` for rows at different positions, one state each; x must not cross the end of a block.
 
         A row with fewer keys than another is aligned right, as the attention mask expects.
         """
@@ -145,7 +190,7 @@ class WindowedBase:
             tuple(map(aligned_right, zip(*layers, strict=True)))
             for layers in ([state.keys for state in states], [state.values for state in states])
         )
-        hidden, keys, values = self._call(x, keys, values, torch.tensor(slots, device=x.device))
+        hidden, keys, values = self._call(x, keys, values, layers, torch.tensor(slots, device=x.device))
         after = []
         for row, state in enumerate(states):
             mine = slots[row] + count
@@ -167,9 +212,10 @@ class WindowedBase:
         return tuple(new), tuple(torch.cat(self.window.kept(layer), 2) for layer in values)
 
     def _call(
-        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], slots: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """One call of the model: last hidden states, and keys and values with the new ones.
+        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], layers: Sequence[int],
+        slots: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+        """One call of the model: hidden states as of `_read`, and keys and values with the new ones.
 
         Args:
             slots: (rows,) int64, how many keys each row has, aligned right; None if all slots are
@@ -181,7 +227,16 @@ class WindowedBase:
         if slots is not None and bool((slots < held).any()):
             column = torch.arange(held + x.shape[1], device=x.device)
             given["attention_mask"] = (column >= held - slots[:, None]).long()
-        return self._call_at(first, given, BaseCache(self.sliding, keys, values))
+        cache = BaseCache(self.sliding, keys, values)
+        if not layers:
+            return self._call_at(first, given, cache)
+        with states_after(layers_of(self.decoder, self.num_layers), layers) as states:
+            hidden, keys, values = self._call_at(first, given, cache)
+        if wrong := [tuple(s.shape) for s in states if s.shape != hidden.shape]:
+            raise ValueError(
+                f"its layers give states of shape {wrong[0]}, its head takes {tuple(hidden.shape)}"
+            )
+        return torch.cat([hidden, *(s.to(hidden) for s in states)], -1), keys, values
 
     def _call_at(
         self, first: Tensor, given: dict[str, Any], cache: BaseCache

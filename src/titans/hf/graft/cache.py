@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ _LIMITS = {
 @register_state
 @dataclass(frozen=True)
 class GraftState:
-    """The state of all rows. adaptation: None if the graft has none."""
+    """The state of all rows. adaptation, association: None if the graft has none."""
 
     window: WindowState
     adaptation: Any
+    association: Any = None
 
 
 class GraftCache(StateCache):
@@ -66,9 +67,7 @@ class GraftCache(StateCache):
                 tuple(x[:, :, :slots].clone() for x in layers)
                 for layers in (state.window.keys, state.window.values)
             )
-            self.layers[0].state = GraftState(
-                WindowState(keys, values, state.window.position), state.adaptation
-            )
+            self.layers[0].state = replace(state, window=WindowState(keys, values, state.window.position))
 
     @classmethod
     def from_file(cls, file: StateFile, config: GraftConfig, template: GraftState) -> GraftCache:
@@ -110,9 +109,10 @@ def _check(
         raise damaged_header(path)
     if (position < 0).any() or (position > num_columns).any():
         raise ValueError(f"{path}: its positions contradict its length; the memory is damaged")
-    learned = tensors.get("[0].adaptation.position", position)
-    if learned.shape != position.shape or (learned < 0).any() or (learned > position).any():
-        raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
+    for memory in ("adaptation", "association"):
+        learned = tensors.get(f"[0].{memory}.position", position)
+        if learned.shape != position.shape or (learned < 0).any() or (learned > position).any():
+            raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
     slots = max(map(window.slots, position.tolist()))
     for name, tensor in tensors.items():
         like = wanted[name]

@@ -13,21 +13,26 @@ from titans.hf.configuration import refuse_unknown
 from titans.hf.fingerprint import same_weights, weights_name, weights_sample
 from titans.hf.graft.window import Window
 from titans.nn.adaptation import Adaptation
+from titans.nn.association import Association
 
-FIELDS = ("window", "sinks", "adaptation", "origin")
+FIELDS = ("window", "sinks", "adaptation", "association", "origin")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+_MEMORIES = {"adaptation": Adaptation, "association": Association}
+# Of an association, what the meaning of its state depends on.
+_OF_STATE = ("layers", "keys", "features", "feature_size", "value_size")
 
 
 class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
     """What a `GraftedForCausalLM` is made of.
 
     window, sinks: of `titans.graft`. adaptation: settings of the memory that learns by the model's own loss,
-    None without it. origin: identifies the base by its class, name, sizes, a hash of its weights and
-    a sample of them.
+    None without it. association: settings of the memory that recalls which token followed a context, None
+    without it. origin: identifies the base by its class, name, sizes, a hash of its weights and a sample of
+    them.
     Unknown fields are an error.
 
     Raises:
-        ValueError: for an unknown field, also of `adaptation`, or a value outside its domain.
+        ValueError: for an unknown field, also of a memory, or a value outside its domain.
     """
 
     model_type = "titans-graft"
@@ -37,11 +42,13 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         window: int = 512,
         sinks: int = 4,
         adaptation: dict[str, Any] | None = None,
+        association: dict[str, Any] | None = None,
         origin: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.window, self.sinks = window, sinks
-        self.adaptation = None if adaptation is None else adaptation_settings(adaptation)
+        self.adaptation = None if adaptation is None else memory_settings("adaptation", adaptation)
+        self.association = None if association is None else memory_settings("association", association)
         self.origin = {} if not origin else _checked_origin(origin)
         # Sizes of the base, which transformers and `titans.stream` read from a configuration.
         sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
@@ -70,15 +77,25 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
             refuse_unknown(unused, GraftConfig, FIELDS)
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers has it; without the field `association` where there is none, as before it was
+        known."""
+        found: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in found.items() if name != "association" or value is not None}
+
     @property
     def has_memory(self) -> bool:
         """Whether the graft has a memory that learns during reading."""
-        return self.adaptation is not None
+        return self.adaptation is not None or self.association is not None
 
     def state_fields(self) -> dict[str, Any]:
         """The fields that must be equal for one graft to continue from another's state."""
         sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
         chunk_size = None if self.adaptation is None else self.adaptation.get("chunk_size")
+        # Absent where there is none, as in files from before it was known.
+        association = {}
+        if self.association is not None:
+            association = {"association": {name: self.association[name] for name in _OF_STATE}}
         return {
             "model_type": self.model_type,
             "base": self.origin.get("sizes", {}).get("model_type"),
@@ -87,28 +104,35 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
             "sinks": self.sinks,
             "adaptation": self.adaptation is not None,
             "chunk_size": chunk_size,
+            **association,
         }
 
 
-def adaptation_settings(given: Any, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All settings of an adaptation but its sizes, so that a saved graft does not depend on defaults.
+def memory_settings(memory: str, given: Any, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All settings of a memory but its sizes, so that a saved graft does not depend on defaults; lists for
+    tuples, as JSON has them.
 
     Args:
+        memory: "adaptation" or "association".
         measured: of the base, where they are not given.
 
     Raises:
         ValueError: for one that there is not, or one without a default that is not given.
     """
-    known = inspect.signature(Adaptation).parameters
+    known = inspect.signature(_MEMORIES[memory]).parameters
     names = [name for name in known if name not in ("hidden_size", "vocab_size")]
     if not isinstance(given, Mapping):
-        raise ValueError(f"adaptation={given!r}: give its settings as a dict of {', '.join(names)}")
+        raise ValueError(f"{memory}={given!r}: give its settings as a dict of {', '.join(names)}")
     if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"adaptation has no setting {unknown[0]!r}: it has {', '.join(names)}")
+        raise ValueError(f"{memory} has no setting {unknown[0]!r}: it has {', '.join(names)}")
     settings = {name: known[name].default for name in names} | {**(measured or {})} | {**given}
     if missing := [name for name, value in settings.items() if value is inspect.Parameter.empty]:
-        raise ValueError(f"adaptation lacks {missing[0]}: make a graft with titans.graft(base)")
-    return settings
+        raise ValueError(f"{memory} lacks {missing[0]}: make a graft with titans.graft(base)")
+    return {name: _as_lists(value) for name, value in settings.items()}
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _checked_origin(origin: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from titans.hf.graft.configuration import FIELDS, GraftConfig, check_origin
 from titans.hf.graft.window import Window
 from titans.hf.keywords import check_keywords, check_targets, check_tokens, documents_of, real_tokens
 from titans.nn.adaptation import Adaptation
+from titans.nn.association import Association
 from titans.nn.packing import Packed
 
 _WEIGHTS = "model.safetensors"
@@ -35,9 +36,11 @@ class GraftOutput(ModelOutput):
     """What a graft returns.
 
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time or fewer, vocab_size).
-    past_key_values: the cache. surprises: with `output_surprise`, for each memory (batch, time, 1): for the
-    adaptation the loss of each token in nats, 0 for the first of a text. base_logits: with
+    past_key_values: the cache. surprises: with `output_surprise`, of each memory, the association first: of
+    the association (batch, time, heads), the squared error of what each token's context recalled; of the
+    adaptation (batch, time, 1), the loss of each token in nats, 0 for the first of a text. base_logits: with
     `output_base_logits`, the base's logits in the same window without a memory, shaped as logits.
+    association_logits: with `output_base_logits` and both memories, those with the association alone.
     """
 
     loss: Tensor | None = None
@@ -45,6 +48,7 @@ class GraftOutput(ModelOutput):
     past_key_values: GraftCache | None = None
     surprises: tuple[Tensor, ...] | None = None
     base_logits: Tensor | None = None
+    association_logits: Tensor | None = None
 
 
 class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore[misc]
@@ -78,14 +82,24 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         self.adaptation: Adaptation | None = None
         if config.adaptation is not None:
             self.adaptation = Adaptation(config.hidden_size, config.vocab_size, **config.adaptation)
+        self.association: Association | None = None
+        if config.association is not None:
+            self.association = Association(config.hidden_size, **config.association)
+        # Whatever is refused, the base is unchanged.
+        windowed = WindowedBase(base, window)
+        if self.association is not None:
+            windowed.check_layers(self.association.layers)
         # Before the base is assigned, so that `post_init` does not initialise the base's weights anew.
         self.post_init()
         self.base = base.requires_grad_(False).eval()
         # transformers' Trainer leaves these out of its checkpoints, without a warning.
         self._keys_to_ignore_on_save = {name for name in self.state_dict() if name.startswith("base.")}
-        self._windowed = WindowedBase(base, window)
+        self._windowed = windowed
         if self.adaptation is not None:
             self.adaptation.to(base.device)
+        if self.association is not None:
+            self.association.to(base.device)
+            self.association.set_head(windowed.head.weight, windowed.head.scale)
         # Saved with the graft, so that a folder is complete but for the base.
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -128,22 +142,28 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
 
     def initial_state(self, rows: int) -> GraftState:
         """The state of rows that have read nothing."""
-        adaptation = None
-        if self.adaptation is not None:
-            adaptation = self.adaptation.initial_state(rows, self.device, self.dtype)
-        return GraftState(self._windowed.initial_state(rows), adaptation)
+        states = (
+            None if memory is None else memory.initial_state(rows, self.device, self.dtype)
+            for memory in (self.adaptation, self.association)
+        )
+        return GraftState(self._windowed.initial_state(rows), *states)
 
     @torch.no_grad()
     def whiten(self, ids: Tensor) -> None:
-        """Set the mean and covariance of the adaptation's inputs from ids (n,) of any text.
+        """Set the mean and covariance of the memories' inputs from ids (n,) of any text.
 
         Raises:
-            ValueError: without an adaptation.
+            ValueError: without a memory.
         """
-        if self.adaptation is None:
-            raise ValueError("this graft has no adaptation: whitening applies to its inputs")
+        if not self.config.has_memory:
+            raise ValueError("this graft has no memory: whitening applies to a memory's inputs")
         x = self._checked(ids.reshape(1, -1).to(self.device), None)
-        self.adaptation.whiten(self._windowed.read(x, self._windowed.initial_state(1))[0])
+        layers = () if self.association is None else self.association.layers
+        hidden, states, _ = self._windowed.read_layers(x, self._windowed.initial_state(1), layers=layers)
+        if self.adaptation is not None:
+            self.adaptation.whiten(hidden)
+        if self.association is not None:
+            self.association.whiten(states)
 
     def forward(
         self,
@@ -164,7 +184,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         """Read a stretch of tokens, of any length.
 
         Args:
-            input_ids: (batch, time) int64, or, without an adaptation, `inputs_embeds`.
+            input_ids: (batch, time) int64, or, without a memory, `inputs_embeds`.
             attention_mask: (batch, time), or (batch, seen + time) with `past_key_values`; 0 marks padding,
                 anywhere. A row is read as if it stood alone without it.
             past_key_values: what was read before; it is updated.
@@ -172,7 +192,8 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these.
             output_surprise: return each memory's surprise at every token.
             freeze_memory: no memory learns.
-            output_base_logits: return what the base alone predicts from the same states, too.
+            output_base_logits: return what the base alone predicts from the same states, too, and with two
+                memories what it predicts with the first.
             keywords: keywords of transformers are accepted where they change nothing.
 
         Raises:
@@ -206,17 +227,39 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         # Everything stateful sees real tokens only, each row's moved to its front.
         rows = Packed.of(real)
         x = rows.pack(x)
-        hidden, window = self._windowed.read(x, state.window, rows.lengths)
+        head = self._windowed.head
         kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        adaptation, surprise, loss, base_logits = state.adaptation, None, None, None
-        if self.adaptation is None or output_base_logits:
-            base_logits = self._windowed.head.logits(rows.unpack(hidden)[:, kept])
+
+        def plain_logits(hidden: Tensor) -> Tensor:
+            return head.logits(rows.unpack(hidden)[:, kept])
+
+        loss, base_logits, association_logits = None, None, None
+        surprises: list[Tensor] = []
+        adaptation, association = state.adaptation, state.association
+        layers = () if self.association is None else self.association.layers
+        hidden, between, window = self._windowed.read_layers(x, state.window, rows.lengths, layers=layers)
+        if output_base_logits:
+            base_logits = plain_logits(hidden)
+        if self.association is not None:
+            hidden, association, recalled = self.association(
+                between,
+                hidden,
+                x,
+                head.weight,
+                association,
+                lengths=rows.lengths,
+                frozen=freeze_memory,
+                surprise=output_surprise,
+            )
+            surprises += [] if recalled is None else [rows.unpack(recalled)]
+            if output_base_logits and self.adaptation is not None:
+                association_logits = plain_logits(hidden)
         if self.adaptation is None:
-            logits = base_logits
+            logits = plain_logits(hidden)
         else:
             logits, adaptation, surprise = read_adapted(
                 self.adaptation,
-                self._windowed.head,
+                head,
                 hidden,
                 x,
                 adaptation,
@@ -226,6 +269,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
                 surprise=output_surprise,
             )
             logits = logits if isinstance(logits_to_keep, int) else logits[:, kept]
+            surprises += [] if surprise is None else [surprise.unsqueeze(-1)]
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -235,18 +279,18 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             )
         # Last, so that a call that fails has not been read.
         if past_key_values is not None:
-            past_key_values.store((GraftState(window, adaptation),), time, input_ids)
-        surprises = None if surprise is None else (surprise.unsqueeze(-1),)
-        base_logits = base_logits if output_base_logits else None
-        output = GraftOutput(loss, logits, past_key_values, surprises, base_logits)
+            past_key_values.store((GraftState(window, adaptation, association),), time, input_ids)
+        output = GraftOutput(
+            loss, logits, past_key_values, tuple(surprises) or None, base_logits, association_logits
+        )
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
     def _checked(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The ids, or the embeddings; ValueError for another shape or type, and on a CPU for unknown ids."""
-        if inputs_embeds is not None and input_ids is None and self.adaptation is not None:
-            raise ValueError("inputs_embeds: an adaptation needs the token ids as labels; give input_ids")
+        if inputs_embeds is not None and input_ids is None and self.config.has_memory:
+            raise ValueError("inputs_embeds: a memory learns the token ids; give input_ids")
         check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         if input_ids is None:
             assert inputs_embeds is not None

@@ -148,14 +148,17 @@ class Association(nn.Module):
             self.write_gate.bias[self.num_heads :] = math.log(math.expm1(math.log(2) / self.half_life))
 
     @torch.no_grad()
-    def set_head(self, rows: Tensor) -> None:
-        """Set mean, A and the first B from the rows of the model's head (vocab, hidden), scaled as its logits
-        are."""
+    def set_head(self, rows: Tensor, scale: float = 1.0) -> None:
+        """Set mean, A and the first B.
+
+        Args:
+            rows: (vocab, hidden), of the model's head. scale: the factor of its logits.
+        """
         found = whitening_of(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         self.code_mean.copy_(found.mean)
         self.code_whitening.copy_(found.root)
         # E_i · A v_j is ‖A (E_j − mean)‖ for i = j, up to what is the same for all i.
-        back = found.root / found.length
+        back = found.root / (found.length * scale)
         if self.value_weight is None:
             self.output_weight.copy_(back)
             return
