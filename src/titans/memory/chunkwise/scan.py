@@ -5,6 +5,7 @@ Read `chunk.py` for the algorithm and `groups.py` for what training keeps; here 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from titans.memory.chunkwise.anchored import scan_anchored_chunks
 from titans.memory.chunkwise.columns import Columns, Run, cut
+from titans.memory.chunkwise.delta import block_width, is_delta_rule, scan_delta_blocks
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, scan_chunks
 from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
@@ -118,6 +120,13 @@ def _scan_ragged(
 
 def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
+    if is_delta_rule(problem):
+        position = problem.state.position
+        if problem.mask is None and problem.reset is None:
+            # Unlike a chunk, a block may begin anywhere.
+            position = torch.zeros_like(position)
+        run = functools.partial(scan_delta_blocks, problem.read_anchor)
+        return _cut_and_scan(problem, run, position, block_width(problem.inner.network))
     return scan_laid_out(problem, scan_chunks)
 
 
@@ -126,12 +135,17 @@ def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, Memory
 
     Whatever `run` is, chunks that read their anchor are run by `scan_anchored_chunks`.
     """
+    run = scan_anchored_chunks if problem.read_anchor else run
+    return _cut_and_scan(problem, run, problem.state.position, problem.chunk_size)
+
+
+def _cut_and_scan(
+    problem: ScanProblem, run: ScanChunks, position: Tensor, size: int
+) -> tuple[Tensor, MemoryState, Tensor]:
     batch, time, heads, _ = problem.keys.shape
-    if problem.read_anchor:
-        run = scan_anchored_chunks
     if time == 0:
         return torch.zeros_like(problem.values), problem.state, problem.keys.new_zeros(batch, 0, heads)
-    parts = cut(problem.state.position, time, problem.chunk_size, problem.mask, problem.reset)
+    parts = cut(position, time, size, problem.mask, problem.reset)
     if isinstance(parts, Columns):
         return _scan_ragged(problem, run, parts)
     return _scan_aligned(problem, run, parts)

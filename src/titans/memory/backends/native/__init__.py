@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from titans.memory.backends.known import ACTIVATION_SWITCH, objective_switch, refuses_parts
 from titans.memory.backends.native.build import missing
 from titans.memory.checks import hand_written_refuses
+from titans.memory.chunkwise.delta import is_delta_rule
 from titans.memory.chunkwise.groups import Arguments, Marks, Slow, Tokens, refuse_second_derivatives
-from titans.memory.chunkwise.scan import scan_laid_out
+from titans.memory.chunkwise.scan import chunkwise_scan, scan_laid_out
 from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
 from titans.memory.rules import MomentumRule
@@ -55,7 +56,7 @@ def refuses_bfloat16(problem: ScanProblem) -> str | None:
 
 def native_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
-    return scan_laid_out(problem, functools.partial(_scan_chunks, False))
+    return _scan(problem, narrow=False)
 
 
 def native_bfloat16_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
@@ -64,7 +65,21 @@ def native_bfloat16_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Ten
     Sums, state, gates and everything that is not a matrix product stay in float32, and so does a single token
     without autograd. In float64 nothing is rounded. The error: docs/speed.md.
     """
-    return scan_laid_out(problem, functools.partial(_scan_chunks, True))
+    return _scan(problem, narrow=True)
+
+
+def _scan(problem: ScanProblem, narrow: bool) -> tuple[Tensor, MemoryState, Tensor]:
+    if _blocks_are_faster(problem):
+        return chunkwise_scan(problem)
+    return scan_laid_out(problem, functools.partial(_scan_chunks, narrow))
+
+
+def _blocks_are_faster(problem: ScanProblem) -> bool:
+    """Whether chunks of one token are better computed a block at a time (`chunkwise/delta.py`) than one by
+    one: where tables of a block, made in plain torch, are less work than passes over the weights."""
+    net, time = problem.inner.network, problem.keys.shape[1]
+    numbers = net.head_dim * net.input_dim
+    return time > 1 and numbers >= 2**10 and time * numbers >= 2**17 and is_delta_rule(problem)
 
 
 def _sizes(inner: InnerProblem, narrow: bool) -> tuple[list[int], list[float]]:
