@@ -44,7 +44,7 @@ ORDER = {
     "titans.memory.chunkwise": """
         chunk columns
         groups
-        anchored
+        anchored delta
         scan
         """,
     "titans.memory.backends": """
