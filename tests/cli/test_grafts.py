@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import titans
 from titans.cli import main
+from titans.data import byte_tokenizer
 from titans.evaluate import score
 from titans.stream import describe_memory
 
@@ -84,9 +86,32 @@ def test_any_model_is_grafted_on_the_way(
     options = ["generate", base, "--memory", memory, "--max-new-tokens", 3, "--greedy"]
     assert run(*options, "--graft")["tokens"] == 3
     assert main([*map(str, options)]) == 1, "a graft's memory is not the plain model's"
-    assert "load it with the model" in capsys.readouterr().err
+    assert "graft the model first" in capsys.readouterr().err
     assert main(["generate", "titans-mac-tiny", "--prompt", "a", "--graft"]) == 1
     assert "has a memory of its own" in capsys.readouterr().err
+
+
+def test_a_text_begins_with_what_the_tokenizer_puts_before_it(
+    base: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "\x01"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="\x01 $A", special_tokens=[("\x01", 1)]
+    )
+    folder = tmp_path / "model"
+    small_causal_lm("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (book := tmp_path / "book.txt").write_text(TEXT)
+    read = run("memorize", folder, book, "-o", tmp_path / "memory", "--graft")
+    assert (read["tokens"], read["tokens_in_memory"]) == (len(TEXT), len(TEXT) + 1)
+    options = ["--graft", "--max-new-tokens", 4, "--greedy"]
+    model, tokenizer = titans.load(folder)
+    session = titans.Session(titans.graft(model), tokenizer)
+    session.feed([1, *TEXT.encode()])
+    expected = session.generate(max_new_tokens=4, do_sample=False)
+    assert run("generate", folder, "--prompt", TEXT, *options)["text"] == expected
+    assert run("generate", folder, "--memory", tmp_path / "memory", *options)["text"] == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import ModelOptions
+from titans.cli.models import ModelOptions, open_session
 from titans.cli.outputs import check_output, is_memory
 from titans.cli.sampling import Sampling
 from titans.cli.terminal import report, text_streamer
@@ -40,10 +40,8 @@ class Generate(Sampling, ModelOptions):
     def run(self) -> int:
         """Generate, streaming to stdout."""
         self._check()
-        from titans.stream import Session
-
         model, tokenizer = self.open_model(self.checkpoint)
-        session = Session.load(self.memory, model, tokenizer) if self.memory else Session(model, tokenizer)
+        session = open_session(model, tokenizer, self.memory)
         session.feed(self.prompt)
         self.seed_choices()
         began, tokens_before = time.perf_counter(), session.num_tokens

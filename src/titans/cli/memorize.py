@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.models import ModelOptions
+from titans.cli.models import ModelOptions, open_session
 from titans.cli.outputs import check_output, is_memory
 from titans.cli.terminal import report
 
@@ -65,12 +65,10 @@ class Memorize(ModelOptions):
 
     def _read(self, sources: list[Any]) -> int:
         from titans.cli.progress import ReadingProgress
-        from titans.stream import Session
         from titans.stream.reading.reading import Reading
 
         model, tokenizer = self.open_model(self.checkpoint)
-        start = self.output if self.resume else self.memory
-        session = Session.load(start, model, tokenizer) if start else Session(model, tokenizer)
+        session = open_session(model, tokenizer, self.output if self.resume else self.memory)
         reading, began = Reading(session, tokenizer, sources), time.perf_counter()
         if self.resume:
             reading.resume(self.output)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from titans.stream import Session
+
 # Products of smaller models are too short for the precision to matter.
 _LARGE = 20_000_000
 
@@ -41,6 +43,23 @@ class ModelOptions:
 
             model = graft(model, tokenizer)
         return model, tokenizer
+
+
+def open_session(model: Any, tokenizer: PreTrainedTokenizerBase, memory: Path | None) -> Session:
+    """A session that continues from a memory file, or a new one, in which the tokens are read that the
+    tokenizer puts before every text.
+
+    Raises:
+        ValueError: for a memory that cannot be loaded or is another model's.
+    """
+    from titans.stream import Session
+    from titans.stream.tokenizer import leading_tokens
+
+    if memory is not None:
+        return Session.load(memory, model, tokenizer)
+    session = Session(model, tokenizer)
+    session.feed(leading_tokens(tokenizer))
+    return session
 
 
 def set_precision(model: PreTrainedModel, dtype: str) -> None:

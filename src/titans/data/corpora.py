@@ -31,7 +31,12 @@ def load_corpus(source: str | Path) -> list[Document]:
     Raises ValueError when there is no such source or nothing in it, ConnectionError when a download fails.
     """
     if isinstance(source, str) and source in BUILTIN_CORPORA:
-        return BUILTIN_CORPORA[source].load()
+        try:
+            return BUILTIN_CORPORA[source].load()
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}, or use the corpus 'excerpt' or files of your own, which need none"
+            ) from None
     if isinstance(source, str) and source.startswith("hf:"):
         documents = _from_hub(source)
     else:

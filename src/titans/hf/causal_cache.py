@@ -125,10 +125,12 @@ class CausalCache:
         """
         saved, num_columns = saved_model(file)
         for name, value in _sizes(config).items():
-            if saved.get(name) != value:
+            if (other := saved.get(name)) != value:
+                remedy = "load it with the model it was made with"
+                if other == "titans-graft":
+                    remedy = "graft the model first (titans.graft, or --graft in a shell)"
                 raise ValueError(
-                    f"{file.path} was written with {name}={saved.get(name)!r}, the model has {value!r}: load "
-                    "it with the model it was made with"
+                    f"{file.path} was written with {name}={other!r}, the model has {value!r}: {remedy}"
                 )
         loaded = cls()
         if not num_columns and not file.kinds:

@@ -108,7 +108,9 @@ def convert(source: Path, folder: Path) -> None:
     """
     import safetensors
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     logger.warning("converting %s once, which takes up to a minute: %s", source.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
