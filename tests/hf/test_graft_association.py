@@ -214,6 +214,7 @@ def test_whitening_is_of_the_states_of_a_text() -> None:
     for x, mean, root in zip(
         states, model.association.state_mean, model.association.state_whitening, strict=True
     ):
-        white = (x[0] - mean) @ root.double()
-        assert_near(white.mean(0), torch.zeros(16), 1e-4)
+        # Without the first token, whose states are far from all others in many models.
+        white = (x[0, 1:] - mean) @ root.double()
+        assert_near(white.mean(0), torch.zeros(16), 1e-5)
         assert (white.T.cov() - torch.eye(16)).norm() < 0.6

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from titans.data.facts import Chat, FactGroup, Sentence, make_facts
+from titans.stream.tokenizer import leading_tokens
 
 # Flags of tokens: of a value where it is stated; of a value that answers a question; the token after one.
 STATED, ANSWER, ANSWER_END = 1, 2, 3
@@ -51,7 +52,7 @@ class Episodes:
         tokenizer: a fast one of transformers, which gives each token's characters.
         fillers: texts between the facts; each of at least 1,000 characters.
         words: see `make_facts`. chat: likewise.
-        length: tokens of a block. most: facts of a group.
+        length: tokens of a block, with those that the tokenizer puts before a text. most: facts of a group.
 
     Raises:
         ValueError: for a tokenizer that does not give offsets, or no filler that is long enough.
@@ -73,6 +74,7 @@ class Episodes:
         if not self.fillers:
             raise ValueError("fillers: give a text of at least 1,000 characters")
         self.tokenizer, self.words, self.chat = tokenizer, words, chat
+        self.leading = np.array(leading_tokens(tokenizer), dtype=np.int64)
         self.length, self.most = length, most
 
     def draw(
@@ -118,10 +120,12 @@ class Episodes:
                 text += sentence.text + joint
             text += self._filler(generator, _LONGEST_TOKENS * self.length, joint)
             block = flagged(self.tokenizer, text, spans, flag)
+            ids = np.concatenate([self.leading, block.ids])
+            flags = np.concatenate([np.zeros(len(self.leading), np.uint8), block.flags])
             # The last value and the token after it stand inside.
-            last = int(np.flatnonzero(block.flags)[-1]) + (flag == STATED)
-            if last < self.length <= len(block.ids):
-                return Block(block.ids[: self.length], block.flags[: self.length])
+            last = int(np.flatnonzero(flags)[-1]) + (flag == STATED)
+            if last < self.length <= len(ids):
+                return Block(ids[: self.length], flags[: self.length])
         return None
 
     def _filler(self, generator: np.random.Generator, count: int, joint: str) -> str:

@@ -46,12 +46,13 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int, min_ratio: float
 ) -> LambdaLR:
-    """Linear warm-up to the peak, then half a cosine down to `min_ratio` of it at the last step."""
+    """The learning rate of every step, as `rate_factor` has it."""
+    return LambdaLR(optimizer, lambda step: rate_factor(step, steps, warmup_steps, min_ratio))
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        done = min((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.0)
-        return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2
 
-    return LambdaLR(optimizer, factor)
+def rate_factor(step: int, steps: int, warmup_steps: int, min_ratio: float) -> float:
+    """A share of the peak: a linear warm-up, then half a cosine down to `min_ratio` at the last step."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    done = min((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.0)
+    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2

@@ -21,8 +21,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def write_features(
             that float16 cannot hold.
         OSError: if the folder cannot be written.
     """
-    count = len(base.decoder.layers)
+    count = base.num_layers
     if not layers or list(layers) != sorted({*layers}) or not 0 <= layers[0] <= layers[-1] < count:
         raise ValueError(f"layers={tuple(layers)!r}: give rising indices from 0 to {count - 1}")
     key = {
@@ -177,15 +176,15 @@ class FeatureCache:
         paths = (self.folder / entry["file"] for entry in self._units if entry["group"] == group)
         return [path for path in paths if path.exists()]
 
-    def load(self, path: Path) -> dict[str, Features]:
-        """The parts of one file.
+    def load(self, path: Path, rows: slice = slice(None), tokens: slice = slice(None)) -> dict[str, Features]:
+        """The parts of one file, of which only some rows and tokens need be read.
 
         Raises:
             ValueError: if it is damaged.
         """
         try:
             with safe_open(path, "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: file.get_slice(name)[rows, tokens] for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): remove it, and cache again") from None
         return {
@@ -199,6 +198,13 @@ class FeatureCache:
             for part in sorted({name.partition(".")[0] for name in found})
         }
 
+    def shape(self, path: Path) -> tuple[int, int]:
+        """Rows and tokens of each part of a file, whose parts are alike."""
+        with safe_open(path, "pt") as file:
+            name = next(name for name in file.keys() if name.endswith(".ids"))  # noqa: SIM118
+            rows, tokens = file.get_slice(name).get_shape()
+        return int(rows), int(tokens)
+
     def about(self, path: Path) -> str:
         """What the caller wrote about this unit."""
         with safe_open(path, "pt") as file:
@@ -210,9 +216,11 @@ def _read(base: WindowedBase, unit: Unit, layers: Sequence[int]) -> dict[str, Te
     tensors = {}
     device = base.head.weight.device
     for part, (ids, flags) in unit.parts.items():
-        with collected_states(base, layers) as states:
-            hidden, _ = base.read(ids.long().to(device), base.initial_state(len(ids)))
-        found = {f"state.{layer}": torch.cat(states[layer], 1) for layer in layers} | {"hidden": hidden}
+        hidden, states, _ = base.read_layers(
+            ids.long().to(device), base.initial_state(len(ids)), layers=layers
+        )
+        found = {f"state.{layer}": state for layer, state in zip(layers, states, strict=True)}
+        found["hidden"] = hidden
         for name, value in found.items():
             narrow = value.to(torch.float16)
             if not narrow.isfinite().all():
@@ -225,25 +233,6 @@ def _read(base: WindowedBase, unit: Unit, layers: Sequence[int]) -> dict[str, Te
         tensors[f"{part}.ids"] = ids.to(torch.int32).contiguous()
         tensors[f"{part}.flags"] = flags.to(torch.uint8).contiguous()
     return tensors
-
-
-@contextmanager
-def collected_states(base: WindowedBase, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """Inside, every call of the base adds the states after these layers to the lists that are given."""
-    states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-
-    def keeper(layer: int) -> Callable[[Any, Any, Any], None]:
-        def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            states[layer].append(output[0] if isinstance(output, tuple) else output)
-
-        return keep
-
-    handles = [base.decoder.layers[layer].register_forward_hook(keeper(layer)) for layer in layers]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _write(tensors: dict[str, Tensor], path: Path, about: str, tokens_left: int, key: dict[str, Any]) -> None:

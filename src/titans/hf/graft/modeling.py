@@ -150,7 +150,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
 
     @torch.no_grad()
     def whiten(self, ids: Tensor) -> None:
-        """Set the mean and covariance of the memories' inputs from ids (n,) of any text.
+        """Set the mean and covariance of the memories' inputs from ids (n,) of any text, n > 2.
 
         Raises:
             ValueError: without a memory.
@@ -163,7 +163,9 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         if self.adaptation is not None:
             self.adaptation.whiten(hidden)
         if self.association is not None:
-            self.association.whiten(states)
+            # Many models give the first token of a text states a hundred times as long as any others, which
+            # would be all that the covariance sees.
+            self.association.whiten([state[:, 1:] for state in states])
 
     def forward(
         self,

@@ -1,0 +1,196 @@
+"""The features that a graft is trained on: of episodes with facts, and of documents."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from titans.data import Document, encode_document, leading_tokens
+from titans.data.facts_blocks import Episode, Episodes, about_json, chat_of
+from titans.data.needles import words_of
+from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.feature_cache import (
+    FeatureCache,
+    FeatureProgress,
+    Unit,
+    bytes_per_token,
+    write_features,
+)
+
+_ROWS = 16
+# Characters of a document that can matter: no token has more on average.
+_LONGEST_TOKENS = 12
+_TRIAL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What is cached before a graft is trained."""
+
+    episodes: int = 2400
+    """Blocks that state facts, each with one that asks for them; rounded up to a multiple of 16."""
+    block_tokens: int = 128
+    """Tokens of such a block."""
+    facts: int = 4
+    """Most facts in a block."""
+    held_out_episodes: int = 64
+    """Such blocks for evaluation with the wordings of training, and as many with others."""
+    text_tokens: int = 500_000
+    """Most tokens of documents."""
+    document_tokens: int = 8192
+    """Longer documents are cut into parts of so many tokens."""
+
+    def check(self) -> None:
+        """Refuse what cannot be cached.
+
+        Raises:
+            ValueError: naming the first setting, its value and what it may be.
+        """
+        least = {"block_tokens": 64, "document_tokens": 2 * self.block_tokens}
+        for name, value in vars(self).items():
+            if type(value) is not int or value < least.get(name, 1):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {least.get(name, 1)}")
+
+
+class FeaturePlan:
+    """Which features are cached, of which base, and where.
+
+    Args:
+        documents: of which training sees parts. held_out: other documents, for evaluation.
+        layers: of the base, whose states are kept.
+
+    Raises:
+        ValueError: for settings, a tokenizer or documents that cannot be used.
+    """
+
+    def __init__(
+        self,
+        base: WindowedBase,
+        tokenizer: Any,
+        documents: Sequence[Document],
+        held_out: Sequence[Document],
+        layers: Sequence[int],
+        settings: FeatureSettings | None = None,
+        seed: int = 0,
+    ) -> None:
+        settings = settings or FeatureSettings()
+        settings.check()
+        self.base, self.layers, self.settings = base, tuple(layers), settings
+        texts = [*_parts(tokenizer, documents, "text", settings, settings.text_tokens)]
+        others = [*_parts(tokenizer, held_out, "text-held-out", settings, 4 * settings.document_tokens)]
+        if not texts or not others:
+            raise ValueError(
+                f"{'data' if not texts else 'held-out data'} has no text of {2 * settings.block_tokens} "
+                "tokens: give longer documents"
+            )
+        train, test = (_episodes(tokenizer, found, documents, settings) for found in (documents, held_out))
+        facts = [*_fact_units("facts", train, settings.episodes, seed)]
+        seen = [*_fact_units("facts-held-out", test, settings.held_out_episodes, seed, held_out=True)]
+        unseen = _fact_units(
+            "facts-new-wording", test, settings.held_out_episodes, seed, held_out=True, held_out_wording=True
+        )
+        self.units = _mixed([facts, texts, others, seen, [*unseen]])
+
+    @property
+    def tokens(self) -> int:
+        return sum(unit.tokens for unit in self.units)
+
+    @property
+    def bytes(self) -> int:
+        """What all features take on disk."""
+        return self.tokens * bytes_per_token(self.base.head.weight.shape[1], self.layers)
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        """About how long caching takes here, from a trial of 512 tokens."""
+        ids = torch.zeros(4, _TRIAL_TOKENS // 4, dtype=torch.int64, device=self.base.head.weight.device)
+        began = time.perf_counter()
+        hidden, _ = self.base.read(ids, self.base.initial_state(len(ids)))
+        self.base.head.logits(hidden)
+        return (time.perf_counter() - began) / _TRIAL_TOKENS * self.tokens
+
+    def write(
+        self, folder: Path, progress: Callable[[FeatureProgress], None] = lambda _: None
+    ) -> FeatureCache:
+        """Cache what is not there yet; see `write_features` for errors.
+
+        Raises:
+            OSError: before anything is written, if the disk has too little room.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        free = shutil.disk_usage(folder).free
+        if self.bytes - there > free:
+            raise OSError(
+                f"{folder}: the features take {self.bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+                "make room, or cache fewer episodes or less text"
+            )
+        return write_features(self.base, self.units, folder, self.layers, progress)
+
+
+def _parts(
+    tokenizer: Any, documents: Sequence[Document], group: str, settings: FeatureSettings, most: int
+) -> Iterator[Unit]:
+    """Parts of documents, first the beginnings of all, until there are `most` tokens."""
+    encoded = [_encoded(tokenizer, document, most) for document in documents]
+    total = 0
+    for begin in range(0, max(map(len, encoded), default=0), settings.document_tokens):
+        for document, ids in zip(documents, encoded, strict=True):
+            part = ids[None, begin : begin + settings.document_tokens]
+            if part.shape[1] >= 2 * settings.block_tokens and total < most:
+                total += part.shape[1]
+                yield Unit(group, {"text": (part, torch.zeros_like(part))}, document.name)
+
+
+def _encoded(tokenizer: Any, document: Document, most: int) -> torch.Tensor:
+    """The first tokens of a document, at most about `most`, as the model is given a text."""
+    end = most * _LONGEST_TOKENS
+    while 0 < end < len(document.data) and document.data[end] & 0xC0 == 0x80:
+        end -= 1  # inside a character
+    ids = encode_document(tokenizer, document.data[:end], document.name)[:most]
+    return torch.tensor([*leading_tokens(tokenizer), *ids.tolist()])
+
+
+def _episodes(
+    tokenizer: Any, fillers: Sequence[Document], documents: Sequence[Document], settings: FeatureSettings
+) -> Episodes:
+    words = sorted({word for document in documents for word in words_of(document.data)})
+    return Episodes(
+        tokenizer,
+        [document.data.decode("utf-8", "replace") for document in fillers],
+        words,
+        length=settings.block_tokens,
+        most=settings.facts,
+        chat=chat_of(tokenizer),
+    )
+
+
+def _fact_units(group: str, source: Episodes, count: int, seed: int, **options: bool) -> Iterator[Unit]:
+    generator = np.random.default_rng([seed, *group.encode()])
+    for begin in range(0, count, _ROWS):
+        rows = [source.draw(generator, **options) for _ in range(min(_ROWS, count - begin))]
+        parts = {part: _stacked(rows, part) for part in ("statements", "questions")}
+        yield Unit(group, parts, about_json(rows))
+
+
+def _stacked(rows: Sequence[Episode], part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = [getattr(row, part) for row in rows]
+    ids, flags = (np.stack([getattr(block, name) for block in blocks]) for name in ("ids", "flags"))
+    return torch.from_numpy(ids), torch.from_numpy(flags)
+
+
+def _mixed(lists: Sequence[Sequence[Unit]]) -> list[Unit]:
+    """All units, those of every list spread evenly, so that features can be used before all are there."""
+    placed = [
+        (index / len(units), number, unit)
+        for number, units in enumerate(lists)
+        for index, unit in enumerate(units)
+    ]
+    return [unit for _, _, unit in sorted(placed, key=lambda entry: entry[:2])]

@@ -1,0 +1,326 @@
+"""Training of a graft's association on cached features, resumable to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from titans.data.facts_blocks import ANSWER
+from titans.hf.graft.feature_cache import FeatureCache
+from titans.nn.adaptation import LinearHead
+from titans.nn.association import Association
+from titans.train.checkpoint import (
+    alone_in,
+    atomic_folder,
+    checkpoints,
+    delete_old,
+    delete_unfinished,
+    load_optimizer,
+    read_tensors,
+    save_optimizer,
+    write_json,
+)
+from titans.train.graft.held_out import HeldOut, measure
+from titans.train.graft.rows import Stretch, TrainingRows
+from titans.train.graft.settings import GraftTraining
+from titans.train.graft.vocabulary import SampledVocabulary
+from titans.train.optimizer import rate_factor
+
+SETTINGS_FILE = "graft-training.json"
+_WEIGHTS, _BEST, _PROGRESS = "association.safetensors", "best.safetensors", "progress.json"
+_NEGATIVES, _TEXT_POSITIONS = 1024, 1024
+_WHITENED_TOKENS = 2048
+_WARMUP, _LEAST_RATE, _WEIGHT_DECAY, _MOST_NORM = 30, 0.05, 0.01, 1.0
+# Share of `distance` at the first step; all of it after this share of the steps.
+_REACH, _GROWN = 0.1, 0.5
+# Recall from which writes cost something: a price before there is any shuts the gates.
+_PRICED_FROM = 0.5
+_LOG_EVERY = 5
+# What may change when a run continues.
+_FREE = ("minutes", "save_every")
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside weights and the optimizer's state."""
+
+    step: int = 0
+    used: int = 0
+    priced: bool = False
+    best_step: int = 0
+    best_score: float = float("inf")
+    since_best: int = 0
+
+
+@dataclass(frozen=True)
+class GraftResult:
+    """step: of the end. best_step: whose weights were kept. held_out: at that step. finished: whether the
+    training ended by itself, and not by the time allowed or an interruption."""
+
+    step: int
+    best_step: int
+    held_out: HeldOut
+    finished: bool
+
+
+class AssociationTraining:
+    """Trains an association in place, and leaves in it the best weights by held-out facts and text.
+
+    Args:
+        head: of the base.
+        cache: groups "facts" and "text", and for evaluation "facts-…" and "text-held-out".
+        folder: for checkpoints and metrics.jsonl.
+
+    Raises:
+        ValueError: for settings or a cache that cannot be used, or a folder of another training.
+    """
+
+    def __init__(
+        self,
+        association: Association,
+        head: LinearHead,
+        cache: FeatureCache,
+        folder: Path,
+        settings: GraftTraining | None = None,
+    ) -> None:
+        settings = settings or GraftTraining()
+        settings.check()
+        if tuple(cache.key["layers"]) != association.layers:
+            raise ValueError(
+                f"{cache.folder} holds layers {cache.key['layers']}, the association needs "
+                f"{list(association.layers)}: cache these"
+            )
+        self.association, self.head, self.cache, self.settings = association, head, cache, settings
+        self.folder = folder
+        self.rows = TrainingRows(cache, settings.tokens_per_step, settings.distance, settings.seed)
+        self.device = association.scale.device
+        self.optimizer = torch.optim.AdamW(_parameter_groups(association, settings), betas=(0.9, 0.98))
+        self.progress = _Progress()
+        self.stop_requested = False
+
+    def run(self, on_log: Callable[[dict[str, Any]], None] = lambda _: None) -> GraftResult:
+        """Train until the steps, the patience or the minutes are over, or Ctrl-C; then save.
+
+        Raises:
+            ValueError: for a folder of another training, or one that another process trains in.
+            FloatingPointError: if the loss or a gradient is not finite; the last checkpoint is still there.
+            OSError: if the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.folder), _stopping(self):
+            self._begin()
+            return self._run(on_log)
+
+    def _run(self, on_log: Callable[[dict[str, Any]], None]) -> GraftResult:
+        settings, progress = self.settings, self.progress
+        began, read = time.perf_counter(), 0
+        while progress.step < settings.steps and progress.since_best < settings.patience:
+            loss, text, tokens = self._step()
+            progress.step += 1
+            read += tokens
+            seconds = time.perf_counter() - began
+            if progress.step % _LOG_EVERY == 0 or progress.step == settings.steps:
+                self._log(
+                    on_log, {"kind": "train", "loss": loss, "text": text, "tokens_per_second": read / seconds}
+                )
+            if progress.step % settings.evaluate_every == 0 or progress.step == settings.steps:
+                self._evaluate(on_log)
+            late = settings.minutes is not None and seconds > 60 * settings.minutes
+            if self.stop_requested or late:
+                self._save()
+                return self._result(finished=False)
+            if progress.step % settings.save_every == 0:
+                self._save()
+        self._save()
+        return self._result(finished=True)
+
+    def _step(self) -> tuple[float, float, int]:
+        """One step; the loss, the mean change of the text's loss in nats, and tokens learned from."""
+        settings, step = self.settings, self.progress.step
+        reach = min(_REACH + (1 - _REACH) * step / max(_GROWN * settings.steps, 1), 1.0)
+        example = self.rows.draw(step, self.progress.used, reach)
+        self.progress.used += example.episodes
+        generator = np.random.default_rng([settings.seed, 3, step])
+        state = None
+        if example.before is not None:
+            before = example.before.to(self.device)
+            with torch.no_grad():
+                state = self.association(before.states, before.hidden, before.ids, self.head.weight)[1]
+        main = example.main.to(self.device)
+        found = self.association.read(main.states, main.hidden, main.ids, self.head.weight, state)
+        loss, text = self._loss(main, found.hidden, generator)
+        if self.progress.priced and found.write is not None:
+            loss = loss + settings.write_price * found.write.mean()
+        factor = rate_factor(step, settings.steps, min(_WARMUP, settings.steps // 10), _LEAST_RATE)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.association.parameters(), _MOST_NORM)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {step}: the loss is {float(loss.detach())} and the gradient {float(norm)}: give "
+                "smaller learning rates, and another folder"
+            )
+        self.optimizer.step()
+        return float(loss.detach()), text, main.ids.numel()
+
+    def _loss(self, main: Stretch, changed: Tensor, generator: np.random.Generator) -> tuple[Tensor, float]:
+        """The weighted mean of how −log p changes, over all answers and a sample of the other tokens."""
+        weight = self.settings.answer_weight
+        follows = main.follows[:, :-1]
+        answers = (main.flags[:, 1:] >= ANSWER) & follows
+        others = torch.nonzero((~answers & follows).flatten())[:, 0]
+        count = len(others)
+        if count > _TEXT_POSITIONS:
+            chosen = generator.choice(count, _TEXT_POSITIONS, replace=False)
+            others = others[torch.from_numpy(np.sort(chosen)).to(others.device)]
+        asked = torch.nonzero(answers.flatten())[:, 0]
+        at = torch.cat([asked, others])
+        vocabulary = SampledVocabulary(self.head, main.ids, _NEGATIVES, generator)
+        changes = vocabulary.changes(
+            main.hidden[:, :-1].flatten(0, 1)[at],
+            changed[:, :-1].flatten(0, 1)[at],
+            main.normaliser[:, :-1].flatten()[at],
+            main.ids[:, 1:].flatten()[at],
+        )
+        text = changes[len(asked) :].mean()
+        total = weight * changes[: len(asked)].sum() + count * text
+        return total / (weight * len(asked) + count), float(text.detach())
+
+    def _evaluate(self, on_log: Callable[[dict[str, Any]], None]) -> None:
+        progress = self.progress
+        found = measure(self.association, self.head, self.cache)
+        progress.since_best += 1
+        if found.score < progress.best_score:
+            progress.best_score, progress.best_step, progress.since_best = found.score, progress.step, 0
+            self._best = self._weights()
+            self._best_found = found
+        if found.recall and np.mean([*found.recall.values()]) >= _PRICED_FROM:
+            progress.priced = True
+        self._log(on_log, {"kind": "held out", **asdict(found), "score": found.score})
+
+    def _log(self, on_log: Callable[[dict[str, Any]], None], line: dict[str, Any]) -> None:
+        line = {"step": self.progress.step, "steps": self.settings.steps} | line
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        on_log(line)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of what training changes."""
+        return {name: value.detach().cpu().clone() for name, value in self.association.named_parameters()}
+
+    def _begin(self) -> None:
+        """Continue from the newest checkpoint, or start."""
+        delete_unfinished(self.folder)
+        if not self.association.state_mean.any():
+            self.association.whiten(_some_states(self.cache))
+        self._best, self._best_found = self._weights(), HeldOut({}, 0.0, {})
+        fixed = self._fixed()
+        path = self.folder / SETTINGS_FILE
+        if not path.exists():
+            write_json(path, fixed)
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in fixed.items():
+            if known.get(name) != json.loads(json.dumps(value)):
+                raise ValueError(
+                    f"{self.folder} was begun with {name}={known.get(name)!r}, now it is {value!r}: give the "
+                    "same, or another folder"
+                )
+        if not (found := checkpoints(self.folder)):
+            return
+        about, weights = read_tensors(found[-1] / _WEIGHTS)
+        self.association.load_state_dict(weights, strict=False)
+        load_optimizer(found[-1], self.optimizer, self.association)
+        self.progress = _Progress(**json.loads(about[_PROGRESS]))
+        about, self._best = read_tensors(found[-1] / _BEST)
+        self._best_found = HeldOut(**json.loads(about["held_out"]))
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a checkpoint depends on."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
+        files = [path.name for group in ("facts", "text") for path in self.cache.files(group)]
+        return settings | {"base": self.cache.key["base"], "features": files}
+
+    def _save(self) -> None:
+        target = self.folder / f"checkpoint-{self.progress.step}"
+        if target.exists():
+            return
+        with atomic_folder(target) as folder:
+            about = {_PROGRESS: json.dumps(dataclasses.asdict(self.progress))}
+            save_file(self._weights(), folder / _WEIGHTS, about)
+            save_file(self._best, folder / _BEST, {"held_out": json.dumps(asdict(self._best_found))})
+            save_optimizer(folder, self.optimizer, self.association)
+        delete_old(self.folder)
+
+    def _result(self, *, finished: bool) -> GraftResult:
+        if finished:
+            self.association.load_state_dict(self._best, strict=False)
+        progress = self.progress
+        return GraftResult(progress.step, progress.best_step, self._best_found, finished)
+
+
+def _some_states(cache: FeatureCache) -> list[Tensor]:
+    """For each layer states (n, hidden) of text and statements.
+
+    The first token of a text is left out: many models give it states that are a hundred times as long, which
+    would be all that the covariance sees.
+    """
+    found = [cache.load(path, tokens=slice(0, _WHITENED_TOKENS))["text"] for path in cache.files("text")[:8]]
+    found += [cache.load(path)["statements"] for path in cache.files("facts")[:8]]
+    return [
+        torch.cat([features.states[layer][:, 1:].flatten(0, 1).float() for features in found])
+        for layer in range(len(found[0].states))
+    ]
+
+
+def _parameter_groups(association: Association, settings: GraftTraining) -> list[dict[str, Any]]:
+    """Projections, whose matrices decay; gates; and what is a number for each head."""
+    rates = {
+        "projections": settings.projection_rate,
+        "gates": settings.gate_rate,
+        "scale": settings.scale_rate,
+    }
+    groups: dict[str, list[Tensor]] = {name: [] for name in rates}
+    for name, parameter in association.named_parameters():
+        kind = "gates" if "_gate." in name else "scale" if parameter.dim() < 2 else "projections"
+        groups[kind].append(parameter)
+    return [
+        {"params": parameters, "lr": rates[name], "peak": rates[name],
+         "weight_decay": _WEIGHT_DECAY if name == "projections" else 0.0}
+        for name, parameters in groups.items()
+        if parameters
+    ]  # fmt: skip
+
+
+@contextmanager
+def _stopping(training: AssociationTraining) -> Iterator[None]:
+    """The first SIGINT lets the step end and a checkpoint be written; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if training.stop_requested:
+            raise KeyboardInterrupt
+        training.stop_requested = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,290 @@
+"""Training of a graft on cached features: what the loss estimates, and that runs resume to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tests.train.grafts import HIDDEN, LAYERS, SETTINGS, small_association, small_base, small_plan
+
+from titans.data.facts_blocks import ANSWER, ANSWER_END, STATED
+from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.window import Window
+from titans.nn.adaptation import LinearHead
+from titans.train.graft import fit
+from titans.train.graft.features import FeaturePlan
+from titans.train.graft.fit import AssociationTraining
+from titans.train.graft.held_out import measure
+from titans.train.graft.rows import TrainingRows
+from titans.train.graft.settings import GraftTraining
+from titans.train.graft.vocabulary import SampledVocabulary
+
+QUICK = GraftTraining(
+    steps=6, tokens_per_step=600, distance=400, evaluate_every=3, save_every=2, scale_rate=0.2, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A base with cached features; nothing may change them."""
+    plan = small_plan()
+    return plan.base, plan.write(tmp_path_factory.mktemp("features"))
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# The loss
+
+
+def problem(softcap=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = (
+        torch.randn(300, 8, generator=generator).double(),
+        torch.randn(300, generator=generator).double(),
+    )
+    head = LinearHead(weight, bias, softcap, 0.7)
+    hidden = 0.4 * torch.randn(20, 8, generator=generator).double()
+    changed = (hidden + 0.3 * torch.randn(20, 8, generator=generator)).requires_grad_()
+    return head, hidden, changed, torch.randint(300, (20,), generator=generator)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_with_the_whole_vocabulary_the_change_is_exact(softcap):
+    head, hidden, changed, labels = problem(softcap)
+    normaliser = head.logits(hidden).logsumexp(-1)
+    vocabulary = SampledVocabulary(head, torch.arange(300), 10, rng())
+    found = vocabulary.changes(hidden, changed, normaliser, labels)
+    losses = [
+        torch.nn.functional.cross_entropy(head.logits(x), labels, reduction="none") for x in (changed, hidden)
+    ]
+    torch.testing.assert_close(found, losses[0] - losses[1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(vocabulary.losses(hidden, normaliser, labels), losses[1], rtol=0, atol=1e-10)
+    mine, theirs = (torch.autograd.grad(x.sum(), changed, retain_graph=True)[0] for x in (found, losses[0]))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_sample_gives_nothing_for_no_change_and_the_change_on_average():
+    head, hidden, changed, labels = problem()
+    normaliser = head.logits(hidden).logsumexp(-1)
+    found = []
+    for seed in range(300):
+        vocabulary = SampledVocabulary(head, labels, 100, rng(seed))
+        assert vocabulary.changes(hidden, hidden.clone(), normaliser, labels).abs().max() < 1e-12
+        found.append(vocabulary.changes(hidden, changed.detach(), normaliser, labels))
+    losses = [
+        torch.nn.functional.cross_entropy(head.logits(x), labels, reduction="none") for x in (changed, hidden)
+    ]
+    exact, means = (losses[0] - losses[1]).detach(), torch.stack(found).mean(0)
+    assert exact.abs().max() > 0.3
+    torch.testing.assert_close(means, exact, rtol=0, atol=0.05)
+
+
+# The rows
+
+
+def test_examples_state_first_then_ask_and_only_real_predictions_count(cached):
+    _, cache = cached
+    rows = TrainingRows(cache, 800, 400, seed=1)
+    used, kinds, behind = 0, set(), 0
+    for step in range(40):
+        example = rows.draw(step, used, 1.0)
+        used += example.episodes
+        main, block = example.main, SETTINGS.block_tokens
+        behind += example.before is not None
+        kinds.add(example.episodes > 0)
+        stated, asked = main.flags == STATED, main.flags >= ANSWER
+        if example.episodes:
+            for row in range(len(main.ids)):
+                assert stated[row].nonzero().max() < asked[row].nonzero().min()
+            # Every value that is asked for has been stated.
+            for row in range(len(main.ids)):
+                text = bytes(main.ids[row][: int(asked[row].nonzero().min())].tolist())
+                for value in _runs(main, row):
+                    assert value in text
+        else:
+            assert not (stated | asked).any()
+        ends = ~main.follows[:, :-1]
+        assert ends.sum() <= main.ids.shape[0] * (main.ids.shape[1] // block)
+        assert not main.follows[:, -1].any()
+    assert kinds == {True, False} and 5 < behind < 35
+    # All are used before any is used again.
+    order = [tuple(rows._episode(number)["statements"].ids[0].tolist()) for number in range(96)]
+    assert len({*order[:48]}) == 48 and {*order[:48]} == {*order[48:]} and order[:48] != order[48:]
+
+
+def _runs(main, row):
+    found, last = [], -2
+    for at in (main.flags[row] == ANSWER).nonzero()[:, 0].tolist():
+        if at != last + 1:
+            found.append(bytearray())
+        found[-1].append(int(main.ids[row, at]))
+        last = at
+    return [bytes(run) for run in found]
+
+
+def test_the_features_of_a_row_are_those_of_its_pieces(cached):
+    base, cache = cached
+    example = TrainingRows(cache, 800, 400, seed=1).draw(0, 0, 1.0)
+    main, block = example.main, SETTINGS.block_tokens
+    with torch.no_grad():
+        hidden, _ = base.read(main.ids[:, :block], base.initial_state(len(main.ids)))
+    torch.testing.assert_close(main.hidden[:, :block], hidden, rtol=0, atol=0.01)
+    assert main.states[0].shape == (*main.ids.shape, HIDDEN) and len(main.states) == len(LAYERS)
+
+
+# The training
+
+
+def trained(cached, folder, settings=QUICK, **options):
+    base, cache = cached
+    association = small_association(base)
+    training = AssociationTraining(association, base.head, cache, folder, settings)
+    lines = []
+    result = training.run(options.get("on_log", lines.append))
+    return association, result, lines
+
+
+def test_training_learns_to_recall_and_leaves_the_best_weights(cached, tmp_path):
+    settings = GraftTraining(
+        steps=40,
+        tokens_per_step=1600,
+        distance=200,
+        evaluate_every=20,
+        scale_rate=0.3,
+        projection_rate=3e-3,
+        seed=1,
+    )
+    association, result, lines = trained(cached, tmp_path, settings)
+    base, cache = cached
+    before = measure(small_association(base), base.head, cache)
+    assert all(abs(change) < 1e-6 for change in before.text.values())
+    found = [line for line in lines if line["kind"] == "held out"]
+    assert [line["step"] for line in found] == [20, 40]
+    best = min(found, key=lambda line: line["score"])
+    assert best["answers"] < before.answers - 0.1
+    assert result.best_step == best["step"] and result.finished
+    again = measure(association, base.head, cache)
+    assert again.score == pytest.approx(best["score"], abs=1e-5)
+    assert {*again.recall} == {"facts-held-out", "facts-new-wording"}
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(lines)
+
+
+def test_an_interrupted_run_continues_to_the_bit(cached, tmp_path):
+    whole, result, _ = trained(cached, tmp_path / "whole")
+
+    def interrupt(line):
+        if line["kind"] == "held out" and line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    _, stopped, _ = trained(cached, tmp_path / "parts", on_log=interrupt)
+    assert stopped.step == 3 and not stopped.finished
+    parts, again, _ = trained(cached, tmp_path / "parts")
+    assert again == result and again.step == 6
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    last = [fit.checkpoints(tmp_path / name)[-1] for name in ("whole", "parts")]
+    assert last[0].name == last[1].name == "checkpoint-6"
+    mine, theirs = (fit.read_tensors(path / "optimizer.safetensors")[1] for path in last)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_minutes_end_at_a_checkpoint_and_patience_ends_the_training(cached, tmp_path):
+    _, result, _ = trained(cached, tmp_path / "short", GraftTraining(**{**vars(QUICK), "minutes": 1e-9}))
+    assert result.step == 1 and not result.finished and (tmp_path / "short" / "checkpoint-1").is_dir()
+    # Learning rates of 0 never get better than at first.
+    still = {**vars(QUICK), "steps": 60, "evaluate_every": 1, "patience": 2}
+    still |= dict(projection_rate=0, gate_rate=0, scale_rate=0)
+    _, result, _ = trained(cached, tmp_path / "still", GraftTraining(**still))
+    assert (result.step, result.best_step, result.finished) == (3, 1, True)
+
+
+def test_writes_are_priced_only_once_answers_are_recalled(cached, tmp_path, monkeypatch):
+    seen = []
+
+    def run(recall):
+        found = measure(small_association(cached[0]), cached[0].head, cached[1])
+        monkeypatch.setattr(fit, "measure", lambda *_: type(found)({"facts-held-out": recall}, 1.0, {}))
+        base, cache = cached
+        training = AssociationTraining(
+            small_association(base), base.head, cache, tmp_path / str(recall), QUICK
+        )
+        training.run()
+        seen.append(training.progress.priced)
+
+    run(0.2)
+    run(0.7)
+    assert seen == [False, True]
+
+
+def test_what_does_not_fit_is_refused(cached, tmp_path):
+    base, cache = cached
+    trained(cached, tmp_path)
+    with pytest.raises(ValueError, match=r"was begun with seed=3, now it is 4: give the same"):
+        trained(cached, tmp_path, GraftTraining(**{**vars(QUICK), "seed": 4}))
+    other = type(small_association(base))(HIDDEN, (1,))
+    with pytest.raises(ValueError, match=r"holds layers \[0, 1\], the association needs \[1\]"):
+        AssociationTraining(other, base.head, cache, tmp_path, QUICK)
+    with pytest.raises(ValueError, match="steps=0: give at least 1"):
+        AssociationTraining(small_association(base), base.head, cache, tmp_path, GraftTraining(steps=0))
+    for name, value in (("seed", 1.5), ("minutes", 0), ("gate_rate", -1.0), ("scale_rate", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name}="):
+            GraftTraining(**{name: value}).check()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(cached, tmp_path, monkeypatch):
+    base, cache = cached
+    training = AssociationTraining(small_association(base), base.head, cache, tmp_path, QUICK)
+    original = AssociationTraining._loss
+
+    def loss(self, *arguments):
+        found, text = original(self, *arguments)
+        return found * (float("nan") if self.progress.step == 4 else 1.0), text
+
+    monkeypatch.setattr(AssociationTraining, "_loss", loss)
+    with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
+        training.run()
+    assert [path.name for path in fit.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+# The plan
+
+
+def test_the_plan_states_its_size_and_spreads_its_units(cached, tmp_path):
+    _, cache = cached
+    plan = small_plan()
+    stored = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
+    assert plan.bytes < stored < 1.2 * plan.bytes
+    assert plan.seconds() > 0
+    groups = [unit.group for unit in plan.units]
+    assert {*groups[:5]} == {"facts", "text", "text-held-out", "facts-held-out", "facts-new-wording"}
+    assert sum(unit.tokens for unit in plan.units if unit.group == "text") <= SETTINGS.text_tokens + 900
+    # The same settings give the same units.
+    assert [unit.digest() for unit in small_plan().units] == [unit.digest() for unit in plan.units]
+
+
+def test_a_disk_with_too_little_room_is_found_at_once(tmp_path, monkeypatch):
+    plan = small_plan()
+    monkeypatch.setattr(
+        "titans.train.graft.features.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
+    with pytest.raises(OSError, match=r"the features take 0\.0 GB, and 0\.0 GB are free: make room"):
+        plan.write(tmp_path / "features")
+    assert not [*(tmp_path / "features").glob("*.safetensors")]
+
+
+def test_texts_that_are_too_short_are_refused():
+    base = WindowedBase(small_base(), Window(32, 2))
+    from tests.train.grafts import byte_tokenizer, documents
+
+    from titans.data import Document
+
+    short = [Document("short", b"a few words")]
+    for given, name in (((short, documents(0, 1)), "data"), ((documents(0, 1), short), "held-out data")):
+        with pytest.raises(ValueError, match=f"^{name} has no text of 384 tokens"):
+            FeaturePlan(base, byte_tokenizer(), *given, LAYERS, SETTINGS)
+    assert ANSWER_END > ANSWER
