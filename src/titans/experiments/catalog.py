@@ -7,6 +7,7 @@ from titans.experiments.beginnings import Beginnings
 from titans.experiments.endless import Endless
 from titans.experiments.forms import Forms
 from titans.experiments.goals import Goals
+from titans.experiments.graft_comparison import GraftComparison
 from titans.experiments.language import Language
 from titans.experiments.learning import Learning
 from titans.experiments.memory_forms import MemoryForms
@@ -32,6 +33,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Robustness(),
         Endless(),
         AdaptationGains(),
+        GraftComparison(),
         Goals(),
     )
 }

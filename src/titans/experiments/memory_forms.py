@@ -62,6 +62,7 @@ class MemoryForms(Experiment):
 
     name = "memory-forms"
     title = "Which memory should be the default"
+    unit = 1.0
 
     def cells(self, request: Request) -> list[Cell]:
         seeds = request.seeds or (1 if request.quick else SEEDS)

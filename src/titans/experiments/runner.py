@@ -62,6 +62,8 @@ class Experiment(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    # Processor seconds for a unit of the cells' costs, where that is known.
+    unit: ClassVar[float | None] = None
 
     @abstractmethod
     def cells(self, request: Request) -> list[Cell]:
@@ -137,6 +139,9 @@ def run(
     if planned and not chosen:
         raise ValueError(f"--only {' '.join(only)}: no cell has such a name; the first is {names[0]!r}")
     missing = [cell for cell in chosen[part[0] :: part[1]] if cell.name not in results.cells]
+    if experiment.unit is not None:
+        hours = experiment.unit * sum(cell.cost for cell in missing) / 3600
+        say(f"{len(missing)} of {len(planned)} cells, about {hours:.1f} core-hours")
     began, spent = time.perf_counter(), 0.0
     for number, cell in enumerate(missing):
         seconds = time.perf_counter() - began

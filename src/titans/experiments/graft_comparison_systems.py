@@ -1,0 +1,185 @@
+"""The systems that a graft is compared with: each reads a text, and answers questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.baselines.continuous_cache import ContinuousCache, ContinuousCacheReader, entry_nbytes
+from titans.baselines.dynamic_evaluation import DynamicEvaluationReader, with_lora
+from titans.baselines.passages import Passages
+from titans.baselines.windowed import WindowedCache, WindowedReader
+from titans.evaluate.perplexity import score
+from titans.experiments.runner import Request
+from titans.hf import GraftCache
+from titans.hf.graft import graft
+from titans.state import state_nbytes
+from titans.stream.causal import position_limit
+from titans.stream.reader import Reader, reader_of
+from titans.zoo import load, names
+from titans.zoo.by_name import PRETRAINED
+
+WINDOW, SINKS, SEGMENT, RANK = 512, 4, 64, 8
+# Positions that a question and its answer may take where a model has a last one.
+ROOM = 160
+PIECE = 512
+# The trained graft of the library, measured once it is there.
+TRAINED = "titans-smollm2-135m"
+Until = Callable[[str], bool]
+
+
+class System:
+    """A reader, and the answers that it generates greedily after reading.
+
+    limit: most tokens that it can read; None for any number.
+    """
+
+    def __init__(self, reader: Reader, tokenizer: Any, limit: int | None = None) -> None:
+        self.reader, self.tokenizer, self.limit = reader, tokenizer, limit
+
+    def losses(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """Nats of ids[1:], as far as the system reads, and what it holds afterwards."""
+        memory = self.reader.start()
+        return score(self.reader, ids[: self.limit], memory, piece_length=PIECE), memory
+
+    def remember(self, ids: Tensor) -> Any:
+        """What the system holds after a text (n,), of which it may have read the end only."""
+        memory = self.reader.start()
+        if self.limit is not None:
+            ids = ids[-(self.limit - ROOM) :]
+        for piece in ids[None].split(PIECE, 1):
+            self.reader.read(piece, memory)
+        return memory
+
+    def answer(self, memory: Any, prompt: str, query: str, steps: int, until: Until) -> str:
+        """What the system generates after a prompt; the memory is not changed.
+
+        Args:
+            query: the question in the prompt. steps: most tokens. until: whether the text so far suffices.
+        """
+        return self.generated(memory.clone(), prompt, steps, until)
+
+    def generated(self, memory: Any, prompt: str, steps: int, until: Until) -> str:
+        ids, text = self.encode(prompt), ""
+        found: list[int] = []
+        for _ in range(steps):
+            logits = self.reader.read(ids[None], memory).logits
+            assert logits is not None
+            found.append(int(logits[0, -1].argmax()))
+            text = self.tokenizer.decode(found)
+            if until(text):
+                break
+            ids = torch.tensor(found[-1:])
+        return text
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def nbytes(self, memory: Any) -> int:
+        """Bytes held besides the window's keys and values."""
+        if isinstance(memory, WindowedCache):
+            return memory.memory_nbytes()
+        if isinstance(memory, GraftCache):
+            return memory.nbytes() - (0 if memory.state is None else state_nbytes(memory.state.window))
+        return memory.nbytes()
+
+
+class Retrieval(System):
+    """A base whose window holds the best passages of a text and the question. It does not read the rest."""
+
+    def remember(self, ids: Tensor) -> Passages:
+        return Passages(self.tokenizer.decode(ids))
+
+    def answer(self, memory: Passages, prompt: str, query: str, steps: int, until: Until) -> str:
+        room = WINDOW - len(self.encode(prompt)) - steps
+
+        def length(text: str) -> int:
+            return len(self.encode(text)) + 2  # a blank line
+
+        passages = memory.best(query, room, length)
+        return self.generated(self.reader.start(), "\n\n".join([*passages, prompt]), steps, until)
+
+    def nbytes(self, memory: Any) -> int:
+        return len(memory.text.encode()) if isinstance(memory, Passages) else 0
+
+
+def grafted(model: Any, **settings: Any) -> Reader:
+    return reader_of(graft(model, window=WINDOW, sinks=SINKS, **settings))
+
+
+# Chosen on one document, by the cells named "tuning": for caches with all entries and with few, and for each
+# way of dynamic evaluation.
+CACHE, SMALL_CACHE = ContinuousCache(0.05, 20.0), ContinuousCache(0.02, 20.0)
+RATES = {"SGD": 3e-3, "Adam": 1e-5, "LoRA": 1e-3}
+
+
+def small_cache(model: Any) -> ContinuousCache:
+    """A cache of as many bytes as the adaptation's state."""
+    adaptation = grafted(model).inner.adaptation  # type: ignore[attr-defined]
+    limit = state_nbytes(adaptation.initial_state(1)) // entry_nbytes(adaptation.hidden_size)
+    return replace(SMALL_CACHE, limit=limit)
+
+
+def dynamic(model: Any, kind: str, rate: float | None = None) -> DynamicEvaluationReader:
+    """Dynamic evaluation by "SGD" or "Adam" of all weights, or by Adam of a "LoRA".
+
+    rate: of the optimizer; None for the chosen one.
+    """
+    rate = RATES[kind] if rate is None else rate
+    optimizer = partial(torch.optim.SGD if kind == "SGD" else torch.optim.Adam, lr=rate)
+    learning = None
+    if kind == "LoRA":
+        model, learning = with_lora(model, RANK)
+    return DynamicEvaluationReader(
+        model, optimizer, segment=SEGMENT, names=learning, window=WINDOW, sinks=SINKS
+    )
+
+
+def _cache(model: Any, bounded: bool) -> Reader:
+    cache = small_cache(model) if bounded else CACHE
+    return ContinuousCacheReader(model, cache, window=WINDOW, sinks=SINKS)
+
+
+# Name → what makes a reader of the base.
+READERS: dict[str, Callable[[Any], Reader]] = {
+    "window": lambda model: WindowedReader(model, window=WINDOW, sinks=SINKS),
+    "full attention": reader_of,
+    "cache": partial(_cache, bounded=False),
+    "small cache": partial(_cache, bounded=True),
+    "dynamic SGD": partial(dynamic, kind="SGD"),
+    "dynamic Adam": partial(dynamic, kind="Adam"),
+    "dynamic LoRA": partial(dynamic, kind="LoRA"),
+    "adaptation": grafted,
+}
+RETRIEVAL = "passages"
+BASELINES = (*READERS, RETRIEVAL)
+
+
+def trained_grafts(request: Request) -> dict[str, str]:
+    """Label → name or folder of the trained grafts: those asked for, or the library's."""
+    if request.models:
+        return dict(request.models)
+    return {TRAINED: TRAINED} if TRAINED in names() else {}
+
+
+def base() -> tuple[Any, Any]:
+    """The pretrained model in float32, and its tokenizer."""
+    model, tokenizer = load(PRETRAINED)
+    return model.float(), tokenizer
+
+
+def system(name: str, request: Request) -> System:
+    """A system by its name in `BASELINES` or `trained_grafts`."""
+    if name in (grafts := trained_grafts(request)):
+        model, tokenizer = load(grafts[name])
+        return System(reader_of(model), tokenizer)
+    model, tokenizer = base()
+    if name == RETRIEVAL:
+        return Retrieval(READERS["window"](model), tokenizer)
+    limit = position_limit(model.config) if name == "full attention" else None
+    return System(READERS[name](model), tokenizer, limit)

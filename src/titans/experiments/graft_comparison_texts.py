@@ -1,0 +1,146 @@
+"""What the systems are asked: facts in haystacks, and twenty questions about a play."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titans.data.babi import KINDS
+from titans.data.needles import TASKS, Needles, make_needles
+from titans.evaluate.needle import Haystack
+
+# Where facts stand, as shares of the haystack: at least half of it follows.
+DEPTHS = (0.1, 0.3, 0.5)
+NEEDLES = ("one", "two", "four", "values")
+HAYSTACKS = (*NEEDLES, *KINDS)
+# Haystacks of a cell, by their length in tokens.
+SAMPLES = {1024: 8, 4096: 4, 16384: 2, 65536: 1}
+
+
+class Question(NamedTuple):
+    """task: what is counted together. prompt: ends where the answer follows. query: the question in it."""
+
+    task: str
+    prompt: str
+    query: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A text (tokens,), and questions about it."""
+
+    ids: Tensor
+    questions: tuple[Question, ...]
+
+
+class Placed(NamedTuple):
+    """Statements in the order of the text, their depths, and questions as (task, question, answer)."""
+
+    statements: list[str]
+    depths: list[float]
+    questions: list[tuple[str, str, str]]
+
+
+def haystacks(tokenizer: Any, texts: Sequence[str], kind: str, length: int, seed: int) -> Iterator[Asked]:
+    """Texts of `length` tokens with facts in them, cut from anywhere in the given texts in turn.
+
+    kind: "one" number, word and passkey each in the words of RULER; "two" or "four" numbers and as many words
+    that differ in name and value only; "values": a name with two numbers, both asked for in the order of the
+    text; or a story's "qa1" to "qa3".
+    """
+    hays = [Haystack(tokenizer, text) for text in texts]
+    for sample in range(SAMPLES[length]):
+        generator = np.random.default_rng([seed, HAYSTACKS.index(kind), length, sample])
+        placed = _placed(kind, generator, sample)
+        needles = [
+            np.asarray(tokenizer.encode(f" {s.strip()}", add_special_tokens=False)) for s in placed.statements
+        ]
+        hay = hays[(seed + sample) % len(hays)]
+        ids, _ = hay.hide(needles, placed.depths, length, int(generator.integers(len(hay.ids))))
+        # Without the space at its end, which tokenizers make a part of the answer's first token.
+        questions = [Question(task, f"\n{q.strip()}", q.strip(), a) for task, q, a in placed.questions]
+        yield Asked(torch.from_numpy(ids.astype(np.int64)), tuple(questions))
+
+
+def _placed(kind: str, generator: np.random.Generator, sample: int) -> Placed:
+    if kind == "one":
+        tasks = ("number", "word", "passkey")
+        tasks = tasks[sample % 3 :] + tasks[: sample % 3]
+        found = [make_needles(TASKS[task], generator) for task in tasks]
+        return Placed([n.statements[0] for n in found], [*DEPTHS], _questions(zip(tasks, found, strict=True)))
+    if kind in KINDS:
+        pairs = [(kind, make_needles(TASKS[kind], generator))]
+    elif kind == "values":
+        pairs = [("values", make_needles(TASKS["number"], generator, num_values=2))]
+    else:
+        count = {"two": 2, "four": 4}[kind]
+        pairs = [
+            (task, make_needles(TASKS[task], generator, num_keys=count, num_questions=count))
+            for task in ("number", "word")
+        ]
+    statements = [statement for _, needles in pairs for statement in needles.statements]
+    depths = np.sort(generator.uniform(DEPTHS[0], DEPTHS[-1], len(statements))).tolist()
+    if len(pairs) > 1:
+        statements = [statements[i] for i in generator.permutation(len(statements))]
+    return Placed(statements, depths, _questions(pairs))
+
+
+def _questions(pairs: Any) -> list[tuple[str, str, str]]:
+    found: list[tuple[str, Needles]] = list(pairs)
+    return [
+        (task, question, answer)
+        for task, needles in found
+        for question, answer in zip(needles.questions, needles.answers, strict=True)
+    ]
+
+
+# About the first 16,384 tokens of King Lear, in the order of the play. Several answers are divided by "/".
+PLAY_QUESTIONS = (
+    ("How many years has Edmund been out?", "nine/9"),
+    ("Who is the eldest daughter of King Lear?", "Goneril"),
+    ("Who is the husband of Regan?", "Cornwall"),
+    ("What does Cordelia say when Lear asks what she can say to draw a third more opulent?", "nothing"),
+    ("How many knights does Lear reserve for himself?", "hundred/100"),
+    ("Whom does Lear banish for defending Cordelia?", "Kent"),
+    ("How many days does Lear allot Kent for provision?", "five/5"),
+    ("Which duke refuses to marry Cordelia?", "Burgundy"),
+    ("Who marries Cordelia without a dowry?", "France"),
+    ("Who is the bastard son of Gloucester?", "Edmund"),
+    ("Under which stars was Edmund born?", "Ursa major"),
+    ("Who is the steward of Goneril?", "Oswald"),
+    ("For chiding whom did Lear strike Goneril's gentleman?", "fool"),
+    ("How old does the disguised Kent say he is?", "forty eight/forty-eight/48"),
+    ("What does the Fool offer to Kent?", "coxcomb/cap"),
+    ("Who carries Goneril's letter to her sister?", "Oswald"),
+    ("Which animal's house does the Fool explain to Lear?", "snail"),
+    ("Who tells Edmund that the Duke of Cornwall will come to the castle?", "Curan"),
+    ("Where does Edmund wound himself?", "arm"),
+    ("Which plain does Kent name to Cornwall?", "Sarum"),
+)
+PLAY_TOKENS = 16384
+
+
+def play_questions() -> tuple[Question, ...]:
+    return tuple(Question("play", f"\n\nQuestion: {q}\nAnswer:", q, a) for q, a in PLAY_QUESTIONS)
+
+
+def first_line(text: str) -> str:
+    """The first line of a generated answer that is not empty."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def contains(text: str, answers: str) -> bool:
+    """Whether one of the answers, divided by "/", stands in the text as whole words."""
+    return any(_words(answer) in _words(text) for answer in answers.split("/"))
+
+
+def _words(text: str) -> str:
+    """The words in lower case, a space around each."""
+    return f" {' '.join(re.findall('[a-z0-9]+', text.lower()))} "

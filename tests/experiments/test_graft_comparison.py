@@ -1,0 +1,108 @@
+"""The comparison with a graft, on a tiny byte model: every system reads, answers and is in the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from titans.data import byte_tokenizer
+from titans.experiments import graft_comparison as comparison
+from titans.experiments import graft_comparison_systems as systems
+from titans.experiments.graft_comparison_texts import (
+    HAYSTACKS,
+    PLAY_QUESTIONS,
+    contains,
+    first_line,
+    haystacks,
+)
+from titans.experiments.runner import Request, run
+
+TEXT = "".join(f"The {n}th line of a text about nothing at all, and no more.\n" for n in range(90))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random byte model as the base, and a text as every document."""
+    sizes = dict(vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, eos_token_id=None, bos_token_id=None)
+
+    def base() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        config = LlamaConfig(**sizes, **heads, max_position_embeddings=768)
+        return AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer()
+
+    monkeypatch.setattr(systems, "base", base)
+    monkeypatch.setattr(comparison, "documents", lambda folder: {"King Lear": lambda: TEXT})
+    monkeypatch.setattr(comparison, "tempest", lambda: TEXT)
+    monkeypatch.setattr(comparison, "QUICK", 200)
+
+
+def test_a_quick_run_measures_every_system_and_goes_on_where_it_stopped(tiny: None, tmp_path: Path) -> None:
+    experiment, request = comparison.GraftComparison(), Request("quick", work=tmp_path)
+    only = ["prediction*", "one,*", "play*[wps]", "tuning*1e-05", "tuning, cache", "values*window*"]
+    page = run(experiment, request, tmp_path, only=only)
+    for name in systems.BASELINES:
+        assert f"| {name}" in page
+    assert "| passkey | 1,024 | 0 (0–79) |" in page and "| values | 1,024 | 0 (0–79) | –" in page
+    assert page.count("“") and f"| {PLAY_QUESTIONS[-1][0]} | Sarum |" in page
+    assert "1e-05 (chosen)" in page and "| 10, small |" in page
+    again = run(experiment, request, tmp_path, only=only, resume=True)
+    assert again == page
+
+
+def test_prediction_of_the_untrained_systems_starts_as_the_window(tiny: None) -> None:
+    found = {}
+    for name in systems.READERS:
+        system = systems.system(name, Request())
+        found[name], memory = system.losses(system.encode(TEXT)[:96])
+        assert system.nbytes(memory) >= 0
+    expected = found.pop("window")
+    for name, losses in found.items():
+        # The first chunk of the adaptation; of a cache only the first token's.
+        same = 1 if "cache" in name else 15
+        torch.testing.assert_close(losses[:same], expected[:same], rtol=0, atol=1e-5)
+
+
+def test_a_model_with_positions_reads_the_end_and_retrieval_finds_the_fact(tiny: None) -> None:
+    full = systems.system("full attention", Request())
+    assert full.limit == 768
+    memory = full.remember(full.encode(TEXT))
+    assert memory.num_columns == 768 - systems.ROOM
+    full.answer(memory, "\nWhat?", "What?", 20, lambda text: False)
+    assert memory.num_columns == 768 - systems.ROOM, "an answer has changed the memory"
+    retrieval = systems.system("passages", Request())
+    asked = next(haystacks(retrieval.tokenizer, [TEXT], "four", 1024, 0))
+    prompts: list[str] = []
+    retrieval.generated = lambda memory, prompt, steps, until: prompts.append(prompt) or ""
+    for question in asked.questions:
+        retrieval.answer(retrieval.remember(asked.ids), question.prompt, question.query, 9, lambda text: True)
+    right = [q.answer in prompt for q, prompt in zip(asked.questions, prompts, strict=True)]
+    assert len(right) == 8 and all(right) and max(map(len, prompts)) < systems.WINDOW
+
+
+@pytest.mark.parametrize("kind", HAYSTACKS)
+def test_haystacks_hold_their_facts_in_the_first_half(kind: str) -> None:
+    tokenizer = byte_tokenizer()
+    made = list(haystacks(tokenizer, [TEXT, TEXT.upper()], kind, 1024, seed=2))
+    assert len(made) == 8 and made[0].ids[:99].tolist() != made[1].ids[:99].tolist()
+    for asked in made:
+        text = tokenizer.decode(asked.ids)
+        assert len(asked.ids) == 1024
+        for question in asked.questions:
+            assert question.prompt == f"\n{question.query}" and not question.query.endswith(" ")
+            places = [text.find(part) for part in question.answer.split(", ")]
+            assert all(0 < place < 800 for place in places)
+    again = next(haystacks(tokenizer, [TEXT], kind, 1024, seed=2))
+    assert again.ids.equal(made[0].ids) and again.questions == made[0].questions
+
+
+def test_answers_are_compared_as_whole_words() -> None:
+    assert contains("It was the Ursa Major.", "ursa major") and contains("48 years", "forty eight/48")
+    assert not contains("hundreds", "hundred/100") and not contains("", "arm")
+    assert first_line("\n \n Kent\nLear") == "Kent" and first_line(" \n") == ""
+    assert comparison.decided(" 12345", "123") and comparison.decided(" 13", "123")
+    assert not comparison.decided(" 12", "123") and not comparison.decided("", "123")
