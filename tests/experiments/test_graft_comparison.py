@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from titans import graft
 from titans.data import byte_tokenizer
 from titans.experiments import graft_comparison as comparison
 from titans.experiments import graft_comparison_systems as systems
@@ -21,7 +23,9 @@ from titans.experiments.graft_comparison_texts import (
 )
 from titans.experiments.runner import Request, run
 
-TEXT = "".join(f"The {n}th line of a text about nothing at all, and no more.\n" for n in range(90))
+# Lines of short made-up words.
+_WORDS = np.random.default_rng(0).integers(97, 123, (1000, 10), dtype=np.uint8)
+TEXT = "".join(f"{w[:2]} {w[2:4]} {w[4:6]} {w[6:]}.\n" for w in (row.tobytes().decode() for row in _WORDS))
 
 
 @pytest.fixture
@@ -39,6 +43,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "documents", lambda folder: {"King Lear": lambda: TEXT})
     monkeypatch.setattr(comparison, "tempest", lambda: TEXT)
     monkeypatch.setattr(comparison, "QUICK", 200)
+    # A passage has more bytes than a pretrained model has tokens for it.
+    monkeypatch.setattr(systems, "WINDOW", 640)
 
 
 def test_a_quick_run_measures_every_system_and_goes_on_where_it_stopped(tiny: None, tmp_path: Path) -> None:
@@ -98,6 +104,31 @@ def test_haystacks_hold_their_facts_in_the_first_half(kind: str) -> None:
             assert all(0 < place < 800 for place in places)
     again = next(haystacks(tokenizer, [TEXT], kind, 1024, seed=2))
     assert again.ids.equal(made[0].ids) and again.questions == made[0].questions
+
+
+def test_a_trained_graft_is_measured_with_both_memories_and_with_its_association(
+    tiny: None, tmp_path: Path
+) -> None:
+    base, tokenizer = systems.base()
+    base.save_pretrained(tmp_path / "base")
+    model = graft(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        tokenizer,
+        window=64,
+        association={"layers": [0]},
+    )
+    model.save_pretrained(tmp_path / "graft")
+    request = Request(models={"mine": str(tmp_path / "graft")})
+    assert [*systems.trained_grafts(request)] == ["mine", "mine association"]
+    names = {cell.name for cell in comparison.GraftComparison().cells(request)}
+    assert {"prediction, King Lear, 16384, mine association", "qa1, 4096, mine, seed 0"} <= names
+    both, alone = (systems.system(name, request) for name in ("mine", "mine association"))
+    ids = both.encode(TEXT)[:80]
+    # An untrained association changes nothing; the adaptation learns from the second chunk on.
+    found, memory = both.losses(ids)
+    window, _ = systems.System(systems.WindowedReader(base, window=64), tokenizer).losses(ids)
+    torch.testing.assert_close(alone.losses(ids)[0], window, rtol=0, atol=1e-5)
+    assert (found[40:] - window[40:]).abs().max() > 1e-4 and both.nbytes(memory) > 0
 
 
 def test_answers_are_compared_as_whole_words() -> None:

@@ -21,10 +21,12 @@ from titans.experiments import graft_comparison_systems as systems
 from titans.experiments.graft_comparison_page import LONG, RANGES, SHORT, page
 from titans.experiments.graft_comparison_systems import BASELINES, RETRIEVAL, System, trained_grafts
 from titans.experiments.graft_comparison_texts import (
+    FACTS,
     HAYSTACKS,
     NEEDLES,
     PLAY_TOKENS,
     SAMPLES,
+    WORDINGS,
     contains,
     first_line,
     haystacks,
@@ -108,7 +110,7 @@ def cost(measured: Measured) -> float:
         return tokens / 1000 * reading
     if measured.what == "play questions":
         return PLAY_TOKENS / 1000 * reading + len(play_questions()) * asking
-    questions = {"one": 3, "two": 4, "four": 8}.get(measured.what, 1)
+    questions = {"one": 3, "two": 4, "four": 8, **dict.fromkeys(WORDINGS, FACTS)}.get(measured.what, 1)
     return SAMPLES[measured.tokens] * (tokens / 1000 * reading + questions * asking)
 
 

@@ -130,11 +130,13 @@ def _recall(counted: Counts) -> str:
                 label = {"one": task, "two": f"{task}, of two", "four": f"{task}, of four"}.get(kind, task)
                 rows.append([label, f"{length:,}", *(percent(*c) if c else "–" for c in cells)])
     about = (
-        "Answers generated greedily and exact, % with 95 % interval. Facts stand in the first half of "
-        "the haystack, text of the documents above; the wordings are those of RULER and bAbI, which "
-        "no graft was trained on. number, word, passkey: one of each in a haystack; of two, of four: "
-        "as many numbers and as many words, which differ in name and value; values: two numbers of "
-        "one name, both asked for; qa1 to qa3: a story."
+        "Answers generated greedily and exact, % with 95 % interval. Facts stand in the first half "
+        "of the haystack, text of the documents above. number, word, passkey: one of each in a "
+        "haystack, in RULER's words, which no graft was trained on; of two, of four: as many "
+        "numbers and as many words, which differ in name and value; values: two numbers of one "
+        "name, both asked for. known wordings: four facts, mostly alike, in wordings that grafts "
+        "are trained on, with other names and values; new wordings: in others. qa1 to qa3: a story "
+        "of bAbI's kind."
     )
     return f"{about}\n\n{markdown(['task', 'tokens', *names], rows)}"
 

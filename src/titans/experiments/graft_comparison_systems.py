@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +19,13 @@ from titans.baselines.passages import Passages
 from titans.baselines.windowed import WindowedCache, WindowedReader
 from titans.evaluate.perplexity import score
 from titans.experiments.runner import Request
-from titans.hf import GraftCache
+from titans.hf import GraftCache, GraftedForCausalLM
 from titans.hf.graft import graft
 from titans.state import state_nbytes
 from titans.stream.causal import position_limit
 from titans.stream.reader import Reader, reader_of
 from titans.zoo import load, names
-from titans.zoo.by_name import PRETRAINED
+from titans.zoo.by_name import PRETRAINED, folder_in_library
 
 WINDOW, SINKS, SEGMENT, RANK = 512, 4, 64, 8
 # Positions that a question and its answer may take where a model has a last one.
@@ -160,11 +163,34 @@ RETRIEVAL = "passages"
 BASELINES = (*READERS, RETRIEVAL)
 
 
-def trained_grafts(request: Request) -> dict[str, str]:
-    """Label → name or folder of the trained grafts: those asked for, or the library's."""
-    if request.models:
-        return dict(request.models)
-    return {TRAINED: TRAINED} if TRAINED in names() else {}
+class Trained(NamedTuple):
+    """A trained graft: its name in the library or folder, and whether its association is used alone."""
+
+    place: str
+    association_alone: bool
+
+
+def trained_grafts(request: Request) -> dict[str, Trained]:
+    """Label → trained graft: those asked for, or the library's; of two memories also one alone."""
+    places = request.models or ({TRAINED: TRAINED} if TRAINED in names() else {})
+    found = {}
+    for label, place in places.items():
+        found[label] = Trained(place, False)
+        config = json.loads((folder_in_library(place) or Path(place)).joinpath("config.json").read_text())
+        if config.get("adaptation") and config.get("association"):
+            found[f"{label} association"] = Trained(place, True)
+    return found
+
+
+def association_of(model: GraftedForCausalLM) -> GraftedForCausalLM:
+    """The graft without its adaptation; the base is shared."""
+    config = copy.deepcopy(model.config)
+    config.adaptation = None
+    alone = GraftedForCausalLM(config, model.base).eval()
+    alone.load_state_dict(
+        {k: v for k, v in model.own_state_dict().items() if not k.startswith("adaptation.")}, strict=False
+    )
+    return alone
 
 
 def base() -> tuple[Any, Any]:
@@ -176,8 +202,10 @@ def base() -> tuple[Any, Any]:
 def system(name: str, request: Request) -> System:
     """A system by its name in `BASELINES` or `trained_grafts`."""
     if name in (grafts := trained_grafts(request)):
-        model, tokenizer = load(grafts[name])
-        return System(reader_of(model), tokenizer)
+        model, tokenizer = load(grafts[name].place)
+        return System(
+            reader_of(association_of(model) if grafts[name].association_alone else model), tokenizer
+        )
     model, tokenizer = base()
     if name == RETRIEVAL:
         return Retrieval(READERS["window"](model), tokenizer)
