@@ -36,11 +36,13 @@ def test_the_demo_writes_what_it_found(
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     error = capsys.readouterr().err
     numbers = json.loads((tmp_path / "demo" / "demo.json").read_text())
-    losses = score(titans.graft(pretrained()[0]), np.frombuffer(BOOK, np.uint8))
+    notes = (" ".join(fact.statement for fact in demo.FACTS) + "\n\n").encode()
+    losses = score(titans.graft(pretrained()[0]), np.frombuffer(notes + BOOK, np.uint8))[len(notes) :]
     assert numbers["whole"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
     assert numbers["whole"]["loss"] < 0.9 * numbers["whole"]["base"]
     assert [part["begin"] for part in numbers["by_position"]] == [0, 512]
     assert f"{numbers['by_position'][1]['loss']:.3f}" in error and "tokens/s" in error and "s left" in error
+    assert len(numbers["answers"]) == 6 and "Of 6 facts stated before the play it recalls 0" in error
     assert "read 1,500 of the 1,500 tokens of King Lear" in error and "lowered the loss by" in error
     # Two layers, two heads of eight keys and values, in four bytes.
     assert numbers["cache_bytes"] == len(BOOK) * 2 * 2 * 2 * 8 * 4
@@ -65,11 +67,30 @@ def test_it_stops_in_time() -> None:
     assert len(found.found.ids) == 256 and found.tokens_in_book == len(BOOK)
 
 
+def test_questions_are_asked_with_and_without_what_was_learned() -> None:
+    base, tokenizer = pretrained()
+    model = titans.graft(base, window=32)
+    reader, text = GraftReading(model), torch.tensor([*BOOK[:200]])
+    reader.read(text)
+    kept = reader.cache.clone()
+    found = demo.ask(model, tokenizer, reader.cache, demo.FACTS[0])
+    assert torch.equal(reader.cache.state.adaptation.weight, kept.state.adaptation.weight)
+    for adaptation, answer in ((True, found.with_memory), (False, found.without)):
+        session = titans.Session(titans.graft(base, window=32, adaptation=adaptation), tokenizer)
+        session.feed(BOOK[:200])
+        session.feed(f"\n\n{demo.FACTS[0].question}")
+        expected = session.generate(max_new_tokens=12, do_sample=False).strip()
+        # The session waits for the rest of a character.
+        assert answer and expected.startswith(answer.rstrip("\ufffd"))
+
+
 def test_the_verdict_says_which_way_it_fell() -> None:
     losses = np.full(600, 3.0, np.float32)
     worse = GraftInspection(np.arange(600), 1.1 * losses, losses)
-    text = demo.verdict(demo.BookDemo(worse, 600, 2.0, 7_000_000, 9_000_000), "Model", 512)
+    answers = tuple(demo.Answer(fact, f" {fact.answer.upper()}. And", "no") for fact in demo.FACTS[:3])
+    text = demo.verdict(demo.BookDemo(worse, answers, 600, 2.0, 7_000_000, 9_000_000), "Model", 512)
     assert "on tokens 512 to 2,047 raised the loss by 10.0 %" in text and "at most 7.0 MB" in text
+    assert "Of 3 facts stated before the play it recalls 3; the model without a memory recalls 0." in text
     assert "300 tokens/s" in text and "would have 9 MB" in text
 
 

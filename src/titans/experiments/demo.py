@@ -11,31 +11,80 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from titans.data import encode_document, leading_tokens, load_corpus
 from titans.experiments.runner import say
-from titans.hf import GraftedForCausalLM
+from titans.hf import GraftCache, GraftedForCausalLM
+from titans.hf.graft import graft
+from titans.hf.graft.cache import GraftState
 from titans.inspection import GraftInspection, GraftReading, draw_graft_inspection, write_page
 from titans.inspection.graft_page import percent, place
 from titans.inspection.grafted import PIECE_LENGTH, LossAt, joined
 from titans.state import state_nbytes
+from titans.stream.model import reading
+from titans.stream.text import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CORPUS, PLAY, TITLE = "shakespeare", "king-lear", "King Lear"
 _SECONDS_BETWEEN_LINES = 15.0
+# Tokens of an answer, at most.
+_ANSWER_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A statement that stands before the play, the beginning of the same statement, which is asked for after
+    it, and how it goes on."""
+
+    statement: str
+    question: str
+    answer: str
+
+
+# Nothing that a pretrained model could know.
+FACTS = tuple(
+    Fact(f"{question} {answer}.", question, answer)
+    for question, answer in (
+        ("The password to the north gate is", "hawthorn"),
+        ("The password to the boathouse is", "marigold"),
+        ("The number of Dr. Okafor's room is", "4172"),
+        ("The number of the blue locker is", "60935"),
+        ("The name of the captain's dog is", "Biscuit"),
+        ("The letters are hidden under the", "piano"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to a fact's question after the book: with the memory, and by the base in its window."""
+
+    fact: Fact
+    with_memory: str
+    without: str
+
+    @property
+    def recalled(self) -> tuple[bool, bool]:
+        """Whether either begins with the fact's answer."""
+        first, second = (text.strip().lower() for text in (self.with_memory, self.without))
+        answer = self.fact.answer.lower()
+        return first.startswith(answer), second.startswith(answer)
 
 
 @dataclass(frozen=True)
 class BookDemo:
     """What was read and measured.
 
-    tokens_in_book: of the whole book. seconds: of reading. state_bytes: the most that the graft holds after
-    any text. cache_bytes: what the base's own cache of the tokens read would hold.
+    found: without the facts. answers: of each fact. tokens_in_book: of the whole book. seconds: of reading.
+    state_bytes: the most that the graft holds after any text. cache_bytes: what the base's own cache of the
+    tokens read would hold.
     """
 
     found: GraftInspection
+    answers: tuple[Answer, ...]
     tokens_in_book: int
     seconds: float
     state_bytes: int
@@ -49,12 +98,17 @@ class BookDemo:
 def read_book(
     model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, text: bytes, seconds: float
 ) -> BookDemo:
-    """Read a book from its beginning until its end or until the time is over, with and without the memory.
+    """Read the facts and a book from its beginning until its end or until the time is over, then ask.
 
-    Both arms come from one pass of the base. Reports to stderr how far it is.
+    Both arms, with and without the memory, come from one pass of the base. Reports to stderr how far it is.
     """
     ids = torch.tensor(encode_document(tokenizer, text, "the book").tolist())
-    reader, parts, done = GraftReading(model, beginning=leading_tokens(tokenizer)), [], 0
+    notes = " ".join(fact.statement for fact in FACTS) + "\n\n"
+    beginning = [
+        *leading_tokens(tokenizer),
+        *encode_document(tokenizer, notes.encode(), "the facts").tolist(),
+    ]
+    reader, parts, done = GraftReading(model, beginning=beginning), [], 0
     began = said = time.perf_counter()
     for piece in ids.split(PIECE_LENGTH):
         parts.append(reader.read(piece))
@@ -72,7 +126,43 @@ def read_book(
             break
     taken = time.perf_counter() - began
     state_bytes, per_token = state_sizes(model)
-    return BookDemo(joined(parts), len(ids), taken, state_bytes, done * per_token)
+    answers = tuple(ask(model, tokenizer, reader.cache, fact) for fact in FACTS)
+    return BookDemo(joined(parts), answers, len(ids), taken, state_bytes, done * per_token)
+
+
+def ask(
+    model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: GraftCache, fact: Fact
+) -> Answer:
+    """Ask for a fact after what a cache has read, which is not changed, with the memory and without."""
+    question = encode_document(tokenizer, f"\n\n{fact.question}".encode(), "the question")
+    ids = torch.tensor([question.tolist()])
+    config = model.config
+    plain = graft(model.base, window=config.window, sinks=config.sinks, adaptation=False)
+    window = plain.empty_cache()
+    assert cache.state is not None
+    window.store((GraftState(cache.state.window, None, None),), cache.num_columns)
+    with_memory, without = (
+        _continued(graft_, ids, state, tokenizer)
+        for graft_, state in ((model, cache.clone()), (plain, window))
+    )
+    return Answer(fact, with_memory, without)
+
+
+def _continued(
+    model: GraftedForCausalLM, ids: Tensor, cache: GraftCache, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The likeliest tokens after ids (1, n), to the end of the sentence or line; the cache is changed."""
+    text = ""
+    with reading(model):
+        tokens: list[int] = []
+        for _ in range(_ANSWER_LENGTH):
+            output = model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+            ids = output.logits[:, -1].argmax(-1, keepdim=True)
+            tokens.append(int(ids))
+            text = decode(tokenizer, tokens)
+            if any(end in text.strip() for end in ".\n"):
+                break
+    return text.strip().partition("\n")[0]
 
 
 def state_sizes(model: GraftedForCausalLM) -> tuple[int, int]:
@@ -93,20 +183,36 @@ def table(found: GraftInspection) -> str:
 
 
 def verdict(demo: BookDemo, name: str, window: int) -> str:
-    """Three lines: what was read, what the memory was worth, whichever way it fell, and what it cost."""
+    """Four lines: what was read, what the memory gained in prediction and in recall, whichever way it fell,
+    and what it cost."""
     found = demo.found
     last, whole = found.by_position()[-1], found.whole()
     read = f"{len(found.ids):,} of the {demo.tokens_in_book:,}"
+    right, right_without = (sum(each) for each in zip(*(a.recalled for a in demo.answers), strict=True))
     return "\n".join(
         [
             f"{name} read {read} tokens of {TITLE}, and saw at most {window} of them at a time: "
             f"{demo.tokens_per_second:,.0f} tokens/s.",
-            f"A memory that learns while it reads, and was trained by nobody, {_changed(whole)}, and on "
-            f"{place(last)} {_changed(last)}.",
+            f"Its memory, which learns while it reads, {_changed(whole)}, and on {place(last)} "
+            f"{_changed(last)}.",
+            f"Of {len(demo.answers)} facts stated before the play it recalls {right}; the model without a "
+            f"memory recalls {right_without}.",
             f"Its state has at most {demo.state_bytes / 1e6:.1f} MB after any text; the model's own cache of "
             f"these tokens would have {demo.cache_bytes / 1e6:,.0f} MB.",
         ]
     )
+
+
+def answers_table(demo: BookDemo) -> str:
+    """The answer to each question, a line each."""
+    lines = [f"{'asked after the play':40} {'stated':10} {'with the memory':28} without"]
+    for answer in demo.answers:
+        marks = ["✓" if right else "✗" for right in answer.recalled]
+        lines.append(
+            f"{answer.fact.question + ' …':40} {answer.fact.answer:10} "
+            f"{marks[0]} {answer.with_memory[:24]:26} {marks[1]} {answer.without[:24]}"
+        )
+    return "\n".join(lines)
 
 
 def _changed(part: LossAt) -> str:
@@ -127,7 +233,7 @@ def show(
     say(f"\n{name} reads {TITLE} ({len(play.data):,} bytes) through a window of {window} tokens")
     demo = read_book(model, tokenizer, play.data, 60 * minutes)
     lines = verdict(demo, name, window)
-    say(f"\n{table(demo.found)}\n\n{lines}")
+    say(f"\n{table(demo.found)}\n\n{answers_table(demo)}\n\n{lines}")
     folder.mkdir(parents=True, exist_ok=True)
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
@@ -137,6 +243,7 @@ def show(
     numbers: dict[str, Any] = {
         "by_position": [asdict(part) for part in demo.found.by_position()],
         "whole": asdict(demo.found.whole()),
+        "answers": [asdict(answer) for answer in demo.answers],
         "tokens_per_second": demo.tokens_per_second,
         "state_bytes": demo.state_bytes,
         "cache_bytes": demo.cache_bytes,
