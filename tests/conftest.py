@@ -11,6 +11,10 @@ from hypothesis import HealthCheck, settings
 os.environ["TRITON_INTERPRET"] = "1"
 with suppress(ImportError):
     import triton  # noqa: F401
+
+    from .interpreter import patch_the_language_once
+
+    patch_the_language_once()
 # A test of the kernels sets the variable again; for all others there is no device.
 del os.environ["TRITON_INTERPRET"]
 # Commands choose threads for a process that has yet to load torch; called from a test they leave them alone.

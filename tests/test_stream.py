@@ -399,10 +399,10 @@ def test_sessions_fed_together_equal_each_alone(variant: str, short_pieces: None
         torch.testing.assert_close(next_logits(session), next_logits(other), rtol=0, atol=1e-8)
 
 
-def test_two_hundred_sessions_share_a_model_and_hold_what_they_say() -> None:
+def test_sixty_sessions_share_a_model_and_hold_what_they_say() -> None:
     model = small_model("lmm")
-    sessions = [Session(model) for _ in range(200)]
-    feed_together(sessions, [some_ids(30 + row % 7, seed=row) for row in range(200)])
+    sessions = [Session(model) for _ in range(60)]
+    feed_together(sessions, [some_ids(30 + row % 7, seed=row) for row in range(60)])
     leaves = {id(leaf): leaf for each in sessions for leaf in pytree.tree_leaves(each.cache.states)}
     said = sum(session.stats().state_bytes for session in sessions)
     assert said == sum(leaf.untyped_storage().nbytes() for leaf in leaves.values())
@@ -571,13 +571,17 @@ def test_a_reader_of_300_000_tokens_holds_no_more_than_one_of_100_000() -> None:
     """In a process of its own, whose peak nothing else raises.
 
     What the allocator keeps for later moves it by some percent. Two hundred bytes kept for each token would
-    be more than that; its keys and values would be three thousand.
+    be more than that; the keys and values of a layer would be 256.
     """
     code = """
-import resource, numpy as np, titans
-from titans import Session
-model, tokenizer = titans.load("titans-lmm-tiny")
-session, text, peaks = Session(model, tokenizer), np.random.default_rng(0), []
+import resource, numpy as np
+from titans.hf import TitansConfig, TitansForCausalLM
+from titans.stream import Session
+sizes = dict(vocab_size=256, hidden_size=32, intermediate_size=32, num_attention_heads=1, head_dim=32)
+model = TitansForCausalLM(TitansConfig(
+    variant="lmm", num_hidden_layers=1, num_persistent_tokens=0, chunk_size=64, memory_depth=1, **sizes
+))
+session, text, peaks = Session(model), np.random.default_rng(0), []
 for tokens in (100_000, 200_000):
     session.feed(text.integers(0, 256, tokens, dtype=np.uint8))
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

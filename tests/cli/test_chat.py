@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import titans
 from titans import Session
+from titans.cli import main
 from titans.cli.conversation import Conversation, Turns
 from titans.data import byte_tokenizer
 
@@ -133,16 +136,29 @@ def test_what_fails_has_not_happened_and_a_stopped_answer_stays() -> None:
     assert len(pieces) == 3 and added < len("user\nTwo?\nassistant\n") + 20
 
 
-def talk(folder: Path, lines: str, *options: str, code: int = 0) -> tuple[str, str]:
-    command = [sys.executable, "-m", "titans", "chat", str(folder), "--greedy", "--max-new-tokens", "8"]
-    done = subprocess.run(
-        [*command, *options], input=lines, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
-    )
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    return done.stdout, done.stderr
+def arguments(folder: Path, *options: str) -> list[str]:
+    return ["chat", str(folder), "--greedy", "--max-new-tokens", "8", *options]
 
 
-def test_through_a_pipe(folder: Path, tmp_path: Path) -> None:
+Talk = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """A conversation in this process: what it writes to stdout and to stderr."""
+
+    def call(folder: Path, lines: str, *options: str, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        capsys.readouterr()
+        found = main(arguments(folder, *options))
+        out, err = capsys.readouterr()
+        assert found == code, err
+        return out, err
+
+    return call
+
+
+def test_through_a_pipe(folder: Path, tmp_path: Path, talk: Talk) -> None:
     book, memory = tmp_path / "a book.txt", tmp_path / "talk.memory"
     book.write_text("All the world's a stage. " * 20)
     lines = f"""\
@@ -158,7 +174,12 @@ Two?
 /forget
 /stats
 """
-    out, err = talk(folder, lines)
+    done = subprocess.run(
+        [sys.executable, "-m", "titans", *arguments(folder)],
+        input=lines, capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0 and "Traceback" not in err, err
     model, tokenizer = titans.load(folder)
     conversation = Conversation(Session(model, tokenizer), Turns(tokenizer))
     conversation.session.feed(book.read_text())
@@ -199,7 +220,7 @@ def test_nothing_more_is_asked_when_nobody_reads_the_answers(folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["titans-lmm-tiny"])
-def test_a_model_without_a_template_continues_what_is_written(name: str) -> None:
+def test_a_model_without_a_template_continues_what_is_written(name: str, talk: Talk) -> None:
     out, err = talk(Path(name), "PROSPERO:\n /not a command\n")
     session = Session(*titans.load(name))
     expected = ""

@@ -44,6 +44,8 @@ def test_the_command_goes_through_its_stages_once(monkeypatch, tmp_path, capsys)
     small = dict(data="excerpt", steps=2, batch_size=2, sequence_length=64, threads=1, eval_tokens=128)
     stages = recipe.stages
     monkeypatch.setattr(recipe, "stages", lambda v, o, p, g, **_: stages(v, o, p, g, **small))
+    for module in ("metrics", "recipe"):
+        monkeypatch.setattr(f"titans.train.{module}.draw_curves", lambda lines, path: None)
     monkeypatch.setattr(sys, "argv", ["recipe", "--variant", "lmm", "--output", str(tmp_path)])
     assert recipe.main() == 0
     files = [tmp_path / name / "model.safetensors" for name in ("dense", "near", "far", "hold")]

@@ -1,14 +1,8 @@
 from collections.abc import Generator
 
 import pytest
-import torch
-
-from titans.memory.backends.native import missing
 
 from . import problems
-
-# What takes hundreds of examples: under its interpreter a kernel takes seconds.
-TOO_MANY = ("test_any_call", "test_any_split", "test_gradcheck")
 
 
 def backend_of(item: pytest.Item) -> str:
@@ -22,16 +16,15 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     backend = backend_of(request.node)
     if backend == "triton":
         pytest.importorskip("triton")
-        if request.node.originalname in TOO_MANY:
-            pytest.skip("too many examples for an interpreter: test_triton.py")
+        if request.node.originalname == "test_gradcheck":
+            pytest.skip("too many calls for an interpreter: test_triton.py")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(problems, "NARROWEST", 16)
-        # Its programs run one after the other, one for each row and head.
+        # Its programs run one after the other, one for each row and head, tile by tile of the hidden layer.
         monkeypatch.setattr(problems, "HEADS", 1)
-    if backend.startswith("native") and (reason := missing()):
+        monkeypatch.setattr(problems, "EXPANSION", 2)
+    if reason := problems.unavailable(backend):
         pytest.skip(reason)
-    if backend == "native_bfloat16" and not torch.ops.titans_native.has_tiles():
-        pytest.skip("this processor has no matrix tiles")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from titans.memory import (
+    BACKENDS,
     OBJECTIVES,
     UPDATE_RULES,
     InnerProblem,
@@ -16,6 +17,7 @@ from titans.memory import (
     MemoryState,
     memory_scan,
 )
+from titans.memory.backends.native import missing
 from titans.nn.memory.form import RULE_FIELDS
 
 from ..tolerances import assert_close
@@ -26,8 +28,22 @@ TOKENS = (*VECTORS, *GATES)
 STATE = ("weights", "momentum", "anchor")
 # For a backend that knows no narrower heads.
 NARROWEST = 1
-# Where a test asks for no number of its own.
-HEADS = 2
+# Where a test asks for no numbers of its own.
+HEADS, EXPANSION = 2, 4
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a compiled backend does not run here: it needs a compiler, and in bfloat16 matrix tiles."""
+    if backend.startswith("native") and (reason := missing()):
+        return reason
+    if backend == "native_bfloat16" and not torch.ops.titans_native.has_tiles():
+        return "this processor has no matrix tiles"
+    return None
+
+
+def quick_backends() -> list[str]:
+    """Compared with the reference in hundreds of examples; an interpreted kernel takes seconds for each."""
+    return [name for name in BACKENDS if name not in ("reference", "triton") and not unavailable(name)]
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,7 @@ def make_problem(
     """
     rng = torch.Generator().manual_seed(seed)
     head_dim, heads = max(head_dim, NARROWEST), HEADS if heads is None else heads
+    options.setdefault("expansion", EXPANSION)
     known = [field.name for field in fields(UPDATE_RULES[rule])]
     parameters = {name: options.pop(name) for name in known if name in options}
     # What a rule registered from outside does not have.

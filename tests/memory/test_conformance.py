@@ -6,14 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from titans.memory import BACKENDS, OBJECTIVES, UPDATE_RULES, MemoryState
 
 from ..tolerances import FLOAT64
-from .problems import GATES, TOKENS, Problem, answers, assert_same, everything, make_problem, parts
+from .problems import (
+    GATES,
+    TOKENS,
+    Problem,
+    answers,
+    assert_same,
+    everything,
+    make_problem,
+    parts,
+    quick_backends,
+)
 
 FAST = [name for name in BACKENDS if name != "reference"]
 
@@ -47,6 +57,7 @@ calls = st.fixed_dictionaries(
 stretches = st.tuples(st.integers(1, 7), st.integers(0, 13), st.integers(0, 6)).map(
     lambda x: dict(chunk_size=x[0], time=min(40, x[0] * x[1] + x[2]))
 )
+splits = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
 
 # Errors on both sides of the threshold; a power whose third derivative has no bound at an error of 0.
@@ -58,22 +69,36 @@ def tame(found: tuple[dict[str, Tensor], Tensor]) -> bool:
     return all(x.abs().max() < 1e4 for x in found[0].values() if x.numel())
 
 
+def within(problem: Problem, cuts: list[int]) -> list[int]:
+    return sorted(min(cut, problem.time) for cut in cuts)
+
+
 def agree(problem: Problem, backend: str) -> None:
     assert_same(everything(problem, backend), everything(problem, "reference"), FLOAT64)
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 @settings(max_examples=90)
-@given(call=calls, stretch=stretches, objective=st.sampled_from([*sorted(OBJECTIVES), HUBER, LP]))
-def test_any_call(backend, rule, call, stretch, objective):
+@given(
+    call=calls,
+    stretch=stretches,
+    objective=st.sampled_from([*sorted(OBJECTIVES), HUBER, LP]),
+    cuts=st.one_of(st.just([]), splits),
+)
+def test_any_call_and_split(rule, call, stretch, objective, cuts):
+    """Reads, state, surprise and gradients, the latter also back through a chain of calls.
+
+    The oracle, which takes most of the time, runs once for all backends.
+    """
     # A row of one number that is rescaled has a gradient of exactly 0, and what is found is rounding.
     assume(call["head_dim"] > 1 or call["row_limit"] is None)
     event(f"three groups or more: {stretch['time'] // stretch['chunk_size'] >= 7}")
     problem = make_problem(**call, **stretch, objective=objective, rule=rule)
     expected = everything(problem, "reference")
     assume(tame(expected))
-    assert_same(everything(problem, backend), expected, FLOAT64)
+    for backend in quick_backends():
+        note(backend)
+        assert_same(everything(problem, backend, within(problem, cuts)), expected, FLOAT64)
 
 
 CORNERS = {

@@ -36,7 +36,7 @@ SHAPES = [
 
 
 def problem(**changes):
-    known = dict(head_dim=16, depth=2, norm=False, chunk_size=16, heads=2, batch=1, time=48)
+    known = dict(head_dim=16, depth=2, expansion=2, norm=False, chunk_size=16, heads=2, batch=1, time=48)
     return make_problem(**{**known, **changes})
 
 
@@ -48,6 +48,7 @@ def agree(tolerance: float = FLOAT64, **changes) -> None:
 @settings(max_examples=22)
 @given(
     seed=st.integers(0, 2**20),
+    heads=st.sampled_from([1, 1, 2]),
     time=st.integers(1, 44),
     shape=st.sampled_from(SHAPES),
     norm=st.sampled_from([dict(norm=False), dict(norm=True), dict(norm=True, affine=False)]),
@@ -71,6 +72,7 @@ def test_any_call(shape, norm, **call) -> None:
 # What the search may miss: features of a key, in registers.
 @example(
     resident=True,
+    heads=2,
     seed=0,
     time=32,
     shape=dict(depth=1, key_dim=32),
@@ -85,6 +87,7 @@ def test_any_call(shape, norm, **call) -> None:
 @settings(max_examples=9)
 @given(
     resident=st.sampled_from([True, True, False]),
+    heads=st.sampled_from([1, 1, 2]),
     seed=st.integers(0, 2**20),
     time=st.sampled_from([32, 64]),
     shape=st.sampled_from(SHAPES),
@@ -144,7 +147,8 @@ def test_states_kept_in_groups_are_recomputed(
     monkeypatch.setattr(scan, "KEPT_BYTES", 0)
     # Either kernel keeps states.
     monkeypatch.setattr(scan, "fits_registers", lambda *_: base)
-    call = problem(**{**dict(time=16 * 7, base=base, row_limit=0.7, normalize_step=True), **marks})
+    # Three groups, the last of them shorter.
+    call = problem(**{**dict(time=16 * 7, heads=1, base=base, row_limit=0.7, normalize_step=True), **marks})
     # Three times as many inner updates as elsewhere.
     assert_same(everything(call, "triton", [16]), everything(call, "reference"), 1e-8)
 

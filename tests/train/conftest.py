@@ -34,6 +34,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def drawn() -> None:
+    """The runs of the test draw their curves."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes two thirds of the time of a run this small."""
+    if "drawn" not in request.fixturenames:
+        for module in ("metrics", "recipe"):
+            monkeypatch.setattr(f"titans.train.{module}.draw_curves", lambda lines, path: None)
+
+
+@pytest.fixture
 def settings(corpus: Path, tmp_path: Path) -> Callable[..., TrainSettings]:
     """Settings of a run of seconds in a folder of its own, with anything replaced."""
 

@@ -32,6 +32,7 @@ def names(output: Path) -> set[str]:
     return {path.name for path in output.iterdir()}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_a_model_its_metrics_and_no_pickles(settings: Make) -> None:
     seen: list[dict[str, Any]] = []
     result = train(settings(), seen.append)
