@@ -76,11 +76,12 @@ def _features(name: str, twice: int) -> dict[str, Arm]:
 
 
 def _deep(activation: str) -> dict[str, Arm]:
-    sizes = {"4k": 32, "1k": 16, "equal operations": 36}
+    sizes = {"4k": 32, "1k": 16, "equal operations": 36, "equal heads": 64}
     return {size: Arm(head_dim, 2, 2, activation) for size, head_dim in sizes.items()}
 
 
-# "deep" is the default of `NeuralMemory` at this size. Equal operations: as many as sin features at 4k.
+# "deep" was the default of `NeuralMemory` when this was planned. Equal operations: as many as sin features at
+# 4k. Equal heads: as wide as linear at 4k, with four times its state.
 ARMS: dict[str, dict[str, Arm]] = {
     "linear": {"4k": Arm(64), "1k": Arm(32), "equal operations": Arm(76)},
     "sin features": _features("sin", 128),

@@ -55,6 +55,9 @@ def planned() -> Iterator[list[Measured]]:
     yield [Measured("text", "induction", "4k", form) for form in most]
     yield [Measured("pairs", "", "1k", form) for form in ARMS]
     yield [Measured("mad", task, "4k", form) for task in MAD for form in most]
+    # Added after the others, and of no weight in the rule: what a preset loses whose heads stay as they are.
+    yield [Measured("pairs", "", "equal heads", "deep")]
+    yield [Measured("text", start, "equal heads", "deep") for start in ("induction", "sharp")]
 
 
 class MemoryForms(Experiment):
@@ -125,6 +128,7 @@ class MemoryForms(Experiment):
                     for start in ("sharp", "induction")
                     for what, key in (("windows", "windows"), ("one stream", "stream"))
                 ],
+                sizes=True,
             ),
             '## Needles in a book, % exact\n\nTwo layers of width 128, `form="recall"`, the first two stages '
             "of the recipe, shortened to 120 and 80 steps.",
