@@ -196,8 +196,9 @@ def memories(folder: Path) -> list[tuple[TitansForCausalLM, bytes]]:
             model = TitansForCausalLM(
                 TitansConfig(
                     variant=variant, vocab_size=256, hidden_size=16, intermediate_size=16,
-                    num_hidden_layers=2, num_attention_heads=2, head_dim=8, memory_expansion=2,
-                    chunk_size=8, segment_length=16, sliding_window=16, num_persistent_tokens=2,
+                    num_hidden_layers=2, num_attention_heads=2, head_dim=8, memory_depth=2,
+                    memory_expansion=2, chunk_size=8, segment_length=16, sliding_window=16,
+                    num_persistent_tokens=2,
                 )
             )  # fmt: skip
             session = Session(model)

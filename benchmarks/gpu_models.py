@@ -34,7 +34,8 @@ PIECE = 2**14
 
 def make(preset: str, variant: str, device: str, **changes: Any) -> TitansForCausalLM:
     torch.manual_seed(0)
-    return TitansForCausalLM(TitansConfig.from_preset(preset, variant=variant, **changes)).to(device)
+    config = TitansConfig.from_preset(preset, **{"variant": variant, "memory_depth": 2, **changes})
+    return TitansForCausalLM(config).to(device)
 
 
 def tokens_of(model: TitansForCausalLM, batch: int, time_steps: int) -> Tensor:

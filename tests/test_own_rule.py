@@ -159,7 +159,7 @@ def test_a_model_reads_generates_saves_and_searches_with_it(variant, tmp_path: P
 def test_documents_packed_start_afresh_with_persistent_tokens():
     """A fresh row's own tensors are those that the persistent tokens have left."""
     torch.manual_seed(0)
-    layer = NeuralMemory(6, 2, 3, chunk_size=2, rule=Averaging()).double()
+    layer = NeuralMemory(6, 2, 3, depth=2, chunk_size=2, rule=Averaging()).double()
     persistent, x = torch.randn(5, 6).double(), torch.randn(1, 12, 6).double()
     reset = torch.zeros(1, 12, dtype=torch.bool)
     reset[:, 7] = True

@@ -77,6 +77,7 @@ def _titans(case: Case, backend: str) -> Step:
             case["width"],
             case["width"] // HEAD_DIM,
             HEAD_DIM,
+            depth=2,
             expansion=case["expansion"],
             chunk_size=case["chunk"],
         )
@@ -109,7 +110,7 @@ def _transformer(case: Case, _: str) -> Step:
 def _model_step(case: Case, variant: str, backend: str | None = None) -> Step:
     from titans.hf import TitansConfig, TitansForCausalLM
 
-    config = TitansConfig.from_preset(case["preset"], variant=variant)
+    config = TitansConfig.from_preset(case["preset"], variant=variant, memory_depth=2)
     model = TitansForCausalLM(config)
     if backend is not None:
         run_on(backend, model)

@@ -196,7 +196,7 @@ def layer_inputs(progress: Progress) -> list[Row]:
     for norm in (False, True):
         for dtype in (torch.float32, torch.bfloat16):
             torch.manual_seed(0)
-            layer = NeuralMemory(64, 4, 16, form=dict(norm=norm)).to(dtype)
+            layer = NeuralMemory(64, 4, 16, depth=2, form=dict(norm=norm)).to(dtype)
             x = torch.randn(2, 512, 64)
             for scale in (0.0, 1e-4, 1e-2, 1.0, 1e2, 1e4):
                 layer.zero_grad()
@@ -276,6 +276,7 @@ def models(quick: bool, long: bool, progress: Progress) -> list[Row]:
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 head_dim=16,
+                memory_depth=2,
                 memory_expansion=2,
                 segment_length=64,
                 sliding_window=64,

@@ -16,7 +16,8 @@ from titans.hf import TitansConfig, TitansForCausalLM
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, head_dim=16,
-    memory_expansion=2, chunk_size=16, segment_length=16, sliding_window=16, num_persistent_tokens=0,
+    memory_depth=2, memory_expansion=2, chunk_size=16, segment_length=16, sliding_window=16,
+    num_persistent_tokens=0,
 )  # fmt: skip
 RATES = ("decoding", "reading", "training")
 

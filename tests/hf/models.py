@@ -22,6 +22,7 @@ def small_config(variant: str, **overrides: Any) -> TitansConfig:
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         head_dim=4,
+        memory_depth=2,
         memory_expansion=2,
         chunk_size=CHUNK,
         segment_length=SEGMENT,

@@ -23,7 +23,7 @@ def small_model(variant: str) -> TitansForCausalLM:
     torch.manual_seed(0)
     sizes = dict(
         variant=variant, vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=4, segment_length=8,
+        num_attention_heads=2, head_dim=8, memory_depth=2, memory_expansion=2, chunk_size=4, segment_length=8,
         sliding_window=8, num_persistent_tokens=2, initializer_range=0.3,
     )  # fmt: skip
     return TitansForCausalLM(TitansConfig(**sizes)).double()

@@ -134,7 +134,7 @@ def test_the_bound_holds_against_a_search_and_no_form_without_one_gets_it():
 def test_a_layer_takes_inputs_of_any_size(dtype, norm):
     """Forward, backward and state; with a LayerNorm the memory's answer starts at 0, where that is steep."""
     torch.manual_seed(0)
-    layer = NeuralMemory(16, 2, 8, form=dict(norm=norm)).to(dtype)
+    layer = NeuralMemory(16, 2, 8, depth=2, form=dict(norm=norm)).to(dtype)
     x = torch.randn(1, 160, 16)
     for scale in (0.0, 1e-4, 1e-2, 1.0, 1e2, 1e4):
         layer.zero_grad()

@@ -62,7 +62,7 @@ def test_a_layer_that_carries_its_state_is_compiled_twice(monkeypatch):
         compiled.append(graph)
         return graph.forward
 
-    layer, x = NeuralMemory(8, 2, 4, chunk_size=4), torch.randn(1, 6, 8)
+    layer, x = NeuralMemory(8, 2, 4, depth=2, chunk_size=4), torch.randn(1, 6, 8)
     run, state, expected = torch.compile(layer, fullgraph=True, backend=count), None, None
     with torch.no_grad():
         for _ in range(12):

@@ -15,6 +15,7 @@ CONFIG = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "head_dim": 8,
+    "memory_depth": 2,
     "chunk_size": 8,
     "segment_length": 16,
     "sliding_window": 16,

@@ -17,6 +17,7 @@ def a_model(variant: str = "mag", heads: int = 3) -> TitansForCausalLM:
     torch.manual_seed(0)
     sizes = dict(hidden_size=12, head_dim=4, num_hidden_layers=2, num_attention_heads=heads, vocab_size=11)
     sizes |= dict(num_persistent_tokens=0, intermediate_size=8, chunk_size=4, segment_length=4)
+    sizes |= dict(memory_depth=2)
     return TitansForCausalLM(TitansConfig(variant=variant, sliding_window=4, **sizes)).double()
 
 

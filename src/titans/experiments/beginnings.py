@@ -136,6 +136,7 @@ def build(arm: Arm) -> TitansForCausalLM:
             "tiny",
             variant=arm.variant,
             initializer_range=0.1,
+            memory_depth=2,
             memory={
                 "start": "random" if arm.beginning == "random" else "induction",
                 "combination": "sum" if arm.combination == "sum" else "gate",

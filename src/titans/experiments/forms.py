@@ -45,6 +45,7 @@ SIZES: dict[str, Any] = dict(
     num_hidden_layers=1,
     num_attention_heads=2,
     head_dim=32,
+    memory_depth=2,
     memory_expansion=2,
     num_persistent_tokens=0,
     initializer_range=0.1,

@@ -25,7 +25,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("transformer", {}),
     "transformer, 4 layers": ("transformer", {"num_hidden_layers": 4}),
     "transformer, 5 layers": ("transformer", {"num_hidden_layers": 5}),
-    **{variant: (variant, {}) for variant in ("mac", "mag", "mal", "lmm")},
+    **{variant: (variant, {"memory_depth": 2}) for variant in ("mac", "mag", "mal", "lmm")},
 }
 
 

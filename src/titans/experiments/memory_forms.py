@@ -102,8 +102,9 @@ class MemoryForms(Experiment):
         parts = [
             'LMM blocks, two heads, chunk 16, `form="stable"`; the state is 4,096 or 1,024 fast weights a '
             "head and as much momentum. Operations: multiply-adds a token and head by the formula of "
-            "`titans.experiments.memory_arms`. deep: two layers and SiLU, the default of `NeuralMemory`. "
-            "Mean over seeds ± 95 % interval (Student's t). "
+            "`titans.experiments.memory_arms`. deep: two layers and SiLU, the default of `NeuralMemory` "
+            "until this was measured; linear: since then. At equal heads the deep memory is as wide as the "
+            "linear one and has four times its state. Mean over seeds ± 95 % interval (Student's t). "
             + (f"{kept} of {count} cells are measured; – stands for the others." if kept < count else ""),
             "## Associative recall, % of queries\n\nOne layer of width 64, trained with "
             + ", ".join(f"{n} pairs for {steps} steps" for n, steps in CURRICULUM.items())

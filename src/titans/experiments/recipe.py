@@ -48,6 +48,7 @@ def stages(
     remembers = has_memory(variant)
     config: dict[str, Any] = {"initializer_range": 0.1}
     if remembers:
+        config["memory_depth"] = 2
         config["memory"] = {
             "form": "recall",
             "start": "induction",

@@ -30,6 +30,7 @@ SIZE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "head_dim": 32,
+    "memory_depth": 2,
 }
 RUNS, QUICK_RUNS, STEPS, QUICK_STEPS = 100, 4, 300, 4
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 64

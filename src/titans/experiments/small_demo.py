@@ -36,15 +36,15 @@ REMEMBERING, BOOKS, DISTANCES = "titans-mag-tiny", "bible", (1_000, 10_000, 100_
 
 
 def same_size_config(variant: str) -> dict[str, int]:
-    """The field that gives a transformer of equal width and depth as many parameters as the tiny MAC
-    model."""
+    """Fields of a variant of the tiny preset: two layers of memory, or for a transformer of equal width and
+    depth the field that gives it as many parameters as the MAC model."""
     if variant != "transformer":
-        return {}
+        return {"memory_depth": 2}
 
-    def size(name: str, **fields: int) -> int:
+    def size(name: str) -> int:
         with torch.device("meta"):
             return TitansForCausalLM(
-                TitansConfig.from_preset("tiny", variant=name, **fields)
+                TitansConfig.from_preset("tiny", variant=name, memory_depth=2)
             ).num_parameters()
 
     config = TitansConfig.from_preset("tiny")

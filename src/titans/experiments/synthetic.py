@@ -75,6 +75,7 @@ class Learner(nn.Module):
             vocab_size=learned.vocab_size,
             num_hidden_layers=2,
             initializer_range=0.1,
+            memory_depth=2,
             memory={
                 "start": "random" if learned.variant == "transformer" else "induction",
                 "combination": "sum" if learned.variant in ("mac", "mag") else "gate",
