@@ -38,8 +38,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def save_model(folder: Path, *, seed: int = 0, **overrides: Any) -> TitansForCausalLM:
     sizes = dict(
         variant="mac", vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, head_dim=8, memory_expansion=2, chunk_size=16, segment_length=64,
-        sliding_window=64, num_persistent_tokens=2, initializer_range=0.2,
+        num_attention_heads=2, head_dim=8, memory_depth=2, memory_expansion=2, chunk_size=16,
+        segment_length=64, sliding_window=64, num_persistent_tokens=2, initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -158,7 +158,8 @@ def test_a_config_file_sets_what_the_command_line_does_not(
     assert main(["train", "--config-file", str(file), "--batch-size", "3"]) == 0, capsys.readouterr().err
     written = json.loads((tmp_path / "run" / "training.json").read_text())
     assert (written["batch_size"], written["sequence_length"], written["betas"]) == (3, 24, [0.8, 0.9])
-    assert written["config"]["hidden_size"] == 32 and written["learning_rate"] == 1e-4
+    assert written["config"]["hidden_size"] == 32 and written["config"]["memory_depth"] == 1
+    assert written["learning_rate"] == 1e-4
     capsys.readouterr()
     for text, message in [
         ("stepz: 3", r"sets 'stepz': choose from .*steps"),
@@ -199,7 +200,8 @@ def test_the_settings_of_a_run_from_before_are_translated(tmp_path: Path) -> Non
     assert found is not None and found.steps == 9
     assert found.facts == FactSettings(spacing=60.0, distance=64, alike=0.5, answer_weight=2.0)
     memory = {"form": {"name": "stable", "norm": True}, "conv_kernel": 2}
-    assert found.config == {"hidden_size": 32, "memory": memory}
+    # Two layers were the default until the depth was written down.
+    assert found.config == {"hidden_size": 32, "memory": memory, "memory_depth": 2}
     (tmp_path / "more.yaml").write_text("facts: {spacing: often}\n")
     with pytest.raises(UsageError, match="could not convert string to float: 'often'"):
         defaults_of(arguments)

@@ -102,7 +102,7 @@ WRONG = [
     (dict(memory=dict(start="middle")), r"memory.start='middle': choose one of \['random', .*'sharp'\]"),
     (dict(memory=dict(start="sharp", conv_kernel=1)), "memory.start='sharp' looks one token back"),
     (dict(memory=dict(features="cos")), "memory.features='cos': choose one of .*'sin'"),
-    (dict(memory=dict(features="sin")), "memory_depth=2 with memory.features='sin': .*give memory_depth=1"),
+    (dict(memory_depth=2, memory=dict(features="sin")), "memory_depth=2 with memory.features='sin': .*=1,"),
     (dict(memory=dict(feature_size=8)), "memory.feature_size=8 with features='identity'"),
     (dict(memory=dict(features="sin", form="paper")), "memory.features='sin' with residual=True in the form"),
     (dict(memory=dict(start="induction", conv_kernel=1)), "memory.start='induction' looks one token back"),

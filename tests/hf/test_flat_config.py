@@ -150,6 +150,9 @@ def test_what_depends_on_a_size_follows_a_change_of_it(tmp_path):
     """A flat configuration keeps no bound that its sizes decide."""
     fields = flat(small_model("lmm").config.to_dict(), memory_normalize_step=False)
     config = TitansConfig.from_dict(fields, chunk_size=64, memory_depth=1)
+    # A deep memory was the default of that time.
+    assert TitansConfig.from_dict({k: v for k, v in fields.items() if k != "memory_depth"}).memory_depth == 2
+    assert TitansConfig.from_dict({"chunk_size": 64}).memory_depth == TitansConfig().memory_depth == 1
     memory = TitansForCausalLM(config).model.layers[0].mixer.memory
     assert memory.max_step_size == pytest.approx((1 - config.memory.form["max_momentum"]) / 64)
 

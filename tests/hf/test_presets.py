@@ -134,7 +134,7 @@ def test_the_paper_sizes_are_the_papers(preset):
     sizes = [getattr(config, name) for name in names]
     assert (*sizes, PEAK_LEARNING_RATES[preset]) == PAPER[preset]
     assert (config.chunk_size, config.segment_length, config.sliding_window) == (16, 512, 2048)
-    assert (config.num_persistent_tokens, config.memory_depth, config.memory_expansion) == (128, 2, 4)
+    assert (config.num_persistent_tokens, config.memory_depth, config.memory_expansion) == (128, 1, 4)
     assert (config.vocab_size, config.memory.conv_kernel, config.head_dim) == (32000, 4, 64)
 
 

@@ -23,6 +23,7 @@ from ..tolerances import FLOAT64, assert_close
 
 HIDDEN, CHUNK = 6, 3
 LAYERS = [
+    dict(depth=1),
     dict(),
     dict(depth=1, form=dict(normalize_step=False, max_step_size=0.1)),
     dict(depth=3, conv_kernel=1, expansion=1),
@@ -31,14 +32,14 @@ LAYERS = [
     dict(depth=1, features="sin", feature_size=7, start="sharp", form=dict(gates_see_keys=True)),
     dict(depth=1, features="product"),
 ]
-NAMES = ["default", "linear", "three layers", "seen keys", "bounded", "sin", "product"]
+NAMES = ["default", "two layers", "plain steps", "three layers", "seen keys", "bounded", "sin", "product"]
 every_form = pytest.mark.parametrize("form", LAYERS, ids=NAMES)
 
 
 def layer_of(form, seed=0):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        sizes = dict(num_heads=2, head_dim=4, expansion=2, chunk_size=CHUNK)
+        sizes = dict(num_heads=2, head_dim=4, depth=2, expansion=2, chunk_size=CHUNK)
         layer = NeuralMemory(HIDDEN, **{**sizes, **form}).double()
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -88,7 +89,7 @@ def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, se
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
     torch.manual_seed(0)
-    layer = NeuralMemory(8, 2, 4, form=dict(norm=norm)).double()
+    layer = NeuralMemory(8, 2, 4, depth=2, form=dict(norm=norm)).double()
     for weight in (layer.initial_weights[-1], layer.norm_weight, layer.norm_bias):
         if weight is not None:
             nn.init.normal_(weight)
@@ -96,7 +97,7 @@ def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
     fresh = layer.initial_state(2).memory
     slow = dict(norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, base=layer.base)
     assert_close(layer.prior(queries), memory_read(layer.network, queries, fresh, **slow), FLOAT64, "prior")
-    assert NeuralMemory(8, 2, 4, form=dict(decay_to_initial=False)).prior(queries) is None
+    assert NeuralMemory(8, 2, 4, depth=2, form=dict(decay_to_initial=False)).prior(queries) is None
 
 
 @every_form
@@ -209,7 +210,7 @@ def test_gates_are_exact_under_autocast(monkeypatch):
 
 
 def test_half_lives_are_spread_over_the_heads():
-    layer = NeuralMemory(8, num_heads=5, head_dim=4, chunk_size=16, half_lives=(64.0, 1e6)).double()
+    layer = NeuralMemory(8, num_heads=5, head_dim=4, depth=2, chunk_size=16, half_lives=(64.0, 1e6)).double()
     nn.init.zeros_(layer.gate_weight)
     forget, momentum, step_size, _ = layer._gates(
         *(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (5, 4)))
@@ -224,7 +225,8 @@ def test_half_lives_are_spread_over_the_heads():
 @pytest.mark.parametrize("bounded", [False, True])
 def test_a_bounded_head_forgets_at_least_as_fast_as_at_first_whatever_its_gate_says(bounded):
     bounds = torch.tensor([64.0, 64.0**0.5 * 1e3, 1e6]).double()
-    layer = NeuralMemory(8, 3, 4, half_lives=(64.0, 1e6), form=dict(bounded_half_lives=bounded)).double()
+    form = dict(bounded_half_lives=bounded)
+    layer = NeuralMemory(8, 3, 4, depth=2, half_lives=(64.0, 1e6), form=form).double()
     with torch.no_grad():
         layer.gate_bias[0] = torch.linspace(-60, 3, 2).double()
     forget, *_ = layer._gates(*(torch.zeros(1, 1, *s, dtype=torch.float64) for s in ((8,), (3, 4))))
@@ -308,7 +310,7 @@ def test_a_wrong_argument_is_named(arguments, message):
 @pytest.mark.parametrize("head_dim", [4, 16])
 def test_a_state_of_another_layer_is_refused(other, head_dim):
     # With heads of 16 it is compiled code that would read beyond what there is.
-    sizes = dict(hidden_size=HIDDEN, num_heads=2, head_dim=head_dim)
+    sizes = dict(hidden_size=HIDDEN, num_heads=2, head_dim=head_dim, depth=2)
     x = torch.randn(2, 5, HIDDEN)
     state = NeuralMemory(**{**sizes, **other})(x)[1]
     with pytest.raises(ValueError, match="the state's convolution tail has shape"):
@@ -361,7 +363,7 @@ def test_a_form_is_a_name_a_name_with_changes_or_an_object():
     assert changed == dataclasses.replace(FORMS["recall"], gate_hidden_size=3)
     layer = NeuralMemory(HIDDEN, 2, form=changed)
     assert layer.form is changed and layer.gate_up_weight.shape[0] == 3 and layer.max_step_size == 0.25
-    paper = NeuralMemory(HIDDEN, 2, 4, chunk_size=8, form="paper")
+    paper = NeuralMemory(HIDDEN, 2, 4, depth=2, chunk_size=8, form="paper")
     assert paper.network == MemoryNetwork(4) and paper.max_step_size == pytest.approx(2 * (1 - 0.9) / 8)
 
 

@@ -23,7 +23,7 @@ from .naive import conv
 
 HIDDEN, HEADS, DIM = 6, 2, 4
 FORMS = {
-    "default": dict(chunk_size=4, local_chunk_sizes=[2], shard_length=4),
+    "two layers": dict(chunk_size=4, local_chunk_sizes=[2], shard_length=4),
     "two local memories": dict(
         chunk_size=5, local_chunk_sizes=[1, 3], shard_length=6,
         form=dict(gates_see_keys=True, gate_hidden_size=3),
@@ -49,7 +49,7 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def layer_of(form, seed=0):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        layer = TNTMemory(HIDDEN, HEADS, DIM, **{"expansion": 2, **form}).double()
+        layer = TNTMemory(HIDDEN, HEADS, DIM, **{"depth": 2, "expansion": 2, **form}).double()
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return layer
@@ -288,7 +288,7 @@ def test_whole_shards_side_by_side_are_shards_one_after_the_other(form, pieces):
 
 def test_shards_are_read_side_by_side():
     """Five whole shards of two rows are ten rows of one, the rest goes by itself."""
-    layer, seen = layer_of(FORMS["default"]), []
+    layer, seen = layer_of(FORMS["two layers"]), []
     layer.local[0].step_size_gate.register_forward_hook(lambda _, __, gate: seen.append(gate.shape[:2]))
     _, state = layer(tokens(2, 22, HIDDEN))
     layer(tokens(2, 11, HIDDEN), state)
@@ -334,9 +334,9 @@ def test_a_query_turns_towards_the_keys_seen_so_far():
 
 
 def test_smaller_local_chunks_take_the_same_weights():
-    form = FORMS["default"]
+    form = FORMS["two layers"]
     layer = layer_of(form)
-    finer = TNTMemory(HIDDEN, HEADS, DIM, expansion=2, **{**form, "local_chunk_sizes": [1]}).double()
+    finer = TNTMemory(HIDDEN, HEADS, DIM, 2, 2, **{**form, "local_chunk_sizes": [1]}).double()
     finer.load_state_dict(layer.state_dict())
     x = tokens(1, 9, HIDDEN)
     assert_close(finer(x)[0][0], by_the_equations(finer, x[0])[0], FLOAT64, "outputs")
@@ -356,7 +356,7 @@ def test_a_fresh_context_keeps_what_the_global_memory_has_learned(form):
 
 
 def test_narrow_layers_keep_what_they_learn_in_float32():
-    layer = layer_of(FORMS["default"]).to(torch.bfloat16)
+    layer = layer_of(FORMS["two layers"]).to(torch.bfloat16)
     x = tokens(2, 9, HIDDEN).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         y, state = layer(x)
@@ -367,7 +367,7 @@ def test_narrow_layers_keep_what_they_learn_in_float32():
 
 def test_rows_said_to_be_aligned_are_not_looked_at():
     """Which a CUDA graph needs: at a position where a look would cut the stretch elsewhere."""
-    layer, x = layer_of(FORMS["default"]), tokens(2, 8, HIDDEN)
+    layer, x = layer_of(FORMS["two layers"]), tokens(2, 8, HIDDEN)
     _, state = layer(x)
     elsewhere = pytree.tree_map(lambda leaf: leaf if leaf.is_floating_point() else leaf + 1, state)
     with assume_aligned():
@@ -400,7 +400,7 @@ def test_mac_refuses_local_memories():
 
 
 def test_the_state_of_another_memory_is_refused():
-    layer, plain = layer_of(FORMS["default"]), NeuralMemory(HIDDEN, HEADS, DIM).double()
+    layer, plain = layer_of(FORMS["two layers"]), NeuralMemory(HIDDEN, HEADS, DIM).double()
     x = tokens(1, 3, HIDDEN)
     with pytest.raises(ValueError, match="state is a NeuralMemoryState"):
         layer(x, plain.initial_state(1))

@@ -110,6 +110,8 @@ def test_resuming_may_train_longer_but_not_on_something_else(settings: Make) -> 
     del facts["write_cost_reach"]
     names = {"spacing": "fact_spacing", "distance": "fact_distance", "alike": "facts_alike"}
     flat |= {names.get(name, name): value for name, value in facts.items()}
+    # Two layers were the default until the depth was written down.
+    assert flat["config"].pop("memory_depth") == 2
     file.write_text(json.dumps(flat | {"state_passing": 0.5}))
     with pytest.raises(ValueError, match=r"state_passing=0.5: no row begins with the memory of another"):
         train(settings(steps=5, resume=True))

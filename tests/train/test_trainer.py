@@ -191,6 +191,9 @@ def test_training_goes_on_from_the_weights_of_another_run(settings: Make) -> Non
     )
     with pytest.raises(ValueError, match=r"model.safetensors is missing, damaged or of another model"):
         TrainingRun(settings(variant="lmm", start_from=run.settings.output))
+    linear = {name: value for name, value in settings().config.items() if name != "memory_depth"}
+    with pytest.raises(ValueError, match=r"has memory_depth=2, this run 1: set memory_depth=2 in config"):
+        TrainingRun(settings(config=linear, start_from=run.settings.output))
 
 
 def test_a_second_stage_goes_on_with_finer_local_chunks(settings: Make) -> None:

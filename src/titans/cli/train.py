@@ -21,6 +21,7 @@ from titans.train.settings import (
     current_form,
     dotted,
     field_types,
+    of_a_run,
 )
 
 
@@ -143,7 +144,7 @@ def _of_the_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         raise UsageError(f"{file} is damaged: copy that of the newest checkpoint over it") from None
     try:
-        values = current_form(values)
+        values = of_a_run(values)
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from None
     return _checked(values, str(file))

@@ -164,7 +164,7 @@ class StateBound:
 
 
 def state_bound(memory: StressedMemory, longest_value: float | None = None) -> StateBound:
-    """The documented constant: how large the state of a memory of the default form can get on any input.
+    """The documented constant: how large the state of a memory of the stable form can get on any input.
 
     For keys of any width and length and values no longer than V = √head_dim, with A_l = base + fast weights
     at the start of a chunk, H = ‖h_{l−1}‖, e = M(k) − v, and s_l = ∏_{j>l} 1.13 ‖A_j‖, one token steps

@@ -171,7 +171,8 @@ class TitansConfig(PreTrainedConfig):
             attention sees a window.
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in any language model.
         num_attention_heads, head_dim: heads of the attention and of the memory.
-        memory_depth, memory_expansion: layers of a head's memory network, and its hidden width over head_dim.
+        memory_depth, memory_expansion: fast matrices of a head's memory, 1 for a linear one, and the hidden
+            width of a deeper one over head_dim.
         memory: a `TitansMemoryConfig` or a dict of its fields, such as {"form": "recall"}.
         chunk_size: tokens that share one set of gradient weights; part of the model, not a speed knob.
         segment_length: tokens in a segment of attention ("mac").
@@ -193,7 +194,7 @@ class TitansConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     head_dim: int = 64
-    memory_depth: int = 2
+    memory_depth: int = 1
     memory_expansion: int = 4
     memory: Any = None
     chunk_size: int = 16
@@ -246,6 +247,9 @@ class TitansConfig(PreTrainedConfig):
         # The Auto classes would pass these on to the model.
         refuse_unknown({name: value for name, value in kwargs.items() if remedy(name)}, TitansConfig)
         saved = nested(config_dict)
+        if saved.keys() != config_dict.keys():
+            # Two layers were the default as long as fields of the memory were flat.
+            saved.setdefault("memory_depth", 2)
         if isinstance(changes.get("memory"), Mapping):
             changes["memory"] = _changed_memory(saved.get("memory"), changes["memory"])
         found = super().from_dict({**saved, **changes}, **kwargs)

@@ -76,6 +76,22 @@ def model_config(settings: TrainSettings, vocab_size: int) -> TitansConfig:
     )
 
 
+def check_depth(config: TitansConfig, folder: Path) -> None:
+    """Whether memories are as deep as those of the run whose weights are taken, whose default was another.
+
+    Raises:
+        ValueError: naming both depths.
+    """
+    if not (folder / "config.json").exists():
+        return
+    theirs = TitansConfig.from_pretrained(folder)
+    if config.has_memory and theirs.memory_depth != config.memory_depth:
+        raise ValueError(
+            f"start_from={str(folder)!r} has memory_depth={theirs.memory_depth}, this run "
+            f"{config.memory_depth}: set memory_depth={theirs.memory_depth} in config"
+        )
+
+
 def check(settings: TrainSettings) -> None:
     """Find what is wrong with the settings themselves, before anything is read or written.
 
@@ -149,6 +165,7 @@ class TrainingRun:
         set_seed(settings.seed)
         self.model = TitansForCausalLM(config)
         if settings.start_from is not None:
+            check_depth(config, settings.start_from)
             load_weights(self.model, settings.start_from)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()

@@ -156,7 +156,12 @@ class TrainSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
+        # Not at the top: see `_has_memory`.
+        from titans.hf import TitansConfig
+
         values = dataclasses.asdict(self)
+        # Written down, so that a run goes on unchanged when the library's default changes.
+        values["config"] = {"memory_depth": TitansConfig.memory_depth, **self.config}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def check_resumes(self, folder: Path) -> None:
@@ -168,7 +173,7 @@ class TrainSettings:
         try:
             saved = json.loads((folder / SETTINGS_FILE).read_text())
             # A run from before a setting existed had its default.
-            theirs = dotted(TrainSettings(data="").to_json()) | dotted(current_form(saved))
+            theirs = dotted(TrainSettings(data="").to_json()) | dotted(of_a_run(saved))
         except (TypeError, AttributeError, json.JSONDecodeError):
             raise ValueError(
                 f"{folder / SETTINGS_FILE} is damaged: delete the checkpoint to use an older one"
@@ -201,6 +206,19 @@ def current_form(saved: dict[str, Any]) -> dict[str, Any]:
         values["facts"] = values.get("facts", {}) | facts
     if isinstance(values.get("config"), dict):
         values["config"] = nested(values["config"])
+    return values
+
+
+def of_a_run(saved: dict[str, Any]) -> dict[str, Any]:
+    """Settings as `current_form` has them, of a run whose memory had the default depth of its time.
+
+    Raises:
+        ValueError: for a setting that no run can have any more.
+    """
+    values = current_form(saved)
+    if isinstance(config := values.get("config", {}), dict):
+        # The depth has been written down since the default changed.
+        values["config"] = {"memory_depth": 2, **config}
     return values
 
 

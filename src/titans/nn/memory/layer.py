@@ -83,8 +83,9 @@ class NeuralMemory(Learner):
     Args:
         hidden_size: width of input and output.
         num_heads, head_dim: each head has a memory of its own.
-        depth: weight matrices of a head's network; 1 is a linear memory.
-        expansion: hidden width of that network divided by head_dim.
+        depth: weight matrices of a head's network; 1 is a linear memory, the default by measurement
+            (docs/decisions/memory.md).
+        expansion: hidden width of that network divided by head_dim, at depth 2 and more.
         chunk_size: tokens that share one set of gradient weights.
         features: the feature map of queries and keys, a name in `FEATURES` ("identity", "sin", "product",
             "swiglu"). Any but "identity" needs depth 1; a head's fast weights are then (head_dim,
@@ -116,7 +117,7 @@ class NeuralMemory(Learner):
         hidden_size: int,
         num_heads: int,
         head_dim: int = 64,
-        depth: int = 2,
+        depth: int = 1,
         expansion: int = 4,
         chunk_size: int = 16,
         *,

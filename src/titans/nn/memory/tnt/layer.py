@@ -93,7 +93,7 @@ class TNTMemory(NeuralMemory):
         hidden_size: int,
         num_heads: int,
         head_dim: int = 64,
-        depth: int = 2,
+        depth: int = 1,
         expansion: int = 4,
         chunk_size: int = 512,
         *,
