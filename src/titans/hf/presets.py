@@ -1,4 +1,8 @@
-"""The sizes that a Titans model comes in, as fields of `TitansConfig`."""
+"""The sizes that a Titans model comes in, as fields of `TitansConfig`.
+
+Memories are linear, as `TitansConfig` has them; `memory_expansion` is that of deeper ones, such as the models
+in the zoo have (`memory_depth=2`).
+"""
 
 from __future__ import annotations
 
