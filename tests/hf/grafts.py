@@ -30,7 +30,7 @@ VOCAB, WINDOW, BLOCK, SINKS, CHUNK = 53, 12, 6, 2, 5
 # What cutting a text changes in float64; Gemma 2's attention has a softmax in float32.
 SAME = {"gemma2": 1e-5}
 LEARNING: dict[str, Any] = dict(chunk_size=CHUNK, step=0.9, momentum=0.3, half_life=40.0)
-RECALLING: dict[str, Any] = dict(layers=(0, 1), feature_size=12, value_size=9, half_life=30.0)
+RECALLING: dict[str, Any] = dict(layers=(0, 1), num_ordered=2, num_topic=3, feature_size=20, half_life=30.0)
 _SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, eos_token_id=None, bos_token_id=None, pad_token_id=None,
@@ -81,8 +81,10 @@ def small_graft(family: str = "llama", **options: Any) -> GraftedForCausalLM:
             torch.manual_seed(1)
             for parameter in association.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-            association.scale += 5.0
-            association.write_gate.bias[: association.num_heads] += 2.0
+            association.write_gate.bias[0] += 3.0
+            association.mixing_gate.bias += 4.0
+            association.trained.fill_(1.0)
+            association.salience.set_counts(torch.arange(VOCAB))
     return model
 
 

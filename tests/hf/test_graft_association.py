@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 from titans import Session, graft
 from titans.hf import GraftedForCausalLM
@@ -64,26 +65,37 @@ def test_states_are_those_between_the_layers(family: str) -> None:
 
 
 @torch.no_grad()
-def test_it_changes_what_the_head_and_the_adaptation_get() -> None:
+def test_it_is_mixed_with_what_the_base_or_the_adaptation_predicts() -> None:
     model, alone, ids = MODELS["both"], MODELS["association"], random_ids(2, LONG)
     bare = graft(model.base, window=WINDOW, sinks=SINKS, adaptation=False)._windowed
     hidden, states, _ = bare.read_layers(ids, bare.initial_state(2), layers=(0, 1))
     rows = model.base.get_output_embeddings().weight
-    changed, _, recalled = model.association(states, hidden, ids, rows, surprise=True)
-    expected, _, losses = model.adaptation(changed, ids, bare.head, surprise=True)
+    recalled = model.association(states, hidden, ids, rows, surprise=True)
+    adapted, _, losses = model.adaptation(hidden, ids, bare.head, surprise=True)
+
+    def mixed(logits: Tensor) -> Tensor:
+        share = torch.sigmoid(recalled.mixing)[..., None]
+        share[:, 0] = 0.0
+        words = model.association.word_logits(recalled.reads, rows).softmax(-1)
+        return ((1 - share) * logits.softmax(-1) + share * words).log()
+
     found = model(ids, output_surprise=True, output_base_logits=True)
-    assert (
-        (expected - found.base_logits).abs().max() > 0.3 < (expected - found.association_logits).abs().max()
-    )
-    assert_near(found.logits, expected, 1e-9)
-    assert_near(found.surprises[0], recalled, 1e-9)
+    base = F.linear(hidden, rows)
+    assert (mixed(adapted) - adapted.log_softmax(-1)).abs().max() > 0.3
+    assert (mixed(adapted) - mixed(base)).abs().max() > 0.1
+    assert_near(found.logits.log_softmax(-1), mixed(adapted), 1e-9)
+    assert_near(found.logits.logsumexp(-1), adapted.logsumexp(-1), 1e-9)
+    assert_near(found.surprises[0][..., 0], recalled.surprise, 1e-9)
     assert_near(found.surprises[1][..., 0], losses, 1e-9)
-    assert_near(found.base_logits, F.linear(hidden, rows), 1e-9)
-    assert_near(found.association_logits, F.linear(changed, rows), 1e-9)
+    assert_near(found.base_logits, base, 1e-9)
+    assert_near(found.association_logits.log_softmax(-1), mixed(base), 1e-9)
     own = alone(ids, output_surprise=True, output_base_logits=True)
     assert_near(own.logits, found.association_logits, 1e-9)
     assert own.association_logits is None and len(own.surprises) == 1
     assert_near(alone(ids, logits_to_keep=3).logits, own.logits[:, -3:], 1e-9)
+    assert_near(alone(ids, logits_to_keep=torch.tensor([4, 20])).logits, own.logits[:, [4, 20]], 1e-9)
+    expected = F.cross_entropy(own.logits[:, :-1].transpose(1, 2), ids[:, 1:])
+    assert_near(alone(ids, labels=ids).loss, expected, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -93,7 +105,7 @@ def test_untrained_it_is_the_graft_without_it_to_the_bit(dtype: torch.dtype) -> 
     for adaptation in (False, LEARNING):
         options = dict(window=WINDOW, sinks=SINKS, adaptation=adaptation)
         with_one, without = graft(base, association=True, **options), graft(base, **options)
-        assert with_one.association.layers == (0, 1)
+        assert with_one.association.layers == (1,)
         with_one.whiten(random_ids(60))
         if adaptation:
             without.whiten(random_ids(60))
@@ -136,22 +148,26 @@ def test_a_frozen_association_recalls_and_learns_nothing() -> None:
     after = cache.state.association
     assert torch.equal(after.weight, before.weight) and torch.equal(after.position, before.position)
     assert (found.logits - found.base_logits).abs().amax(-1).min() > 0.01
-    assert not (
-        logits_of(model, ids, freeze_memory=True) - logits_of(small_graft(adaptation=False), ids)
-    ).any()
+    # Frozen from the start it holds nothing.
+    plain = small_graft(adaptation=False)
+    assert torch.equal(logits_of(model, ids, freeze_memory=True), logits_of(plain, ids))
 
 
 def test_its_files(tmp_path: Path) -> None:
     model, path = MODELS["both"], tmp_path / "text.memory"
     session = Session(model)
-    assert session.feed(random_ids(30)).mean_surprise == pytest.approx(4.0, abs=1.5), "nats alone"
+    with torch.no_grad():
+        # The last token waits for the next call, and the first counts as 0.
+        loss = small_graft()(random_ids(1, 29), labels=random_ids(1, 29)).loss
+    given = session.feed(random_ids(30))
+    torch.testing.assert_close(given.mean_surprise, float(loss) * 28 / 29, rtol=1e-3, atol=0)
     session.save(path)
     others: dict[str, Any] = {
-        "'features': 'product'.*, the model has None": dict(association=None),
-        "association.features='product', the model has 'sin'": dict(
-            association={**RECALLING, "features": "sin"}
+        "'feature_size': 20}, the model has None": dict(association=None),
+        "association.num_topic=3, the model has 4": dict(association={**RECALLING, "num_topic": 4}),
+        "association.feature_size=20, the model has None": dict(
+            association={**RECALLING, "feature_size": None}
         ),
-        "association.value_size=9, the model has 4": dict(association={**RECALLING, "value_size": 4}),
         "adaptation=True, the model has False": dict(adaptation=False, association=RECALLING),
     }
     for message, options in others.items():
@@ -167,7 +183,9 @@ def test_its_files(tmp_path: Path) -> None:
         (weight, tensors[weight][:, :1], "weight.*shape"),
         (weight, tensors[weight] * torch.inf, "NaN or infinite"),
         (place, tensors[place] + 1, "contradict each other"),
-        ("[0].association.previous", tensors["[0].association.previous"].long(), "previous has dtype"),
+        ("[0].association.states", tensors["[0].association.states"].long(), "states has dtype"),
+        ("[0].association.recent", tensors["[0].association.recent"] + VOCAB, "recent holds values that no"),
+        ("[0].association.recent", tensors["[0].association.recent"] - VOCAB, "recent holds values that no"),
     ):
         write_state_file(path, {**tensors, name: value}, about)
         with pytest.raises(ValueError, match=message):
@@ -188,7 +206,7 @@ def test_a_folder_holds_what_the_base_does_not(tmp_path: Path) -> None:
     loaded = GraftedForCausalLM.from_pretrained(tmp_path, base=model.base)
     assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
     names = load_file(tmp_path / "model.safetensors").keys()
-    assert "association.state_whitening" in names and not any("code" in name for name in names)
+    assert "association.state_whitening" in names and not any(".words." in name for name in names)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["association"]["layers"] == [0, 1] and config["association"]["half_life"] == 30.0
     small_graft().save_pretrained(tmp_path)
@@ -217,4 +235,4 @@ def test_whitening_is_of_the_states_of_a_text() -> None:
         # Without the first token, whose states are far from all others in many models.
         white = (x[0, 1:] - mean) @ root.double()
         assert_near(white.mean(0), torch.zeros(16), 1e-5)
-        assert (white.T.cov() - torch.eye(16)).norm() < 0.6
+        assert (white.T.cov() - torch.eye(16)).norm() < 1.2

@@ -122,13 +122,13 @@ def test_arguments() -> None:
         "window=True": dict(window=True),
         "sinks=-1": dict(sinks=-1),
         "sinks=7: give at most half of window=12": dict(sinks=7),
-        "association has no setting 'layer': it has layers, keys, features": dict(association={"layer": 1}),
+        "association has no setting 'layer': it has layers, key_layers, num_ordered": dict(
+            association={"layer": 1}
+        ),
         "can have no such association: layers has 2, and it has layers 0 to 1": dict(
             association={"layers": [0, 2]}
         ),
-        r"keys=\[\[1\]\]: give for each head the layers of its key": dict(
-            association={"layers": [0], "keys": [[1]]}
-        ),
+        r"key_layers=\[1\]: give some of layers=\(0,\)": dict(association={"layers": [0], "key_layers": [1]}),
         "adaptation has no setting 'stepsize': it has row_variance, chunk_size": dict(
             adaptation={"stepsize": 1}
         ),

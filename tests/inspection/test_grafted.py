@@ -58,13 +58,14 @@ def test_both_losses_are_of_one_window() -> None:
 
 
 def test_each_of_two_memories_has_its_part_of_the_gain() -> None:
-    recalling = {"layers": (0, 1), "feature_size": 64}
+    recalling = {"layers": (0, 1), "feature_size": 256}
     model, ids = small_graft(association=recalling), np.frombuffer(TEXT.encode(), np.uint8)[:400]
     alone = small_graft(adaptation=False, association=recalling)
     for association in (model.association, alone.association):
         with torch.no_grad():
-            association.scale += 4.0
-            association.write_gate.bias[:2] += 3.0
+            association.write_gate.bias += 3.0
+            association.mixing_gate.bias += 4.0
+            association.trained.fill_(1.0)
     found = inspect_graft(model, ids)
     np.testing.assert_allclose(found.loss[1:], score(model, ids), rtol=1e-4)
     np.testing.assert_allclose(found.association[1:], score(alone, ids), rtol=1e-4)

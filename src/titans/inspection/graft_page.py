@@ -19,7 +19,7 @@ def graft_content(found: GraftInspection, texts: Sequence[str]) -> dict[str, Any
             ("association", found.base - found.association),
             ("adaptation", found.association - found.loss),
         ):
-            meaning = f"The {name}'s part of the gain; the association comes before the adaptation."
+            meaning = f"The {name}'s part: the association's alone, or what the adaptation adds to it."
             of_each.append(channel(f"gain of the {name}", gain, "nats", meaning, signed=True))
     return {
         "numbers": [("tokens", f"{len(found.ids):,}"), _number("all", found.whole())]

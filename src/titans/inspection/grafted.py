@@ -26,7 +26,7 @@ class LossAt:
     """Mean loss in nats per token over the tokens that stand at begin to end − 1 of a text.
 
     loss: with the memory. base: of the base in the same window. end: None for the rest of the text.
-    association: with the first of two memories alone; None unless there are two.
+    association: with the association alone; None unless the graft has an adaptation, too.
     """
 
     begin: int
@@ -139,9 +139,9 @@ class GraftReading:
             logits = torch.cat([self._before[name], found[name][0].float().cpu()])
             losses[name] = F.cross_entropy(logits[:-1], ids, reduction="none")
             self._before[name] = logits[-1:].clone()
-        if self.model.config.adaptation is not None:
-            # The loss that it learned from: exact where logits are rounded to half precision.
-            base, loss = losses["base"], output.surprises[-1][0, :, 0].float().cpu()
+        if self.model.config.association is None:
+            # The loss that the adaptation learned from: exact where logits are rounded to half precision.
+            base, loss = losses["base"], output.surprises[0][0, :, 0].float().cpu()
             losses["loss"] = torch.where(base.isnan(), base, loss)
         return GraftInspection(ids.numpy(), **{name: loss.numpy() for name, loss in losses.items()})
 

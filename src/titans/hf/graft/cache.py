@@ -18,7 +18,7 @@ from titans.hf.state_cache import StateCache, first_difference, named_leaves, sa
 from titans.hf.state_file import StateFile, damaged_header
 from titans.state import register_state
 
-# Least and greatest values of an adaptation's numbers; probabilities are rounded.
+# Least and greatest values of the memories' numbers; probabilities are rounded.
 _LIMITS = {
     "awaits": (0, 1), "log_probs": (-math.inf, 1e-3), "curvatures": (0, math.inf), "trace": (0, math.inf),
 }  # fmt: skip
@@ -92,7 +92,7 @@ class GraftCache(StateCache):
                 f"{file.path} does not hold exactly the tensors of such a model: {different[0]} differs"
             )
         tensors = file.tensors()
-        _check(file.path, tensors, wanted, Window(config.window, config.sinks), num_columns)
+        _check(file.path, tensors, wanted, config, num_columns)
         leaves = [converted(file.path, name, tensors[name], like) for name, like in wanted.items()]
         cache = cls(config)
         cache.store(pytree.tree_unflatten(leaves, pytree.tree_structure((template,))), num_columns)
@@ -101,9 +101,10 @@ class GraftCache(StateCache):
 
 
 def _check(
-    path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor], window: Window, num_columns: int
+    path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor], config: GraftConfig, num_columns: int
 ) -> None:
     """Raise ValueError for tensors that no model with such states could have written."""
+    window, limits = Window(config.window, config.sinks), {**_LIMITS, "recent": (-1, config.vocab_size - 1)}
     position = tensors["[0].window.position"]
     if position.dim() != 1 or position.dtype != torch.int64 or not len(position):
         raise damaged_header(path)
@@ -127,6 +128,6 @@ def _check(
             raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {like.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
-        least, most = _LIMITS.get(name.rpartition(".")[2], (-math.inf, math.inf))
-        if ".adaptation." in name and not ((tensor >= least) & (tensor <= most)).all():
+        least, most = limits.get(name.rpartition(".")[2], (-math.inf, math.inf))
+        if ".window." not in name and not ((tensor >= least) & (tensor <= most)).all():
             raise ValueError(f"{path}: {name} holds values that no text gives; the memory is damaged")

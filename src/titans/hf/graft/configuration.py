@@ -19,7 +19,7 @@ FIELDS = ("window", "sinks", "adaptation", "association", "origin")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 _MEMORIES = {"adaptation": Adaptation, "association": Association}
 # Of an association, what the meaning of its state depends on.
-_OF_STATE = ("layers", "keys", "features", "feature_size", "value_size")
+_OF_STATE = ("layers", "key_layers", "num_ordered", "num_topic", "feature_size")
 
 
 class GraftConfig(PreTrainedConfig):  # type: ignore[misc]

@@ -32,8 +32,8 @@ def graft(
         sinks: first tokens of the text that every token sees.
         adaptation: a memory that learns by the model's own loss; settings of
             `titans.nn.adaptation.Adaptation` as a dict.
-        association: a memory that recalls which token followed a context; settings of
-            `titans.nn.association.Association` as a dict. Untrained it changes no logits.
+        association: a memory that recalls which word followed a context; settings of
+            `titans.nn.association.Association` as a dict. It changes no logits until it is trained.
 
     Returns a model in evaluation mode, for `titans.Session`, `generate` and the call with ids.
 
@@ -73,6 +73,5 @@ def _given(settings: bool | dict[str, Any]) -> Any:
 
 
 def _layers_to_read(count: int) -> list[int]:
-    """Of `count` layers those that an association reads: one near the tokens and one near the prediction, 4
-    and 24 of 30."""
-    return sorted({min(count - 1, round(count * share / 30)) for share in (4, 24)})
+    """Of `count` layers those that an association reads: 16 and 24 of 30."""
+    return sorted({min(count - 1, round(count * share / 30)) for share in (16, 24)})

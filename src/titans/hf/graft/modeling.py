@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,9 @@ class GraftOutput(ModelOutput):
 
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time or fewer, vocab_size).
     past_key_values: the cache. surprises: with `output_surprise`, of each memory, the association first: of
-    the association (batch, time, heads), the squared error of what each token's context recalled; of the
-    adaptation (batch, time, 1), the loss of each token in nats, 0 for the first of a text. base_logits: with
-    `output_base_logits`, the base's logits in the same window without a memory, shaped as logits.
+    the association (batch, time, 1), the squared error of what each token's context recalled; of the
+    adaptation (batch, time, 1), its own loss of each token in nats, 0 for the first of a text. base_logits:
+    with `output_base_logits`, the base's logits in the same window without a memory, shaped as logits.
     association_logits: with `output_base_logits` and both memories, those with the association alone.
     """
 
@@ -84,7 +86,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             self.adaptation = Adaptation(config.hidden_size, config.vocab_size, **config.adaptation)
         self.association: Association | None = None
         if config.association is not None:
-            self.association = Association(config.hidden_size, **config.association)
+            self.association = Association(config.hidden_size, config.vocab_size, **config.association)
         # Whatever is refused, the base is unchanged.
         windowed = WindowedBase(base, window)
         if self.association is not None:
@@ -99,7 +101,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             self.adaptation.to(base.device)
         if self.association is not None:
             self.association.to(base.device)
-            self.association.set_head(windowed.head.weight, windowed.head.scale)
+            self.association.set_head(windowed.head.weight)
         # Saved with the graft, so that a folder is complete but for the base.
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -195,7 +197,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             output_surprise: return each memory's surprise at every token.
             freeze_memory: no memory learns.
             output_base_logits: return what the base alone predicts from the same states, too, and with two
-                memories what it predicts with the first.
+                memories what it predicts with the association alone.
             keywords: keywords of transformers are accepted where they change nothing.
 
         Raises:
@@ -232,18 +234,13 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         head = self._windowed.head
         kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
-        def plain_logits(hidden: Tensor) -> Tensor:
-            return head.logits(rows.unpack(hidden)[:, kept])
-
-        loss, base_logits, association_logits = None, None, None
+        loss, base_logits, association_logits, mixed = None, None, None, None
         surprises: list[Tensor] = []
         adaptation, association = state.adaptation, state.association
         layers = () if self.association is None else self.association.layers
         hidden, between, window = self._windowed.read_layers(x, state.window, rows.lengths, layers=layers)
-        if output_base_logits:
-            base_logits = plain_logits(hidden)
         if self.association is not None:
-            hidden, association, recalled = self.association(
+            found = self.association.read(
                 between,
                 hidden,
                 x,
@@ -253,11 +250,19 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
                 frozen=freeze_memory,
                 surprise=output_surprise,
             )
-            surprises += [] if recalled is None else [rows.unpack(recalled)]
-            if output_base_logits and self.adaptation is not None:
-                association_logits = plain_logits(hidden)
+            association = found.state
+            surprises += [] if found.surprise is None else [rows.unpack(found.surprise).unsqueeze(-1)]
+            mixing = rows.unpack(found.mixing)
+            if rows.kept is not None:
+                mixing = mixing.masked_fill(~rows.kept, -math.inf)
+            mixed = partial(
+                self.association.mix, reads=rows.unpack(found.reads)[:, kept], mixing=mixing[:, kept],
+                rows=head.weight,
+            )  # fmt: skip
+        if self.adaptation is None or output_base_logits:
+            base_logits = head.logits(rows.unpack(hidden)[:, kept])
         if self.adaptation is None:
-            logits = plain_logits(hidden)
+            logits = base_logits
         else:
             logits, adaptation, surprise = read_adapted(
                 self.adaptation,
@@ -272,6 +277,10 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             )
             logits = logits if isinstance(logits_to_keep, int) else logits[:, kept]
             surprises += [] if surprise is None else [surprise.unsqueeze(-1)]
+            if mixed is not None and output_base_logits:
+                association_logits = mixed(base_logits)
+        if mixed is not None:
+            logits = mixed(logits)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -283,7 +292,12 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         if past_key_values is not None:
             past_key_values.store((GraftState(window, adaptation, association),), time, input_ids)
         output = GraftOutput(
-            loss, logits, past_key_values, tuple(surprises) or None, base_logits, association_logits
+            loss,
+            logits,
+            past_key_values,
+            tuple(surprises) or None,
+            base_logits if output_base_logits else None,
+            association_logits,
         )
         if return_dict is None:
             return_dict = self.config.return_dict

@@ -1,65 +1,115 @@
-"""Keys of an association: features of a model's states, of length below 1."""
+"""Keys of an association: features of the last words and of a model's states, of length below 1."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.nn.memory.features import BANDWIDTH, SOFTNESS
+from titans.nn.memory.features import SOFTNESS
 
-FEATURES = ("product", "sin")
+# Weights of the words at first: each counts so much less than the next one.
+_ORDER_FADING, _TOPIC_FADING = 0.8, 0.95
+# By how many places the code of a word is turned for each word after it, so that the same word has another
+# direction at another distance.
+_TURN = 61
+# For both halves of the features: the size of their arguments at first, and the shares of order, topic and
+# states. The larger the arguments, the more the features of two different keys differ.
+_HALVES = ((2.5, (1.0, 0.7, 0.0)), (2.0, (0.0, 1.0, 0.5)))
+# Salience lies between e⁻⁸ and e⁸ but for the rarity.
+_MOST_SALIENT = 8.0
+
+
+class Salience(nn.Module):
+    """How much a word counts as topic: log salience = c · [states ; code] + p · log rarity.
+
+    The rarity of a word lies in (0, 1], and is 1 for all words until `set_counts` is called.
+    """
+
+    log_rarity: Tensor
+
+    def __init__(self, hidden_size: int, vocab_size: int, num_states: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, (num_states + 1) * hidden_size))
+        self.power = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("log_rarity", torch.zeros(vocab_size))
+
+    @torch.no_grad()
+    def set_counts(self, counts: Tensor) -> None:
+        """Set the rarity to −log of a word's share of a text, divided by the largest.
+
+        counts: (vocab,), how often each word comes in a text.
+        """
+        counts = counts.double() + 0.5
+        rarity = -(counts / counts.sum()).log()
+        self.log_rarity.copy_((rarity / rarity.max()).clamp_min(0.02).log())
+
+    def forward(self, states: Tensor, codes: Tensor, ids: Tensor) -> Tensor:
+        """log salience (batch, time).
+
+        Args:
+            states: (batch, time, num_states, hidden) and codes: (batch, time, hidden), unit vectors.
+            ids: (batch, time) int64.
+        """
+        seen = torch.cat([states.flatten(2), codes], -1) * codes.shape[-1] ** 0.5
+        linear = F.linear(seen, self.weight.to(seen.dtype))[..., 0]
+        rarity = self.power.to(seen.dtype) * self.log_rarity.to(seen.dtype)[ids]
+        return linear.clamp(-_MOST_SALIENT, _MOST_SALIENT) + rarity
 
 
 class KeyMap(nn.Module):
-    """φ = h / √(‖h‖² + 0.01 · feature_size) for each head, where with x_l the state of layer l
+    """φ_t = h / √(‖h‖² + 0.01 · feature_size), with h = sin(P x_t) and
 
-        h = (P_1 x_l1) ⊙ (P_2 x_l2) ⊙ …      of "product",
-        h = sin(b (P_1 x_l1 + P_2 x_l2 + …))   of "sin", b being learned.
+        x_t = [unit(Σ_j a_j T^j v_{t−j}) ; unit(Σ_j b_j e^{m_{t−j}} v_{t−j}) ; s_1 ; s_2 ; …].
 
-    Projections P (feature_size, hidden_size) have rows of length √hidden_size at first, orthogonal in groups
-    of hidden_size. ‖φ‖ < 1, which keeps the delta rule stable at any step size up to 1.
+    v_{t−j} are the codes of the last words, j from 0 on, T turns a vector cyclically by 61 places, m is the
+    log salience of each, and s_l are unit vectors of the model's states at token t. The first part tells the
+    places inside a name or number apart, the second says what is spoken of, and the states are similar where
+    the same is said in other words. P, a and b are learned. ‖φ‖ < 1, which keeps the delta rule stable at any
+    step size up to 1.
 
     Args:
-        places: for each head the places of its layers among the states; one may come twice.
-        features: "product" or "sin".
+        num_ordered, num_topic: how many words the two sums have.
+        num_states: how many states.
     """
 
     def __init__(
-        self, hidden_size: int, places: Sequence[Sequence[int]], features: str, feature_size: int
+        self, hidden_size: int, num_ordered: int, num_topic: int, num_states: int, feature_size: int
     ) -> None:
         super().__init__()
-        self.places = tuple(tuple(of_head) for of_head in places)
-        self.features, self.feature_size = features, feature_size
-        shape = (feature_size, hidden_size)
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(len(of_head), *shape)) for of_head in self.places
-        )
-        heads = len(self.places)
-        self.log_bandwidth = nn.Parameter(torch.empty(heads)) if features == "sin" else None
+        self.hidden_size, self.feature_size = hidden_size, feature_size
+        self.num_recent = max(num_ordered, num_topic)
+        self.weight = nn.Parameter(torch.empty(feature_size, (2 + num_states) * hidden_size))
+        self.order_weights = nn.Parameter(torch.empty(num_ordered))
+        self.topic_weights = nn.Parameter(torch.empty(num_topic))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        for weight in self.weights:
-            for projection in weight:
-                for rows in projection.split(projection.shape[1]):
-                    nn.init.orthogonal_(rows, math.sqrt(projection.shape[1]), generator)
-        if self.log_bandwidth is not None:
-            self.log_bandwidth.fill_(math.log(BANDWIDTH))
+        self.weight.normal_(generator=generator)
+        cut, states = self.feature_size // 2, self.weight.shape[1] // self.hidden_size - 2
+        halves = self.weight.tensor_split([cut])
+        for rows, (size, (order, topic, state)) in zip(halves, _HALVES, strict=True):
+            shares = torch.tensor([order, topic, *[state] * states]).to(rows)
+            rows *= (size * shares / shares.norm()).repeat_interleave(self.hidden_size)
+        for weights, fading in ((self.order_weights, _ORDER_FADING), (self.topic_weights, _TOPIC_FADING)):
+            weights.copy_(fading ** torch.arange(len(weights)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, time, layers, hidden_size), unit vectors, to (batch, time, heads, feature_size)."""
-        hidden = []
-        for head, (weight, places) in enumerate(zip(self.weights, self.places, strict=True)):
-            weight = weight.to(x.dtype)
-            found = x[..., places[0], :] @ weight[0].mT
-            for place, projection in zip(places[1:], weight[1:], strict=True):
-                other = x[..., place, :] @ projection.mT
-                found = found * other if self.log_bandwidth is None else found + other
-            if self.log_bandwidth is not None:
-                found = torch.sin(self.log_bandwidth[head].to(x.dtype).exp() * found)
-            hidden.append(found)
-        h = torch.stack(hidden, -2)
+    def forward(self, codes: Tensor, salience: Tensor, states: Tensor) -> Tensor:
+        """Keys of the last `time` words.
+
+        Args:
+            codes: (batch, num_recent − 1 + time, hidden). salience: its log, (batch, num_recent − 1 + time).
+            states: (batch, time, num_states, hidden).
+
+        Returns (batch, time, feature_size).
+        """
+        dtype, time, first = states.dtype, states.shape[1], self.num_recent - 1
+        order = topic = torch.zeros_like(codes[:, first:])
+        for back, weight in enumerate(self.order_weights.to(dtype)):
+            order = order + weight * codes[:, first - back : first - back + time].roll(_TURN * back, -1)
+        salient = salience.exp()[..., None] * codes
+        for back, weight in enumerate(self.topic_weights.to(dtype)):
+            topic = topic + weight * salient[:, first - back : first - back + time]
+        x = torch.cat([F.normalize(order, dim=-1), F.normalize(topic, dim=-1), states.flatten(2)], -1)
+        h = torch.sin(x @ self.weight.to(dtype).mT)
         return h * torch.rsqrt(h.square().sum(-1, keepdim=True) + SOFTNESS * self.feature_size)
