@@ -262,6 +262,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         if self.adaptation is None or output_base_logits:
             base_logits = head.logits(rows.unpack(hidden)[:, kept])
         if self.adaptation is None:
+            assert base_logits is not None
             logits = base_logits
         else:
             logits, adaptation, surprise = read_adapted(
@@ -277,7 +278,7 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             )
             logits = logits if isinstance(logits_to_keep, int) else logits[:, kept]
             surprises += [] if surprise is None else [surprise.unsqueeze(-1)]
-            if mixed is not None and output_base_logits:
+            if mixed is not None and base_logits is not None:
                 association_logits = mixed(base_logits)
         if mixed is not None:
             logits = mixed(logits)
