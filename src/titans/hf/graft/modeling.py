@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -252,11 +251,8 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             )
             association = found.state
             surprises += [] if found.surprise is None else [rows.unpack(found.surprise).unsqueeze(-1)]
-            mixing = rows.unpack(found.mixing)
-            if rows.kept is not None:
-                mixing = mixing.masked_fill(~rows.kept, -math.inf)
             mixed = partial(
-                self.association.mix, reads=rows.unpack(found.reads)[:, kept], mixing=mixing[:, kept],
+                self.association.mix, reads=rows.unpack(found.reads)[:, kept], mixing=rows.unpack(found.mixing)[:, kept],
                 rows=head.weight,
             )  # fmt: skip
         if self.adaptation is None or output_base_logits:

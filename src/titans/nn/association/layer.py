@@ -237,7 +237,7 @@ class Association(nn.Module):
 
         Args:
             logits: (batch, time, vocab), of the model.
-            reads: (batch, time, hidden) and mixing: (batch, time), of `read`, −∞ where nothing is mixed.
+            reads: (batch, time, hidden) and mixing: (batch, time), of `read`.
             rows: (vocab, hidden), of the head.
 
         Returns logits (batch, time, vocab), whose normaliser is that of the logits given. Where λ counts as 0
