@@ -76,7 +76,7 @@ ORDER = {
         layer
         """,
     "titans.nn.association": """
-        keys gates state
+        keys gates state words
         layer
         """,
     "titans.nn.memory.tnt": """

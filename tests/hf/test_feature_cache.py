@@ -60,6 +60,12 @@ def test_parts_flags_and_what_a_unit_is_about_are_kept(tmp_path):
         assert torch.equal(parts[name].ids, ids) and torch.equal(parts[name].flags.long(), flags)
         assert parts[name].states[0].shape == (*ids.shape, 16) and len(parts[name].states) == 1
     assert cache.about(path) == "unit 1"
+    both = write_features(base_of(), units(), tmp_path / "both", [0, 1])
+    one = FeatureCache(both.folder, [1]).load(both.files("facts")[1])
+    assert len(one["questions"].states) == 1
+    assert torch.equal(one["questions"].states[0], parts["questions"].states[0])
+    with pytest.raises(ValueError, match=r"has no layer 0: it has \[1\]; cache it, too"):
+        FeatureCache(tmp_path, [0])
     stored = sum(tensor.nbytes for tensor in _tensors(path).values())
     assert stored == units()[1].tokens * bytes_per_token(16, [1])
 

@@ -9,7 +9,8 @@ from titans.data import Document, byte_tokenizer
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.window import Window
 from titans.nn.association import Association
-from titans.train.graft.features import FeaturePlan, FeatureSettings
+from titans.train.graft.features import FeaturePlan
+from titans.train.graft.settings import FeatureSettings
 
 HIDDEN, LAYERS = 16, (0, 1)
 SETTINGS = FeatureSettings(
@@ -55,6 +56,8 @@ def small_plan(model=None) -> FeaturePlan:
 
 
 def small_association(base: WindowedBase) -> Association:
-    association = Association(HIDDEN, LAYERS, gate_hidden_size=8)
+    association = Association(
+        HIDDEN, 256, LAYERS, num_ordered=3, num_topic=8, feature_size=64, gate_hidden_size=8
+    )
     association.set_head(base.head.weight)
     return association

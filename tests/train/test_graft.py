@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -20,10 +21,10 @@ from titans.train.graft.fit import AssociationTraining
 from titans.train.graft.held_out import measure
 from titans.train.graft.rows import TrainingRows
 from titans.train.graft.settings import GraftTraining
-from titans.train.graft.vocabulary import SampledVocabulary
+from titans.train.graft.vocabulary import SampledWords, label_log_probs, mixture_changes
 
 QUICK = GraftTraining(
-    steps=6, tokens_per_step=600, distance=400, evaluate_every=3, save_every=2, scale_rate=0.2, seed=3
+    steps=6, tokens_per_step=600, distance=400, evaluate_every=3, save_every=2, gate_rate=2e-2, seed=3
 )
 
 
@@ -41,47 +42,66 @@ def rng(seed=0):
 # The loss
 
 
-def problem(softcap=None, seed=0):
+def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    weight, bias = (
-        torch.randn(300, 8, generator=generator).double(),
-        torch.randn(300, generator=generator).double(),
-    )
-    head = LinearHead(weight, bias, softcap, 0.7)
-    hidden = 0.4 * torch.randn(20, 8, generator=generator).double()
-    changed = (hidden + 0.3 * torch.randn(20, 8, generator=generator)).requires_grad_()
-    return head, hidden, changed, torch.randint(300, (20,), generator=generator)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).double()
+
+    log_probs, mixing, words = normal(20, 300).log_softmax(-1), normal(20), normal(20, 300)
+    return log_probs, mixing, words, torch.randint(300, (20,), generator=generator)
+
+
+def exact_changes(log_probs, mixing, words, labels):
+    share = torch.sigmoid(mixing)[:, None]
+    mixed = (1 - share) * log_probs.exp() + share * words.softmax(-1)
+    return (log_probs - mixed.log()).gather(1, labels[:, None])[:, 0]
+
+
+def test_with_the_whole_vocabulary_the_change_is_exact():
+    log_probs, mixing, words, labels = problem()
+    mixing.requires_grad_(), words.requires_grad_()
+    sample = SampledWords(torch.arange(300), 300, 10, rng())
+    found = mixture_changes(log_probs.gather(1, labels[:, None])[:, 0], mixing, words, labels, sample)
+    exact = exact_changes(log_probs, mixing, words, labels)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(x.sum(), (mixing, words)) for x in (found, exact)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_sample_gives_the_change_on_average():
+    log_probs, mixing, words, labels = problem()
+    found = []
+    for seed in range(300):
+        sample = SampledWords(labels, 300, 100, rng(seed))
+        mine = log_probs.gather(1, labels[:, None])[:, 0]
+        found.append(mixture_changes(mine, mixing, words[:, sample.ids], labels, sample))
+    exact, means = exact_changes(log_probs, mixing, words, labels), torch.stack(found).mean(0)
+    assert exact.abs().max() > 0.3 and torch.stack(found).std(0).max() > 0.01
+    torch.testing.assert_close(means, exact, rtol=0, atol=0.03)
+
+
+def test_a_memory_that_is_not_asked_changes_nothing_whatever_it_recalls():
+    log_probs, mixing, words, labels = problem()
+    sample = SampledWords(torch.arange(300), 300, 10, rng())
+    mine = log_probs.gather(1, labels[:, None])[:, 0]
+    found = mixture_changes(mine, torch.full_like(mixing, -40), words * 100, labels, sample)
+    assert found.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_with_the_whole_vocabulary_the_change_is_exact(softcap):
-    head, hidden, changed, labels = problem(softcap)
-    normaliser = head.logits(hidden).logsumexp(-1)
-    vocabulary = SampledVocabulary(head, torch.arange(300), 10, rng())
-    found = vocabulary.changes(hidden, changed, normaliser, labels)
-    losses = [
-        torch.nn.functional.cross_entropy(head.logits(x), labels, reduction="none") for x in (changed, hidden)
-    ]
-    torch.testing.assert_close(found, losses[0] - losses[1], rtol=0, atol=1e-10)
-    torch.testing.assert_close(vocabulary.losses(hidden, normaliser, labels), losses[1], rtol=0, atol=1e-10)
-    mine, theirs = (torch.autograd.grad(x.sum(), changed, retain_graph=True)[0] for x in (found, losses[0]))
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
-
-
-def test_a_sample_gives_nothing_for_no_change_and_the_change_on_average():
-    head, hidden, changed, labels = problem()
-    normaliser = head.logits(hidden).logsumexp(-1)
-    found = []
-    for seed in range(300):
-        vocabulary = SampledVocabulary(head, labels, 100, rng(seed))
-        assert vocabulary.changes(hidden, hidden.clone(), normaliser, labels).abs().max() < 1e-12
-        found.append(vocabulary.changes(hidden, changed.detach(), normaliser, labels))
-    losses = [
-        torch.nn.functional.cross_entropy(head.logits(x), labels, reduction="none") for x in (changed, hidden)
-    ]
-    exact, means = (losses[0] - losses[1]).detach(), torch.stack(found).mean(0)
-    assert exact.abs().max() > 0.3
-    torch.testing.assert_close(means, exact, rtol=0, atol=0.05)
+def test_the_label_has_the_probability_that_the_head_gives_it(softcap):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, hidden = (
+        torch.randn(*shape, generator=generator).double() for shape in ((30, 8), (30,), (5, 8))
+    )
+    head = LinearHead(weight, bias, softcap, 0.7)
+    labels, logits = torch.tensor([3, 29, 0, 3, 7]), head.logits(hidden)
+    found = label_log_probs(head, hidden, logits.logsumexp(-1), labels)
+    exact = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
 
 
 # The rows
@@ -155,14 +175,12 @@ def test_training_learns_to_recall_and_leaves_the_best_weights(cached, tmp_path)
         tokens_per_step=1600,
         distance=200,
         evaluate_every=20,
-        scale_rate=0.3,
-        projection_rate=3e-3,
+        gate_rate=5e-2,
         seed=1,
     )
     association, result, lines = trained(cached, tmp_path, settings)
     base, cache = cached
     before = measure(small_association(base), base.head, cache)
-    assert all(abs(change) < 1e-6 for change in before.text.values())
     found = [line for line in lines if line["kind"] == "held out"]
     assert [line["step"] for line in found] == [20, 40]
     best = min(found, key=lambda line: line["score"])
@@ -170,6 +188,10 @@ def test_training_learns_to_recall_and_leaves_the_best_weights(cached, tmp_path)
     assert result.best_step == best["step"] and result.finished
     again = measure(association, base.head, cache)
     assert again.score == pytest.approx(best["score"], abs=1e-5)
+    assert association.trained and association.state_mean.any()
+    # Rare words count more as topic.
+    rarity = association.salience.log_rarity
+    assert rarity[ord("#")] > rarity[ord("e")]
     assert {*again.recall} == {"facts-held-out", "facts-new-wording"}
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(lines)
 
@@ -191,6 +213,12 @@ def test_an_interrupted_run_continues_to_the_bit(cached, tmp_path):
     assert last[0].name == last[1].name == "checkpoint-6"
     mine, theirs = (fit.read_tensors(path / "optimizer.safetensors")[1] for path in last)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    # Each step uses other episodes.
+    rows, used = TrainingRows(cached[1], QUICK.tokens_per_step, QUICK.distance, QUICK.seed), 0
+    for step in range(6):
+        used += rows.draw(step, used, min(0.1 + 0.9 * step / 3, 1.0)).episodes
+    about, _ = fit.read_tensors(last[1] / "association.safetensors")
+    assert json.loads(about["progress.json"])["used"] == used > 0
 
 
 def test_minutes_end_at_a_checkpoint_and_patience_ends_the_training(cached, tmp_path):
@@ -198,27 +226,21 @@ def test_minutes_end_at_a_checkpoint_and_patience_ends_the_training(cached, tmp_
     assert result.step == 1 and not result.finished and (tmp_path / "short" / "checkpoint-1").is_dir()
     # Learning rates of 0 never get better than at first.
     still = {**vars(QUICK), "steps": 60, "evaluate_every": 1, "patience": 2}
-    still |= dict(projection_rate=0, gate_rate=0, scale_rate=0)
+    still |= dict(projection_rate=0, gate_rate=0, number_rate=0, sharpness_rate=0)
     _, result, _ = trained(cached, tmp_path / "still", GraftTraining(**still))
     assert (result.step, result.best_step, result.finished) == (3, 1, True)
 
 
-def test_writes_are_priced_only_once_answers_are_recalled(cached, tmp_path, monkeypatch):
-    seen = []
-
-    def run(recall):
-        found = measure(small_association(cached[0]), cached[0].head, cached[1])
-        monkeypatch.setattr(fit, "measure", lambda *_: type(found)({"facts-held-out": recall}, 1.0, {}))
-        base, cache = cached
-        training = AssociationTraining(
-            small_association(base), base.head, cache, tmp_path / str(recall), QUICK
-        )
-        training.run()
-        seen.append(training.progress.priced)
-
-    run(0.2)
-    run(0.7)
-    assert seen == [False, True]
+def test_a_price_shuts_the_gates_for_all_but_stated_values(cached, tmp_path):
+    shares = []
+    for price in (0.0, 10.0):
+        settings = {**vars(QUICK), "steps": 12, "evaluate_every": 12, "write_price": price, "gate_rate": 1e-1}
+        association, _, _ = trained(cached, tmp_path / str(price), GraftTraining(**settings))
+        example = TrainingRows(cached[1], 600, 400, seed=9).draw(0, 0, 1.0).main
+        with torch.no_grad():
+            write = association.read(example.states, example.hidden, example.ids, cached[0].head.weight).write
+        shares.append(float(write[example.flags != STATED].mean()))
+    assert shares[1] < 0.5 * shares[0]
 
 
 def test_what_does_not_fit_is_refused(cached, tmp_path):
@@ -226,12 +248,12 @@ def test_what_does_not_fit_is_refused(cached, tmp_path):
     trained(cached, tmp_path)
     with pytest.raises(ValueError, match=r"was begun with seed=3, now it is 4: give the same"):
         trained(cached, tmp_path, GraftTraining(**{**vars(QUICK), "seed": 4}))
-    other = type(small_association(base))(HIDDEN, (1,))
-    with pytest.raises(ValueError, match=r"holds layers \[0, 1\], the association needs \[1\]"):
+    other = type(small_association(base))(HIDDEN, 256, (2,))
+    with pytest.raises(ValueError, match=r"has no layer 2: it has \[0, 1\]; cache it, too"):
         AssociationTraining(other, base.head, cache, tmp_path, QUICK)
     with pytest.raises(ValueError, match="steps=0: give at least 1"):
         AssociationTraining(small_association(base), base.head, cache, tmp_path, GraftTraining(steps=0))
-    for name, value in (("seed", 1.5), ("minutes", 0), ("gate_rate", -1.0), ("scale_rate", float("nan"))):
+    for name, value in (("seed", 1.5), ("minutes", 0), ("gate_rate", -1.0), ("number_rate", float("nan"))):
         with pytest.raises(ValueError, match=f"{name}="):
             GraftTraining(**{name: value}).check()
 

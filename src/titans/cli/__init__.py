@@ -14,6 +14,7 @@ from titans.cli.threads import Watch, choose_threads
 
 _COMMANDS = {
     "train": ("titans.cli.train", "Train"),
+    "graft": ("titans.cli.graft", "Graft"),
     "generate": ("titans.cli.generate", "Generate"),
     "chat": ("titans.cli.chat", "Chat"),
     "memorize": ("titans.cli.memorize", "Memorize"),

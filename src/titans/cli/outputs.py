@@ -110,11 +110,14 @@ def check_picture(option: str, path: Path | None, inputs: Iterable[Path] = ()) -
     check_output(option, path, is_picture, inputs)
 
 
-def check_run_folder(option: str, folder: Path) -> None:
+def check_run_folder(option: str, folder: Path, mark: str = SETTINGS_FILE) -> None:
     """Find out whether a training run can be written into a folder without replacing another model's files.
 
+    Args:
+        mark: a file that the folder of an earlier run has.
+
     Raises:
-        UsageError: if it cannot be written, or holds a model that `titans train` did not write.
+        UsageError: if it cannot be written, or holds a model that such a run did not write.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -127,7 +130,7 @@ def check_run_folder(option: str, folder: Path) -> None:
             f"{option}={str(folder)!r} cannot be written ({error.strerror}): give another folder"
         ) from None
     foreign = [name for name in _RUN_FILES if (folder / name).exists()]
-    if foreign and not (folder / SETTINGS_FILE).exists():
+    if foreign and not (folder / mark).exists():
         raise UsageError(
             f"{option}={str(folder)!r} holds a {foreign[0]} of something else, which would be replaced: give "
             "another folder"

@@ -155,16 +155,24 @@ def write_features(
 class FeatureCache:
     """A folder of features, complete or growing.
 
+    Args:
+        layers: of those whose states are there, which are loaded; None for all.
+
     Raises:
-        ValueError: for a folder that holds none.
+        ValueError: for a folder that holds none, or lacks a layer.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
         self.folder = folder
         index = _index_of(folder)
         if index is None:
             raise ValueError(f"{folder} has no {_INDEX}: give a folder of cached features")
         self.key: dict[str, Any] = index["key"]
+        self.layers = tuple(self.key["layers"] if layers is None else layers)
+        if missing := [layer for layer in self.layers if layer not in self.key["layers"]]:
+            raise ValueError(
+                f"{folder} has no layer {missing[0]}: it has {self.key['layers']}; cache it, too"
+            )
         self._units = index["units"]
 
     def groups(self) -> list[str]:
@@ -184,12 +192,14 @@ class FeatureCache:
         """
         try:
             with safe_open(path, "pt") as file:
-                found = {name: file.get_slice(name)[rows, tokens] for name in file.keys()}  # noqa: SIM118
+                left_out = {f"state.{layer}" for layer in self.key["layers"] if layer not in self.layers}
+                names = [name for name in file.keys() if name.partition(".")[2] not in left_out]  # noqa: SIM118
+                found = {name: file.get_slice(name)[rows, tokens] for name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): remove it, and cache again") from None
         return {
             part: Features(
-                tuple(found[f"{part}.state.{layer}"] for layer in self.key["layers"]),
+                tuple(found[f"{part}.state.{layer}"] for layer in self.layers),
                 found[f"{part}.hidden"],
                 found[f"{part}.ids"].long(),
                 found[f"{part}.flags"],
@@ -197,6 +207,11 @@ class FeatureCache:
             )
             for part in sorted({name.partition(".")[0] for name in found})
         }
+
+    def ids(self, path: Path, part: str) -> Tensor:
+        """The tokens of a part of a file, (rows, time) int64."""
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(f"{part}.ids").long()
 
     def shape(self, path: Path) -> tuple[int, int]:
         """Rows and tokens of each part of a file, whose parts are alike."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,12 @@ from titans.hf.graft.feature_cache import (
     bytes_per_token,
     write_features,
 )
+from titans.train.graft.settings import FeatureSettings
 
 _ROWS = 16
 # Characters of a document that can matter: no token has more on average.
 _LONGEST_TOKENS = 12
 _TRIAL_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class FeatureSettings:
-    """What is cached before a graft is trained."""
-
-    episodes: int = 2400
-    """Blocks that state facts, each with one that asks for them; rounded up to a multiple of 16."""
-    block_tokens: int = 128
-    """Tokens of such a block."""
-    facts: int = 4
-    """Most facts in a block."""
-    held_out_episodes: int = 64
-    """Such blocks for evaluation with the wordings of training, and as many with others."""
-    text_tokens: int = 500_000
-    """Most tokens of documents."""
-    document_tokens: int = 8192
-    """Longer documents are cut into parts of so many tokens."""
-
-    def check(self) -> None:
-        """Refuse what cannot be cached.
-
-        Raises:
-            ValueError: naming the first setting, its value and what it may be.
-        """
-        least = {"block_tokens": 64, "document_tokens": 2 * self.block_tokens}
-        for name, value in vars(self).items():
-            if type(value) is not int or value < least.get(name, 1):
-                raise ValueError(f"{name}={value!r}: give a whole number of at least {least.get(name, 1)}")
 
 
 class FeaturePlan:

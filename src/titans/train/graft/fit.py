@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from titans.data.facts_blocks import ANSWER
+from titans.data.facts_blocks import ANSWER, STATED
 from titans.hf.graft.feature_cache import FeatureCache
 from titans.nn.adaptation import LinearHead
-from titans.nn.association import Association
+from titans.nn.association import Association, AssociationRead
 from titans.train.checkpoint import (
     alone_in,
     atomic_folder,
@@ -34,21 +35,21 @@ from titans.train.checkpoint import (
     save_optimizer,
     write_json,
 )
-from titans.train.graft.held_out import HeldOut, measure
+from titans.train.graft.held_out import HeldOut, changes_at, measure
 from titans.train.graft.rows import Stretch, TrainingRows
-from titans.train.graft.settings import GraftTraining
-from titans.train.graft.vocabulary import SampledVocabulary
+from titans.train.graft.settings import SETTINGS_FILE, GraftTraining
+from titans.train.graft.vocabulary import SampledWords
 from titans.train.optimizer import rate_factor
 
-SETTINGS_FILE = "graft-training.json"
 _WEIGHTS, _BEST, _PROGRESS = "association.safetensors", "best.safetensors", "progress.json"
-_NEGATIVES, _TEXT_POSITIONS = 1024, 1024
+_OTHER_WORDS, _TEXT_POSITIONS = 1024, 1024
 _WHITENED_TOKENS = 2048
-_WARMUP, _LEAST_RATE, _WEIGHT_DECAY, _MOST_NORM = 30, 0.05, 0.01, 1.0
+_WARMUP, _LEAST_RATE, _WEIGHT_DECAY, _MOST_NORM = 10, 0.1, 0.01, 1.0
 # Share of `distance` at the first step; all of it after this share of the steps.
 _REACH, _GROWN = 0.1, 0.5
-# Recall from which writes cost something: a price before there is any shuts the gates.
-_PRICED_FROM = 0.5
+# Steps after which writing has its full price; at once, it would shut the gates. A logit of the write gate
+# from which on it costs something, of β = 0.02.
+_PRICED_FROM, _PRICED_LOGIT = 40, 4.0
 _LOG_EVERY = 5
 # What may change when a run continues.
 _FREE = ("minutes", "save_every")
@@ -60,7 +61,6 @@ class _Progress:
 
     step: int = 0
     used: int = 0
-    priced: bool = False
     best_step: int = 0
     best_score: float = float("inf")
     since_best: int = 0
@@ -99,16 +99,12 @@ class AssociationTraining:
     ) -> None:
         settings = settings or GraftTraining()
         settings.check()
-        if tuple(cache.key["layers"]) != association.layers:
-            raise ValueError(
-                f"{cache.folder} holds layers {cache.key['layers']}, the association needs "
-                f"{list(association.layers)}: cache these"
-            )
+        cache = FeatureCache(cache.folder, association.layers)
         self.association, self.head, self.cache, self.settings = association, head, cache, settings
         self.folder = folder
         self.rows = TrainingRows(cache, settings.tokens_per_step, settings.distance, settings.seed)
-        self.device = association.scale.device
-        self.optimizer = torch.optim.AdamW(_parameter_groups(association, settings), betas=(0.9, 0.98))
+        self.device = association.trained.device
+        self.optimizer = torch.optim.AdamW(_parameter_groups(association, settings), betas=(0.9, 0.95))
         self.progress = _Progress()
         self.stop_requested = False
 
@@ -159,12 +155,12 @@ class AssociationTraining:
         if example.before is not None:
             before = example.before.to(self.device)
             with torch.no_grad():
-                state = self.association(before.states, before.hidden, before.ids, self.head.weight)[1]
+                found = self.association.read(before.states, before.hidden, before.ids, self.head.weight)
+                state = found.state
         main = example.main.to(self.device)
         found = self.association.read(main.states, main.hidden, main.ids, self.head.weight, state)
-        loss, text = self._loss(main, found.hidden, generator)
-        if self.progress.priced and found.write is not None:
-            loss = loss + settings.write_price * found.write.mean()
+        loss, text = self._loss(main, found, generator)
+        loss = loss + self._price(main, found)
         factor = rate_factor(step, settings.steps, min(_WARMUP, settings.steps // 10), _LEAST_RATE)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -179,7 +175,16 @@ class AssociationTraining:
         self.optimizer.step()
         return float(loss.detach()), text, main.ids.numel()
 
-    def _loss(self, main: Stretch, changed: Tensor, generator: np.random.Generator) -> tuple[Tensor, float]:
+    def _price(self, main: Stretch, found: AssociationRead) -> Tensor:
+        """What writing costs: it has to be rare, or a long text drives out what was learned before it."""
+        assert found.write_logit is not None
+        others = (main.flags != STATED).to(found.write_logit.dtype)
+        price = self.settings.write_price * min(self.progress.step / _PRICED_FROM, 1.0)
+        return price * (F.softplus(found.write_logit + _PRICED_LOGIT) * others).mean()
+
+    def _loss(
+        self, main: Stretch, found: AssociationRead, generator: np.random.Generator
+    ) -> tuple[Tensor, float]:
         """The weighted mean of how −log p changes, over all answers and a sample of the other tokens."""
         weight = self.settings.answer_weight
         follows = main.follows[:, :-1]
@@ -191,13 +196,8 @@ class AssociationTraining:
             others = others[torch.from_numpy(np.sort(chosen)).to(others.device)]
         asked = torch.nonzero(answers.flatten())[:, 0]
         at = torch.cat([asked, others])
-        vocabulary = SampledVocabulary(self.head, main.ids, _NEGATIVES, generator)
-        changes = vocabulary.changes(
-            main.hidden[:, :-1].flatten(0, 1)[at],
-            changed[:, :-1].flatten(0, 1)[at],
-            main.normaliser[:, :-1].flatten()[at],
-            main.ids[:, 1:].flatten()[at],
-        )
+        sample = SampledWords(main.ids, len(self.head.weight), _OTHER_WORDS, generator)
+        changes = changes_at(self.association, self.head, main, found, at, sample)
         text = changes[len(asked) :].mean()
         total = weight * changes[: len(asked)].sum() + count * text
         return total / (weight * len(asked) + count), float(text.detach())
@@ -210,8 +210,6 @@ class AssociationTraining:
             progress.best_score, progress.best_step, progress.since_best = found.score, progress.step, 0
             self._best = self._weights()
             self._best_found = found
-        if found.recall and np.mean([*found.recall.values()]) >= _PRICED_FROM:
-            progress.priced = True
         self._log(on_log, {"kind": "held out", **asdict(found), "score": found.score})
 
     def _log(self, on_log: Callable[[dict[str, Any]], None], line: dict[str, Any]) -> None:
@@ -229,6 +227,11 @@ class AssociationTraining:
         delete_unfinished(self.folder)
         if not self.association.state_mean.any():
             self.association.whiten(_some_states(self.cache))
+            counts = torch.zeros(len(self.head.weight), dtype=torch.int64)
+            for path in self.cache.files("text"):
+                ids = self.cache.ids(path, "text").flatten()
+                counts += torch.bincount(ids, minlength=len(counts))
+            self.association.salience.set_counts(counts.to(self.device))
         self._best, self._best_found = self._weights(), HeldOut({}, 0.0, {})
         fixed = self._fixed()
         path = self.folder / SETTINGS_FILE
@@ -270,6 +273,7 @@ class AssociationTraining:
     def _result(self, *, finished: bool) -> GraftResult:
         if finished:
             self.association.load_state_dict(self._best, strict=False)
+            self.association.trained.fill_(1.0)
         progress = self.progress
         return GraftResult(progress.step, progress.best_step, self._best_found, finished)
 
@@ -289,21 +293,20 @@ def _some_states(cache: FeatureCache) -> list[Tensor]:
 
 
 def _parameter_groups(association: Association, settings: GraftTraining) -> list[dict[str, Any]]:
-    """Projections, whose matrices decay; gates; and what is a number for each head."""
-    rates = {
-        "projections": settings.projection_rate,
-        "gates": settings.gate_rate,
-        "scale": settings.scale_rate,
-    }
-    groups: dict[str, list[Tensor]] = {name: [] for name in rates}
-    for name, parameter in association.named_parameters():
-        kind = "gates" if "_gate." in name else "scale" if parameter.dim() < 2 else "projections"
-        groups[kind].append(parameter)
+    """The keys' projection; gates, which decay; the sharpness; and other numbers."""
+
+    def rate(name: str) -> float:
+        if name == "log_sharpness":
+            return settings.sharpness_rate
+        if "_gate." in name:
+            return settings.gate_rate
+        return settings.projection_rate if name == "key_map.weight" else settings.number_rate
+
     return [
-        {"params": parameters, "lr": rates[name], "peak": rates[name],
-         "weight_decay": _WEIGHT_DECAY if name == "projections" else 0.0}
-        for name, parameters in groups.items()
-        if parameters
+        {"params": [parameter], "lr": rate(name), "peak": rate(name),
+         "weight_decay": _WEIGHT_DECAY if "_gate." in name else 0.0}
+        for name, parameter in association.named_parameters()
+        if parameter.requires_grad
     ]  # fmt: skip
 
 

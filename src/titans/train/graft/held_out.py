@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans.data.facts_blocks import ANSWER
 from titans.hf.graft.feature_cache import FeatureCache, Features
 from titans.nn.adaptation import LinearHead
-from titans.nn.association import Association
+from titans.nn.association import Association, AssociationRead
 from titans.train.graft.rows import Stretch
-from titans.train.graft.vocabulary import SampledVocabulary
+from titans.train.graft.vocabulary import SampledWords, label_log_probs, mixture_changes
 
 # Rows of an evaluation: so many episodes are stated in each, then blocks of text, then all are asked for.
 _ROWS, _EPISODES, _BLOCKS_BETWEEN = 8, 4, 8
 _TEXT_TOKENS, _DOCUMENTS = 4096, 4
-_NEGATIVES = 2048
+_OTHER_WORDS = 2048
 # What 1 % more loss on the worst document counts against a nat of an answer's token.
 _HARM = 0.5
 
@@ -77,16 +78,22 @@ def _facts(
         rows.append([*(p["statements"] for p in found), *between, *(p["questions"] for p in found)])
     if not rows:
         return 0.0, 0.0
-    stretch = Stretch.of(rows).to(association.scale.device)
-    changed = association(stretch.states, stretch.hidden, stretch.ids, head.weight)[0]
+    stretch = Stretch.of(rows).to(association.trained.device)
+    found = association.read(stretch.states, stretch.hidden, stretch.ids, head.weight)
     asked = (stretch.flags[:, 1:] == ANSWER) & stretch.follows[:, :-1]
     labels = stretch.ids[:, 1:][asked]
-    logits = torch.cat([head.logits(piece).float() for piece in changed[:, :-1][asked].split(256)])
-    right = torch.zeros_like(asked)
-    right[asked] = logits.argmax(-1) == labels
+    right, nats = torch.zeros_like(asked), []
+    at = torch.nonzero(asked)
+    for piece, wanted in zip(at.split(256), labels.split(256), strict=True):
+        rows, times = piece.T
+        before = head.logits(stretch.hidden[rows, times]).float().log_softmax(-1)
+        recalled = association.word_logits(found.reads[rows, times], head.weight).float().log_softmax(-1)
+        mixing = found.mixing[rows, times, None].float()
+        log_probs = torch.logaddexp(F.logsigmoid(-mixing) + before, F.logsigmoid(mixing) + recalled)
+        right[rows, times] = log_probs.argmax(-1) == wanted
+        nats.append(-log_probs.gather(1, wanted[:, None])[:, 0])
     hits = [_answers(row, hit) for row, hit in zip(asked, right, strict=True)]
-    nats = logits.logsumexp(-1) - logits.gather(1, labels[:, None])[:, 0]
-    return float(np.mean(np.concatenate(hits))), float(nats.mean())
+    return float(np.mean(np.concatenate(hits))), float(torch.cat(nats).mean())
 
 
 def _answers(asked: Tensor, right: Tensor) -> np.ndarray:
@@ -97,16 +104,36 @@ def _answers(asked: Tensor, right: Tensor) -> np.ndarray:
 
 
 def _text(association: Association, head: LinearHead, features: Features) -> float:
-    stretch = Stretch.of([[features]]).to(association.scale.device)
-    changed = association(stretch.states, stretch.hidden, stretch.ids, head.weight)[0]
-    vocabulary = SampledVocabulary(head, stretch.ids, _NEGATIVES, np.random.default_rng(0))
-    changes, losses = [], []
-    for begin in range(0, features.ids.shape[1] - 1, 256):
-        part, following = slice(begin, begin + 256), slice(begin + 1, begin + 257)
-        labels = stretch.ids[0, following]
-        before, after, normaliser = (
-            x[0, part][: len(labels)] for x in (stretch.hidden, changed, stretch.normaliser)
-        )
-        changes.append(vocabulary.changes(before, after, normaliser, labels))
-        losses.append(vocabulary.losses(before, normaliser, labels))
-    return float(torch.cat(changes).sum() / torch.cat(losses).sum())
+    stretch = Stretch.of([[features]]).to(association.trained.device)
+    found = association.read(stretch.states, stretch.hidden, stretch.ids, head.weight)
+    sample = SampledWords(stretch.ids, len(head.weight), _OTHER_WORDS, np.random.default_rng(0))
+    at = torch.arange(stretch.ids.shape[1] - 1, device=stretch.ids.device)
+    changes = torch.cat(
+        [changes_at(association, head, stretch, found, piece, sample) for piece in at.split(256)]
+    )
+    log_probs = label_log_probs(head, stretch.hidden[0, :-1], stretch.normaliser[0, :-1], stretch.ids[0, 1:])
+    return float(changes.sum() / -log_probs.sum())
+
+
+def changes_at(
+    association: Association,
+    head: LinearHead,
+    stretch: Stretch,
+    found: AssociationRead,
+    at: Tensor,
+    sample: SampledWords,
+) -> Tensor:
+    """How the memory changes −log p of the next token, in nats, at places (n,) of the stretch.
+
+    Args:
+        at: int64, places in (rows, time − 1), flattened.
+    """
+
+    def chosen(x: Tensor) -> Tensor:
+        return x[:, :-1].flatten(0, 1)[at]
+
+    labels = stretch.ids[:, 1:].flatten()[at]
+    log_probs = label_log_probs(head, chosen(stretch.hidden), chosen(stretch.normaliser), labels)
+    rows = head.weight[sample.ids].to(found.reads.dtype)
+    words = association.word_logits(chosen(found.reads), rows, sample.ids)
+    return mixture_changes(log_probs, chosen(found.mixing), words, labels, sample)

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+SETTINGS_FILE = "graft-training.json"
+
 
 @dataclass(frozen=True)
 class GraftTraining:
@@ -17,16 +19,18 @@ class GraftTraining:
     """About so many tokens are learned from in a step."""
     distance: int = 4096
     """Most tokens of text between facts and questions; at first a tenth, growing over half of the steps."""
-    projection_rate: float = 1e-3
-    """Peak learning rate of projections."""
+    projection_rate: float = 2.5e-3
+    """Peak learning rate of the keys' projection."""
     gate_rate: float = 3e-3
     """Peak learning rate of gates."""
-    scale_rate: float = 5e-2
-    """Peak learning rate of the memory's scale."""
+    number_rate: float = 5e-3
+    """Peak learning rate of the weights of words in a key, and of their salience."""
+    sharpness_rate: float = 5e-2
+    """Peak learning rate of the sharpness of what is recalled."""
     answer_weight: float = 10.0
     """How much a token of an answer counts in the loss; other tokens count 1."""
-    write_price: float = 0.02
-    """What a write gate of 1 costs, in nats a token, once half of the held-out answers are recalled."""
+    write_price: float = 0.1
+    """Price of writing what is no stated value, of softplus(logit of the write gate + 4), in nats a token."""
     evaluate_every: int = 100
     """Steps from one evaluation on held-out facts and text to the next."""
     patience: int = 8
@@ -56,3 +60,32 @@ class GraftTraining:
                 raise ValueError(f"{name}={value!r}: give at least 1")
             if value < 0 or (value == 0 and name in ("answer_weight", "minutes")):
                 raise ValueError(f"{name}={value!r}: give a positive number")
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What is cached before a graft is trained."""
+
+    episodes: int = 2400
+    """Blocks that state facts, each with one that asks for them; rounded up to a multiple of 16."""
+    block_tokens: int = 128
+    """Tokens of such a block."""
+    facts: int = 4
+    """Most facts in a block."""
+    held_out_episodes: int = 64
+    """Such blocks for evaluation with the wordings of training, and as many with others."""
+    text_tokens: int = 500_000
+    """Most tokens of documents."""
+    document_tokens: int = 8192
+    """Longer documents are cut into parts of so many tokens."""
+
+    def check(self) -> None:
+        """Refuse what cannot be cached.
+
+        Raises:
+            ValueError: naming the first setting, its value and what it may be.
+        """
+        least = {"block_tokens": 64, "document_tokens": 2 * self.block_tokens}
+        for name, value in vars(self).items():
+            if type(value) is not int or value < least.get(name, 1):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {least.get(name, 1)}")

@@ -1,70 +1,73 @@
-"""The loss of a changed prediction from a part of the vocabulary."""
+"""The loss of a prediction that a memory is mixed into, from a part of the vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans.nn.adaptation import LinearHead
 
 
-class SampledVocabulary:
-    """A few rows of a head, by which −log p of a label changes when the head's input changes.
+class SampledWords:
+    """Words that stand for a whole vocabulary in Σ_j exp(m_j).
 
-    With the base's logits l_j, its log-normaliser Z (known, from the cache), p_j = exp(l_j − Z), and the
-    changed logits l_j + δ_j, the change of −log p of label y is
-
-        log Σ_j p_j exp(δ_j) − δ_y.
-
-    The sum over the core, tokens that matter here, is exact. The others have the probability 1 − Σ_core p
-    together, and their mean of exp(δ), weighted by p, is estimated from tokens drawn among them. Without a
-    change the result is 0, whatever is drawn.
+    The sum over the core, words that matter here, is exact. That over all others is estimated from words
+    drawn evenly among them.
 
     Args:
-        head: of the base.
-        core: (n,) int64, which ids the core has; every label must be among them. Ids may repeat.
-        negatives: how many others are drawn.
+        core: int64, which ids the core has; every label must be among them. Ids may repeat.
+        vocab_size: how many words there are.
+        others: how many words are drawn; some may be in the core, or twice, and are left out.
     """
 
-    def __init__(
-        self, head: LinearHead, core: Tensor, negatives: int, generator: np.random.Generator
-    ) -> None:
+    def __init__(self, core: Tensor, vocab_size: int, others: int, generator: np.random.Generator) -> None:
         self.core = core.unique()
-        vocab = len(head.weight)
-        drawn = torch.from_numpy(generator.integers(vocab, size=negatives)).to(core.device)
-        others = drawn[~torch.isin(drawn, self.core)].unique()
-        chosen = torch.cat([self.core, others])
-        wide = torch.promote_types(head.weight.dtype, torch.float32)
-        bias = None if head.bias is None else head.bias[chosen].to(wide)
-        self._head = replace(head, weight=head.weight[chosen].to(wide), bias=bias)
+        drawn = torch.from_numpy(generator.integers(vocab_size, size=others)).to(core.device)
+        drawn = drawn[~torch.isin(drawn, self.core)].unique()
+        self.ids = torch.cat([self.core, drawn])
+        left = vocab_size - len(self.core)
+        weight = math.log(left / len(drawn)) if len(drawn) else 0.0
+        self.log_weights = torch.zeros(len(self.ids), device=core.device)
+        self.log_weights[len(self.core) :] = weight
 
-    def changes(self, hidden: Tensor, changed: Tensor, normaliser: Tensor, labels: Tensor) -> Tensor:
-        """The change of −log p of each label, in nats; negative where the change helps.
+    def log_sum(self, logits: Tensor) -> Tensor:
+        """log Σ_j exp(m_j) of m (…, words), those of `ids`."""
+        return (logits + self.log_weights.to(logits.dtype)).logsumexp(-1)
 
-        Args:
-            hidden: (n, hidden), the head's input that the base gives. changed: (n, hidden), with gradients.
-            normaliser: (n,), the base's. labels: (n,) int64.
-        """
-        with torch.no_grad():
-            before = self._head.logits(hidden)
-            log_probs = before - normaliser[:, None]
-            count = len(self.core)
-            inside = log_probs[:, :count].logsumexp(1)
-            # Rounding of the cached normaliser may take the core's share above 1.
-            outside = torch.log1p(-inside.exp().clamp_max(1 - 1e-6))
-            if log_probs.shape[1] > count:
-                others = log_probs[:, count:].log_softmax(1) + outside[:, None]
-                log_probs = torch.cat([log_probs[:, :count], others], 1)
-            log_probs = log_probs.log_softmax(1)
-        delta = self._head.logits(changed) - before
-        place = torch.searchsorted(self.core, labels)
-        return (log_probs + delta).logsumexp(1) - delta.gather(1, place[:, None])[:, 0]
+    def place(self, labels: Tensor) -> Tensor:
+        """Where ids of the core stand in `ids`."""
+        return torch.searchsorted(self.core, labels)
 
-    @torch.no_grad()
-    def losses(self, hidden: Tensor, normaliser: Tensor, labels: Tensor) -> Tensor:
-        """−log p of each label under the base's prediction, in nats; arguments as in `changes`."""
-        place = torch.searchsorted(self.core, labels)
-        return normaliser - self._head.logits(hidden).gather(1, place[:, None])[:, 0]
+
+def mixture_changes(
+    log_probs: Tensor, mixing: Tensor, words: Tensor, labels: Tensor, sample: SampledWords
+) -> Tensor:
+    """How −log p of each label changes if a memory is mixed into the prediction, in nats.
+
+    p = (1 − λ) p_base + λ softmax(m), with λ = sigmoid(mixing). Never more than −log(1 − λ).
+
+    Args:
+        log_probs: (n,), of the labels under the base. mixing: (n,). words: (n, words), m of `sample.ids`.
+        labels: (n,) int64, ids in the core.
+    """
+    recalled = words.gather(1, sample.place(labels)[:, None])[:, 0] - sample.log_sum(words)
+    return log_probs - torch.logaddexp(F.logsigmoid(-mixing) + log_probs, F.logsigmoid(mixing) + recalled)
+
+
+def label_log_probs(head: LinearHead, hidden: Tensor, normaliser: Tensor, labels: Tensor) -> Tensor:
+    """log p of each label under the base's prediction, in nats.
+
+    Args:
+        hidden: (n, hidden), the head's input. normaliser: (n,), cached. labels: (n,) int64.
+    """
+    logits = (hidden * head.weight[labels].to(hidden.dtype)).sum(-1)
+    if head.bias is not None:
+        logits = logits + head.bias[labels].to(hidden.dtype)
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits - normaliser

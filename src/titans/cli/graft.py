@@ -1,0 +1,185 @@
+"""`titans graft`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from titans.cli.errors import UsageError
+from titans.cli.models import ModelOptions
+from titans.cli.outputs import check_run_folder
+from titans.cli.terminal import report
+from titans.cli.train import FIELDS
+from titans.train.graft.settings import SETTINGS_FILE, FeatureSettings, GraftTraining
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Graft(ModelOptions):
+    """Give a pretrained model a memory that recalls, and train it.
+
+    Example: titans graft smollm2-135m --data books/ notes.txt --output grafted
+
+    The model itself does not change. It reads the texts and blocks with made-up facts once, what it computes
+    is kept on disk, and the memory is trained on that. The output folder is then a graft, for `titans chat`,
+    `memorize`, `generate`, `inspect` and `eval`. After Ctrl-C or a full disk the same command goes on.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder of a causal model of transformers, of a graft with an association, or the name of a model."""
+    data: tuple[str, ...]
+    """Corpora to train on: text files, folders, hf:NAME, or built-in names: excerpt, shakespeare, bible."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the graft, checkpoints and metrics.jsonl."""
+    held_out: tuple[str, ...] = ()
+    """Corpora that decide which weights are best, instead of a tenth of the documents of data."""
+    features: Path | None = None
+    """Folder for what the model computes; by default features in the output folder. May be removed later."""
+    window: int = 512
+    """Tokens that the model's attention sees."""
+    association: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
+    """Settings of titans.nn.association.Association that differ from the default, such as
+    feature_size=576."""
+    cached: FeatureSettings = field(default_factory=FeatureSettings)
+    """What the model reads."""
+    training: GraftTraining = field(default_factory=GraftTraining)
+    """How the memory is trained."""
+    threads: int | None = None
+    """CPU threads; by default as many as there are free processors."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run(self) -> int:
+        """Cache, train and save, reporting to stderr."""
+        if self.graft:
+            raise UsageError("graft: this command grafts the model anyway; leave it out")
+        for settings in (self.cached, self.training):
+            try:
+                settings.check()
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        check_run_folder("output", self.output, SETTINGS_FILE)
+        documents, held_out = self._documents()
+        model, tokenizer = self.open_model(self.checkpoint)
+        from titans.train.graft.run import fit_graft
+
+        progress = _Progress()
+        try:
+            result = fit_graft(
+                self._grafted(model, tokenizer),
+                documents,
+                held_out,
+                self.output,
+                tokenizer=tokenizer,
+                features=self.features,
+                cached=self.cached,
+                training=self.training,
+                on_plan=self._report,
+                on_features=progress.features,
+                on_log=progress.training,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; what was computed is kept: the same command goes on"
+            ) from None
+        if not result.finished:
+            message = (
+                f"stopped after step {result.step} of {self.training.steps}, which is saved: the same "
+                "command goes on"
+            )
+            if self.training.minutes is None:
+                raise KeyboardInterrupt(message)
+            report(message)
+        else:
+            report(f"done: {_held_out(dataclasses.asdict(result.held_out))}; {self.output} holds the graft")
+        if self.json:
+            print(json.dumps({**dataclasses.asdict(result), "output": str(self.output)}))
+        return 0
+
+    def _documents(self) -> tuple[list[Any], list[Any]]:
+        from titans.data import hold_out, load_corpus
+
+        found = [document for source in self.data for document in load_corpus(source)]
+        if self.held_out:
+            return found, [document for source in self.held_out for document in load_corpus(source)]
+        return hold_out(found)
+
+    def _grafted(self, model: Any, tokenizer: Any) -> Any:
+        from titans.hf.graft import GraftedForCausalLM, graft
+
+        if not isinstance(model, GraftedForCausalLM):
+            return graft(model, tokenizer, window=self.window, association=self.association or True)
+        if self.association:
+            raise UsageError("association: a graft's own settings cannot change; leave it out")
+        return model
+
+    def _report(self, plan: Any) -> None:
+        seconds = plan.seconds()
+        report(
+            f"features: {plan.tokens:,} tokens, {plan.bytes / 1e9:.2f} GB in "
+            f"{self.features or self.output / 'features'}; about {_clock(seconds)} on this machine"
+        )
+
+
+class _Progress:
+    """A line on stderr now and then."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._first: tuple[int, float] | None = None
+
+    def _is_time(self) -> bool:
+        now = time.perf_counter()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return False
+        self._last = now
+        return True
+
+    def features(self, progress: Any) -> None:
+        if progress.done == progress.units or self._is_time():
+            report(
+                f"features {progress.tokens / progress.total:.0%} · {progress.rate:,.0f} tokens/s · "
+                f"{_clock(progress.seconds_left)} left"
+            )
+
+    def training(self, line: dict[str, Any]) -> None:
+        step, steps = line["step"], line["steps"]
+        if line["kind"] == "held out":
+            report(f"step {step}/{steps} · {_held_out(line)}")
+            return
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = step, now
+        if not self._is_time() and step < steps:
+            return
+        parts = [
+            f"step {step}/{steps}",
+            f"loss {line['loss']:+.4f}",
+            f"text {line['text']:+.4f} nats",
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if (done := step - self._first[0]) > 0:
+            parts.append(f"{_clock((now - self._first[1]) / done * (steps - step))} left")
+        report(" · ".join(parts))
+
+
+def _held_out(found: dict[str, Any]) -> str:
+    recall = ", ".join(
+        f"{share:.0%} of {group.replace('-', ' ')}" for group, share in found["recall"].items()
+    )
+    worst = max(found["text"].values(), default=0.0)
+    mean = sum(found["text"].values()) / max(len(found["text"]), 1)
+    return f"recalled {recall or 'nothing yet'} · held-out text {mean:+.2%}, worst {worst:+.2%}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

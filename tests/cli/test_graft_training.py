@@ -1,0 +1,120 @@
+"""`titans graft`: a model and a text in; features, checkpoints and a graft that other commands open out."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import titans
+from titans.cli import main
+
+from ..models import small_causal_lm
+
+SMALL = [
+    "--window", "32", "--cached.episodes", "16", "--cached.held-out-episodes", "4", "--cached.block-tokens",
+    "192", "--cached.facts", "1", "--cached.text-tokens", "3000", "--cached.document-tokens", "600",
+    "--training.tokens-per-step", "400", "--training.evaluate-every", "2", "--training.save-every", "1",
+    "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    small_causal_lm("llama").save_pretrained(folder)
+    return folder
+
+
+def command(base: Path, output: Path, *options: str) -> list[str]:
+    return ["graft", str(base), "--data", "excerpt", "--output", str(output), *SMALL, *options]
+
+
+def test_a_graft_is_trained_interrupted_continued_and_opened(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "grafted"
+    steps = ["--training.steps", "300"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "titans", *command(base, output, *steps)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 100
+    while not list(output.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert re.search(
+        r"features: [\d,]+ tokens, 0\.\d\d GB in .*features; about \d+:\d\d on this machine", err
+    )
+    assert re.search(
+        r"titans: stopped after step \d+ of 300, which is saved: the same command goes on\n$", err
+    )
+    assert not (output / "model.safetensors").exists()
+    features = {path: path.stat().st_mtime_ns for path in (output / "features").glob("*.safetensors")}
+    reached = int(re.search(r"stopped after step (\d+)", err)[1])  # type: ignore[index]
+
+    # Few minutes end the training, too; what had been cached is not read again.
+    assert main(command(base, output, *steps, "--training.minutes", "0.0001", "--json")) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["step"] == reached + 1 and not result["finished"]
+    assert {path: path.stat().st_mtime_ns for path in features} == features
+    assert main(command(base, output, "--training.steps", "4")) == 1
+    assert "was begun with steps=300, now it is 4: give the same" in capsys.readouterr().err
+
+
+def test_a_trained_graft_reads(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "grafted"
+    assert main(command(base, output, "--training.steps", "2", "--json")) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["finished"] and result["step"] == 2 and {*result["held_out"]["recall"]} == {
+        "facts-held-out", "facts-new-wording",
+    }  # fmt: skip
+    lines = err.splitlines()
+    assert any(re.match(r"features 100% · [\d,]+ tokens/s · 0:00 left", line) for line in lines)
+    assert any(re.match(r"step 2/2 · loss [+-]\d\.\d{4} · text [+-]\d\.\d{4} nats · [\d,]+ tokens/s", line)
+               for line in lines)  # fmt: skip
+    assert re.match(r"step 2/2 · recalled \d+% of facts held out, \d+% of facts new wording · held-out text",
+                    lines[-2])  # fmt: skip
+    assert lines[-1].startswith("done: recalled") and lines[-1].endswith(f"{output} holds the graft")
+    grafted, tokenizer = titans.load(output)
+    assert grafted.association is not None and grafted.association.state_mean.any()
+    session = titans.Session(grafted, tokenizer)
+    session.feed("the name of the ship is stated here. " * 3)
+    assert session.generate(max_new_tokens=2, do_sample=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--graft"], "grafts the model anyway"),
+        (["--training.steps", "0"], "steps=0: give at least 1"),
+        (["--cached.block-tokens", "10"], "block_tokens=10: give a whole number of at least 64"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--association", "wings=2"], "association has no setting 'wings'"),
+        (["--held-out", "excerpt", "--cached.document-tokens", "100"], "document_tokens=100"),
+    ],
+)
+def test_bad_options_are_one_line(
+    base: Path, tmp_path: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(base, tmp_path / "out", *options)) in (1, 2)
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_another_models_folder_is_not_replaced(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(base, base)) == 2
+    assert "holds a config.json of something else" in capsys.readouterr().err
+    titans.graft(titans.load(base)[0], window=32).save_pretrained(tmp_path / "plain")
+    assert main(command(tmp_path / "plain", tmp_path / "out")) == 1
+    assert "this graft has no association" in capsys.readouterr().err
