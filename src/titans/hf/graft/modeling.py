@@ -252,9 +252,11 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             association = found.state
             surprises += [] if found.surprise is None else [rows.unpack(found.surprise).unsqueeze(-1)]
             mixed = partial(
-                self.association.mix, reads=rows.unpack(found.reads)[:, kept], mixing=rows.unpack(found.mixing)[:, kept],
+                self.association.mix,
+                reads=rows.unpack(found.reads)[:, kept],
+                mixing=rows.unpack(found.mixing)[:, kept],
                 rows=head.weight,
-            )  # fmt: skip
+            )
         if self.adaptation is None or output_base_logits:
             base_logits = head.logits(rows.unpack(hidden)[:, kept])
         if self.adaptation is None:
