@@ -24,7 +24,7 @@ from titans.hf.graft import graft
 from titans.state import state_nbytes
 from titans.stream.causal import position_limit
 from titans.stream.reader import Reader, reader_of
-from titans.zoo import load, names
+from titans.zoo import graft_names, load
 from titans.zoo.by_name import PRETRAINED, folder_in_library
 
 WINDOW, SINKS, SEGMENT, RANK = 512, 4, 64, 8
@@ -172,7 +172,7 @@ class Trained(NamedTuple):
 
 def trained_grafts(request: Request) -> dict[str, Trained]:
     """Label → trained graft: those asked for, or the library's; of two memories also one alone."""
-    places = request.models or ({TRAINED: TRAINED} if TRAINED in names() else {})
+    places = request.models or ({TRAINED: TRAINED} if TRAINED in graft_names() else {})
     found = {}
     for label, place in places.items():
         found[label] = Trained(place, False)
