@@ -84,7 +84,6 @@ def small_graft(family: str = "llama", **options: Any) -> GraftedForCausalLM:
             association.write_gate.bias[0] += 3.0
             association.mixing_gate.bias += 4.0
             association.trained.fill_(1.0)
-            association.salience.set_counts(torch.arange(VOCAB))
     return model
 
 

@@ -38,7 +38,6 @@ def make(form: str = "one state", **options: Any) -> Association:
         layer.write_gate.bias[0] += 2.0
         layer.mixing_gate.bias += 3.0
         layer.trained.fill_(1.0)
-    layer.salience.set_counts(torch.arange(V))
     return layer
 
 
@@ -69,12 +68,9 @@ def oracle(
         for s, mean, root in zip(states, layer.state_mean, layer.state_whitening, strict=True)
     ]
 
-    counts = torch.arange(V).double() + 0.5
-    rarity = (counts / counts.sum()).log() / (0.5 / counts.sum()).log()
-
     def salience(t: int) -> Tensor:
         seen = torch.cat([*(w[t] for w in whitened), codes[ids[t]]]) * D**0.5
-        return (layer.salience.weight[0] @ seen).exp() * rarity[ids[t]] ** layer.salience.power
+        return (layer.salience.weight[0] @ seen).exp()
 
     def feature(t: int) -> Tensor:
         if t < 0:

@@ -16,45 +16,24 @@ _TURN = 61
 # For both halves of the features: the size of their arguments at first, and the shares of order, topic and
 # states. The larger the arguments, the more the features of two different keys differ.
 _HALVES = ((2.5, (1.0, 0.7, 0.0)), (2.0, (0.0, 1.0, 0.5)))
-# Salience lies between e⁻⁸ and e⁸ but for the rarity.
+# The log of a salience lies between −8 and 8.
 _MOST_SALIENT = 8.0
 
 
 class Salience(nn.Module):
-    """How much a word counts as topic: log salience = c · [states ; code] + p · log rarity.
+    """How much a word counts as topic: log salience = c · [states ; code], c being 0 at first."""
 
-    The rarity of a word lies in (0, 1], and is 1 for all words until `set_counts` is called.
-    """
-
-    log_rarity: Tensor
-
-    def __init__(self, hidden_size: int, vocab_size: int, num_states: int) -> None:
+    def __init__(self, hidden_size: int, num_states: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, (num_states + 1) * hidden_size))
-        self.power = nn.Parameter(torch.tensor(2.0))
-        self.register_buffer("log_rarity", torch.zeros(vocab_size))
 
-    @torch.no_grad()
-    def set_counts(self, counts: Tensor) -> None:
-        """Set the rarity to −log of a word's share of a text, divided by the largest.
-
-        counts: (vocab,), how often each word comes in a text.
-        """
-        counts = counts.double() + 0.5
-        rarity = -(counts / counts.sum()).log()
-        self.log_rarity.copy_((rarity / rarity.max()).clamp_min(0.02).log())
-
-    def forward(self, states: Tensor, codes: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, states: Tensor, codes: Tensor) -> Tensor:
         """log salience (batch, time).
 
-        Args:
-            states: (batch, time, num_states, hidden) and codes: (batch, time, hidden), unit vectors.
-            ids: (batch, time) int64.
+        states: (batch, time, num_states, hidden) and codes: (batch, time, hidden), unit vectors.
         """
         seen = torch.cat([states.flatten(2), codes], -1) * codes.shape[-1] ** 0.5
-        linear = F.linear(seen, self.weight.to(seen.dtype))[..., 0]
-        rarity = self.power.to(seen.dtype) * self.log_rarity.to(seen.dtype)[ids]
-        return linear.clamp(-_MOST_SALIENT, _MOST_SALIENT) + rarity
+        return F.linear(seen, self.weight.to(seen.dtype))[..., 0].clamp(-_MOST_SALIENT, _MOST_SALIENT)
 
 
 class KeyMap(nn.Module):

@@ -76,8 +76,7 @@ class Association(nn.Module):
         gate_hidden_size: units of the gates' hidden layers.
 
     `set_head` must be called with the head's rows before use. The means and inverse roots of the states are
-    buffers, 0 and the identity until `whiten` is called, and so is the rarity of words, 1 until
-    `salience.set_counts` is.
+    buffers, 0 and the identity until `whiten` is called.
 
     Raises:
         ValueError: for settings outside these domains, naming the first.
@@ -123,7 +122,7 @@ class Association(nn.Module):
         )
         self.key_map = KeyMap(hidden_size, num_ordered, num_topic, len(self.key_layers), self.feature_size)
         self.num_recent = self.key_map.num_recent
-        self.salience = Salience(hidden_size, vocab_size, count)
+        self.salience = Salience(hidden_size, count)
         self.write_gate = Gate((2 * count + 1) * hidden_size, gate_hidden_size, 1 if half_life is None else 2)
         self.mixing_gate = Gate((count + 1) * hidden_size + 2, gate_hidden_size, 1)
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(_SHARPNESS)))
@@ -270,7 +269,7 @@ class Association(nn.Module):
         codes = self.words.codes(torch.cat([state.recent, ids], 1), rows, wide)
         whitened = torch.cat([state.states[:, None].to(wide), self._whitened(states, wide)], 1)
         in_keys = whitened[:, :, [self.layers.index(layer) for layer in self.key_layers]]
-        salience = self.salience(whitened[:, 1:], codes[:, self.num_recent :], ids)
+        salience = self.salience(whitened[:, 1:], codes[:, self.num_recent :])
         salience = torch.cat([state.salience.to(wide), salience], 1)
         features = self.key_map(codes, salience, in_keys)[:, :, None]
         keys, queries = features[:, :-1], features[:, 1:]

@@ -227,11 +227,6 @@ class AssociationTraining:
         delete_unfinished(self.folder)
         if not self.association.state_mean.any():
             self.association.whiten(_some_states(self.cache))
-            counts = torch.zeros(len(self.head.weight), dtype=torch.int64)
-            for path in self.cache.files("text"):
-                ids = self.cache.ids(path, "text").flatten()
-                counts += torch.bincount(ids, minlength=len(counts))
-            self.association.salience.set_counts(counts.to(self.device))
         self._best, self._best_found = self._weights(), HeldOut({}, 0.0, {})
         fixed = self._fixed()
         path = self.folder / SETTINGS_FILE
