@@ -85,6 +85,20 @@ def test_a_trained_graft_reads(base: Path, tmp_path: Path, capsys: pytest.Captur
     assert re.match(r"step 2/2 · recalled \d+% of facts held out, \d+% of facts new wording · held-out text",
                     lines[-2])  # fmt: skip
     assert lines[-1].startswith("done: recalled") and lines[-1].endswith(f"{output} holds the graft")
+    # The same features serve another training, of this base in this window alone.
+    again = [
+        "graft",
+        str(base),
+        "--features",
+        str(output / "features"),
+        *SMALL,
+        "--training.steps",
+        "1",
+        "-o",
+    ]
+    assert main([*again, str(tmp_path / "again")]) == 0
+    assert main([*again, str(tmp_path / "other"), "--window", "64"]) == 1
+    assert "holds features with window=32, now it is 64" in capsys.readouterr().err
     grafted, tokenizer = titans.load(output)
     assert grafted.association is not None and grafted.association.state_mean.any()
     session = titans.Session(grafted, tokenizer)
@@ -115,6 +129,8 @@ def test_another_models_folder_is_not_replaced(
 ) -> None:
     assert main(command(base, base)) == 2
     assert "holds a config.json of something else" in capsys.readouterr().err
+    assert main(["graft", str(base), "--output", str(tmp_path / "out")]) == 2
+    assert "data: none given; name texts, or the folder of features" in capsys.readouterr().err
     titans.graft(titans.load(base)[0], window=32).save_pretrained(tmp_path / "plain")
     assert main(command(tmp_path / "plain", tmp_path / "out")) == 1
     assert "this graft has no association" in capsys.readouterr().err

@@ -109,32 +109,47 @@ def test_the_label_has_the_probability_that_the_head_gives_it(softcap):
 
 def test_examples_state_first_then_ask_and_only_real_predictions_count(cached):
     _, cache = cached
-    rows = TrainingRows(cache, 800, 400, seed=1)
-    used, kinds, behind = 0, set(), 0
+    rows = TrainingRows(cache, 1600, 400, seed=1)
+    used, kinds, before = 0, set(), []
     for step in range(40):
-        example = rows.draw(step, used, 1.0)
+        example = rows.draw(step, used)
         used += example.episodes
         main, block = example.main, SETTINGS.block_tokens
-        behind += example.before is not None
+        before += example.before.tolist()
         kinds.add(example.episodes > 0)
         stated, asked = main.flags == STATED, main.flags >= ANSWER
-        if example.episodes:
-            for row in range(len(main.ids)):
+        assert len(example.before) == len(main.ids)
+        for row in range(len(main.ids)):
+            if example.episodes:
                 assert stated[row].nonzero().max() < asked[row].nonzero().min()
-            # Every value that is asked for has been stated.
-            for row in range(len(main.ids)):
+                # Every value that is asked for has been stated.
                 text = bytes(main.ids[row][: int(asked[row].nonzero().min())].tolist())
                 for value in _runs(main, row):
                     assert value in text
-        else:
-            assert not (stated | asked).any()
-        ends = ~main.follows[:, :-1]
-        assert ends.sum() <= main.ids.shape[0] * (main.ids.shape[1] // block)
+            else:
+                assert not (stated | asked).any()
+        assert (~main.follows).sum() <= main.ids.shape[0] * (main.ids.shape[1] // block + 1)
         assert not main.follows[:, -1].any()
-    assert kinds == {True, False} and 5 < behind < 35
+    assert kinds == {True, False} and {*before} == {0, 1, 2, 3, 4}
     # All are used before any is used again.
     order = [tuple(rows._episode(number)["statements"].ids[0].tolist()) for number in range(96)]
     assert len({*order[:48]}) == 48 and {*order[:48]} == {*order[48:]} and order[:48] != order[48:]
+
+
+def test_texts_before_are_long_and_those_between_come_behind_them(cached):
+    rows = TrainingRows(cached[1], 1600, 400, seed=1)
+    found = rows.before(7)
+    assert [len(text.ids) for text in found] == [1] * 4
+    assert all(256 <= text.ids.shape[1] <= 400 for text in found)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, rows.before(24), strict=True))
+    assert not any(torch.equal(a.ids, b.ids) for a, b in zip(found, rows.before(25), strict=True))
+    assert [step for step in range(60) if rows.first_of(step)] == [0, 25, 50]
+    place = rows._places(7)[0]
+    whole = cached[1].load(place[0])["text"].ids[0]
+    for seed in range(20):
+        behind = rows._behind(rng(seed), place, 40).ids[0]
+        starts = [i for i in range(len(whole) - 39) if torch.equal(whole[i : i + 40], behind)]
+        assert starts and max(starts) >= place[1] + place[2]
 
 
 def _runs(main, row):
@@ -149,7 +164,7 @@ def _runs(main, row):
 
 def test_the_features_of_a_row_are_those_of_its_pieces(cached):
     base, cache = cached
-    example = TrainingRows(cache, 800, 400, seed=1).draw(0, 0, 1.0)
+    example = TrainingRows(cache, 800, 400, seed=1).draw(0, 0)
     main, block = example.main, SETTINGS.block_tokens
     with torch.no_grad():
         hidden, _ = base.read(main.ids[:, :block], base.initial_state(len(main.ids)))
@@ -213,7 +228,7 @@ def test_an_interrupted_run_continues_to_the_bit(cached, tmp_path):
     # Each step uses other episodes.
     rows, used = TrainingRows(cached[1], QUICK.tokens_per_step, QUICK.distance, QUICK.seed), 0
     for step in range(6):
-        used += rows.draw(step, used, min(0.1 + 0.9 * step / 3, 1.0)).episodes
+        used += rows.draw(step, used).episodes
     about, _ = fit.read_tensors(last[1] / "association.safetensors")
     assert json.loads(about["progress.json"])["used"] == used > 0
 
@@ -233,7 +248,7 @@ def test_a_price_shuts_the_gates_for_all_but_stated_values(cached, tmp_path):
     for price in (0.0, 10.0):
         settings = {**vars(QUICK), "steps": 12, "evaluate_every": 12, "write_price": price, "gate_rate": 1e-1}
         association, _, _ = trained(cached, tmp_path / str(price), GraftTraining(**settings))
-        example = TrainingRows(cached[1], 600, 400, seed=9).draw(0, 0, 1.0).main
+        example = TrainingRows(cached[1], 600, 400, seed=9).draw(0, 0).main
         with torch.no_grad():
             write = association.read(example.states, example.hidden, example.ids, cached[0].head.weight).write
         shares.append(float(write[example.flags != STATED].mean()))

@@ -34,10 +34,11 @@ class Graft(ModelOptions):
 
     checkpoint: tyro.conf.Positional[Path]
     """Folder of a causal model of transformers, of a graft with an association, or the name of a model."""
-    data: tuple[str, ...]
-    """Corpora to train on: text files, folders, hf:NAME, or built-in names: excerpt, shakespeare, bible."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the graft, checkpoints and metrics.jsonl."""
+    data: tuple[str, ...] = ()
+    """Corpora to train on: text files, folders, hf:NAME, or built-in names: excerpt, shakespeare, bible. May
+    be left out if the features of an earlier training are given."""
     held_out: tuple[str, ...] = ()
     """Corpora that decide which weights are best, instead of a tenth of the documents of data."""
     features: Path | None = None
@@ -103,7 +104,11 @@ class Graft(ModelOptions):
             print(json.dumps({**dataclasses.asdict(result), "output": str(self.output)}))
         return 0
 
-    def _documents(self) -> tuple[list[Any], list[Any]]:
+    def _documents(self) -> tuple[list[Any] | None, list[Any] | None]:
+        if not self.data:
+            if self.features is None or not self.features.is_dir():
+                raise UsageError("data: none given; name texts, or the folder of features that are there")
+            return None, None
         from titans.data import hold_out, load_corpus
 
         found = [document for source in self.data for document in load_corpus(source)]

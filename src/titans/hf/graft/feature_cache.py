@@ -121,14 +121,7 @@ def write_features(
     count = base.num_layers
     if not layers or list(layers) != sorted({*layers}) or not 0 <= layers[0] <= layers[-1] < count:
         raise ValueError(f"layers={tuple(layers)!r}: give rising indices from 0 to {count - 1}")
-    key = {
-        "base": weights_name(base.model),
-        "dtype": str(base.model.dtype).removeprefix("torch."),
-        "window": base.window.size,
-        "sinks": base.window.sinks,
-        "layers": list(layers),
-        "hidden_size": base.head.weight.shape[1],
-    }
+    key = {**_key_of(base), "layers": list(layers)}
     folder.mkdir(parents=True, exist_ok=True)
     plan = [
         {"file": f"{unit.group}-{unit.digest()}.safetensors", "group": unit.group, "tokens": unit.tokens}
@@ -175,6 +168,18 @@ class FeatureCache:
             )
         self._units = index["units"]
 
+    def check_base(self, base: WindowedBase) -> None:
+        """Whether these features are of this base in this window.
+
+        Raises:
+            ValueError: naming what differs, or that not all features are there.
+        """
+        _check_key(self.folder, {**_key_of(base), "layers": self.key["layers"]})
+        if missing := sum(not (self.folder / entry["file"]).exists() for entry in self._units):
+            raise ValueError(
+                f"{self.folder} lacks {missing} of {len(self._units)} files: finish caching first"
+            )
+
     def groups(self) -> list[str]:
         """Names of the kinds of units."""
         return list(dict.fromkeys(entry["group"] for entry in self._units))
@@ -208,11 +213,6 @@ class FeatureCache:
             for part in sorted({name.partition(".")[0] for name in found})
         }
 
-    def ids(self, path: Path, part: str) -> Tensor:
-        """The tokens of a part of a file, (rows, time) int64."""
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(f"{part}.ids").long()
-
     def shape(self, path: Path) -> tuple[int, int]:
         """Rows and tokens of each part of a file, whose parts are alike."""
         with safe_open(path, "pt") as file:
@@ -224,6 +224,16 @@ class FeatureCache:
         """What the caller wrote about this unit."""
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("about", "")
+
+
+def _key_of(base: WindowedBase) -> dict[str, Any]:
+    return {
+        "base": weights_name(base.model),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "window": base.window.size,
+        "sinks": base.window.sinks,
+        "hidden_size": base.head.weight.shape[1],
+    }
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from titans.data.facts_blocks import ANSWER, STATED
 from titans.hf.graft.feature_cache import FeatureCache
 from titans.nn.adaptation import LinearHead
-from titans.nn.association import Association, AssociationRead
+from titans.nn.association import Association, AssociationRead, AssociationState
+from titans.state import flatten_alike, map_state
 from titans.train.checkpoint import (
     alone_in,
     atomic_folder,
@@ -41,12 +43,11 @@ from titans.train.graft.settings import SETTINGS_FILE, GraftTraining
 from titans.train.graft.vocabulary import SampledWords
 from titans.train.optimizer import rate_factor
 
-_WEIGHTS, _BEST, _PROGRESS = "association.safetensors", "best.safetensors", "progress.json"
+_WEIGHTS, _BEST, _MEMORIES = "association.safetensors", "best.safetensors", "memories.safetensors"
+_PROGRESS = "progress.json"
 _OTHER_WORDS, _TEXT_POSITIONS = 1024, 1024
 _WHITENED_TOKENS = 2048
 _WARMUP, _LEAST_RATE, _WEIGHT_DECAY, _MOST_NORM = 10, 0.1, 0.01, 1.0
-# Share of `distance` at the first step; all of it after this share of the steps.
-_REACH, _GROWN = 0.1, 0.5
 # Steps after which writing has its full price; at once, it would shut the gates. A logit of the write gate
 # from which on it costs something, of β = 0.02.
 _PRICED_FROM, _PRICED_LOGIT = 40, 4.0
@@ -106,6 +107,7 @@ class AssociationTraining:
         self.device = association.trained.device
         self.optimizer = torch.optim.AdamW(_parameter_groups(association, settings), betas=(0.9, 0.95))
         self.progress = _Progress()
+        self._memories: AssociationState | None = None
         self.stop_requested = False
 
     def run(self, on_log: Callable[[dict[str, Any]], None] = lambda _: None) -> GraftResult:
@@ -147,16 +149,13 @@ class AssociationTraining:
     def _step(self) -> tuple[float, float, int]:
         """One step; the loss, the mean change of the text's loss in nats, and tokens learned from."""
         settings, step = self.settings, self.progress.step
-        reach = min(_REACH + (1 - _REACH) * step / max(_GROWN * settings.steps, 1), 1.0)
-        example = self.rows.draw(step, self.progress.used, reach)
+        if self._memories is None or self.rows.first_of(step):
+            self._memories = self._read_before(step)
+        example = self.rows.draw(step, self.progress.used)
         self.progress.used += example.episodes
         generator = np.random.default_rng([settings.seed, 3, step])
-        state = None
-        if example.before is not None:
-            before = example.before.to(self.device)
-            with torch.no_grad():
-                found = self.association.read(before.states, before.hidden, before.ids, self.head.weight)
-                state = found.state
+        before = example.before.to(self.device)
+        state = map_state(lambda x: x[before], self._memories)
         main = example.main.to(self.device)
         found = self.association.read(main.states, main.hidden, main.ids, self.head.weight, state)
         loss, text = self._loss(main, found, generator)
@@ -174,6 +173,17 @@ class AssociationTraining:
             )
         self.optimizer.step()
         return float(loss.detach()), text, main.ids.numel()
+
+    @torch.no_grad()
+    def _read_before(self, step: int) -> AssociationState:
+        """An empty memory, and those that have read the texts before this step's facts, as rows."""
+        states = [self.association.initial_state(1)]
+        for text in self.rows.before(step):
+            text = text.to(self.device)
+            found = self.association.read(text.states, text.hidden, text.ids, self.head.weight)
+            states.append(found.state)
+        leaves, structure = flatten_alike(states)
+        return pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], structure)
 
     def _price(self, main: Stretch, found: AssociationRead) -> Tensor:
         """What writing costs: it has to be rare, or a long text drives out what was learned before it."""
@@ -247,6 +257,8 @@ class AssociationTraining:
         self.progress = _Progress(**json.loads(about[_PROGRESS]))
         about, self._best = read_tensors(found[-1] / _BEST)
         self._best_found = HeldOut(**json.loads(about["held_out"]))
+        _, memories = read_tensors(found[-1] / _MEMORIES)
+        self._memories = AssociationState(**{name: value.to(self.device) for name, value in memories.items()})
 
     def _fixed(self) -> dict[str, Any]:
         """What a checkpoint depends on."""
@@ -262,6 +274,9 @@ class AssociationTraining:
             about = {_PROGRESS: json.dumps(dataclasses.asdict(self.progress))}
             save_file(self._weights(), folder / _WEIGHTS, about)
             save_file(self._best, folder / _BEST, {"held_out": json.dumps(asdict(self._best_found))})
+            if self._memories is not None:
+                parts = {part.name: getattr(self._memories, part.name) for part in fields(self._memories)}
+                save_file(parts, folder / _MEMORIES)
             save_optimizer(folder, self.optimizer, self.association)
         delete_old(self.folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from titans.hf.graft.feature_cache import FeatureCache, Features
 
-# Shares of the steps that read documents alone, and of the others that begin behind other text.
-_TEXT_ONLY, _BEHIND_TEXT = 0.15, 0.5
-_MOST_EPISODES = 3
+# Share of the steps that read documents alone, and of the rows whose memory is empty at first.
+_TEXT_ONLY, _EMPTY = 0.1, 0.3
+# Episodes of a row, and most tokens of text between their statements and questions.
+_EPISODES, _BETWEEN = 2, 256
+# So many texts are read before facts are stated, each at least of so many tokens; for so many steps.
+_BEFORE, _LEAST_BEFORE, _STEPS_BEFORE = 4, 256, 25
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,10 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Example:
-    """before: what the memory reads first, without learning to; None for nothing. main: what is learned from.
+    """before: (rows,) int64, which of the texts of `TrainingRows.before` each row's memory has read, 0 for
+    none, 1 for the first. main: what is learned from. episodes: how many were used."""
 
-    episodes: how many were used.
-    """
-
-    before: Stretch | None
+    before: Tensor
     main: Stretch
     episodes: int
 
@@ -76,8 +78,8 @@ class TrainingRows:
     """Examples from the groups "facts" (parts "statements" and "questions") and "text" of a cache.
 
     Args:
-        tokens: about how many an example has. distance: most tokens between statements and questions, of at
-            most half of the longest text.
+        tokens: about how many an example has. distance: most tokens of text that a memory has read before, of
+            at most three quarters of the longest text.
 
     Every example depends on the seed, its step and the episodes used so far alone. Every episode is used once
     before any is used again.
@@ -100,49 +102,53 @@ class TrainingRows:
             raise ValueError(
                 f"{cache.folder}: no text has two blocks of {self.block} tokens; give longer ones"
             )
-        self.distance = min(distance, longest // 2)
+        self.distance = min(distance, longest * 3 // 4)
 
-    def draw(self, step: int, used: int, reach: float) -> Example:
-        """The example of a step.
+    def first_of(self, step: int) -> bool:
+        """Whether memories read the texts of `before` anew at this step."""
+        return step % _STEPS_BEFORE == 0
 
-        Args:
-            used: episodes of earlier steps. reach: the share of `distance` that is allowed by now.
-        """
+    def before(self, step: int) -> list[Stretch]:
+        """Texts that memories read, without learning to, before the facts of this step are stated."""
+        return [Stretch.of([[self._text(*place)]]) for place in self._places(step)]
+
+    def _places(self, step: int) -> list[tuple[Path, int, int]]:
+        """File, first token and number of tokens of each of the texts of `before`."""
+        generator = np.random.default_rng([self.seed, 4, step // _STEPS_BEFORE])
+        least = min(_LEAST_BEFORE, self.distance)
+        found = []
+        for _ in range(_BEFORE):
+            count = int(np.exp(generator.uniform(np.log(least), np.log(self.distance))))
+            long = [entry for entry in self.documents if entry[1] >= count * 4 // 3]
+            path, length = long[int(generator.integers(len(long)))]
+            # Some text is left behind it.
+            found.append((path, int(generator.integers(0, length - count * 4 // 3 + 1)), count))
+        return found
+
+    def draw(self, step: int, used: int) -> Example:
+        """The example of a step; `used` episodes were those of earlier steps."""
         generator = np.random.default_rng([self.seed, 1, step])
-        most = max(int(reach * self.distance) // self.block, 1)
-        blocks = max(self.tokens // self.block, 2)
-        behind = int(generator.integers(1, most + 1)) if generator.random() < _BEHIND_TEXT else 0
-        if generator.random() < _TEXT_ONLY:
-            length = min(blocks, max(most, 2))
-            return self._example(
-                [self._text(generator, behind, length) for _ in range(blocks // length)], [[]], [[]], 0
-            )
-        count = int(generator.integers(1, _MOST_EPISODES + 1))
-        between = int(generator.integers(0, most + 1))
-        rows = max(blocks // (2 * count + between), 1)
-        texts = [self._text(generator, behind, between) for _ in range(rows)]
-        stated, asked = [], []
-        for row in range(rows):
+        texts_alone = generator.random() < _TEXT_ONLY
+        between = int(np.exp(generator.uniform(0, np.log(_BETWEEN + 1)))) - 1
+        if texts_alone:
+            between = 2 * self.block
+        count = 0 if texts_alone else _EPISODES
+        rows = max(round(self.tokens / (2 * count * self.block + between)), 1)
+        places = self._places(step)
+        before = generator.integers(1, len(places) + 1, size=rows)
+        before[generator.random(rows) < _EMPTY] = 0
+        main = []
+        for row, place in enumerate(before.tolist()):
             found = [self._episode(used + row * count + i) for i in range(count)]
-            stated.append([parts["statements"] for parts in found])
-            asked.append([found[i]["questions"] for i in generator.permutation(count)])
-        return self._example(texts, stated, asked, rows * count)
-
-    def _example(
-        self,
-        texts: list[tuple[Features | None, Features | None]],
-        stated: list[list[Features]],
-        asked: list[list[Features]],
-        episodes: int,
-    ) -> Example:
-        if len(stated) < len(texts):
-            stated, asked = stated * len(texts), asked * len(texts)
-        before = [[first] for first, _ in texts if first is not None]
-        main = [
-            [*of_row, *([text] if text is not None else []), *questions]
-            for of_row, (_, text), questions in zip(stated, texts, asked, strict=True)
-        ]
-        return Example(Stretch.of(before) if before else None, Stretch.of(main), episodes)
+            text = self._behind(generator, places[place - 1] if place else None, between) if between else None
+            main.append(
+                [
+                    *(parts["statements"] for parts in found),
+                    *([] if text is None else [text]),
+                    *(found[i]["questions"] for i in generator.permutation(count)),
+                ]
+            )
+        return Example(torch.from_numpy(before), Stretch.of(main), rows * count)
 
     def _episode(self, number: int) -> dict[str, Features]:
         epoch, place = divmod(number, len(self.episodes))
@@ -150,27 +156,18 @@ class TrainingRows:
         path, row = self.episodes[int(order[place])]
         return self.cache.load(path, slice(row, row + 1))
 
-    def _text(
-        self, generator: np.random.Generator, before: int, after: int
-    ) -> tuple[Features | None, Features | None]:
-        """Consecutive blocks of a document: the first `before` and the next `after`; None for 0."""
-        wanted = (before + after) * self.block
-        long = [entry for entry in self.documents if entry[1] >= wanted]
-        path, length = long[int(generator.integers(len(long)))]
-        start = int(generator.integers(0, length - wanted + 1))
-        middle = start + before * self.block
-        found = self.cache.load(path, tokens=slice(start, start + wanted))["text"] if wanted else None
-        return _part(found, 0, middle - start), _part(found, middle - start, wanted)
+    def _behind(
+        self, generator: np.random.Generator, place: tuple[Path, int, int] | None, count: int
+    ) -> Features:
+        """Text that comes behind a text of `before` in its document, or of any document."""
+        known = dict(self.documents)
+        path, least = None, 0
+        if place is not None and known[place[0]] - place[1] - place[2] >= count:
+            path, least = place[0], place[1] + place[2]
+        if path is None:
+            long = [path for path, length in self.documents if length >= count]
+            path = long[int(generator.integers(len(long)))]
+        return self._text(path, int(generator.integers(least, known[path] - count + 1)), count)
 
-
-def _part(found: Features | None, begin: int, end: int) -> Features | None:
-    if found is None or begin == end:
-        return None
-    where = (slice(None), slice(begin, end))
-    return Features(
-        tuple(state[where] for state in found.states),
-        found.hidden[where],
-        found.ids[where],
-        found.flags[where],
-        found.normaliser[where],
-    )
+    def _text(self, path: Path, start: int, count: int) -> Features:
+        return self.cache.load(path, tokens=slice(start, start + count))["text"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from titans.data import Document
 from titans.hf.graft.base import WindowedBase
-from titans.hf.graft.feature_cache import FeatureProgress
+from titans.hf.graft.feature_cache import FeatureCache, FeatureProgress
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.hf.graft.window import Window
 from titans.train.graft.features import FeaturePlan, FeatureSettings
@@ -18,8 +18,8 @@ from titans.train.graft.settings import GraftTraining
 
 def fit_graft(
     grafted: GraftedForCausalLM,
-    documents: Sequence[Document],
-    held_out: Sequence[Document],
+    documents: Sequence[Document] | None,
+    held_out: Sequence[Document] | None,
     output: Path,
     *,
     tokenizer: Any = None,
@@ -37,7 +37,8 @@ def fit_graft(
 
     Args:
         grafted: with an association; changed in place.
-        documents, held_out: for training, and for deciding what is best; they must share nothing.
+        documents, held_out: for training, and for deciding what is best; they must share nothing. Both None
+            for `features` that are complete.
         output: folder for the graft, its checkpoints and metrics.jsonl.
         tokenizer: by default the graft's own.
         features: folder for what the base computes; by default `output`/features.
@@ -50,17 +51,21 @@ def fit_graft(
         FloatingPointError: if a loss is not finite.
     """
     tokenizer = grafted.tokenizer if tokenizer is None else tokenizer
-    if grafted.association is None:
+    if (association := grafted.association) is None:
         raise ValueError("this graft has no association: make it with titans.graft(…, association=True)")
     if tokenizer is None:
         raise ValueError("tokenizer: the graft has none; give the base's own")
     training = training or GraftTraining()
     training.check()
-    association = grafted.association
     base = WindowedBase(grafted.base, Window(grafted.config.window, grafted.config.sinks))
-    plan = FeaturePlan(base, tokenizer, documents, held_out, association.layers, cached, training.seed)
-    on_plan(plan)
-    cache = plan.write(features or output / "features", on_features)
+    folder = features or output / "features"
+    if documents is None or held_out is None:
+        cache = FeatureCache(folder)
+        cache.check_base(base)
+    else:
+        plan = FeaturePlan(base, tokenizer, documents, held_out, association.layers, cached, training.seed)
+        on_plan(plan)
+        cache = plan.write(folder, on_features)
     result = AssociationTraining(association, base.head, cache, output, training).run(on_log)
     if result.finished:
         if grafted.tokenizer is None:

@@ -13,12 +13,12 @@ SETTINGS_FILE = "graft-training.json"
 class GraftTraining:
     """How a graft's memory is trained on cached features."""
 
-    steps: int = 1500
+    steps: int = 400
     """Optimizer steps."""
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 5120
     """About so many tokens are learned from in a step."""
-    distance: int = 4096
-    """Most tokens of text between facts and questions; at first a tenth, growing over half of the steps."""
+    distance: int = 6144
+    """Most tokens of other text that a memory has read before facts are stated."""
     projection_rate: float = 2.5e-3
     """Peak learning rate of the keys' projection."""
     gate_rate: float = 3e-3
@@ -27,15 +27,15 @@ class GraftTraining:
     """Peak learning rate of the weights of words in a key, and of their salience."""
     sharpness_rate: float = 5e-2
     """Peak learning rate of the sharpness of what is recalled."""
-    answer_weight: float = 10.0
+    answer_weight: float = 5.0
     """How much a token of an answer counts in the loss; other tokens count 1."""
     write_price: float = 0.1
     """Price of writing what is no stated value, of softplus(logit of the write gate + 4), in nats a token."""
-    evaluate_every: int = 100
+    evaluate_every: int = 25
     """Steps from one evaluation on held-out facts and text to the next."""
     patience: int = 8
     """Training ends after so many evaluations without a better one."""
-    save_every: int = 50
+    save_every: int = 25
     """Steps from one checkpoint to the next."""
     minutes: float | None = None
     """Stop after so many minutes, at a checkpoint; the same command continues."""
