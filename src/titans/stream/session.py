@@ -47,7 +47,7 @@ class FeedResult:
     tokens: how many were taken in. seconds: how long it took. start: index in the session of the first token
     the model read meanwhile: it is one less than that, because the last token waits for the next call.
     mean_surprise: mean over the tokens read, layers and heads of ‖M(k) − v‖² before each write, of a graft
-    with an adaptation the loss in nats; None without a memory or when nothing was read. surprises: (tokens
+    with an adaptation its loss in nats; None without a memory or when nothing was read. surprises: (tokens
     read, layers) float32, mean over heads, where asked for.
     """
 
