@@ -17,7 +17,7 @@ Counts = dict[tuple[str, str, int, str], list[int]]
 
 
 def page(cells: Cells) -> str:
-    """All tables; "–" stands for what is not measured."""
+    """All tables."""
     parts = [
         "smollm2-135m (SmolLM2-135M-Instruct, dequantised from 4 bits) in float32 reads each text "
         f"once, from its first token on. All systems but full attention see a window of {WINDOW} "
@@ -29,7 +29,7 @@ def page(cells: Cells) -> str:
         "the best passages of 60 words before the question; the model reads nothing else. "
         "**adaptation**: the untrained graft, `titans.graft(model)`. Others: trained grafts. Seconds "
         "are processor seconds of one thread on a busy machine; bytes are those held besides the "
-        "window's keys and values (24 MB)."
+        "window's keys and values (24 MB). “–”: not measured yet, or beyond what a system reads."
     ]
     if summary := _summary(cells):
         parts += ["## Where the graft loses", summary]
@@ -41,8 +41,7 @@ def page(cells: Cells) -> str:
         parts += ["## Facts from a haystack", _recall(counted)]
     if table := _play(cells):
         parts += ["## Questions about King Lear", table]
-    if table := _tuning(cells):
-        parts += ["## Settings", table]
+    parts += ["## Settings", _tuning(cells)]
     return "\n\n".join(parts)
 
 
@@ -175,6 +174,11 @@ def _tuning(cells: Cells) -> str:
             f"Mean nats of the first {cell['tokens']:,} tokens of {cell['document']} with a continuous cache."
         )
         parts.append(f"{about}\n\n{markdown(head, ([name, *values] for name, values in rows.items()))}")
+    else:
+        parts.append(
+            "Weight and sharpness of the caches come from trials on Moby Dick (docs/notebook/"
+            "2026-11-30-graft-comparison.md); the cell that chooses them is not measured yet."
+        )
     lines = []
     for name, cell in cells.items():
         if name.startswith("tuning, ") and name != "tuning, cache":
@@ -185,6 +189,8 @@ def _tuning(cells: Cells) -> str:
     if lines:
         about = f"The same of its first {lines[0][0]['tokens']:,} tokens with dynamic evaluation."
         parts.append(f"{about}\n\n{markdown(['weights', 'rate', 'nats'], (row for _, row in lines))}")
+    else:
+        parts.append("The cells that choose the rates of dynamic evaluation are not measured yet.")
     return "\n\n".join(parts)
 
 
