@@ -11,6 +11,10 @@ import torch
 import titans
 from titans import zoo
 from titans.cli import main
+from titans.data.builtin import cache_folder
+from titans.hf.graft import GraftConfig
+from titans.zoo import smollm
+from titans.zoo.by_name import PRETRAINED
 
 from .models import small_causal_lm
 
@@ -31,6 +35,25 @@ def test_a_model_loads_by_its_name_reads_and_is_described(name, tmp_path, monkey
     assert sum(file.stat().st_size for file in files) <= 12e6
     card = (FOLDER / name / "README.md").read_text()
     assert all(part in card for part in ("recall", "seed", "Shakespeare", "bits per byte", "minutes"))
+
+
+@pytest.mark.parametrize("name", zoo.graft_names())
+def test_a_graft_of_the_library_recalls_and_is_described(name):
+    folder = FOLDER / "grafts" / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 15e6
+    card = (folder / "README.md").read_text()
+    assert all(part in card for part in ("recall", "seed", "minutes", "Limits", "not in training"))
+    assert GraftConfig.from_pretrained(folder).origin["name"] == PRETRAINED
+    if not (cache_folder() / f"{PRETRAINED}-{smollm._SHA256[:8]}").is_dir():
+        pytest.skip(f"{PRETRAINED} has not been fetched")
+    model, tokenizer = titans.load(name)
+    for reader, recalls in ((model, True), (titans.graft(model.base), False)):
+        session = titans.Session(reader, tokenizer)
+        session.feed("The password to the north gate is hawthorn.\n\n")
+        session.feed("Howl, howl, howl, howl! O, you are men of stones! " * 50)
+        session.feed("\n\nThe password to the north gate is")
+        answer = session.generate(max_new_tokens=4, do_sample=False)
+        assert answer.strip().startswith("hawthorn") == recalls
 
 
 def test_a_folder_is_loaded_and_an_unknown_name_is_refused(tmp_path):

@@ -30,7 +30,8 @@ def pretrained() -> Any:
 def test_the_demo_writes_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: pretrained())
+    base, tokenizer = pretrained()
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: (titans.graft(base), tokenizer))
     monkeypatch.setattr(demo, "load_corpus", lambda name: [Document("king-lear", BOOK)])
     monkeypatch.setattr(demo, "_SECONDS_BETWEEN_LINES", 0.0)
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0

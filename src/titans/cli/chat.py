@@ -46,7 +46,7 @@ class Chat(Sampling, ModelOptions):
 
     checkpoint: tyro.conf.Positional[Path]
     """Folder of a Titans model, a graft or any causal model of transformers, or a name of the library:
-    titans-lmm-tiny, titans-mag-tiny, titans-mac-tiny, smollm2-135m."""
+    titans-smollm2-135m, smollm2-135m, titans-lmm-tiny, titans-mag-tiny, titans-mac-tiny."""
     memory: Path | None = None
     """Start from this memory, written by `titans memorize` or /save."""
     max_new_tokens: int = 400

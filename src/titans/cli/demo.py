@@ -11,13 +11,15 @@ from titans.cli.models import set_precision
 from titans.cli.outputs import check_output, is_page, is_picture
 from titans.cli.terminal import report
 
-# A base that comes in a package, and what it is called.
-_BASE, _NAME = "smollm2-135m", "SmolLM2-135M"
+# A graft whose base comes in a package, and what that is called.
+_MODEL, _NAME = "titans-smollm2-135m", "SmolLM2-135M"
 
 
 @dataclass(frozen=True)
 class Demo:
     """Have a pretrained model read a play that it cannot hold in its window, with a memory and without.
+
+    Facts are stated before the play and asked for after it.
 
     Example: titans demo --minutes 4 --output demo
 
@@ -53,11 +55,10 @@ class Demo:
             show_small(self.steps, self.output)
             return 0
         from titans.experiments.demo import show
-        from titans.hf.graft import graft
 
         model, tokenizer = opened
         set_precision(model, "auto")
-        show(graft(model, tokenizer), tokenizer, _NAME, self.minutes, self.output)
+        show(model, tokenizer, _NAME, self.minutes, self.output)
         return 0
 
 
@@ -66,7 +67,7 @@ def _pretrained() -> tuple[Any, Any] | None:
     from titans.zoo.checkpoint import load_checkpoint
 
     try:
-        return load_checkpoint(Path(_BASE))
+        return load_checkpoint(Path(_MODEL))
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         report(f"{_NAME} cannot be had ({reason}): small models in its place, as with --small")
