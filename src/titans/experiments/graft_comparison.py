@@ -24,6 +24,7 @@ from titans.experiments.graft_comparison_texts import (
     FACTS,
     HAYSTACKS,
     NEEDLES,
+    PLAY_QUESTIONS,
     PLAY_TOKENS,
     SAMPLES,
     WORDINGS,
@@ -109,7 +110,7 @@ def cost(measured: Measured) -> float:
     if measured.what == "prediction":
         return tokens / 1000 * reading
     if measured.what == "play questions":
-        return PLAY_TOKENS / 1000 * reading + len(play_questions()) * asking
+        return PLAY_TOKENS / 1000 * reading + len(PLAY_QUESTIONS) * asking
     questions = {"one": 3, "two": 4, "four": 8, **dict.fromkeys(WORDINGS, FACTS)}.get(measured.what, 1)
     return SAMPLES[measured.tokens] * (tokens / 1000 * reading + questions * asking)
 
@@ -211,11 +212,12 @@ def play(system: System, text: str, tokens: int) -> Numbers:
     began = time.process_time()
     memory = system.remember(system.encode(text)[:tokens])
     middle = time.process_time()
+    questions = play_questions(system.tokenizer)
     given = [
         first_line(system.answer(memory, q.prompt, q.query, 12, lambda text: "\n" in text.lstrip()))
-        for q in play_questions()
+        for q in questions
     ]
-    right = [contains(text, q.answer) for text, q in zip(given, play_questions(), strict=True)]
+    right = [contains(text, q.answer) for text, q in zip(given, questions, strict=True)]
     return {
         "given": [text[:48] for text in given],
         "right": [int(x) for x in right],

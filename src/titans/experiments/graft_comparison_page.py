@@ -155,8 +155,8 @@ def _play(cells: Cells) -> str:
             given.append(f"**{text}**" if right else text)
         rows.append([question, answer.split("/")[0], *given])
     about = (
-        f"After the first {PLAY_TOKENS:,} tokens; the first line generated after “Question: … "
-        "Answer:”. Right, in bold: it contains the answer as whole words."
+        f"After the first {PLAY_TOKENS:,} tokens; the first line generated after the question as a turn of "
+        "the model's own template. Right, in bold: it contains the answer as whole words."
     )
     return f"{about}\n\n{markdown(['question', 'answer', *names], rows)}"
 

@@ -74,7 +74,7 @@ class System:
             logits = self.reader.read(ids[None], memory).logits
             assert logits is not None
             found.append(int(logits[0, -1].argmax()))
-            text = self.tokenizer.decode(found)
+            text = self.tokenizer.decode(found, skip_special_tokens=True)
             if until(text):
                 break
             ids = torch.tensor(found[-1:])

@@ -137,8 +137,16 @@ PLAY_QUESTIONS = (
 PLAY_TOKENS = 16384
 
 
-def play_questions() -> tuple[Question, ...]:
-    return tuple(Question("play", f"\n\nQuestion: {q}\nAnswer:", q, a) for q, a in PLAY_QUESTIONS)
+def play_questions(tokenizer: Any) -> tuple[Question, ...]:
+    """The questions, each as a turn of a conversation where the tokenizer has a template for one."""
+
+    def prompt(question: str) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            return f"\n\nQuestion: {question}\nAnswer:"
+        turn = [{"role": "user", "content": f"{question} Answer with a word or two."}]
+        return f"\n\n{tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)}"
+
+    return tuple(Question("play", prompt(q), q, a) for q, a in PLAY_QUESTIONS)
 
 
 def first_line(text: str) -> str:
