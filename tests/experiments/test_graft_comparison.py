@@ -30,7 +30,7 @@ TEXT = "".join(f"{w[:2]} {w[2:4]} {w[4:6]} {w[6:]}.\n" for w in (row.tobytes().d
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random byte model as the base, and a text as every document."""
+    """A random byte model as the base, a text as every document, and no graft of the library."""
     sizes = dict(vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, eos_token_id=None, bos_token_id=None)
 
@@ -40,6 +40,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         return AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer()
 
     monkeypatch.setattr(systems, "base", base)
+    monkeypatch.setattr(systems, "graft_names", list)
     monkeypatch.setattr(comparison, "documents", lambda folder: {"King Lear": lambda: TEXT})
     monkeypatch.setattr(comparison, "tempest", lambda: TEXT)
     monkeypatch.setattr(comparison, "QUICK", 200)
