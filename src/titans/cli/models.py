@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from titans.cli.terminal import report
-from titans.zoo.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +35,8 @@ class ModelOptions:
         Raises:
             ValueError: for a checkpoint that cannot be opened, or a model that cannot be grafted.
         """
+        from titans.zoo.checkpoint import load_checkpoint
+
         model, tokenizer = load_checkpoint(checkpoint)
         set_precision(model, self.dtype)
         if self.graft:
