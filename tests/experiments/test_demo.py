@@ -74,7 +74,7 @@ def test_questions_are_asked_with_and_without_what_was_learned() -> None:
     reader, text = GraftReading(model), torch.tensor([*BOOK[:200]])
     reader.read(text)
     kept = reader.cache.clone()
-    found = demo.ask(model, tokenizer, reader.cache, demo.FACTS[0])
+    (found,) = demo.ask(model, tokenizer, reader.cache, demo.FACTS[:1])
     assert torch.equal(reader.cache.state.adaptation.weight, kept.state.adaptation.weight)
     for adaptation, answer in ((True, found.with_memory), (False, found.without)):
         session = titans.Session(titans.graft(base, window=32, adaptation=adaptation), tokenizer)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,26 +127,35 @@ def read_book(
             break
     taken = time.perf_counter() - began
     state_bytes, per_token = state_sizes(model)
-    answers = tuple(ask(model, tokenizer, reader.cache, fact) for fact in FACTS)
-    return BookDemo(joined(parts), answers, len(ids), taken, state_bytes, done * per_token)
+    return BookDemo(
+        joined(parts),
+        ask(model, tokenizer, reader.cache, FACTS),
+        len(ids),
+        taken,
+        state_bytes,
+        done * per_token,
+    )
 
 
 def ask(
-    model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: GraftCache, fact: Fact
-) -> Answer:
-    """Ask for a fact after what a cache has read, which is not changed, with the memory and without."""
-    question = encode_document(tokenizer, f"\n\n{fact.question}".encode(), "the question")
-    ids = torch.tensor([question.tolist()])
+    model: GraftedForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: GraftCache, facts: Sequence[Fact]
+) -> tuple[Answer, ...]:
+    """Ask for facts after what a cache has read, which is not changed, with the memory and without."""
     config = model.config
     plain = graft(model.base, window=config.window, sinks=config.sinks, adaptation=False)
     window = plain.empty_cache()
     assert cache.state is not None
     window.store((GraftState(cache.state.window, None, None),), cache.num_columns)
-    with_memory, without = (
-        _continued(graft_, ids, state, tokenizer)
-        for graft_, state in ((model, cache.clone()), (plain, window))
-    )
-    return Answer(fact, with_memory, without)
+    answers = []
+    for fact in facts:
+        question = encode_document(tokenizer, f"\n\n{fact.question}".encode(), "the question")
+        ids = torch.tensor([question.tolist()])
+        with_memory, without = (
+            _continued(reader, ids, state.clone(), tokenizer)
+            for reader, state in ((model, cache), (plain, window))
+        )
+        answers.append(Answer(fact, with_memory, without))
+    return tuple(answers)
 
 
 def _continued(
