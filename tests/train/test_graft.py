@@ -136,7 +136,7 @@ def test_examples_state_first_then_ask_and_only_real_predictions_count(cached):
     assert len({*order[:48]}) == 48 and {*order[:48]} == {*order[48:]} and order[:48] != order[48:]
 
 
-def test_texts_before_are_long_and_those_between_come_behind_them(cached):
+def test_texts_before_are_long_and_those_between_come_after_them(cached):
     rows = TrainingRows(cached[1], 1600, 400, seed=1)
     found = rows.before(7)
     assert [len(text.ids) for text in found] == [1] * 4
@@ -147,8 +147,8 @@ def test_texts_before_are_long_and_those_between_come_behind_them(cached):
     place = rows._places(7)[0]
     whole = cached[1].load(place[0])["text"].ids[0]
     for seed in range(20):
-        behind = rows._behind(rng(seed), place, 40).ids[0]
-        starts = [i for i in range(len(whole) - 39) if torch.equal(whole[i : i + 40], behind)]
+        after = rows._after(rng(seed), place, 40).ids[0]
+        starts = [i for i in range(len(whole) - 39) if torch.equal(whole[i : i + 40], after)]
         assert starts and max(starts) >= place[1] + place[2]
 
 

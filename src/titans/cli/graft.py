@@ -17,6 +17,7 @@ from titans.cli.outputs import check_run_folder
 from titans.cli.terminal import report
 from titans.cli.train import FIELDS
 from titans.train.graft.settings import SETTINGS_FILE, FeatureSettings, GraftTraining
+from titans.train.progress import clock
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -129,7 +130,7 @@ class Graft(ModelOptions):
         seconds = plan.seconds()
         report(
             f"features: {plan.tokens:,} tokens, {plan.bytes / 1e9:.2f} GB in "
-            f"{self.features or self.output / 'features'}; about {_clock(seconds)} on this machine"
+            f"{self.features or self.output / 'features'}; about {clock(seconds)} on this machine"
         )
 
 
@@ -151,7 +152,7 @@ class _Progress:
         if progress.done == progress.units or self._is_time():
             report(
                 f"features {progress.tokens / progress.total:.0%} · {progress.rate:,.0f} tokens/s · "
-                f"{_clock(progress.seconds_left)} left"
+                f"{clock(progress.seconds_left)} left"
             )
 
     def training(self, line: dict[str, Any]) -> None:
@@ -171,7 +172,7 @@ class _Progress:
             f"{line['tokens_per_second']:,.0f} tokens/s",
         ]
         if (done := step - self._first[0]) > 0:
-            parts.append(f"{_clock((now - self._first[1]) / done * (steps - step))} left")
+            parts.append(f"{clock((now - self._first[1]) / done * (steps - step))} left")
         report(" · ".join(parts))
 
 
@@ -182,9 +183,3 @@ def _held_out(found: dict[str, Any]) -> str:
     worst = max(found["text"].values(), default=0.0)
     mean = sum(found["text"].values()) / max(len(found["text"]), 1)
     return f"recalled {recall or 'nothing yet'} · held-out text {mean:+.2%}, worst {worst:+.2%}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

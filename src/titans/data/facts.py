@@ -219,7 +219,7 @@ class _Draws:
         if self.chat is not None and self._chance(0.25):
             opening = self._pick([opening for opening in parts.openings if opening])
             asked = _sentence(opening.format(subject=subject).strip())
-            # A value at the very beginning of a turn often has other tokens than behind a space.
+            # A value at the very beginning of a turn often has other tokens than after a space.
             cue = "" if self._chance(0.2) else _sentence(clause)
             question = self.chat.before + asked + self.chat.between + cue + "{value}."
             return _Wording(statement, question, self.chat.after)

@@ -65,13 +65,14 @@ class ProgressLine:
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
         if self._first is not None:
             steps, seconds = line["step"] - self._first[0], line["elapsed"] - self._first[1]
-            parts.append(f"{_clock((self.steps - line['step']) * seconds / steps)} left")
+            parts.append(f"{clock((self.steps - line['step']) * seconds / steps)} left")
         else:
             self._first = line["step"], line["elapsed"]
         return " · ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as m:ss, or h:mm:ss from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from titans.train.checkpoint import (
     writing,
 )
 from titans.train.examples import make_examples
+from titans.train.interrupt import stops_on_interrupt
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
 from titans.train.optimizer import make_optimizer, make_schedule
 from titans.train.settings import SETTINGS_FILE, TrainSettings
@@ -212,7 +210,7 @@ class TrainingRun:
             write_json(settings.output / SETTINGS_FILE, settings.to_json())
         with _quiet_library(), _products_in(settings.dtype):
             trainer = self._trainer(on_log)
-            with _stops_on_interrupt(trainer):
+            with stops_on_interrupt(trainer):
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             step = trainer.state.global_step
             if step < settings.steps:
@@ -309,25 +307,6 @@ class TrainingRun:
 def train(settings: TrainSettings, on_log: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
     """Train a model according to the settings; errors are those of `TrainingRun` and `TrainingRun.run`."""
     return TrainingRun(settings).run(on_log)
-
-
-@contextmanager
-def _stops_on_interrupt(trainer: TitansTrainer) -> Iterator[None]:
-    """The first SIGINT lets the step end and a checkpoint be written; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if trainer.stop_requested:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

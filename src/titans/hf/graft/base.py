@@ -131,7 +131,7 @@ class WindowedBase:
     def _read(
         self, x: Tensor, state: WindowState, lengths: Tensor | None, layers: Sequence[int]
     ) -> tuple[Tensor, WindowState]:
-        """`read`, and behind each hidden state those after `layers`."""
+        """`read`, and after the hidden states those of `layers`."""
         rows, time = x.shape[:2]
         if not rows:
             return self.initial_hidden(x, layers)[:, None].expand(0, time, -1), state

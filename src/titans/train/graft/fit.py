@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -41,6 +37,7 @@ from titans.train.graft.held_out import HeldOut, changes_at, measure
 from titans.train.graft.rows import Stretch, TrainingRows
 from titans.train.graft.settings import SETTINGS_FILE, GraftTraining
 from titans.train.graft.vocabulary import SampledWords
+from titans.train.interrupt import stops_on_interrupt
 from titans.train.optimizer import rate_factor
 
 _WEIGHTS, _BEST, _MEMORIES = "association.safetensors", "best.safetensors", "memories.safetensors"
@@ -119,7 +116,7 @@ class AssociationTraining:
             OSError: if the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(self.folder), _stopping(self):
+        with alone_in(self.folder), stops_on_interrupt(self):
             self._begin()
             return self._run(on_log)
 
@@ -318,22 +315,3 @@ def _parameter_groups(association: Association, settings: GraftTraining) -> list
         for name, parameter in association.named_parameters()
         if parameter.requires_grad
     ]  # fmt: skip
-
-
-@contextmanager
-def _stopping(training: AssociationTraining) -> Iterator[None]:
-    """The first SIGINT lets the step end and a checkpoint be written; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if training.stop_requested:
-            raise KeyboardInterrupt
-        training.stop_requested = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

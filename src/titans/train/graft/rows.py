@@ -121,7 +121,7 @@ class TrainingRows:
             count = int(np.exp(generator.uniform(np.log(least), np.log(self.distance))))
             long = [entry for entry in self.documents if entry[1] >= count * 4 // 3]
             path, length = long[int(generator.integers(len(long)))]
-            # Some text is left behind it.
+            # Some text is left after it.
             found.append((path, int(generator.integers(0, length - count * 4 // 3 + 1)), count))
         return found
 
@@ -140,7 +140,7 @@ class TrainingRows:
         main = []
         for row, place in enumerate(before.tolist()):
             found = [self._episode(used + row * count + i) for i in range(count)]
-            text = self._behind(generator, places[place - 1] if place else None, between) if between else None
+            text = self._after(generator, places[place - 1] if place else None, between) if between else None
             main.append(
                 [
                     *(parts["statements"] for parts in found),
@@ -156,10 +156,10 @@ class TrainingRows:
         path, row = self.episodes[int(order[place])]
         return self.cache.load(path, slice(row, row + 1))
 
-    def _behind(
+    def _after(
         self, generator: np.random.Generator, place: tuple[Path, int, int] | None, count: int
     ) -> Features:
-        """Text that comes behind a text of `before` in its document, or of any document."""
+        """Text that comes after a text of `before` in its document, or of any document."""
         known = dict(self.documents)
         path, least = None, 0
         if place is not None and known[place[0]] - place[1] - place[2] >= count:
