@@ -88,6 +88,7 @@ def test_questions_are_asked_with_and_without_what_was_learned() -> None:
 def test_the_verdict_says_which_way_it_fell() -> None:
     losses = np.full(600, 3.0, np.float32)
     worse = GraftInspection(np.arange(600), 1.1 * losses, losses)
+    assert demo.Answer(demo.FACTS[2], "41722", "4172, he said").recalled == (False, True)
     answers = tuple(demo.Answer(fact, f" {fact.answer.upper()}. And", "no") for fact in demo.FACTS[:3])
     text = demo.verdict(demo.BookDemo(worse, answers, 600, 2.0, 7_000_000, 9_000_000), "Model", 512)
     assert "on tokens 512 to 2,047 raised the loss by 10.0 %" in text and "at most 7.0 MB" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,10 +70,9 @@ class Answer:
 
     @property
     def recalled(self) -> tuple[bool, bool]:
-        """Whether either begins with the fact's answer."""
-        first, second = (text.strip().lower() for text in (self.with_memory, self.without))
-        answer = self.fact.answer.lower()
-        return first.startswith(answer), second.startswith(answer)
+        """Whether either begins with the fact's answer as a whole word or number."""
+        answer = re.compile(rf"\s*{re.escape(self.fact.answer)}\b", re.IGNORECASE)
+        return bool(answer.match(self.with_memory)), bool(answer.match(self.without))
 
 
 @dataclass(frozen=True)
