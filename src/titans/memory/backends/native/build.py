@@ -19,7 +19,8 @@ SOURCES = Path(__file__).parent
 
 def flags(processor: str = "native", capability: str | None = None) -> list[str]:
     """The compiler's flags: for this processor, or for a named one and torch's name of what it can do."""
-    torch_folder = Path(torch.__file__).parent
+    # Resolved: the flags are part of a library's name, and one torch behind several links is built for once.
+    torch_folder = Path(torch.__file__).resolve().parent
     if capability is None:
         capability = torch.backends.cpu.get_cpu_capability()
     include = torch_folder / "include"
