@@ -1,4 +1,4 @@
-// The weights after each token of a chunk as sums over the chunk (rules.py, docs/maths.md), and their backward.
+// The weights after each token of a chunk as sums over the chunk (rules/rule.py, docs/maths.md), and their backward.
 // Products of gates in double precision and as running products: a gate of exactly 0 is nothing special, and
 // nothing is ever divided by one.
 #pragma once
@@ -17,7 +17,7 @@ struct Gates {
   bool at(int t) const { return !written || written[t]; }
 };
 
-// As in rules.py. Slots beyond the width hold zeros.
+// As in rules/coefficients.py. Slots beyond the width hold zeros.
 template <class T>
 struct Coefficients {
   T *kept, *moved;                // (slots,): W_t = kept W + moved S − …
