@@ -11,7 +11,7 @@ import torch
 import titans
 from titans import zoo
 from titans.cli import main
-from titans.data.builtin import cache_folder
+from titans.data.archives import cache_folder
 from titans.hf.graft import GraftConfig
 from titans.zoo import smollm
 from titans.zoo.by_name import PRETRAINED

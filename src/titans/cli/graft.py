@@ -38,10 +38,12 @@ class Graft(ModelOptions):
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the graft, checkpoints and metrics.jsonl."""
     data: tuple[str, ...] = ()
-    """Corpora to train on: text files, folders, hf:NAME, or built-in names: excerpt, shakespeare, bible. May
-    be left out if the features of an earlier training are given."""
+    """Corpora to train on: text files, folders, hf:NAME, or built-in names such as shakespeare, bible or
+    austen/emma. Documents are taken from each in turn until there are enough tokens. May be left out if the
+    features of an earlier training are given."""
     held_out: tuple[str, ...] = ()
-    """Corpora that decide which weights are best, instead of a tenth of the documents of data."""
+    """Corpora that decide which weights are best, instead of a tenth of the documents of data. Their
+    documents are left out of data."""
     features: Path | None = None
     """Folder for what the model computes; by default features in the output folder. May be removed later."""
     window: int = 512
@@ -110,11 +112,13 @@ class Graft(ModelOptions):
             if self.features is None or not self.features.is_dir():
                 raise UsageError("data: none given; name texts, or the folder of features that are there")
             return None, None
-        from titans.data import hold_out, load_corpus
+        from titans.data import hold_out, in_turn, load_corpus
 
-        found = [document for source in self.data for document in load_corpus(source)]
+        found = in_turn([load_corpus(source) for source in self.data])
         if self.held_out:
-            return found, [document for source in self.held_out for document in load_corpus(source)]
+            held_out = [document for source in self.held_out for document in load_corpus(source)]
+            texts = {document.data for document in held_out}
+            return [document for document in found if document.data not in texts], held_out
         return hold_out(found)
 
     def _grafted(self, model: Any, tokenizer: Any) -> Any:

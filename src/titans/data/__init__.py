@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from titans.data.batches import CarryDataset, WindowDataset
-from titans.data.corpora import list_corpora, load_corpus
+from titans.data.corpora import is_corpus, list_corpora, load_corpus
 from titans.data.documents import Document
-from titans.data.split import hold_out
+from titans.data.split import hold_out, in_turn
 from titans.stream.tokenizer import (
     byte_tokenizer,
     encode_document,
@@ -21,7 +21,9 @@ __all__ = [
     "byte_tokenizer",
     "encode_document",
     "hold_out",
+    "in_turn",
     "is_byte_tokenizer",
+    "is_corpus",
     "leading_tokens",
     "list_corpora",
     "load_corpus",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,18 @@ def list_corpora() -> dict[str, str]:
     return {name: corpus.description for name, corpus in BUILTIN_CORPORA.items()}
 
 
+def is_corpus(source: str) -> bool:
+    """Whether `load_corpus` knows where to look: no document is read, and nothing fetched."""
+    known = source.partition("/")[0] in BUILTIN_CORPORA or source.startswith("hf:")
+    return known or Path(source).exists()
+
+
 def load_corpus(source: str | Path) -> list[Document]:
     """All documents of a corpus, in a fixed order, none of them empty.
 
     `source` is one of
     - the name of a built-in corpus: see `list_corpora`;
+    - such a name and a pattern (`fnmatch`) of its documents' names: `shakespeare/king-lear`, `austen/[!n]*`;
     - `hf:NAME[:config[:split[:column]]]`, a Hugging Face data set, one document per row (unless named, split
       `train` and column `text`, or the only column of strings);
     - a folder written by `datasets.save_to_disk`, likewise;
@@ -30,9 +38,10 @@ def load_corpus(source: str | Path) -> list[Document]:
 
     Raises ValueError when there is no such source or nothing in it, ConnectionError when a download fails.
     """
-    if isinstance(source, str) and source in BUILTIN_CORPORA:
+    name, _, pattern = str(source).partition("/")
+    if isinstance(source, str) and name in BUILTIN_CORPORA and not (pattern and Path(source).exists()):
         try:
-            return BUILTIN_CORPORA[source].load()
+            return _matching(BUILTIN_CORPORA[name].load(), source, pattern)
         except ConnectionError as error:
             raise ConnectionError(
                 f"{error}, or use the corpus 'excerpt' or files of your own, which need none"
@@ -61,6 +70,14 @@ def load_corpus(source: str | Path) -> list[Document]:
             f"{', '.join(SUFFIXES)} files are read"
         )
     return documents
+
+
+def _matching(documents: list[Document], source: str, pattern: str) -> list[Document]:
+    found = [document for document in documents if fnmatchcase(document.name, pattern or "*")]
+    if not found:
+        known = ", ".join(document.name for document in documents[:20])
+        raise ValueError(f"corpus={source!r}: no document has such a name; there are {known}, …")
+    return found
 
 
 def _datasets() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from titans.data.documents import Document
 
@@ -52,3 +53,11 @@ def hold_out(
 
 def _rank(name: str) -> tuple[bytes, str]:
     return hashlib.sha256(name.encode()).digest(), name
+
+
+def in_turn(corpora: Iterable[Sequence[Document]]) -> list[Document]:
+    """The documents of all corpora, one of each in turn, those of a corpus in the order of a hash of their
+    names: the first few are an even mixture."""
+    queues = [sorted(corpus, key=lambda document: _rank(document.name)) for corpus in corpora]
+    turns = zip_longest(*queues)
+    return [document for turn in turns for document in turn if document is not None]

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
-from titans.data import list_corpora, load_corpus, load_tokenizer
+from titans.data import is_corpus, load_corpus, load_tokenizer
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
 from titans.train.checkpoint import (
     alone_in,
@@ -118,7 +118,7 @@ def check(settings: TrainSettings) -> None:
                 "that every step begins with a chunk, a segment and a shard"
             )
     for corpus in filter(None, (settings.data, settings.eval_data)):
-        if not (corpus in list_corpora() or corpus.startswith("hf:") or Path(corpus).exists()):
+        if not is_corpus(corpus):
             load_corpus(corpus)  # raises, listing the known names
     found = checkpoints(settings.output)
     if settings.resume:

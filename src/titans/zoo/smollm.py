@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.data.builtin import Archive, cache_folder, fetch
+from titans.data.archives import Archive, cache_folder, fetch
 from titans.zoo.by_name import PRETRAINED
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,20 +55,25 @@ class FeaturePlan:
         settings = settings or FeatureSettings()
         settings.check()
         self.base, self.layers, self.settings = base, tuple(layers), settings
-        texts = [*_parts(tokenizer, documents, "text", settings, settings.text_tokens)]
+        found = [*_parts(tokenizer, documents, "text", settings, settings.text_tokens)]
         others = [*_parts(tokenizer, held_out, "text-held-out", settings, 4 * settings.document_tokens)]
-        if not texts or not others:
+        if not found or not others:
             raise ValueError(
-                f"{'data' if not texts else 'held-out data'} has no text of {2 * settings.block_tokens} "
+                f"{'data' if not found else 'held-out data'} has no text of {2 * settings.block_tokens} "
                 "tokens: give longer documents"
             )
-        train, test = (_episodes(tokenizer, found, documents, settings) for found in (documents, held_out))
+        # Facts stand in the documents that training reads, and are of their words.
+        documents = [*dict.fromkeys(document for document, _ in found)]
+        train, test = (
+            _episodes(tokenizer, fillers, documents, settings) for fillers in (documents, held_out)
+        )
         facts = [*_fact_units("facts", train, settings.episodes, seed)]
         seen = [*_fact_units("facts-held-out", test, settings.held_out_episodes, seed, held_out=True)]
         unseen = _fact_units(
             "facts-new-wording", test, settings.held_out_episodes, seed, held_out=True, held_out_wording=True
         )
-        self.units = _mixed([facts, texts, others, seen, [*unseen]])
+        texts = ([unit for _, unit in part] for part in (found, others))
+        self.units = _mixed([facts, *texts, seen, [*unseen]])
 
     @property
     def tokens(self) -> int:
@@ -108,16 +114,26 @@ class FeaturePlan:
 
 def _parts(
     tokenizer: Any, documents: Sequence[Document], group: str, settings: FeatureSettings, most: int
-) -> Iterator[Unit]:
-    """Parts of documents, first the beginnings of all, until there are `most` tokens."""
-    encoded = [_encoded(tokenizer, document, most) for document in documents]
-    total = 0
-    for begin in range(0, max(map(len, encoded), default=0), settings.document_tokens):
-        for document, ids in zip(documents, encoded, strict=True):
-            part = ids[None, begin : begin + settings.document_tokens]
-            if part.shape[1] >= 2 * settings.block_tokens and total < most:
-                total += part.shape[1]
-                yield Unit(group, {"text": (part, torch.zeros_like(part))}, document.name)
+) -> Iterator[tuple[Document, Unit]]:
+    """Parts of documents, first the beginnings of all, until there are about `most` tokens."""
+    encoded: dict[int, torch.Tensor] = {}
+    left, total = [*range(len(documents))], 0
+    for begin in itertools.count(0, settings.document_tokens):
+        end = begin + settings.document_tokens
+        for number in left.copy():
+            if total >= most:
+                return
+            if len(encoded.get(number, ())) < end:
+                encoded[number] = _encoded(tokenizer, documents[number], 2 * end)
+            part = encoded[number][None, begin:end]
+            if part.shape[1] < 2 * settings.block_tokens:
+                left.remove(number)
+                continue
+            total += part.shape[1]
+            document = documents[number]
+            yield document, Unit(group, {"text": (part, torch.zeros_like(part))}, document.name)
+        if not left:
+            return
 
 
 def _encoded(tokenizer: Any, document: Document, most: int) -> torch.Tensor:
