@@ -57,7 +57,7 @@ ORDER = {
         packing norm rotary mlp kernels whitening
         conv combine context
         attention memory adaptation
-        blocks association
+        blocks association residual
         """,
     "titans.nn.blocks": """
         settings protocol
@@ -92,11 +92,18 @@ ORDER = {
         graft
         """,
     "titans.hf.graft": """
-        rotation base_cache window adapted layers
+        rotation base_cache window layers
+        base
+        memories
         configuration
-        base cache
-        feature_cache modeling
+        cache feature_cache
+        folder
+        modeling
         make
+        """,
+    "titans.hf.graft.memories": """
+        protocol
+        adaptation association residual
         """,
     "titans.stream": """
         text tokenizer model live

@@ -71,3 +71,11 @@ def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
 
     (mine, theirs), structure = flatten_alike((chosen, otherwise))
     return pytree.tree_unflatten([pick(a, b) for a, b in zip(mine, theirs, strict=True)], structure)
+
+
+def with_rows(state: State, rows: Tensor, new: State) -> State:
+    """The state with `new` in these rows (n,) int64."""
+    (old, leaves), structure = flatten_alike((state, new))
+    return pytree.tree_unflatten(
+        [x.index_copy(0, rows, y) for x, y in zip(old, leaves, strict=True)], structure
+    )

@@ -30,6 +30,7 @@ VOCAB, WINDOW, BLOCK, SINKS, CHUNK = 53, 12, 6, 2, 5
 # What cutting a text changes in float64; Gemma 2's attention has a softmax in float32.
 SAME = {"gemma2": 1e-5}
 LEARNING: dict[str, Any] = dict(chunk_size=CHUNK, step=0.9, momentum=0.3, half_life=40.0)
+INSIDE: dict[str, Any] = dict(layers=[0, 1], num_heads=2, head_dim=8, chunk_size=4, half_lives=(20.0, 50.0))
 RECALLING: dict[str, Any] = dict(layers=(0, 1), num_ordered=2, num_topic=3, feature_size=20, half_life=30.0)
 _SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -73,8 +74,8 @@ def small_base(family: str | PreTrainedConfig = "llama", seed: int = 0) -> PreTr
 
 
 def small_graft(family: str = "llama", **options: Any) -> GraftedForCausalLM:
-    """With an adaptation that changes answers visibly, unless told otherwise; with an association that does,
-    if asked for."""
+    """With an adaptation that changes answers visibly, unless told otherwise; with other memories that do, if
+    asked for."""
     model = graft(small_base(family), **{"window": WINDOW, "sinks": SINKS, "adaptation": LEARNING, **options})
     if (association := model.association) is not None:
         with torch.random.fork_rng(), torch.no_grad():
@@ -84,6 +85,11 @@ def small_graft(family: str = "llama", **options: Any) -> GraftedForCausalLM:
             association.write_gate.bias[0] += 3.0
             association.mixing_gate.bias += 4.0
             association.trained.fill_(1.0)
+    if (residual := model.residual) is not None:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(2)
+            for name, parameter in residual.named_parameters():
+                parameter += (0.5 if "output" in name else 0.1) * torch.randn_like(parameter)
     return model
 
 

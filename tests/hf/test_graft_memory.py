@@ -23,6 +23,7 @@ from titans.stream import describe_memory, feed_together, reader_of
 from titans.stream import session as session_module
 
 from .grafts import (
+    INSIDE,
     LEARNING,
     RECALLING,
     VOCAB,
@@ -38,11 +39,12 @@ from .grafts import (
 MODELS = {
     "adaptation": small_graft(),
     "both": small_graft(association=RECALLING),
+    "residual": small_graft(residual=INSIDE, adaptation=False),
     "softcap": small_graft("gemma2"),
     "window": small_graft(adaptation=False),
 }
 # Gemma 2's attention has a softmax in float32.
-SAME = {"adaptation": 1e-9, "both": 1e-8, "softcap": 1e-4, "window": 1e-10}
+SAME = {"adaptation": 1e-9, "both": 1e-8, "residual": 1e-9, "softcap": 1e-4, "window": 1e-10}
 LONG = 5 * WINDOW + 3
 
 
@@ -113,7 +115,7 @@ def test_padded_rows_are_read_as_alone(name: str) -> None:
             assert_near(logits, whole[0, -10:], SAME[name])
 
 
-@pytest.mark.parametrize("name", ["both", "window"])
+@pytest.mark.parametrize("name", ["both", "residual", "window"])
 def test_generate_is_the_loop_without_a_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titans.hf.generation.PREFILL_LENGTH", 5)
     model, rows = MODELS[name], [random_ids(n, seed=n) for n in (14, 3, 8)]
@@ -177,6 +179,9 @@ def test_a_session_forks_generates_and_is_a_file(
     assert_near(next_logits(fork), logits_of(model, other[None])[0, -1], SAME[name])
     if name == "window":
         assert fed.mean_surprise is None and session.stats().mean_surprise is None
+    elif name == "residual":
+        own = model(ids[None, :-1], output_surprise=True).surprises[0]
+        assert_near(fed.surprises[:, 0].double(), own[0, 28:].mean(-1).double(), 1e-5)
     else:
         # Of the adaptation, before the association's part is mixed in.
         losses = score(MODELS["adaptation"] if name == "both" else model, ids)
@@ -189,7 +194,9 @@ def test_a_session_forks_generates_and_is_a_file(
     assert describe_memory(path).stats.tokens == LONG and stats.state_bytes == session.cache.nbytes()
     assert describe_memory(path).config["window"] == WINDOW
     state = session.cache.state
-    learned = [] if state.association is None else [state.association.weight.flatten()]
+    inside = [] if state.residual is None else state.residual
+    learned = [layer.memory.weights[0].flatten() for layer in inside]
+    learned += [] if state.association is None else [state.association.weight.flatten()]
     if state.adaptation is not None:
         learned.append(torch.cat([state.adaptation.weight.flatten(), state.adaptation.bias[0]]))
     norms = [float(weights.norm()) for weights in learned]
@@ -278,7 +285,7 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
     assert half.dtype == torch.float16 and half.adaptation.mean.dtype == torch.float32
     before = (tmp_path / "graft" / "model.safetensors").read_bytes()
     with monkeypatch.context() as full, pytest.raises(OSError, match=r"could not be written .*make room"):
-        full.setattr("titans.hf.graft.modeling.save_file", no_space)
+        full.setattr("titans.hf.graft.folder.save_file", no_space)
         model.save_pretrained(tmp_path / "graft")
     assert (tmp_path / "graft" / "model.safetensors").read_bytes() == before
     wrong = small_base(seed=1)

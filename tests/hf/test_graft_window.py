@@ -136,7 +136,7 @@ def test_a_far_place_is_a_near_one_at_constant_memory() -> None:
     place = 10_000_002
     assert place % BLOCK == 60 % BLOCK
     moved = replace(window, position=torch.tensor([place]))
-    far.layers[0].state = GraftState(moved, None)
+    far.layers[0].state = GraftState(moved)
     more = random_ids(1, 2 * WINDOW + 1, seed=1)
     near, after = read_on(grafted, [more], cache)
     found, far = read_on(grafted, [more], far)

@@ -145,7 +145,7 @@ def ask(
     plain = graft(model.base, window=config.window, sinks=config.sinks, adaptation=False)
     window = plain.empty_cache()
     assert cache.state is not None
-    window.store((GraftState(cache.state.window, None, None),), cache.num_columns)
+    window.store((GraftState(cache.state.window),), cache.num_columns)
     answers = []
     for fact in facts:
         question = encode_document(tokenizer, f"\n\n{fact.question}".encode(), "the question")

@@ -18,6 +18,7 @@ from titans.hf import GraftCache, TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import saved_sizes
 from titans.hf.causal_cache import saved_model
 from titans.hf.fingerprint import gathered, weights_name
+from titans.hf.graft.memories import MEMORIES
 from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.memory import MemoryState
 from titans.nn import NeuralMemory, NeuralMemoryState
@@ -137,15 +138,13 @@ def carried_memories(states: object) -> list[MemoryState]:
 
 
 def graft_stats(cache: GraftCache) -> tuple[LayerStats, ...]:
-    """The norms of what a graft has learned: of its association's fast matrices, and of its adaptation's
-    matrix and bias; of those that it has."""
-    found = []
-    if (state := cache.state) is not None and (association := state.association) is not None:
-        found.append(LayerStats(_norm((association.weight,)), 0.0, None))
-    if state is not None and (adaptation := state.adaptation) is not None:
-        norms = (_norm((adaptation.weight, adaptation.bias)), _norm(adaptation.momentum))
-        found.append(LayerStats(*norms, None))
-    return tuple(found)
+    """The norms of the fast weights of a graft's memories, in the order of `MEMORIES`."""
+    states = {} if cache.state is None else cache.state.memories
+    return tuple(
+        LayerStats(_norm(weights), _norm(momentum), None)
+        for name, state in states.items()
+        for weights, momentum in MEMORIES[name].fast_weights(state)
+    )
 
 
 @torch.no_grad()

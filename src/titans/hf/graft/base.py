@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from titans.hf.graft.base_cache import BaseCache, sliding_layers
-from titans.hf.graft.layers import layers_of, states_after
+from titans.hf.graft.layers import Change, layers_of, states_after
 from titans.hf.graft.rotation import Rotation, moved, rotations
 from titans.hf.graft.window import Window, WindowState, aligned_right, together
 from titans.nn.adaptation import LinearHead
@@ -34,6 +34,15 @@ class _Layers:
 
     rotations: tuple[Rotation | None, ...]
     shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What one call takes from between the layers, and changes there; rows: of `Change`."""
+
+    layers: tuple[int, ...] = ()
+    changes: tuple[Change, ...] = ()
+    rows: tuple[int, ...] | None = None
 
 
 class WindowedBase:
@@ -95,26 +104,33 @@ class WindowedBase:
 
         Returns last hidden states (rows, time, hidden_size), 0 at padding, and the new state.
         """
-        return self._read(x, state, lengths, ())
+        return self._read(x, state, lengths, _Between())
 
     def read_layers(
-        self, x: Tensor, state: WindowState, lengths: Tensor | None = None, *, layers: Sequence[int]
+        self,
+        x: Tensor,
+        state: WindowState,
+        lengths: Tensor | None = None,
+        *,
+        layers: Sequence[int],
+        changes: Sequence[Change] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...], WindowState]:
         """`read` that also returns the states after chosen layers, (rows, time, hidden_size) each.
 
         Args:
             layers: indices into the model's layers.
+            changes: of the states between layers; see `Change`.
 
         Returns last hidden states, the states after each of the layers, and the new state.
         """
-        both, state = self._read(x, state, lengths, layers)
+        both, state = self._read(x, state, lengths, _Between(tuple(layers), tuple(changes)))
         parts = both.chunk(1 + len(layers), -1)
         # As `read` returns them, so that a matrix product of them is the same to the bit.
         hidden, *states = (part.contiguous() for part in parts)
         return hidden, tuple(states), state
 
-    def check_layers(self, layers: Sequence[int]) -> None:
-        """Whether the states after these layers can be read.
+    def check_layers(self, layers: Sequence[int], memory: str = "association") -> None:
+        """Whether a memory can have the states after these layers.
 
         Raises:
             ValueError: naming the first layer that there is not, or the reason.
@@ -126,29 +142,31 @@ class WindowedBase:
             with torch.no_grad():
                 self.read_layers(ids, self.initial_state(1), layers=layers)
         except ValueError as error:
-            raise ValueError(f"{self.name} can have no such association: {error}") from None
+            raise ValueError(f"{self.name} can have no such {memory}: {error}") from None
 
     def _read(
-        self, x: Tensor, state: WindowState, lengths: Tensor | None, layers: Sequence[int]
+        self, x: Tensor, state: WindowState, lengths: Tensor | None, between: _Between
     ) -> tuple[Tensor, WindowState]:
-        """`read`, and after the hidden states those of `layers`."""
+        """`read`, and after the hidden states those of the chosen layers."""
         rows, time = x.shape[:2]
         if not rows:
-            return self.initial_hidden(x, layers)[:, None].expand(0, time, -1), state
+            return self.initial_hidden(x, between.layers)[:, None].expand(0, time, -1), state
         positions = state.position.tolist()
         left = [time] * rows if lengths is None else lengths.tolist()
         if len({*positions}) == 1 and len({*left}) == 1:
-            hidden, state = self._read_alike(x[:, : left[0]], state, positions[0], layers)
+            hidden, state = self._read_alike(x[:, : left[0]], state, positions[0], between)
             return _padded(hidden, time), state
         # Rows at different positions proceed together until the first of them ends, or completes a block,
         # where keys move.
         alone = [state.row(row, self.window.slots(positions[row])) for row in range(rows)]
-        found: list[list[Tensor]] = [[self.initial_hidden(x, layers)] for _ in range(rows)]
+        found: list[list[Tensor]] = [[self.initial_hidden(x, between.layers)] for _ in range(rows)]
         done = [0] * rows
         while going := [row for row in range(rows) if done[row] < left[row]]:
             count = min(min(self.window.room(positions[row]), left[row] - done[row]) for row in going)
             piece = torch.stack([x[row, done[row] : done[row] + count] for row in going])
-            hidden, after = self._read_apart(piece, [alone[row] for row in going], layers)
+            hidden, after = self._read_apart(
+                piece, [alone[row] for row in going], replace(between, rows=tuple(going))
+            )
             for row, mine, state in zip(going, hidden, after, strict=True):
                 found[row].append(mine)
                 alone[row] = state
@@ -162,14 +180,14 @@ class WindowedBase:
         return torch.zeros(0, size, dtype=self.model.dtype, device=x.device)
 
     def _read_alike(
-        self, x: Tensor, state: WindowState, position: int, layers: Sequence[int]
+        self, x: Tensor, state: WindowState, position: int, between: _Between
     ) -> tuple[Tensor, WindowState]:
         """`_read` for rows at the same position without padding."""
-        found = [self.initial_hidden(x, layers).expand(len(x), -1, -1)]
+        found = [self.initial_hidden(x, between.layers).expand(len(x), -1, -1)]
         keys, values = state.keys, state.values
         while x.shape[1]:
             count = min(self.window.room(position), x.shape[1])
-            hidden, keys, values = self._call(x[:, :count], keys, values, layers)
+            hidden, keys, values = self._call(x[:, :count], keys, values, between)
             found.append(hidden)
             x, position = x[:, count:], position + count
             if (distance := self.window.distance(position)) is not None:
@@ -179,7 +197,7 @@ class WindowedBase:
         return hidden, WindowState(keys, values, state.position + moved_on)
 
     def _read_apart(
-        self, x: Tensor, states: Sequence[WindowState], layers: Sequence[int]
+        self, x: Tensor, states: Sequence[WindowState], between: _Between
     ) -> tuple[Tensor, list[WindowState]]:
         """`_read` for rows at different positions, one state each; x must not cross the end of a block.
 
@@ -190,7 +208,7 @@ class WindowedBase:
             tuple(map(aligned_right, zip(*layers, strict=True)))
             for layers in ([state.keys for state in states], [state.values for state in states])
         )
-        hidden, keys, values = self._call(x, keys, values, layers, torch.tensor(slots, device=x.device))
+        hidden, keys, values = self._call(x, keys, values, between, torch.tensor(slots, device=x.device))
         after = []
         for row, state in enumerate(states):
             mine = slots[row] + count
@@ -212,7 +230,7 @@ class WindowedBase:
         return tuple(new), tuple(torch.cat(self.window.kept(layer), 2) for layer in values)
 
     def _call(
-        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], layers: Sequence[int],
+        self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], between: _Between,
         slots: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         """One call of the model: hidden states as of `_read`, and keys and values with the new ones.
@@ -228,9 +246,10 @@ class WindowedBase:
             column = torch.arange(held + x.shape[1], device=x.device)
             given["attention_mask"] = (column >= held - slots[:, None]).long()
         cache = BaseCache(self.sliding, keys, values)
-        if not layers:
+        if not between.layers and not between.changes:
             return self._call_at(first, given, cache)
-        with states_after(layers_of(self.decoder, self.num_layers), layers) as states:
+        layers = layers_of(self.decoder, self.num_layers)
+        with states_after(layers, between.layers, between.changes, between.rows) as states:
             hidden, keys, values = self._call_at(first, given, cache)
         if wrong := [tuple(s.shape) for s in states if s.shape != hidden.shape]:
             raise ValueError(

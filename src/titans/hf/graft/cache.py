@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,49 @@ from torch.utils import _pytree as pytree
 
 from titans.hf.causal_cache import converted, saved_model
 from titans.hf.graft.configuration import GraftConfig
+from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.window import Window, WindowState
 from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
 from titans.hf.state_file import StateFile, damaged_header
-from titans.state import register_state
-
-# Least and greatest values of the memories' numbers; probabilities are rounded.
-_LIMITS = {
-    "awaits": (0, 1), "log_probs": (-math.inf, 1e-3), "curvatures": (0, math.inf), "trace": (0, math.inf),
-}  # fmt: skip
+from titans.state import compact, expanded
 
 
-@register_state
 @dataclass(frozen=True)
 class GraftState:
-    """The state of all rows. adaptation, association: None if the graft has none."""
+    """The state of all rows: of the window, and by name of each memory that the graft has.
+
+    A memory's state is also an attribute of this name, None if the graft has none.
+    """
 
     window: WindowState
-    adaptation: Any
-    association: Any = None
+    memories: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in MEMORIES:
+            return self.memories.get(name)
+        raise AttributeError(f"a graft's state has no {name}")
+
+
+def _flatten(state: GraftState) -> tuple[list[Any], tuple[str, ...]]:
+    return [state.window, *state.memories.values()], tuple(state.memories)
+
+
+def _flatten_with_keys(state: GraftState) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    parts, names = _flatten(state)
+    keys = [pytree.GetAttrKey(name) for name in ("window", *names)]
+    return list(zip(keys, parts, strict=True)), names
+
+
+def _unflatten(parts: Iterable[Any], names: tuple[str, ...]) -> GraftState:
+    window, *states = parts
+    return GraftState(window, dict(zip(names, states, strict=True)))
+
+
+# A memory's tensors have its name in a file, as if it were a field.
+pytree.register_pytree_node(
+    GraftState, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="titans.hf.graft.GraftState",
+)  # fmt: skip
 
 
 class GraftCache(StateCache):
@@ -50,6 +75,7 @@ class GraftCache(StateCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self.layers[0].state = compact(self.layers[0].state)
         self._drop_unused_slots()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -95,7 +121,8 @@ class GraftCache(StateCache):
         _check(file.path, tensors, wanted, config, num_columns)
         leaves = [converted(file.path, name, tensors[name], like) for name, like in wanted.items()]
         cache = cls(config)
-        cache.store(pytree.tree_unflatten(leaves, pytree.tree_structure((template,))), num_columns)
+        structure = pytree.tree_structure(expanded((template,)))
+        cache.store(compact(pytree.tree_unflatten(leaves, structure)), num_columns)
         cache._newest_ids = saved_ids(file, cache.batch_size, config.vocab_size)
         return cache
 
@@ -104,14 +131,18 @@ def _check(
     path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor], config: GraftConfig, num_columns: int
 ) -> None:
     """Raise ValueError for tensors that no model with such states could have written."""
-    window, limits = Window(config.window, config.sinks), {**_LIMITS, "recent": (-1, config.vocab_size - 1)}
+    window = Window(config.window, config.sinks)
+    limits = {
+        f"[0].{name}.{number}": least_and_most
+        for name, memory in MEMORIES.items()
+        for number, least_and_most in memory.limits(config.vocab_size).items()
+    }
     position = tensors["[0].window.position"]
     if position.dim() != 1 or position.dtype != torch.int64 or not len(position):
         raise damaged_header(path)
     if (position < 0).any() or (position > num_columns).any():
         raise ValueError(f"{path}: its positions contradict its length; the memory is damaged")
-    for memory in ("adaptation", "association"):
-        learned = tensors.get(f"[0].{memory}.position", position)
+    for learned in (tensor for name, tensor in tensors.items() if name.endswith(".position")):
         if learned.shape != position.shape or (learned < 0).any() or (learned > position).any():
             raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
     slots = max(map(window.slots, position.tolist()))
@@ -128,6 +159,6 @@ def _check(
             raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, the model needs {like.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
-        least, most = limits.get(name.rpartition(".")[2], (-math.inf, math.inf))
-        if ".window." not in name and not ((tensor >= least) & (tensor <= most)).all():
+        least, most = limits.get(name, (-math.inf, math.inf))
+        if not ((tensor >= least) & (tensor <= most)).all():
             raise ValueError(f"{path}: {name} holds values that no text gives; the memory is damaged")

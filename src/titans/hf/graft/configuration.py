@@ -11,25 +11,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from titans.hf.configuration import refuse_unknown
 from titans.hf.fingerprint import same_weights, weights_name, weights_sample
+from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.window import Window
-from titans.nn.adaptation import Adaptation
-from titans.nn.association import Association
 
-FIELDS = ("window", "sinks", "adaptation", "association", "origin")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-_MEMORIES = {"adaptation": Adaptation, "association": Association}
-# Of an association, what the meaning of its state depends on.
-_OF_STATE = ("layers", "key_layers", "num_ordered", "num_topic", "feature_size")
+
+
+def fields() -> tuple[str, ...]:
+    """The names of what a graft's configuration has; of each memory its settings."""
+    return ("window", "sinks", *MEMORIES, "origin")
 
 
 class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
     """What a `GraftedForCausalLM` is made of.
 
-    window, sinks: of `titans.graft`. adaptation: settings of the memory that learns by the model's own loss,
-    None without it. association: settings of the memory that recalls which token followed a context, None
-    without it. origin: identifies the base by its class, name, sizes, a hash of its weights and a sample of
-    them.
-    Unknown fields are an error.
+    window, sinks: of `titans.graft`. For each memory, by its name in `MEMORIES`, its settings, None without
+    it. origin: identifies the base by its class, name, sizes, a hash of its weights and a sample of them.
+    Unknown fields are an error. The configuration of a graft that exists cannot change.
 
     Raises:
         ValueError: for an unknown field, also of a memory, or a value outside its domain.
@@ -41,14 +39,14 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         self,
         window: int = 512,
         sinks: int = 4,
-        adaptation: dict[str, Any] | None = None,
-        association: dict[str, Any] | None = None,
+        *,
         origin: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.window, self.sinks = window, sinks
-        self.adaptation = None if adaptation is None else memory_settings("adaptation", adaptation)
-        self.association = None if association is None else memory_settings("association", association)
+        for name in MEMORIES:
+            given = kwargs.pop(name, None)
+            setattr(self, name, None if given is None else memory_settings(name, given))
         self.origin = {} if not origin else _checked_origin(origin)
         # Sizes of the base, which transformers and `titans.stream` read from a configuration.
         sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
@@ -58,9 +56,25 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         self.use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = False
         written = ("architectures", "transformers_version", "dtype", "tie_word_embeddings")
-        refuse_unknown({name: kwargs[name] for name in kwargs if name not in written}, GraftConfig, FIELDS)
+        refuse_unknown({name: kwargs[name] for name in kwargs if name not in written}, GraftConfig, fields())
         super().__init__(**kwargs, **sizes)
         Window(window, sinks)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if self.__dict__.get("_of_graft") and key in fields() and value != getattr(self, key):
+            raise ValueError(
+                f"{key}={value!r}: a graft that exists keeps its {key}; make another one with "
+                f"titans.graft(model, {key}=…) or from_pretrained(folder, {key}=…)"
+            )
+        super().__setattr__(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, which may change."""
+        return {name: value for name, value in self.__dict__.items() if name != "_of_graft"}
+
+    def keep(self) -> None:
+        """From now on it is the configuration of a graft, whose fields cannot change."""
+        self.__dict__["_of_graft"] = True
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -70,42 +84,41 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
             ValueError: for a field that is not known or outside its domain.
         """
         # The library would set them afterwards, unseen by any check, and drop those that it does not know.
-        changes = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        changes = {name: kwargs.pop(name) for name in fields() if name in kwargs}
         found = super().from_dict({**config_dict, **changes}, **kwargs)
         if not kwargs.get("return_unused_kwargs", False):
             unused = {name: value for name, value in kwargs.items() if not hasattr(found, name)}
-            refuse_unknown(unused, GraftConfig, FIELDS)
+            refuse_unknown(unused, GraftConfig, fields())
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers has it; without the field `association` where there is none, as before it was
-        known."""
+        """As transformers has it; a memory that there is not is left out, as before it was known."""
         found: dict[str, Any] = super().to_dict()
-        return {name: value for name, value in found.items() if name != "association" or value is not None}
+        absent = {name for name in MEMORIES if name != "adaptation" and found.get(name) is None}
+        return {name: value for name, value in found.items() if name not in {*absent, "_of_graft"}}
+
+    @property
+    def memories(self) -> dict[str, dict[str, Any]]:
+        """The settings of the memories that the graft has, by name."""
+        return {name: found for name in MEMORIES if (found := getattr(self, name)) is not None}
 
     @property
     def has_memory(self) -> bool:
         """Whether the graft has a memory that learns during reading."""
-        return self.adaptation is not None or self.association is not None
+        return bool(self.memories)
 
     def state_fields(self) -> dict[str, Any]:
         """The fields that must be equal for one graft to continue from another's state."""
-        sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
-        chunk_size = None if self.adaptation is None else self.adaptation.get("chunk_size")
-        # Absent where there is none, as in files from before it was known.
-        association = {}
-        if self.association is not None:
-            association = {"association": {name: self.association[name] for name in _OF_STATE}}
-        return {
+        found = {
             "model_type": self.model_type,
             "base": self.origin.get("sizes", {}).get("model_type"),
-            **sizes,
+            **{name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]},
             "window": self.window,
             "sinks": self.sinks,
-            "adaptation": self.adaptation is not None,
-            "chunk_size": chunk_size,
-            **association,
         }
+        for name, kind in MEMORIES.items():
+            found |= kind.state_fields(getattr(self, name))
+        return found
 
 
 def memory_settings(memory: str, given: Any, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -113,19 +126,19 @@ def memory_settings(memory: str, given: Any, measured: Mapping[str, Any] | None 
     tuples, as JSON has them.
 
     Args:
-        memory: "adaptation" or "association".
+        memory: its name in `MEMORIES`.
         measured: of the base, where they are not given.
 
     Raises:
         ValueError: for one that there is not, or one without a default that is not given.
     """
-    known = inspect.signature(_MEMORIES[memory]).parameters
-    names = [name for name in known if name not in ("hidden_size", "vocab_size")]
+    known = MEMORIES[memory].defaults()
+    names = list(known)
     if not isinstance(given, Mapping):
         raise ValueError(f"{memory}={given!r}: give its settings as a dict of {', '.join(names)}")
     if unknown := [name for name in given if name not in names]:
         raise ValueError(f"{memory} has no setting {unknown[0]!r}: it has {', '.join(names)}")
-    settings = {name: known[name].default for name in names} | {**(measured or {})} | {**given}
+    settings = {**known, **(measured or {}), **given}
     if missing := [name for name, value in settings.items() if value is inspect.Parameter.empty]:
         raise ValueError(f"{memory} lacks {missing[0]}: make a graft with titans.graft(base)")
     return {name: _as_lists(value) for name, value in settings.items()}

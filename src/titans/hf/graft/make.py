@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.configuration import GraftConfig, memory_settings, origin_of
+from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.hf.graft.window import Window
 
@@ -20,6 +21,8 @@ def graft(
     sinks: int = 4,
     adaptation: bool | dict[str, Any] = True,
     association: bool | dict[str, Any] | None = None,
+    residual: bool | dict[str, Any] | None = None,
+    **others: bool | dict[str, Any] | None,
 ) -> GraftedForCausalLM:
     """Give a pretrained model a sliding window, and memories that learn during reading.
 
@@ -34,6 +37,10 @@ def graft(
             `titans.nn.adaptation.Adaptation` as a dict.
         association: a memory that recalls which word followed a context; settings of
             `titans.nn.association.Association` as a dict. It changes no logits until it is trained.
+        residual: memories inside the model, whose answers are added to the states after chosen layers;
+            `layers` and settings of `titans.NeuralMemory` as a dict. They add 0 until they are trained
+            through the model.
+        others: memories that were added to `MEMORIES`, by name.
 
     Returns a model in evaluation mode, for `titans.Session`, `generate` and the call with ids.
 
@@ -54,24 +61,16 @@ def graft(
         )
     # Refuses a model that cannot be grafted, before the cost of looking at the head's rows.
     windowed = WindowedBase(model, Window(window, sinks))
+    asked = {"adaptation": adaptation, "association": association, "residual": residual, **others}
     settings: dict[str, dict[str, Any]] = {}
-    if adaptation is not False:
-        measured: dict[str, Any] = {"row_variance": windowed.head.row_variance()}
-        settings["adaptation"] = memory_settings("adaptation", _given(adaptation), measured)
-    if association is not False and association is not None:
-        measured = {"layers": _layers_to_read(windowed.num_layers)}
-        settings["association"] = memory_settings("association", _given(association), measured)
+    for name, given in asked.items():
+        if name not in MEMORIES:
+            raise ValueError(f"{name}={given!r}: there is no such memory; choose from {', '.join(MEMORIES)}")
+        if given is not None and given is not False:
+            measured = MEMORIES[name].measured(windowed)
+            settings[name] = memory_settings(name, {} if given is True else given, measured)
     grafted = GraftedForCausalLM(
         GraftConfig(window, sinks, origin=origin_of(model), **settings), model
     ).eval()
     grafted.tokenizer = tokenizer
     return grafted
-
-
-def _given(settings: bool | dict[str, Any]) -> Any:
-    return {} if settings is True else settings
-
-
-def _layers_to_read(count: int) -> list[int]:
-    """Of `count` layers those that an association reads: 16 and 24 of 30."""
-    return sorted({min(count - 1, round(count * share / 30)) for share in (16, 24)})

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from titans.hf.generation import StateGenerationMixin
-from titans.hf.graft.adapted import read_adapted
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.cache import GraftCache, GraftState
-from titans.hf.graft.configuration import FIELDS, GraftConfig, check_origin
-from titans.hf.graft.window import Window
+from titans.hf.graft.configuration import GraftConfig, check_origin
+from titans.hf.graft.folder import GraftFolder
+from titans.hf.graft.memories import MEMORIES, Call, Found, GraftMemory, Inside
+from titans.hf.graft.window import Window, WindowState
 from titans.hf.keywords import check_keywords, check_targets, check_tokens, documents_of, real_tokens
 from titans.nn.adaptation import Adaptation
 from titans.nn.association import Association
 from titans.nn.packing import Packed
-
-_WEIGHTS = "model.safetensors"
-# What `from_pretrained` hands to the base, and what the Auto classes add of themselves.
-_FOR_BASE = {"dtype", "torch_dtype", "device_map", "local_files_only", "attn_implementation"}
-_FROM_AUTO = {"trust_remote_code", "adapter_kwargs", "revision", "token", "_from_auto"}
+from titans.nn.residual import ResidualBranches
 
 
 @dataclass
@@ -37,9 +30,10 @@ class GraftOutput(ModelOutput):
     """What a graft returns.
 
     loss: mean cross-entropy in nats, with `labels`. logits: (batch, time or fewer, vocab_size).
-    past_key_values: the cache. surprises: with `output_surprise`, of each memory, the association first: of
-    the association (batch, time, 1), the squared error of what each token's context recalled; of the
-    adaptation (batch, time, 1), its own loss of each token in nats, 0 for the first of a text. base_logits:
+    past_key_values: the cache. surprises: with `output_surprise`, of each memory in the order of `MEMORIES`:
+    of residual branches (batch, time, layers), the squared error of what each token's key recalled; of the
+    association (batch, time, 1), that of what its context recalled; of the adaptation (batch, time, 1), its
+    own loss of each token in nats, 0 for the first of a text. base_logits:
     with `output_base_logits`, the base's logits in the same window without a memory, shaped as logits.
     association_logits: with `output_base_logits` and both memories, those with the association alone.
     """
@@ -52,7 +46,7 @@ class GraftOutput(ModelOutput):
     association_logits: Tensor | None = None
 
 
-class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore[misc]
+class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[misc]
     """A causal LM of transformers, the base, read through a window, with memories of its own.
 
     Made by `titans.graft`. The base is part of it, frozen, and is never saved with it.
@@ -80,30 +74,33 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         super().__init__(config)
         check_origin(base, config.origin)
         window = Window(config.window, config.sinks)
-        self.adaptation: Adaptation | None = None
-        if config.adaptation is not None:
-            self.adaptation = Adaptation(config.hidden_size, config.vocab_size, **config.adaptation)
-        self.association: Association | None = None
-        if config.association is not None:
-            self.association = Association(config.hidden_size, config.vocab_size, **config.association)
+        # Each is an attribute of its name, None where there is none.
+        self.adaptation: Adaptation | None
+        self.association: Association | None
+        self.residual: ResidualBranches | None
+        for name, kind in MEMORIES.items():
+            settings = config.memories.get(name)
+            made = None if settings is None else kind.make(config.hidden_size, config.vocab_size, settings)
+            setattr(self, name, made)
         # Whatever is refused, the base is unchanged.
         windowed = WindowedBase(base, window)
-        if self.association is not None:
-            windowed.check_layers(self.association.layers)
+        for name in config.memories:
+            if layers := getattr(getattr(self, name), "layers", ()):
+                windowed.check_layers(layers, name)
         # Before the base is assigned, so that `post_init` does not initialise the base's weights anew.
         self.post_init()
         self.base = base.requires_grad_(False).eval()
         # transformers' Trainer leaves these out of its checkpoints, without a warning.
         self._keys_to_ignore_on_save = {name for name in self.state_dict() if name.startswith("base.")}
         self._windowed = windowed
-        if self.adaptation is not None:
-            self.adaptation.to(base.device)
-        if self.association is not None:
-            self.association.to(base.device)
-            self.association.set_head(windowed.head.weight)
+        self._memories: dict[str, GraftMemory] = {}
+        for name in config.memories:
+            module = getattr(self, name).to(base.device)
+            self._memories[name] = MEMORIES[name](module, windowed)
         # Saved with the graft, so that a folder is complete but for the base.
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.generation_config = copy.deepcopy(base.generation_config)
+        config.keep()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Memories initialise themselves."""
@@ -143,11 +140,11 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
 
     def initial_state(self, rows: int) -> GraftState:
         """The state of rows that have read nothing."""
-        states = (
-            None if memory is None else memory.initial_state(rows, self.device, self.dtype)
-            for memory in (self.adaptation, self.association)
-        )
-        return GraftState(self._windowed.initial_state(rows), *states)
+        states = {
+            name: memory.initial_state(rows, self.device, self.dtype)
+            for name, memory in self._memories.items()
+        }
+        return GraftState(self._windowed.initial_state(rows), states)
 
     @torch.no_grad()
     def whiten(self, ids: Tensor) -> None:
@@ -159,14 +156,10 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         if not self.config.has_memory:
             raise ValueError("this graft has no memory: whitening applies to a memory's inputs")
         x = self._checked(ids.reshape(1, -1).to(self.device), None)
-        layers = () if self.association is None else self.association.layers
-        hidden, states, _ = self._windowed.read_layers(x, self._windowed.initial_state(1), layers=layers)
-        if self.adaptation is not None:
-            self.adaptation.whiten(hidden)
-        if self.association is not None:
-            # Many models give the first token of a text states a hundred times as long as any others, which
-            # would be all that the covariance sees.
-            self.association.whiten([state[:, 1:] for state in states])
+        call = Call(self._windowed.head, x, Packed(), 0, frozen=True, surprise=False)
+        hidden, between, _, _ = self._read_base(call, self.initial_state(1))
+        for memory in self._memories.values():
+            memory.whiten(hidden, [between[layer] for layer in memory.layers])
 
     def forward(
         self,
@@ -212,6 +205,11 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         check_targets(labels, logits_to_keep, x)
         if freeze_memory and not self.config.has_memory:
             raise ValueError("freeze_memory=True: this graft has no memory that learns; leave it out")
+        if output_base_logits and self.residual is not None:
+            raise ValueError(
+                "output_base_logits=True: residual branches change the base's own states; read the text with "
+                "a graft without them, too"
+            )
         if (cache := past_key_values) is not None:
             self.check_cache(cache)
         seen = set() if cache is None else {cache.get_seq_length(), cache.num_columns}
@@ -230,56 +228,21 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
         # Everything stateful sees real tokens only, each row's moved to its front.
         rows = Packed.of(real)
         x = rows.pack(x)
-        head = self._windowed.head
-        kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-        loss, base_logits, association_logits, mixed = None, None, None, None
-        surprises: list[Tensor] = []
-        adaptation, association = state.adaptation, state.association
-        layers = () if self.association is None else self.association.layers
-        hidden, between, window = self._windowed.read_layers(x, state.window, rows.lengths, layers=layers)
-        if self.association is not None:
-            found = self.association.read(
-                between,
-                hidden,
-                x,
-                head.weight,
-                association,
-                lengths=rows.lengths,
-                frozen=freeze_memory,
-                surprise=output_surprise,
-            )
-            association = found.state
-            surprises += [] if found.surprise is None else [rows.unpack(found.surprise).unsqueeze(-1)]
-            mixed = partial(
-                self.association.mix,
-                reads=rows.unpack(found.reads)[:, kept],
-                mixing=rows.unpack(found.mixing)[:, kept],
-                rows=head.weight,
-            )
-        if self.adaptation is None or output_base_logits:
-            base_logits = head.logits(rows.unpack(hidden)[:, kept])
-        if self.adaptation is None:
+        call = Call(self._windowed.head, x, rows, logits_to_keep, freeze_memory, output_surprise)
+        hidden, window, found = self._read(call, state)
+        base_logits, association_logits, loss = None, None, None
+        logits = next((one.logits for one in found.values() if one.logits is not None), None)
+        mixes = [one.mix for one in found.values() if one.mix is not None]
+        if logits is None or output_base_logits:
+            base_logits = call.head.logits(call.kept(hidden))
+        if logits is None:
             assert base_logits is not None
             logits = base_logits
-        else:
-            logits, adaptation, surprise = read_adapted(
-                self.adaptation,
-                head,
-                hidden,
-                x,
-                adaptation,
-                rows,
-                frozen=freeze_memory,
-                keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
-                surprise=output_surprise,
-            )
-            logits = logits if isinstance(logits_to_keep, int) else logits[:, kept]
-            surprises += [] if surprise is None else [surprise.unsqueeze(-1)]
-            if mixed is not None and base_logits is not None:
-                association_logits = mixed(base_logits)
-        if mixed is not None:
-            logits = mixed(logits)
+        elif output_base_logits and mixes:
+            association_logits = base_logits
+        for mix in mixes:
+            logits = mix(logits)
+            association_logits = None if association_logits is None else mix(association_logits)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -289,18 +252,47 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
             )
         # Last, so that a call that fails has not been read.
         if past_key_values is not None:
-            past_key_values.store((GraftState(window, adaptation, association),), time, input_ids)
+            states = {name: one.state for name, one in found.items()}
+            past_key_values.store((GraftState(window, states),), time, input_ids)
         output = GraftOutput(
             loss,
             logits,
             past_key_values,
-            tuple(surprises) or None,
+            tuple(one.surprise for one in found.values() if one.surprise is not None) or None,
             base_logits if output_base_logits else None,
             association_logits,
         )
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def _read_base(
+        self, call: Call, state: GraftState
+    ) -> tuple[Tensor, dict[int, Tensor], WindowState, dict[str, Inside | None]]:
+        """The base reads, with what memories do inside it.
+
+        Returns the head's input and, by layer, the states that memories read, packed; the window's new state;
+        and what was done inside, by memory.
+        """
+        inside = {name: memory.inside(call, state.memories[name]) for name, memory in self._memories.items()}
+        layers = sorted({layer for memory in self._memories.values() for layer in memory.layers})
+        hidden, states, window = self._windowed.read_layers(
+            call.ids,
+            state.window,
+            call.rows.lengths,
+            layers=layers,
+            changes=[one for one in inside.values() if one is not None],
+        )
+        return hidden, dict(zip(layers, states, strict=True)), window, inside
+
+    def _read(self, call: Call, state: GraftState) -> tuple[Tensor, WindowState, dict[str, Found]]:
+        """The head's input, packed; the window's new state; and what each memory did."""
+        hidden, between, window, inside = self._read_base(call, state)
+        found = {}
+        for name, memory in self._memories.items():
+            states = [between[layer] for layer in memory.layers]
+            found[name] = memory.read(call, state.memories[name], hidden, states, inside[name])
+        return hidden, window, found
 
     def _checked(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The ids, or the embeddings; ValueError for another shape or type, and on a CPU for unknown ids."""
@@ -318,111 +310,6 @@ class GraftedForCausalLM(PreTrainedModel, StateGenerationMixin):  # type: ignore
                     "the vocabulary"
                 )
         return input_ids
-
-    def own_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The weights of the memories alone."""
-        whole = self.state_dict() if state_dict is None else state_dict
-        return {name: value for name, value in whole.items() if not name.startswith("base.")}
-
-    def save_pretrained(  # pyrefly: ignore[bad-override]
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write configuration and the memories' weights; the base stays where it is.
-
-        Args:
-            kwargs: further arguments of transformers; accepted if they would change nothing.
-
-        Raises:
-            ValueError: for push_to_hub=True.
-            OSError: if a file cannot be written; a file of weights that was there before is left.
-        """
-        if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub=True is not supported: save the graft, and upload the folder")
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.architectures = [type(self).__name__]
-        own = {name: value.detach().contiguous() for name, value in self.own_state_dict(state_dict).items()}
-        temporary = folder / f".{_WEIGHTS}.part"
-        try:
-            save_file(own, temporary, {"format": "pt"})
-            temporary.replace(folder / _WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(f"{folder / _WEIGHTS} could not be written ({error}): make room") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        self.config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *args: Any,
-        base: PreTrainedModel | str | Path | None = None,
-        config: GraftConfig | None = None,
-        **kwargs: Any,
-    ) -> GraftedForCausalLM:
-        """A graft that was saved, on its base.
-
-        Args:
-            pretrained_model_name_or_path: the folder that `save_pretrained` wrote.
-            base: the model it was made on, or its name or folder; by default the saved name or folder.
-            kwargs: changed fields of the configuration, and, for loading the base, dtype, device_map,
-                attn_implementation or local_files_only.
-
-        Raises:
-            ValueError: for a damaged folder, a base that is not found, or another base.
-            TypeError: for an unknown keyword.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json: give a folder that a graft was saved to")
-        changes = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
-        if unknown := kwargs.keys() - _FOR_BASE - _FROM_AUTO:
-            raise TypeError(f"from_pretrained has no keyword {min(unknown)!r}: leave it out")
-        if config is None:
-            config = GraftConfig.from_pretrained(folder, **changes)
-        elif changes:
-            raise ValueError(f"{min(changes)} is given beside config: change config")
-        if not isinstance(base, PreTrainedModel):
-            base = _load_base(base or config.origin.get("name"), kwargs)
-        model = cls(config, base)
-        model._load_own(folder / _WEIGHTS)
-        return model.eval()
-
-    def _load_own(self, path: Path) -> None:
-        try:
-            found = load_file(path)
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: restore the file") from None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): restore the file") from None
-        own = self.own_state_dict()
-        for name in sorted(own.keys() | found.keys()):
-            if name not in own or name not in found or own[name].shape != found[name].shape:
-                raise ValueError(f"{path} does not fit its config.json: {name} differs; restore both")
-            if not found[name].is_floating_point() or not torch.isfinite(found[name]).all():
-                raise ValueError(f"{path} holds values that are no finite numbers ({name}): restore the file")
-        self.load_state_dict(found, strict=False)
-
-
-def _load_base(name: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
-    if not name:
-        raise ValueError("the graft was made on a model without a name: give it as base=…")
-    known = {key: value for key, value in options.items() if key in _FOR_BASE}
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **known)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the base {str(name)!r} cannot be loaded ({reason}): give it as base=…") from None
 
 
 AutoConfig.register("titans-graft", GraftConfig)

@@ -1,14 +1,67 @@
-"""An adaptation over rows of different lengths."""
+"""An adaptation in a graft: it predicts from the head's input, and learns by its own loss."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.memories.protocol import Call, Found, GraftMemory
 from titans.nn.adaptation import Adaptation, AdaptationState, Head
 from titans.nn.packing import Packed
-from titans.state import flatten_alike, map_state
+from titans.state import map_state, with_rows
+
+
+class AdaptationMemory(GraftMemory):
+    """Learns by the model's own loss (`titans.nn.adaptation`)."""
+
+    name = "adaptation"
+    module_type = Adaptation
+    module: Adaptation
+
+    @classmethod
+    def measured(cls, base: WindowedBase) -> dict[str, Any]:
+        return {"row_variance": base.head.row_variance()}
+
+    @classmethod
+    def state_fields(cls, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+        chunk_size = None if settings is None else settings.get("chunk_size")
+        return {cls.name: settings is not None, "chunk_size": chunk_size}
+
+    @classmethod
+    def limits(cls, vocab_size: int) -> dict[str, tuple[float, float]]:
+        positive = (0.0, math.inf)
+        # Probabilities are rounded.
+        least = {"awaits": (0.0, 1.0), "log_probs": (-math.inf, 1e-3)}
+        return {**least, "curvatures": positive, "trace": positive}
+
+    @staticmethod
+    def fast_weights(state: AdaptationState) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        return [((state.weight, state.bias), state.momentum)]
+
+    def whiten(self, hidden: Tensor, states: Sequence[Tensor]) -> None:
+        self.module.whiten(hidden)
+
+    def read(
+        self, call: Call, state: AdaptationState, hidden: Tensor, states: Sequence[Tensor], inside: Any
+    ) -> Found:
+        logits, state, surprise = read_adapted(
+            self.module,
+            call.head,
+            hidden,
+            call.ids,
+            state,
+            call.rows,
+            frozen=call.frozen,
+            keep=call.keep if isinstance(call.keep, int) else 0,
+            surprise=call.surprise,
+        )
+        logits = logits if isinstance(call.keep, int) else logits[:, call.keep]
+        return Found(state, logits, surprise=None if surprise is None else surprise[..., None])
 
 
 def read_adapted(
@@ -58,12 +111,5 @@ def read_adapted(
         logits[chosen] = torch.where(real[chosen][..., None], found.gather(1, at), 0)
         if losses is not None and lost is not None:
             losses[chosen, :length] = lost
-        state = _with_rows(state, chosen, after)
+        state = with_rows(state, chosen, after)
     return logits, state, None if losses is None else rows.unpack(losses)
-
-
-def _with_rows(state: AdaptationState, rows: Tensor, new: AdaptationState) -> AdaptationState:
-    """The state with `new` in these rows (n,)."""
-    (old, leaves), structure = flatten_alike((state, new))
-    parts = [x.index_copy(0, rows, y) for x, y in zip(old, leaves, strict=True)]
-    return pytree.tree_unflatten(parts, structure)

@@ -1,0 +1,131 @@
+"""The folder of a graft: its memories' weights, its configuration, and what identifies its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from titans.hf.graft.configuration import GraftConfig, fields
+
+_WEIGHTS = "model.safetensors"
+# What `from_pretrained` hands to the base, and what the Auto classes add of themselves.
+_FOR_BASE = {"dtype", "torch_dtype", "device_map", "local_files_only", "attn_implementation"}
+_FROM_AUTO = {"trust_remote_code", "adapter_kwargs", "revision", "token", "_from_auto"}
+
+
+class GraftFolder(PreTrainedModel):  # type: ignore[misc]
+    """A model whose weights are its own and those of a base; it is saved and loaded without its base."""
+
+    config: GraftConfig
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def own_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights of the memories alone."""
+        whole = self.state_dict() if state_dict is None else state_dict
+        return {name: value for name, value in whole.items() if not name.startswith("base.")}
+
+    def save_pretrained(  # pyrefly: ignore[bad-override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write configuration and the memories' weights; the base stays where it is.
+
+        Args:
+            kwargs: further arguments of transformers; accepted if they would change nothing.
+
+        Raises:
+            ValueError: for push_to_hub=True.
+            OSError: if a file cannot be written; a file of weights that was there before is left.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True is not supported: save the graft, and upload the folder")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        own = {name: value.detach().contiguous() for name, value in self.own_state_dict(state_dict).items()}
+        temporary = folder / f".{_WEIGHTS}.part"
+        try:
+            save_file(own, temporary, {"format": "pt"})
+            temporary.replace(folder / _WEIGHTS)
+        except SafetensorError as error:
+            raise OSError(f"{folder / _WEIGHTS} could not be written ({error}): make room") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        base: PreTrainedModel | str | Path | None = None,
+        config: GraftConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A graft that was saved, on its base.
+
+        Args:
+            pretrained_model_name_or_path: the folder that `save_pretrained` wrote.
+            base: the model it was made on, or its name or folder; by default the saved name or folder.
+            kwargs: changed fields of the configuration, and, for loading the base, dtype, device_map,
+                attn_implementation or local_files_only.
+
+        Raises:
+            ValueError: for a damaged folder, a base that is not found, or another base.
+            TypeError: for an unknown keyword.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: give a folder that a graft was saved to")
+        changes = {name: kwargs.pop(name) for name in fields() if name in kwargs}
+        if unknown := kwargs.keys() - _FOR_BASE - _FROM_AUTO:
+            raise TypeError(f"from_pretrained has no keyword {min(unknown)!r}: leave it out")
+        if config is None:
+            config = GraftConfig.from_pretrained(folder, **changes)
+        elif changes:
+            raise ValueError(f"{min(changes)} is given beside config: change config")
+        if not isinstance(base, PreTrainedModel):
+            base = _load_base(base or config.origin.get("name"), kwargs)
+        model = cls(config, base)
+        model._load_own(folder / _WEIGHTS)
+        return model.eval()
+
+    def _load_own(self, path: Path) -> None:
+        try:
+            found = load_file(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: restore the file") from None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore the file") from None
+        own = self.own_state_dict()
+        for name in sorted(own.keys() | found.keys()):
+            if name not in own or name not in found or own[name].shape != found[name].shape:
+                raise ValueError(f"{path} does not fit its config.json: {name} differs; restore both")
+            if not found[name].is_floating_point() or not torch.isfinite(found[name]).all():
+                raise ValueError(f"{path} holds values that are no finite numbers ({name}): restore the file")
+        self.load_state_dict(found, strict=False)
+
+
+def _load_base(name: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
+    if not name:
+        raise ValueError("the graft was made on a model without a name: give it as base=…")
+    known = {key: value for key, value in options.items() if key in _FOR_BASE}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **known)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the base {str(name)!r} cannot be loaded ({reason}): give it as base=…") from None
