@@ -26,6 +26,7 @@ ORDER = {
         train zoo evaluate baselines
         inspection
         experiments
+        serve
         cli
         __main__
         """,
@@ -106,12 +107,12 @@ ORDER = {
         adaptation association residual
         """,
     "titans.stream": """
-        text tokenizer model live
+        text tokenizer model live turns
         causal
         reader
-        saved
+        saved rows
         session
-        together
+        together decoding
         reading
         """,
     "titans.stream.reading": """

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 import titans
 from titans import Session
 from titans.cli import main
-from titans.cli.conversation import Conversation, Turns
+from titans.cli.conversation import Conversation
 from titans.data import byte_tokenizer
+from titans.stream.turns import Turns
 
 from ..models import small_causal_lm
 

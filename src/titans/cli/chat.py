@@ -59,8 +59,9 @@ class Chat(Sampling, ModelOptions):
     def run(self) -> int:
         """Talk until the input ends."""
         self.check_sampling()
-        from titans.cli.conversation import Conversation, Turns
+        from titans.cli.conversation import Conversation
         from titans.stream import Session
+        from titans.stream.turns import Turns
 
         model, tokenizer = self.open_model(self.checkpoint)
         turns = Turns(tokenizer, self.plain)

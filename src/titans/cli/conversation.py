@@ -5,87 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import StoppingCriteria
 
 from titans.stream import Session
 from titans.stream.causal import CausalReader, position_limit
 from titans.stream.reading.reading import Reading
 from titans.stream.reading.sources import find_sources
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Stands for an answer where only what surrounds answers is wanted.
-_ANSWER = "⟦answer⟧"
-# In a memory's header: some turn of a conversation is in it.
-_HEADER = "conversation"
-
-
-class Turns:
-    """How messages are written: by the tokenizer's chat template, or plainly, each with a line end.
-
-    Raises:
-        ValueError: for a template that cannot be used.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, plain: bool = False) -> None:
-        self.tokenizer, self.plain = tokenizer, plain or not tokenizer.chat_template
-        if not self.plain and _ANSWER not in self._rendered("question", _ANSWER):
-            raise ValueError("the chat template leaves out answers: use --plain")
-
-    def first(self, message: str, begins_text: bool) -> str:
-        """A first message, with what the template puts before it, such as a system prompt.
-
-        Args:
-            begins_text: whether nothing was read before it; otherwise it has no beginning-of-text token.
-        """
-        if self.plain:
-            return f"{message}\n"
-        text, begin = self._rendered(message), self.tokenizer.bos_token
-        if begins_text or not begin or self.later(message).startswith(begin):
-            return text
-        return text.removeprefix(begin)
-
-    def later(self, message: str) -> str:
-        """A message that follows an answer and what closes it."""
-        if self.plain:
-            return f"{message}\n"
-        rest = self._rendered("question", _ANSWER, message).partition(_ANSWER)[2]
-        return rest.removeprefix(self.closing)
-
-    @cached_property
-    def closing(self) -> str:
-        """What stands between an answer and the next message."""
-        return "" if self.plain else self._rendered("question", _ANSWER).partition(_ANSWER)[2]
-
-    @cached_property
-    def end_tokens(self) -> list[int]:
-        """Ids that end an answer by the template."""
-        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return [
-            id for id in self.tokenizer.encode(self.closing, add_special_tokens=False)[:1] if id in special
-        ]
-
-    def _rendered(self, *messages: str) -> str:
-        """Messages of user and assistant in turn; after a last one by the user an answer begins."""
-        turns = [
-            {"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(messages)
-        ]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=len(turns) % 2 == 1
-                )
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the chat template cannot be used ({reason}): use --plain") from None
+from titans.stream.turns import BEGUN, Turns, end_tokens
 
 
 @dataclass
@@ -131,8 +61,7 @@ class Conversation:
                     break
             stream.close()
             # The end token is part of the session already.
-            ended = str(turns.tokenizer.decode([last.id])) if last.id in ends else ""
-            self.session.feed(turns.closing.removeprefix(ended))
+            self.session.feed(turns.rest_of_closing(last.id if last.id in ends else None))
         except BaseException:
             self.session = past
             raise
@@ -159,7 +88,7 @@ class Conversation:
         Raises:
             ValueError: before anything was said or read. OSError: if it cannot be written.
         """
-        self.session.save(path, {_HEADER: "begun"} if self.begun else {})
+        self.session.save(path, {BEGUN: "begun"} if self.begun else {})
 
     @classmethod
     def load(cls, path: Path, model: Any, turns: Turns) -> Conversation:
@@ -172,7 +101,7 @@ class Conversation:
 
         session = Session.load(path, model, turns.tokenizer)
         with open_state_file(path) as file:
-            return cls(session, turns, _HEADER in file.about)
+            return cls(session, turns, BEGUN in file.about)
 
     def forget(self) -> None:
         """Start anew."""
@@ -188,9 +117,7 @@ class Conversation:
         return most if limit is None else min(most, limit - now)
 
     def _end_tokens(self) -> list[int]:
-        known = getattr(self.session.reader.inner.generation_config, "eos_token_id", None)
-        known = [] if known is None else [known] if isinstance(known, int) else list(known)
-        return list(dict.fromkeys([*known, *self.turns.end_tokens]))
+        return list(dict.fromkeys([*end_tokens(self.session.reader.inner), *self.turns.end_tokens]))
 
 
 class _LastToken(StoppingCriteria):  # type: ignore[misc]

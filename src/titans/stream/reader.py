@@ -110,11 +110,20 @@ class StateReader:
         return type(self)(self.model, freeze_memory=True)
 
     def read(
-        self, ids: Tensor, cache: Any, *, all_logits: bool = False, output_surprise: bool = False
+        self,
+        ids: Tensor,
+        cache: Any,
+        *,
+        all_logits: bool = False,
+        output_surprise: bool = False,
+        real: Tensor | None = None,
     ) -> Read:
+        """As of `Reader`. real: (rows, n) bool, which ids are no padding; None for all."""
+        device = self.inner.device
         with reading(self.inner):
             output = self.model(
-                input_ids=ids.to(self.inner.device),
+                input_ids=ids.to(device),
+                attention_mask=None if real is None else real.long().to(device),
                 past_key_values=cache,
                 logits_to_keep=0 if all_logits else 1,
                 output_surprise=output_surprise,
@@ -164,11 +173,17 @@ class GraftReader(StateReader):
     inner: GraftedForCausalLM
 
     def read(
-        self, ids: Tensor, cache: Any, *, all_logits: bool = False, output_surprise: bool = False
+        self,
+        ids: Tensor,
+        cache: Any,
+        *,
+        all_logits: bool = False,
+        output_surprise: bool = False,
+        real: Tensor | None = None,
     ) -> Read:
-        """As of `Reader`; the surprise of an adaptation alone where there is an association, too: nats and
-        squared errors have no common mean."""
-        found = super().read(ids, cache, all_logits=all_logits, output_surprise=output_surprise)
+        """As of `StateReader`; the surprise of an adaptation alone where there is an association, too: nats
+        and squared errors have no common mean."""
+        found = super().read(ids, cache, all_logits=all_logits, output_surprise=output_surprise, real=real)
         return replace(found, surprises=found.surprises and found.surprises[-1:])
 
     def load(self, file: StateFile) -> GraftCache:

@@ -131,6 +131,21 @@ class Session:
         """Tokens taken in so far, fed or generated."""
         return self._now.num_tokens
 
+    @property
+    def recent(self) -> tuple[int, ...]:
+        """The last tokens taken in, a few of them."""
+        return self._now.recent
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held by all states."""
+        return int(self._now.cache.nbytes())
+
+    @property
+    def mean_surprise(self) -> float | None:
+        """Of all that was fed, over tokens, layers and heads; None where nothing is known of it."""
+        return self._now.surprise / self._now.count if self._now.count else None
+
     def feed(
         self,
         text: str | bytes | Tensor | Sequence[int] | np.ndarray | Iterable[str | bytes],
@@ -251,12 +266,29 @@ class Session:
         new = getattr(found, "sequences", found)[0, 1:]
         ids = tuple(new.tolist())
         if cache.batch_size == 1 and cache.num_columns == now.cache.num_columns + len(ids):
-            self._now = replace(now, cache=cache, recent=(now.recent + ids)[-NUM_RECENT:])
+            self._go_on(cache, ids)
         else:
             # Beam search leaves the states of all beams, in no order to rely on.
             for _ in self._pieces(new.cpu()):
                 pass
         return new.unsqueeze(0) if self.tokenizer is None else text_after(self.tokenizer, now.recent, ids)
+
+    def _go_on(self, cache: Any, ids: tuple[int, ...]) -> None:
+        """Stand after generated ids, all but the last of which the cache has read."""
+        self._now = replace(self._now, cache=cache, recent=(self._now.recent + ids)[-NUM_RECENT:])
+
+    def _begin_stream(self) -> Any:
+        """A copy of the cache for somebody else to generate with, who calls `_end_stream` next; until then
+        nothing is taken in. ValueError before anything was fed, RuntimeError while a stream is open."""
+        with self._alone():
+            if not self.recent:
+                raise ValueError("the session has no token to start from: feed() it at least one first")
+            self._stream_is_open = True
+            return self.cache
+
+    def _end_stream(self, cache: Any, ids: tuple[int, ...]) -> None:
+        self._go_on(cache, ids)
+        self._stream_is_open = False
 
     def save(self, path: str | Path, about: Mapping[str, str] | None = None) -> None:
         """Write everything that was read to one safetensors file, through a temporary name.
@@ -357,7 +389,7 @@ class Session:
             found = SessionStats(now.num_tokens, now.cache.nbytes(), layers)
         return replace(
             found,
-            mean_surprise=now.surprise / now.count if now.count else None,
+            mean_surprise=self.mean_surprise,
             tokens_per_second=now.read / now.seconds if now.seconds else None,
         )
 

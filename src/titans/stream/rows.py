@@ -1,0 +1,89 @@
+"""What several texts have left in a model, side by side in one cache: joined, selected, taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from titans.hf.graft.window import Window, WindowState
+from titans.hf.graft.window import together as windows_together
+from titans.memory import MemoryState
+from titans.nn.attention.full import FullAttentionState
+from titans.state import flatten_alike, map_state
+from titans.stream.reader import GraftReader, StateReader, TitansReader, initial_states
+
+_OWN_SIZE = (MemoryState, FullAttentionState, WindowState)
+
+
+def can_share_calls(reader: object) -> bool:
+    """Whether texts of different lengths can be read in one call: those of Titans models and grafts.
+
+    Rows of other models would have to be padded, which corrupts recurrent states.
+    """
+    return isinstance(reader, StateReader)
+
+
+def side_by_side(reader: StateReader, caches: Sequence[Any]) -> Any:
+    """One cache with the rows of all, one after the other; it counts its columns from 0.
+
+    Args:
+        caches: of the reader, of any number of rows each; an empty one is a row that has read nothing.
+    """
+    joined = reader.start()
+    fresh: Any = None
+    if any(cache.states is None for cache in caches):
+        fresh = (
+            initial_states(reader.inner)
+            if isinstance(reader, TitansReader)
+            else (reader.inner.initial_state(1),)
+        )
+    states = [cache.states or fresh for cache in caches]
+    if isinstance(reader, GraftReader):
+        windows = windows_together([state.window for (state,) in states])
+        # What else a graft holds has one size for all rows.
+        rest = _stacked([replace(state, window=None) for (state,) in states])
+        joined.store((replace(rest, window=windows),), 0)
+    else:
+        joined.store(_stacked(states), 0)
+    return joined
+
+
+def row_of(reader: StateReader, cache: Any, row: int) -> tuple[Any, ...]:
+    """One row's states as it would hold them alone: nothing of the others is kept alive."""
+    config = reader.inner.config
+
+    def alone(state: Any) -> Any:
+        if isinstance(state, WindowState):
+            slots = Window(config.window, config.sinks).slots(int(state.position[row]))
+            return map_state(Tensor.clone, state.row(row, slots))
+        if not isinstance(state, _OWN_SIZE):
+            return state[[row]] if isinstance(state, Tensor) else state
+        mine = map_state(lambda x: x[[row]], state)
+        if isinstance(mine, FullAttentionState):
+            slots = int(mine.position)
+            return replace(mine, keys=mine.keys[:, :slots].clone(), values=mine.values[:, :slots].clone())
+        return mine.compact() if isinstance(mine, MemoryState) else mine
+
+    return tuple(pytree.tree_map(alone, cache.states, is_leaf=lambda x: isinstance(x, _OWN_SIZE)))
+
+
+def _stacked(states: Sequence[Any]) -> Any:
+    """Rows of several states; whoever holds fewer slots than another has empty ones after them."""
+    leaves, structure = flatten_alike(states)
+
+    def together(parts: tuple[Tensor, ...]) -> Tensor:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].dim() < 2:
+            return torch.cat(parts)
+        most = max(part.shape[1] for part in parts)
+        padding = [(0, 0) * (part.dim() - 2) + (0, most - part.shape[1]) for part in parts]
+        return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
+
+    return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure)
