@@ -45,7 +45,8 @@ ORDER = {
     "titans.memory.chunkwise": """
         chunk columns
         groups
-        anchored delta
+        formed delta
+        anchored
         scan
         """,
     "titans.memory.backends": """

@@ -18,6 +18,7 @@ from titans.memory import (
     memory_scan,
 )
 from titans.memory.backends.native import missing
+from titans.memory.objectives import num_inputs
 from titans.nn.memory.form import RULE_FIELDS
 
 from ..tolerances import assert_close
@@ -90,6 +91,8 @@ class Problem:
             for name in ("initial", "initial_momentum", "initial_extra", "base")
             if f"{name}.0" in self.leaves
         }
+        if "objective_inputs" in self.leaves:
+            fresh["objective_inputs"] = self.leaves["objective_inputs"][:, cut]
         arguments = dict(
             chunk_size=self.chunk_size,
             backend=backend,
@@ -104,6 +107,16 @@ class Problem:
             self.state if state is None else state,
             **(arguments | changes),
         )
+
+    def refused(self, backend: str) -> str | None:
+        """Why a backend does not run this, or None; nothing is run."""
+        try:
+            self.scan(backend, cut=slice(0, 0))
+        except ValueError as error:
+            if "refuses this call" not in str(error):
+                raise
+            return str(error)
+        return None
 
     def require_grad(self) -> Problem:
         return self.change(**{name: x.detach().clone().requires_grad_() for name, x in self.leaves.items()})
@@ -180,6 +193,7 @@ def make_problem(
     closed_gates: bool = True,
     objective: object = "squared_error",
     rule: str = "momentum",
+    by_row: bool = False,
     **options: object,
 ) -> Problem:
     """A random call in float64, its numbers of moderate size.
@@ -191,6 +205,7 @@ def make_problem(
         base: the fast weights are offsets.
         position: "zero", "same" (one place inside a chunk for all rows) or "apart" (each row at its own).
         closed_gates: make some gates exactly 0 and some exactly 1.
+        by_row: a forget gate for each row of the weights.
         objective, rule: what the registries make parts of; a rule takes what it knows of `options`.
         options: fields of `MemoryNetwork` and of the rule.
     """
@@ -227,6 +242,12 @@ def make_problem(
             gate = torch.where(kind < 0.1, 0.0, gate)
             gate = torch.where(kind > 0.95, 1.0, gate) if name != "step_size" else gate
         leaves[name] = gate
+    if by_row:
+        shape = batch, time, heads, sum(out for out, _ in net.weight_shapes)
+        leaves["forget"] = 0.3 * torch.where(uniform(*shape) < 0.1, 0.0, uniform(*shape))
+        leaves["forget"] = torch.where(uniform(*shape) > 0.95, 1.0, leaves["forget"])
+    if count := num_inputs(inner.objective):
+        leaves["objective_inputs"] = uniform(batch, time, heads, count)
     far = torch.randint(3 * chunk_size, (batch,), generator=rng)
     at = {"zero": far * 0, "same": far[:1].expand(batch) // 3, "apart": far}[position].clone()
     current, anchor = weights(batch, heads), weights(batch, heads)
@@ -256,6 +277,6 @@ def make_problem(
         flags["mask"] = uniform(batch, time) < 0.7
         if mask == "rows":
             flags["mask"][0] = False
-        for name in TOKENS:
+        for name in TOKENS + ("objective_inputs",) * ("objective_inputs" in leaves):
             leaves[name] = torch.where(flags["mask"][..., None, None], leaves[name], torch.nan)
     return Problem(inner, leaves, at, chunk_size, flags)

@@ -1,5 +1,7 @@
 """docs/family.md: each system's setting computes what the reference op of flash-linear-attention computes.
 
+Where no code is published: what the equations of the paper give (naive.py).
+
 The ops' files are executed one by one, because to import the package takes Triton and a GPU's driver.
 """
 
@@ -15,12 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans.memory import MemoryNetwork, MemoryState, memory_read, memory_scan
+from titans.memory import Memora, MemoryNetwork, MemoryState, memory_read, memory_scan
 
 from ..tolerances import assert_close
+from . import naive
 
 # In float64, and of the ops as they are, in float32.
 EQUAL, SINGLE = 1e-14, 1e-6
+# Of two layers behind a LayerNorm, whose roundings 48 updates amplify.
+NAIVE = 1e-12
 PAGE = Path(__file__).parents[2] / "docs" / "family.md"
 
 
@@ -223,3 +228,48 @@ def test_the_titans_op_has_a_slip_and_divides_by_products_of_gates(monkeypatch):
     closed[:, ::7] = 1
     assert_close(theirs(closed, False, slip), ours(closed)[1].weights[0], EQUAL, "closed gates")
     assert theirs(closed, True, slip).isnan().any()
+
+
+def one_by_one(x: dict[str, Any], carried: list[Tensor], update: naive.Update) -> tuple[Tensor, list[Tensor]]:
+    """The naive scan of the page's tokens with its LayerNorm."""
+    return naive.scan(x["queries"], x["keys"], x["values"], carried, (x["gain"], x["offset"]), update)
+
+
+def test_moneta():
+    (x,) = page()["Moneta"]
+    update = naive.moneta(x["alpha"].squeeze(-1), x["rate"][..., 0], p=3, q=4)
+    reads, carried = one_by_one(x, list(x["first"].weights), update)
+    assert_close(x["reads"], reads, NAIVE, "reads")
+    for found, expected in zip(x["state"].weights, carried, strict=True):
+        assert_close(found, expected, NAIVE, "A")
+
+
+def test_yaad():
+    (x,) = page()["Yaad"]
+    update = naive.yaad(x["alpha"].squeeze(-1), x["rate"][..., 0], x["delta"].squeeze(-1))
+    reads, carried = one_by_one(x, list(x["first"].weights), update)
+    assert_close(x["reads"], reads, NAIVE, "reads")
+    for found, expected in zip(x["state"].weights, carried, strict=True):
+        assert_close(found, expected, NAIVE, "weights")
+    # Both kinds of error are there.
+    errors = naive.memory(carried, x["keys"][:, -1], x["gain"], x["offset"]) - x["values"][:, -1]
+    long = errors.norm(dim=-1) > x["delta"][:, -1, :, 0]
+    assert long.any() and not long.all()
+
+
+def test_memora():
+    (x,) = page()["Memora"]
+    update = naive.memora(x["alpha"].squeeze(-1), x["rate"][..., 0], mass=1.0)
+    reads, weights = one_by_one(x, [torch.softmax(w, -1) for w in x["first"].weights], update)
+    assert_close(x["reads"], reads, NAIVE, "reads")
+    for found, expected in zip(x["state"].weights, weights, strict=True):
+        assert_close(Memora().network_weight(found), expected, NAIVE, "weights")
+
+
+def test_titans_whose_rows_forget_at_their_own_pace():
+    (x,) = page()["Channel-wise forgetting"]
+    update = naive.titans(x["by_row"].split([16, 8], -1), x["mu"].squeeze(-1), x["rate"][..., 0], 16)
+    reads, weights = one_by_one(x, list(x["first"].weights), update)
+    assert_close(x["reads"], reads, NAIVE, "reads")
+    for found, expected in zip(x["state"].weights, weights, strict=True):
+        assert_close(found, expected, NAIVE, "weights")

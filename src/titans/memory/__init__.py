@@ -25,8 +25,8 @@ from titans.memory.backends import BACKENDS, Backend
 from titans.memory.chunkwise.columns import assume_aligned
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
-from titans.memory.objectives import OBJECTIVES, Huber, Lp, Objective, SquaredError
-from titans.memory.rules import UPDATE_RULES, MomentumRule, UpdateRule
+from titans.memory.objectives import OBJECTIVES, AdaptiveHuber, Huber, Lp, Objective, SquaredError, Yaad
+from titans.memory.rules import UPDATE_RULES, Memora, MomentumRule, Moneta, UpdateRule
 from titans.memory.scan import memory_read, memory_scan
 from titans.memory.state import MemoryState
 
@@ -34,16 +34,20 @@ __all__ = [
     "BACKENDS",
     "OBJECTIVES",
     "UPDATE_RULES",
+    "AdaptiveHuber",
     "Backend",
     "Huber",
     "InnerProblem",
     "Lp",
+    "Memora",
     "MemoryNetwork",
     "MemoryState",
     "MomentumRule",
+    "Moneta",
     "Objective",
     "SquaredError",
     "UpdateRule",
+    "Yaad",
     "assume_aligned",
     "memory_read",
     "memory_scan",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
+from titans.memory.objectives import num_inputs
 from titans.memory.problem import ScanProblem
 from titans.memory.state import MemoryState
 
@@ -41,7 +43,9 @@ def hand_written_refuses() -> str | None:
     return None
 
 
-def _expect_range(name: str, gate: Tensor, mask: Tensor | None, highest: float | None) -> None:
+def _expect_range(
+    name: str, gate: Tensor, mask: Tensor | None, highest: float | None, lowest: float = 0.0
+) -> None:
     # On an accelerator, or in a compiled graph, looking at values would stop the stream; vmap forbids it.
     if gate.device.type != "cpu" or torch.compiler.is_compiling() or not gate.numel() or inside_transform():
         return
@@ -51,13 +55,13 @@ def _expect_range(name: str, gate: Tensor, mask: Tensor | None, highest: float |
     if mask is not None:
         gate = torch.where(mask[..., None, None], gate, 0)
     low, high = (x.item() for x in gate.aminmax())
-    domain = "at least 0" if highest is None else f"between 0 and {highest:g}"
+    domain = f"at least {lowest:g}" if highest is None else f"between {lowest:g} and {highest:g}"
     if low != low:
         raise ValueError(
             f"{name} holds NaN: give finite values {domain}; if a layer computed it, look for NaN in its "
             "input and its parameters"
         )
-    if not (low >= 0 and high < float("inf") and (highest is None or high <= highest)):
+    if not (low >= lowest and high < float("inf") and (highest is None or high <= highest)):
         raise ValueError(f"{name} spans [{low:g}, {high:g}]: give finite values {domain}")
 
 
@@ -104,13 +108,38 @@ def _check_weights(
         _expect_floating(f"{name}[{layer}]", weight)
 
 
+def targets(inner: InnerProblem, values: Tensor, inputs: Tensor | None, mask: Tensor | None) -> Tensor:
+    """What the objective compares answers with: the values, and after them its inputs, if it takes any.
+
+    Raises:
+        ValueError: for inputs that are missing, or that the objective does not take.
+    """
+    count, name = num_inputs(inner.objective), type(inner.objective).__name__
+    if inputs is None:
+        if count:
+            raise ValueError(
+                f"objective_inputs=None: {name} takes {count} for each token, give (batch, time, heads, "
+                f"{count})"
+            )
+        return values
+    if not count:
+        raise ValueError(f"objective_inputs is given, and {name} takes none: leave it out")
+    _expect_shape("values", values, (*values.shape[:-1], inner.network.head_dim), "(…, head_dim)")
+    _expect_shape("objective_inputs", inputs, (*values.shape[:-1], count), "(batch, time, heads, num_inputs)")
+    _expect_floating("objective_inputs", inputs)
+    lowest, highest = inner.objective.input_range  # type: ignore[attr-defined]
+    _expect_range("objective_inputs", inputs, mask, None if highest == float("inf") else highest, lowest)
+    return torch.cat([values, inputs], -1)
+
+
 def check_scan(problem: ScanProblem) -> None:
     """Raise ValueError for the first argument of `memory_scan` that is wrong."""
     p, queries, net = problem, problem.queries, problem.inner.network
     check_read(net, queries, p.state, p.norm_weight, p.norm_bias, p.base)
     batch, time, heads, _ = queries.shape
     _expect_shape("keys", p.keys, queries.shape, "the shape of queries")
-    _expect_shape("values", p.values, (batch, time, heads, net.head_dim), "(batch, time, heads, head_dim)")
+    width = net.head_dim + num_inputs(p.inner.objective)
+    _expect_shape("values", p.values, (batch, time, heads, width), "(batch, time, heads, head_dim)")
     for name, tensor in (("keys", p.keys), ("values", p.values)):
         _expect_floating(name, tensor)
     if type(p.chunk_size) is not int or p.chunk_size < 1:
@@ -125,7 +154,10 @@ def check_scan(problem: ScanProblem) -> None:
         ("momentum", p.momentum, 1.0),
         ("step_size", p.step_size, None),
     ):
-        _expect_shape(name, gate, (batch, time, heads, net.depth), "(batch, time, heads, depth)")
+        if name == "forget" and p.forgets_by_row and gate.shape[-1:] == (sum(p.forget_sizes),):
+            _expect_shape(name, gate, (batch, time, heads, gate.shape[-1]), "(batch, time, heads, rows)")
+        else:
+            _expect_shape(name, gate, (batch, time, heads, net.depth), "(batch, time, heads, depth)")
         _expect_floating(name, gate)
         _expect_range(name, gate, p.mask, highest)
     if p.reset is not None and p.initial is None:

@@ -79,6 +79,12 @@ class InnerProblem:
             UPDATE_RULES.make(parts["rule"]),
         )
 
+    def network_weights(self, carried: Sequence[Tensor], base: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """The weights that the network has where a state carries these, (…, out, in) each, on a base (heads,
+        out, in) if any."""
+        total = self.network.total(carried, base)
+        return tuple(map(self.rule.network_weight, total)) if self.rule.maps_weights else total
+
     def step_normalizers(
         self,
         curvature: Tensor | float,
@@ -90,7 +96,8 @@ class InnerProblem:
 
         c_l = c ρ² κ_l² max(‖h_{l-1}‖, floor)² bounds the curvature of the objective in W_l (without the
         second derivative of the network, as Gauss and Newton do), and κ_l² = ∏_{j>l} 1.13² (‖W_j‖_F² +
-        out_j · floor²) the squared slope of the layers above; floor is `rule.length_floor`.
+        out_j · floor²) the squared slope of the layers above; floor is `rule.length_floor`. All are
+        multiplied by `rule.slope`.
 
         Args:
             curvature: c, the objective's bound in the answer, a number or (…, rows).
@@ -99,7 +106,7 @@ class InnerProblem:
             weight_squares: ‖W_2‖_F² … ‖W_L‖_F², (…, 1) each.
         """
         network, floor = self.network, self.rule.length_floor
-        bound = curvature * slope_square
+        bound = curvature * self.rule.slope * slope_square
         normalizers = []
         for layer in reversed(range(network.depth)):
             bound_here = bound * input_squares[layer].clamp_min(floor**2)
@@ -117,8 +124,9 @@ class InnerProblem:
         gain: Tensor | None,
         bias: Tensor | None,
     ) -> list[Tensor]:
-        """`step_normalizers` of keys and values (…, rows, head_dim) at weights (…, out, in): (…, rows) per
-        layer; gain and bias broadcast against the keys."""
+        """`step_normalizers` of keys and values (…, rows, head_dim) at the network's weights (…, out, in), as
+        (…, rows) per layer; gain and bias broadcast against the keys. After the values come the objective's
+        inputs, if it takes any."""
         inputs, outputs = self.network.features(weights, keys)
         answers = self.network.finish(outputs[-1], keys, gain, bias)
         return self.step_normalizers(

@@ -1,25 +1,33 @@
 """Inner objectives: what the memory minimises while it reads. To add one, write a class and register it.
 
-All are sums over the features of φ(answer − target), so that a compiled backend needs φ′, φ″ and one switch.
+Those that compiled backends know are sums over the features of φ(answer − target): a kernel needs φ′, φ″ and
+one switch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans.memory.registry import Registry
 
 
 class Objective(Protocol):
-    """A loss per token between the memory's answer and the value it should have given."""
+    """A loss per token between the memory's answer and the value it should have given.
+
+    An objective with parameters that depend on the token has two class attributes and a method besides:
+    `num_inputs`, how many numbers it takes for each token and head; `input_range`, between which two numbers
+    they are; and `from_logits`, which maps any numbers to that range, for a layer that learns them. They
+    come last in `target`, which then is (…, head_dim + num_inputs).
+    """
 
     def value(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The loss: (…, head_dim) twice to (…)."""
+        """The loss: (…, head_dim) each to (…)."""
         ...
 
     def gradient(self, answer: Tensor, target: Tensor) -> Tensor:
@@ -114,6 +122,79 @@ class Lp:
         return torch.where(nothing, float(self.p == 2), torch.where(nothing, 1, size).pow(self.p - 2))
 
 
+class _WithThreshold:
+    """What objectives with a threshold δ ≥ 0 of each token share."""
+
+    num_inputs: ClassVar[int] = 1
+    input_range: ClassVar[tuple[float, float]] = (0.0, math.inf)
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        return F.softplus(logits)
+
+    def _split(self, answer: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The error (…, head_dim), and δ (…, 1)."""
+        value, delta = target.split([target.shape[-1] - 1, 1], -1)
+        return answer - value, delta
+
+
+@dataclass(frozen=True)
+class AdaptiveHuber(_WithThreshold):
+    """`Huber` with a δ of each token: an error beyond it moves the memory no further than δ would (equation
+    14 of MIRAS, arXiv 2504.13173, without its factor ½)."""
+
+    def value(self, answer: Tensor, target: Tensor) -> Tensor:
+        error, delta = self._split(answer, target)
+        within = error.clamp(-delta, delta)
+        return (within * (2 * error - within)).sum(-1)
+
+    def gradient(self, answer: Tensor, target: Tensor) -> Tensor:
+        error, delta = self._split(answer, target)
+        return 2 * error.clamp(-delta, delta)
+
+    def curvature(self, answer: Tensor, target: Tensor) -> float:
+        return 2.0
+
+
+@dataclass(frozen=True)
+class Yaad(_WithThreshold):
+    """‖e‖² where the error e is no longer than the token's δ, and δ Σ|e| where it is (Yaad of MIRAS, equation
+    26: its update with ∇‖e‖² or δ ∇‖e‖₁).
+
+    The loss and its gradient jump at ‖e‖ = δ, from 2 e to δ sign(e). `AdaptiveHuber` is continuous there.
+    """
+
+    def value(self, answer: Tensor, target: Tensor) -> Tensor:
+        error, delta = self._split(answer, target)
+        square = error.square().sum(-1)
+        long = square > delta.squeeze(-1).square()
+        return torch.where(long, delta.squeeze(-1) * error.abs().sum(-1), square)
+
+    def gradient(self, answer: Tensor, target: Tensor) -> Tensor:
+        error, delta = self._split(answer, target)
+        long = error.square().sum(-1, keepdim=True) > delta.square()
+        return torch.where(long, delta * error.sign(), 2 * error)
+
+    def curvature(self, answer: Tensor, target: Tensor) -> Tensor:
+        """At least 2, and so large that the gradient, whose length is up to δ √head_dim, divided by it is no
+        longer than the error."""
+        error, delta = self._split(answer, target)
+        square, threshold = error.square().sum(-1), delta.squeeze(-1)
+        long = square > threshold.square()
+        length = torch.where(long, square, 1).sqrt()
+        return torch.where(long, threshold * error.shape[-1] ** 0.5 / length, 2).clamp_min(2)
+
+
+def num_inputs(objective: Objective) -> int:
+    """How many numbers the objective takes for each token and head besides answer and value."""
+    return getattr(objective, "num_inputs", 0)
+
+
 OBJECTIVES: Registry[Objective] = Registry(
-    "objective", ("value", "gradient", "curvature"), squared_error=SquaredError, huber=Huber, lp=Lp
+    "objective",
+    ("value", "gradient", "curvature"),
+    squared_error=SquaredError,
+    huber=Huber,
+    lp=Lp,
+    adaptive_huber=AdaptiveHuber,
+    yaad=Yaad,
 )

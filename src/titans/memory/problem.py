@@ -16,7 +16,7 @@ from titans.memory.state import MemoryState
 @dataclass(frozen=True)
 class ScanProblem:
     """The arguments of `memory_scan`, which describes them; as backends receive them, all floating tensors
-    are in the compute dtype."""
+    are in the compute dtype. Inputs of the objective follow the values in `values`."""
 
     inner: InnerProblem
     queries: Tensor
@@ -93,6 +93,21 @@ class ScanProblem:
         tokens = (self.queries, self.keys, self.values, self.forget, self.momentum, self.step_size)
         leaves = pytree.tree_leaves((tokens, self.state, slow))
         return any(x is not None and x.requires_grad for x in leaves)
+
+    @property
+    def forgets_by_row(self) -> bool:
+        """Whether there is a forget gate for each row of the weights, and not one for each layer."""
+        return self.forget.shape[-1] != self.inner.network.depth
+
+    @property
+    def forget_sizes(self) -> list[int]:
+        """How many forget gates each layer has."""
+        shapes = self.inner.network.weight_shapes
+        return [out if self.forgets_by_row else 1 for out, _ in shapes]
+
+    def no_reads(self) -> Tensor:
+        """(batch, time, heads, head_dim) of zeros."""
+        return self.values.new_zeros(*self.values.shape[:-1], self.inner.network.head_dim)
 
     def fresh_state(self) -> MemoryState:
         """The state in which a reset leaves a row, for every row."""

@@ -18,10 +18,15 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     net, objective, rule = inner.network, inner.objective, inner.rule
     gain, bias, base = problem.gain, problem.bias, problem.base
     batch, time, heads, _ = problem.keys.shape
+    # By layer.
+    gates = (
+        problem.forget.split(problem.forget_sizes, -1),
+        *(x.split(1, -1) for x in (problem.momentum, problem.step_size)),
+    )
     everywhere = torch.ones(batch, dtype=torch.bool, device=problem.keys.device)
 
     def inner_loss(weights: tuple[Tensor, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        losses = objective.value(net(net.total(weights, base), key, gain, bias), value)
+        losses = objective.value(net(weights, key, gain, bias), value)
         # The sum over sequences and heads: each has its own weights, so each gets its own gradient.
         return losses.sum(), losses
 
@@ -37,17 +42,18 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         query, key, value = token(problem.queries), token(problem.keys), token(problem.values)
 
         # (12): the gradient of the loss at the weights this chunk started from.
-        gradients, surprise = torch.func.grad(inner_loss, has_aux=True)(state.anchor, key, value)
+        anchor = inner.network_weights(state.anchor, base)
+        gradients, surprise = torch.func.grad(inner_loss, has_aux=True)(anchor, key, value)
         normalizers: list[Tensor | float] = [1.0] * net.depth
         if rule.normalize_step:
-            bounds = inner.step_normalizers_at(net.total(state.anchor, base), key, value, gain, bias)
+            bounds = inner.step_normalizers_at(anchor, key, value, gain, bias)
             normalizers = [bound.unsqueeze(-1) for bound in bounds]
 
         weights, momentum = [], []
         for layer in range(net.depth):
+            # (batch, heads, 1, 1), or of forgetting one number for each row of the weights.
             alpha, eta, theta = (
-                torch.where(real[:, None], gate[:, t, :, layer], 0)[..., None, None]
-                for gate in (problem.forget, problem.momentum, problem.step_size)
+                torch.where(real[:, None, None], gate[layer][:, t], 0).unsqueeze(-1) for gate in gates
             )
             # The rule's step; that of `UpdateRule` is
             #   S_t = η S_{t−1} − θ ∇ℓ       (14)
@@ -64,8 +70,8 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
             momentum.append(moment)
 
         # (15): read with the weights just written, or with those of (12).
-        knowing = state.anchor if problem.read_anchor else weights
-        read = net(net.total(knowing, base), query, gain, bias).squeeze(2)
+        knowing = anchor if problem.read_anchor else inner.network_weights(weights, base)
+        read = net(knowing, query, gain, bias).squeeze(2)
         reads.append(torch.where(real[:, None, None], read, 0))
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 
@@ -75,5 +81,5 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         state = where_rows(real, where_rows(chunk_ends, closed, written), state)
 
     if not time:
-        return torch.zeros_like(problem.values), state, problem.keys.new_zeros(batch, 0, heads)
+        return problem.no_reads(), state, problem.keys.new_zeros(batch, 0, heads)
     return torch.stack(reads, 1), state, torch.stack(surprises, 1).detach()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titans.memory.backends import choose_backend
 from titans.memory.backends.traced import traced_scan
-from titans.memory.checks import check_read, check_scan, has_no_values
+from titans.memory.checks import check_read, check_scan, has_no_values, targets
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
 from titans.memory.precision import autocast_device
@@ -43,6 +43,7 @@ def memory_scan(
     initial_momentum: Sequence[Tensor] | None = None,
     initial_extra: Sequence[Tensor] | None = None,
     base: Sequence[Tensor] | None = None,
+    objective_inputs: Tensor | None = None,
     backend: str = "auto",
     return_surprise: bool = False,
     read_anchor: bool = False,
@@ -61,7 +62,8 @@ def memory_scan(
             network has one of its own.
         values: (batch, time, heads, head_dim).
         forget, momentum, step_size: alpha, eta, theta, (batch, time, heads, depth); the first two in the
-            closed interval [0, 1], the third not negative.
+            closed interval [0, 1], the third not negative. `forget` may also have one number for each row of
+            the weights, layer after layer: (batch, time, heads, Σ out), W ← diag(1 − alpha) W + S.
         state: what the rows have learned so far; see `MemoryState.initial`.
         chunk_size: tokens that share one set of gradient weights. Part of the model, not a speed knob.
         norm_weight, norm_bias: gain and bias of the network's LayerNorm, (heads, head_dim).
@@ -73,6 +75,8 @@ def memory_scan(
         initial_extra: what the rule carries besides, (heads, …) each; `UpdateRule.fresh_extra` by default.
         base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
             run with their sum, so that what is forgotten decays towards `base` and not towards 0.
+        objective_inputs: (batch, time, heads, num_inputs), the numbers of each token that the objective
+            takes, such as its threshold; needed if it takes any.
         backend: "auto", or a name in `BACKENDS`: "native", "triton", "chunkwise", "reference",
             "native_bfloat16" (products on bfloat16 operands).
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
@@ -87,8 +91,10 @@ def memory_scan(
     Raises:
         ValueError: for a wrong shape, dtype or range, or a backend that refuses, naming the argument.
     """
+    inner = InnerProblem.of(inner)
+    values = targets(inner, values, objective_inputs, mask)
     problem = ScanProblem(
-        InnerProblem.of(inner), queries, keys, values, forget, momentum, step_size, state, chunk_size,
+        inner, queries, keys, values, forget, momentum, step_size, state, chunk_size,
         norm_weight, norm_bias, mask, reset, initial, initial_momentum, initial_extra, base, read_anchor,
     )  # fmt: skip
     check_scan(problem)
@@ -126,12 +132,13 @@ def memory_read(
     Raises:
         ValueError: for a wrong shape or dtype, naming the argument.
     """
-    net = InnerProblem.of(inner).network
+    inner = InnerProblem.of(inner)
+    net = inner.network
     check_read(net, queries, state, norm_weight, norm_bias, base)
     with torch.autocast(autocast_device(queries), enabled=False):
         dtype = compute_dtype(queries, *state.weights)
         gain, bias = (None if x is None else x.to(dtype).unsqueeze(1) for x in (norm_weight, norm_bias))
         raised_base = None if base is None else [b.to(dtype) for b in base]
-        weights = net.total([w.to(dtype) for w in state.weights], raised_base)
+        weights = inner.network_weights([w.to(dtype) for w in state.weights], raised_base)
         answers = net(weights, queries.to(dtype).transpose(1, 2), gain, bias)
     return answers.transpose(1, 2).to(queries.dtype)

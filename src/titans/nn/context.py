@@ -32,11 +32,13 @@ class MemoryTrace:
     """What a memory did at each token of a stretch; of a memory with local ones, what the global one did.
 
     surprise: (batch, time, heads), ‖M(k) − v‖² before the token is written, outside the autograd graph.
-    forget, momentum, step_size: (batch, time, heads, depth), the gates as functions of the token; a step size
-        is not yet divided by its normalizer, see `NeuralMemory.applied_step_size`.
+    forget, momentum, step_size: (batch, time, heads, depth), the gates as functions of the token; forget is
+        the mean over rows where these have gates of their own. A step size is not yet divided by its
+        normalizer, see `NeuralMemory.applied_step_size`.
     step_logits: (batch, time, heads, depth), the step size before its sigmoid.
     keys, values: (batch, time, heads, key_dim) and (…, head_dim), what is written. Keys have been through the
-        layer's feature map; without one they are of unit length.
+        layer's feature map; without one they are of unit length. After a value come the objective's inputs,
+        if it takes any.
     weight_norm: (batch, heads), Frobenius norm of the fast weights after the stretch.
     """
 

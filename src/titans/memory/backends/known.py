@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from titans.memory.inner import InnerProblem
 from titans.memory.objectives import Huber, Lp, Objective, SquaredError
+from titans.memory.problem import ScanProblem
 from titans.memory.rules import MomentumRule
 
 # Activations as a kernel is given them.
@@ -28,11 +28,14 @@ def objective_switch(objective: Objective) -> ObjectiveSwitch:
     return ObjectiveSwitch(0, 0.0)
 
 
-def refuses_parts(inner: InnerProblem) -> str | None:
-    """Why a compiled backend cannot run this objective or update rule, or None."""
+def refuses_parts(problem: ScanProblem) -> str | None:
+    """Why a compiled backend cannot run this objective, update rule or forget gate, or None."""
+    inner = problem.inner
     # Exact types: a subclass may compute something else.
     if type(inner.objective) not in (SquaredError, Huber, Lp):
         return f"it knows the objectives SquaredError, Huber and Lp, and not {type(inner.objective).__name__}"
     if type(inner.rule) is not MomentumRule:
         return f"it knows the update rule MomentumRule, and not {type(inner.rule).__name__}"
+    if problem.forgets_by_row:
+        return "it knows one forget gate for each layer, and not one for each row of the weights"
     return None

@@ -102,8 +102,10 @@ def _scan(flat: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 @_scan.register_fake
 def _(flat: Sequence[Tensor], there: Sequence[bool], inner: str, *rest: Any) -> list[Tensor]:
-    leaves = _structure(InnerProblem.described(inner)).num_leaves
-    values = flat[leaves + 2]
+    problem = InnerProblem.described(inner)
+    leaves = _structure(problem).num_leaves
+    # Without the inputs of the objective.
+    values = flat[leaves + 2][..., : problem.network.head_dim]
     return _fresh_like([values, values[..., 0], *flat[:leaves]])
 
 

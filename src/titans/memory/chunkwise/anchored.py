@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.chunkwise.chunk import key_pass
+from titans.memory.chunkwise.formed import layer_gates, rows_last
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, begin_chunk, end_chunk
 from titans.memory.inner import InnerProblem
 from titans.memory.rules import EndCoefficients, end_coefficients
@@ -26,18 +27,27 @@ def scan_anchored_chunks(
     """
     net = inner.network
     written = None if marks.filled is None else marks.filled.unsqueeze(1)
-    coefficients = end_coefficients(inner.rule, tokens.forget, tokens.momentum, tokens.step_size, written)
+    if tokens.forget.shape[1] == net.depth:
+        found = end_coefficients(inner.rule, tokens.forget, tokens.momentum, tokens.step_size, written)
+        layers = [EndCoefficients(*(x[:, layer] for x in found)) for layer in range(net.depth)]
+    else:
+        # For each row of the weights: (chunks, rows, out, 1), and for tokens (chunks, rows, width, out).
+        layers = []
+        for gates in layer_gates(inner, tokens):
+            found = EndCoefficients(*map(rows_last, end_coefficients(inner.rule, *gates, written)))
+            a, b, steps, e, moved = (x.squeeze(-2) for x in found)
+            layers.append(EndCoefficients(a.mT, b.mT, steps, e.mT, moved))
     reads, surprises = [], []
     for n in range(tokens.keys.shape[0]):
         here = marks.at(n)
         state = begin_chunk(here, slow, state)
-        anchor = net.total(state.anchor, slow.base or None)
+        anchor = inner.network_weights(state.anchor, slow.base or None)
         reads.append(net(anchor, tokens.queries[n], slow.gain, slow.bias))
-        found = key_pass(inner, tokens.keys[n], tokens.values[n], slow.gain, slow.bias, anchor)
-        surprises.append(found.surprise)
+        keys = key_pass(inner, tokens.keys[n], tokens.values[n], slow.gain, slow.bias, anchor)
+        surprises.append(keys.surprise)
         weights, momentum = [], []
-        for layer, (h, d) in enumerate(zip(found.inputs, found.scaled, strict=True)):
-            c = EndCoefficients(*(x[n, layer] for x in coefficients))
+        for layer, (h, d) in enumerate(zip(keys.inputs, keys.scaled, strict=True)):
+            c = EndCoefficients(*(x[n] for x in layers[layer]))
             weight, moment = state.weights[layer], state.momentum[layer]
             moved = weight + (weight * c.end_weights + moment * c.end_momentum)
             weights.append(moved.baddbmm((d * c.end_steps).mT, h, alpha=-1))

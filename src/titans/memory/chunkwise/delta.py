@@ -59,6 +59,7 @@ def is_delta_rule(problem: ScanProblem) -> bool:
         and type(problem.inner.objective) is SquaredError
         and type(rule) is MomentumRule
         and rule.row_limit is None
+        and not problem.forgets_by_row
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from titans.memory.chunkwise.anchored import scan_anchored_chunks
 from titans.memory.chunkwise.columns import Columns, Run, cut
 from titans.memory.chunkwise.delta import block_width, is_delta_rule, scan_delta_blocks
+from titans.memory.chunkwise.formed import scan_formed_chunks
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, scan_chunks
 from titans.memory.inner import InnerProblem
 from titans.memory.problem import ScanProblem
@@ -92,7 +93,7 @@ def _scan_ragged(
     batch, time, heads, _ = problem.keys.shape
     _, num_chunks, width = columns.filled.shape
     state = problem.state
-    reads, surprises = torch.zeros_like(problem.values), problem.keys.new_zeros(batch, time, heads)
+    reads, surprises = problem.no_reads(), problem.keys.new_zeros(batch, time, heads)
     if num_chunks:
         filled = columns.filled.flatten(1)[..., None, None]
 
@@ -127,7 +128,8 @@ def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
             position = torch.zeros_like(position)
         run = functools.partial(scan_delta_blocks, problem.read_anchor)
         return _cut_and_scan(problem, run, position, block_width(problem.inner.network))
-    return scan_laid_out(problem, scan_chunks)
+    general = problem.forgets_by_row or problem.inner.rule.maps_weights
+    return scan_laid_out(problem, scan_formed_chunks if general else scan_chunks)
 
 
 def scan_laid_out(problem: ScanProblem, run: ScanChunks) -> tuple[Tensor, MemoryState, Tensor]:
@@ -144,7 +146,7 @@ def _cut_and_scan(
 ) -> tuple[Tensor, MemoryState, Tensor]:
     batch, time, heads, _ = problem.keys.shape
     if time == 0:
-        return torch.zeros_like(problem.values), problem.state, problem.keys.new_zeros(batch, 0, heads)
+        return problem.no_reads(), problem.state, problem.keys.new_zeros(batch, 0, heads)
     parts = cut(position, time, size, problem.mask, problem.reset)
     if isinstance(parts, Columns):
         return _scan_ragged(problem, run, parts)

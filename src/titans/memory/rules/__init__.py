@@ -7,16 +7,22 @@ a name below.
 from titans.memory.registry import Registry
 from titans.memory.rules.coefficients import ChunkCoefficients, EndCoefficients
 from titans.memory.rules.long_chunks import end_coefficients
+from titans.memory.rules.memora import Memora
 from titans.memory.rules.momentum import MomentumRule
+from titans.memory.rules.moneta import Moneta
 from titans.memory.rules.rule import UpdateRule, ended
 
-UPDATE_RULES: Registry[UpdateRule] = Registry("rule", ("step", "coefficients", "end"), momentum=MomentumRule)
+UPDATE_RULES: Registry[UpdateRule] = Registry(
+    "rule", ("step", "coefficients", "end"), momentum=MomentumRule, moneta=Moneta, memora=Memora
+)
 
 __all__ = [
     "UPDATE_RULES",
     "ChunkCoefficients",
     "EndCoefficients",
+    "Memora",
     "MomentumRule",
+    "Moneta",
     "UpdateRule",
     "end_coefficients",
     "ended",

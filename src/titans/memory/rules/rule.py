@@ -63,6 +63,24 @@ class UpdateRule:
         shapes = self.extra_shapes([(w.shape[-2], w.shape[-1]) for w in weights])
         return tuple(weights[0].new_zeros(*leading, *shape) for shape in shapes)
 
+    def network_weight(self, carried: Tensor) -> Tensor:
+        """What the network has as weight of a layer where the state carries this, the base included; both are
+        (…, out, in). Here the same. A rule that overrides it has its recurrence in other numbers than the
+        weights, such as their logarithms: gradients are still those in the weights, and every token reads
+        with the weights that belong to what is carried after it.
+        """
+        return carried
+
+    @property
+    def maps_weights(self) -> bool:
+        """Whether `network_weight` is another function than the identity."""
+        return type(self).network_weight is not UpdateRule.network_weight
+
+    @property
+    def slope(self) -> float:
+        """A bound on the slope of `network_weight`, by which normalised steps are divided too."""
+        return 1.0
+
     def step(
         self,
         weight: Tensor,
@@ -73,7 +91,7 @@ class UpdateRule:
         step_size: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One token's new weight and momentum of one layer, (…, out, in) each; the gates, α, η and θ of the
-        paper, broadcast against them."""
+        paper, broadcast against them: they are (…, 1, 1), or α is (…, out, 1)."""
         momentum = momentum_gate * momentum - step_size * gradient  # (14)
         weight = (1 - forget) * weight + momentum  # (13)
         return weight, momentum
@@ -99,7 +117,11 @@ class UpdateRule:
     def coefficients(
         self, forget: Tensor, momentum: Tensor, step_size: Tensor, written: Tensor | None
     ) -> ChunkCoefficients:
-        """`step` over a chunk: its gates (…, time), and which tokens are written at all (None: every one)."""
+        """`step` over a chunk: its gates (…, time), and which tokens are written at all (None: every one).
+
+        Leading dimensions broadcast: where a layer's rows forget differently, those of `forget` have one more
+        that is not 1.
+        """
         # In double precision, because 1 − alpha loses a slow gate's alpha in float32; the tensors are tiny.
         dtype = step_size.dtype
         retain, carry = 1 - forget.double(), momentum.double()

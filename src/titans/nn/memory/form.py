@@ -34,6 +34,8 @@ class MemoryForm:
             short-term memories.
         gates_see_keys: gates are functions of the token and of each head's key, which depends on the tokens
             before it. Otherwise of the token alone.
+        forget_by_row: every row of the fast weights has a forget gate of its own, the head's plus a function
+            of the token of low rank, 0 at first: the channel-wise gate of the camera-ready.
         gate_hidden_size: units of a hidden layer in the gates, 0 for none. A linear gate cannot express a
             conjunction such as "a digit, and 'is' before it".
 
@@ -53,6 +55,7 @@ class MemoryForm:
     bounded_half_lives: bool = False
     gates_see_keys: bool = False
     gate_hidden_size: int = 0
+    forget_by_row: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:

@@ -92,7 +92,7 @@ class NeuralMemory(Learner):
             feature_size).
         feature_size: how many features; None for 4 · head_dim.
         objective: what the memory minimises while it reads: a name in `OBJECTIVES` ("squared_error", "huber",
-            "lp"), {"name": …, parameter: …}, or an object.
+            "lp", "adaptive_huber", "yaad"), {"name": …, parameter: …}, or an object.
         rule: how its weights are updated: a name in `UPDATE_RULES`, {"name": …, parameter: …}, or an object;
             None for the momentum rule. What form and rule both have is the form's, unless the rule is given
             with it.
@@ -395,7 +395,7 @@ class NeuralMemory(Learner):
             )
         if not self.inner.rule.normalize_step:
             return trace.step_size
-        anchor = self.network.total(state.memory.anchor, self.base)
+        anchor = self.inner.network_weights(state.memory.anchor, self.base)
         dtype = anchor[0].dtype
         gain, bias = (
             None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)

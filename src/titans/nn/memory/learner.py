@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import InnerProblem, MemoryState, memory_scan
+from titans.memory.objectives import num_inputs
 from titans.memory.precision import autocast_device
 from titans.nn.context import MemoryTrace
 from titans.nn.memory.form import MemoryForm
@@ -38,12 +39,17 @@ class Stretch(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """(batch, time, heads, depth) each, in at least float32; step_logits: step sizes before the sigmoid."""
+    """(batch, time, heads, depth) each, in at least float32; step_logits: step sizes before the sigmoid. With
+    `forget_by_row`, forget is (batch, time, heads, rows of all layers)."""
 
     forget: Tensor
     momentum: Tensor
     step_size: Tensor
     step_logits: Tensor
+
+
+# Of a row's forget gate as a function of the token: MIRAS has 32 to 64.
+ROW_GATE_RANK = 32
 
 
 class Learner(nn.Module):
@@ -91,6 +97,15 @@ class Learner(nn.Module):
             seen = hidden_size + num_heads * head_dim * form.gates_see_keys
             self.gate_up_weight = nn.Parameter(torch.empty(units, seen))
             self.gate_down_weight = nn.Parameter(torch.empty(3 * num_heads * depth, units))
+        self.row_gate_up_weight = self.row_gate_down_weight = None
+        if form.forget_by_row:
+            rows = num_heads * sum(self._rows)
+            self.row_gate_up_weight = nn.Parameter(torch.empty(ROW_GATE_RANK, hidden_size))
+            self.row_gate_down_weight = nn.Parameter(torch.empty(rows, ROW_GATE_RANK))
+        self.objective_gate_weight = self.objective_gate_bias = None
+        if count := num_inputs(inner.objective):
+            self.objective_gate_weight = nn.Parameter(torch.empty(num_heads * count, hidden_size))
+            self.objective_gate_bias = nn.Parameter(torch.empty(num_heads, count))
         self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if network.norm else None
 
@@ -103,6 +118,12 @@ class Learner(nn.Module):
         if self.gate_up_weight is not None and self.gate_down_weight is not None:
             nn.init.normal_(self.gate_up_weight, std=self.gate_up_weight.shape[1] ** -0.5)
             nn.init.zeros_(self.gate_down_weight)
+        if self.row_gate_up_weight is not None and self.row_gate_down_weight is not None:
+            nn.init.normal_(self.row_gate_up_weight, std=self.row_gate_up_weight.shape[1] ** -0.5)
+            nn.init.zeros_(self.row_gate_down_weight)
+        if self.objective_gate_weight is not None and self.objective_gate_bias is not None:
+            nn.init.normal_(self.objective_gate_weight, std=0.02)
+            nn.init.zeros_(self.objective_gate_bias)
         self.gate_bias.zero_()
         self.gate_bias[2] = 1.0
         self.set_half_lives(*self.half_lives)
@@ -116,6 +137,11 @@ class Learner(nn.Module):
         half_lives = spaced_half_lives(self.num_heads, shortest, longest)
         # forget = 1 − exp(−softplus(b)), so its half-life is ln 2 / softplus(b).
         self.gate_bias[0] = torch.log(torch.expm1(math.log(2) / half_lives)).unsqueeze(-1)
+
+    @property
+    def _rows(self) -> list[int]:
+        """The rows of each layer's fast weights."""
+        return [out for out, _ in self.network.weight_shapes]
 
     @property
     def base(self) -> tuple[Tensor, ...] | None:
@@ -135,7 +161,8 @@ class Learner(nn.Module):
             None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
         )
         with torch.autocast(autocast_device(queries), enabled=False):
-            weights = [w.to(dtype) for w in self.base]
+            base = [w.to(dtype) for w in self.base]
+            weights = self.inner.network_weights([torch.zeros_like(w) for w in base], base)
             return self.network(weights, queries.to(dtype).transpose(1, 2), gain, bias).transpose(1, 2)
 
     def empty_memory(self, batch: int) -> MemoryState:
@@ -165,6 +192,7 @@ class Learner(nn.Module):
         gates = self._gates(stretch.x, stretch.keys)
         if frozen:
             gates = gates._replace(step_size=torch.zeros_like(gates.step_size))
+        inputs = self._objective_inputs(stretch.x)
         reads, memory, surprise = memory_scan(
             self.inner,
             stretch.asked,
@@ -178,6 +206,7 @@ class Learner(nn.Module):
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
             base=self.base,
+            objective_inputs=inputs,
             mask=stretch.real,
             reset=stretch.reset,
             initial=None if fresh is None else [w[0] for w in fresh.weights],
@@ -191,7 +220,11 @@ class Learner(nn.Module):
             return reads, memory, None
         squared = sum(w.square().sum((-2, -1)) for w in memory.weights)
         assert isinstance(squared, Tensor)
-        return reads, memory, MemoryTrace(surprise, *gates, stretch.written, stretch.values, squared.sqrt())
+        if self.form.forget_by_row:
+            means = [rows.mean(-1) for rows in gates.forget.split(self._rows, -1)]
+            gates = gates._replace(forget=torch.stack(means, -1))
+        values = stretch.values if inputs is None else torch.cat([stretch.values, inputs], -1)
+        return reads, memory, MemoryTrace(surprise, *gates, stretch.written, values, squared.sqrt())
 
     def _gates(self, x: Tensor, keys: Tensor) -> Gates:
         """The gates of tokens.
@@ -212,9 +245,25 @@ class Learner(nn.Module):
                 hidden = F.silu(F.linear(seen, self.gate_up_weight.to(dtype)))
                 raw = raw + F.linear(hidden, self.gate_down_weight.to(dtype)).view_as(raw)
             forget, momentum, step_size = raw.unbind(2)
+            if self.row_gate_up_weight is not None and self.row_gate_down_weight is not None:
+                of_rows = torch.as_tensor(self._rows, device=x.device)
+                low = F.linear(x.to(dtype), self.row_gate_up_weight.to(dtype))
+                by_row = F.linear(low, self.row_gate_down_weight.to(dtype))
+                forget = forget.repeat_interleave(of_rows, -1, output_size=sum(self._rows))
+                forget = forget + by_row.view_as(forget)
             return Gates(
                 -torch.expm1(-self.forget_gate(forget)),
                 self.form.max_momentum * torch.sigmoid(momentum),
                 self.max_step_size * self.step_size_gate(step_size),
                 step_size,
             )
+
+    def _objective_inputs(self, x: Tensor) -> Tensor | None:
+        """What the objective takes of each token, (batch, time, heads, num_inputs), or None."""
+        if self.objective_gate_weight is None or self.objective_gate_bias is None:
+            return None
+        with torch.autocast(autocast_device(x), enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            weight, bias = self.objective_gate_weight.to(dtype), self.objective_gate_bias.to(dtype)
+            logits = F.linear(x.to(dtype), weight, bias.flatten()).view(*x.shape[:2], *bias.shape)
+            return self.inner.objective.from_logits(logits)  # type: ignore[attr-defined]

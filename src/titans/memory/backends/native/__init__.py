@@ -35,7 +35,7 @@ def refuses(problem: ScanProblem) -> str | None:
     """Why the compiled loop cannot run this problem, or None."""
     if problem.keys.device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {problem.keys.device}"
-    if reason := refuses_parts(problem.inner):
+    if reason := refuses_parts(problem):
         return reason
     if torch.autograd.forward_ad._current_level >= 0:
         return "it has no forward-mode derivatives; call it outside of dual_level()"

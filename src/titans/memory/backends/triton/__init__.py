@@ -44,7 +44,7 @@ def refuses(problem: ScanProblem) -> str | None:
         return f"it runs on a CUDA device, and the tensors are on {keys.device}"
     if not interpreted() and not _is_new_enough(keys.device):
         return "it needs a GPU with tensor cores for tf32 (compute capability 8.0)"
-    if reason := refuses_parts(problem.inner):
+    if reason := refuses_parts(problem):
         return reason
     if keys.dtype == torch.float64 and not interpreted():
         return "it computes in float32, and the problem is in float64"
