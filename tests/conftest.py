@@ -12,9 +12,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 with suppress(ImportError):
     import triton  # noqa: F401
 
-    from .interpreter import patch_the_language_once
+    from .interpreter import make_the_interpreter_fast
 
-    patch_the_language_once()
+    make_the_interpreter_fast()
 # A test of the kernels sets the variable again; for all others there is no device.
 del os.environ["TRITON_INTERPRET"]
 # Commands choose threads for a process that has yet to load torch; called from a test they leave them alone.
