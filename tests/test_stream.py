@@ -88,7 +88,7 @@ def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     parts=st.lists(st.tuples(st.integers(0, 19), st.sampled_from(["on", "saved", "forked"])), max_size=6),
     seed=st.integers(0, 99),
@@ -172,12 +172,12 @@ def test_memory_stays_constant(variant: str) -> None:
     sizes = dict(chunk_size=16, segment_length=64, sliding_window=64, num_hidden_layers=1)
     model = small_model(variant, **sizes).float()
     session, seen = Session(model), []
-    for _ in range(2):
+    # As many tokens into a segment both times: what two parts of a state share depends on that.
+    for between in (0, 6064):
+        session.feed(some_ids(between))
         session.feed(some_ids(2000))
         seen.append(session.stats())
-        # Then as many tokens into a segment as before: what two parts of a state share depends on that.
-        session.feed(some_ids(16048))
-    assert seen[0].tokens == 2000 and seen[1].tokens == 20048
+    assert seen[0].tokens == 2000 and seen[1].tokens == 10064
     assert seen[0].state_bytes == seen[1].state_bytes
     assert all(0 < layer.change < 10 for layer in seen[1].layers)
 
@@ -330,7 +330,7 @@ def test_a_stream_gives_what_generate_gives_and_stops_where_nobody_asks(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     model = small_model()
-    for seed in range(3):
+    for seed in range(2):
         sessions = [Session(model, tokenizer) for _ in range(3)]
         for session in sessions:
             session.feed(some_ids(30, seed).tobytes())

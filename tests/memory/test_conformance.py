@@ -88,7 +88,7 @@ def test_any_call_and_split(rule):
     rule, and so most examples have that.
     """
 
-    @settings(max_examples=90 if rule == "momentum" else 15)
+    @settings(max_examples=60 if rule == "momentum" else 15)
     @given(
         call=calls,
         stretch=stretches,
@@ -216,7 +216,10 @@ def test_masked_inputs_reach_nothing(backend):
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_gradcheck(backend, depth, ragged):
-    """Against finite differences, from an open chunk, where weights and anchor are two tensors."""
+    """Against finite differences, from an open chunk, where weights and anchor are two tensors.
+
+    In random directions: the other tests compare every number of a gradient with the oracle's.
+    """
     flags = dict(mask="random", reset="random", initial_momentum=True) if ragged else {}
     problem = make_problem(
         batch=1,
@@ -239,7 +242,7 @@ def test_gradcheck(backend, depth, ragged):
         reads, state, _ = changed.scan(backend)
         return reads, *parts(state).values()
 
-    assert torch.autograd.gradcheck(function, tuple(problem.leaves.values()))
+    assert torch.autograd.gradcheck(function, tuple(problem.leaves.values()), fast_mode=True)
     reads, _, _ = problem.scan(backend)
     for part in ("weights", "anchor"):
         for grad in torch.autograd.grad(reads.sum(), problem.layers(f"state.{part}"), retain_graph=True):

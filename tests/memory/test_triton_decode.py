@@ -37,7 +37,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def problem(**changes: object) -> Problem:
-    known = dict(head_dim=16, depth=2, norm=False, chunk_size=4, heads=2, batch=2, time=13, position="apart")
+    known = dict(head_dim=16, depth=2, norm=False, chunk_size=4, heads=1, batch=2, time=13, position="apart")
     return make_problem(**{**known, **changes})
 
 
@@ -66,11 +66,11 @@ NARROW = dict(head_dim=32, key_dim=16)
         (64, dict(depth=1)),
         (2048, dict(depth=1, **NORMALIZED, **LP, key_dim=64, mask="random")),
         (128, dict(depth=1, row_limit=0.7, mask="rows", chunk_size=3, seed=1, key_dim=32)),
-        (256, dict(expansion=1, chunk_size=1, row_limit=0.7, objective="lp")),
+        (256, dict(expansion=1, chunk_size=1, row_limit=0.7, objective="lp", heads=2)),
         (256, dict(expansion=2, activation="silu", residual=False, mask="random", row_limit=0.7)),
         (512, dict(expansion=4, **NORMALIZED, **HUBER, row_limit=0.7, chunk_size=5, activation="sin")),
         (2048, dict(expansion=2, base=True, normalize_step=True, mask="random", row_limit=0.7)),
-        (64, dict(depth=1, norm=True, **NORMALIZED, mask="random", reset="random", row_limit=0.7)),
+        (64, dict(depth=1, norm=True, heads=2, **NORMALIZED, mask="random", reset="random", row_limit=0.7)),
         (512, dict(depth=1, **NARROW, norm=True, affine=False, reset="last", initial_momentum=True)),
         (256, dict(norm=True, expansion=2, **NORMALIZED, **LP, mask="random", reset="random", row_limit=0.7)),
         (2048, dict(norm=True, expansion=1, mask="rows", reset="random", initial_momentum=True)),
