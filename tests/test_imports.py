@@ -86,7 +86,7 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        flat_config presets state_file offload fingerprint
+        flat_config presets state_file weights_file offload fingerprint
         configuration keywords state_cache
         cache causal_cache
         generation layer

@@ -74,6 +74,17 @@ def test_a_folder_is_read_evaluated_and_continued(
     assert run("generate", grafted, *options)["text"] == session.generate(max_new_tokens=5, do_sample=False)
 
 
+def test_info_names_base_and_memories(base: Path, grafted: Path, run: Callable[..., dict[str, Any]]) -> None:
+    of_graft, of_base = run("info", grafted), run("info", base)
+    model = titans.load(grafted)[0]
+    assert of_graft["kind"] == "graft" and of_graft["base"] == str(base) and of_graft["window"] == 32
+    assert of_graft["fingerprint"] == model.config.origin["weights"]
+    assert of_graft["memories"] == ["adaptation"] and of_graft["adaptation"]["chunk_size"] == 16
+    assert of_graft["parameters"] == sum(value.numel() for value in model.own_state_dict().values())
+    assert of_base["kind"] == "model" and of_base["base_class"] == "LlamaForCausalLM"
+    assert of_base["parameters"] == model.base.num_parameters() and "memory" in of_base
+
+
 def test_any_model_is_grafted_on_the_way(
     base: Path, tmp_path: Path, run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,6 @@ def test_perplexity_needles_memory_and_new_text(
     for command, code, message in (
         (["info", memory], 0, "memory"),
         (frozen, 2, "it has no memory"),
-        (["info", folder], 1, "this needs a Titans model"),
         (["inspect", folder, str(book)], 1, "without a memory: give a Titans model or a graft"),
         (["bench", "--checkpoint", folder], 1, "this needs a Titans model"),
     ):

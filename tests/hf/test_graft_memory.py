@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from titans import Session, graft
+from titans.data import byte_tokenizer
 from titans.evaluate import bits_per_byte, score
 from titans.hf import GraftedForCausalLM
 from titans.hf.state_file import open_state_file, write_state_file
@@ -23,6 +26,7 @@ from titans.stream import describe_memory, feed_together, reader_of
 from titans.stream import session as session_module
 
 from .grafts import (
+    FAMILIES,
     INSIDE,
     LEARNING,
     RECALLING,
@@ -285,7 +289,7 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
     assert half.dtype == torch.float16 and half.adaptation.mean.dtype == torch.float32
     before = (tmp_path / "graft" / "model.safetensors").read_bytes()
     with monkeypatch.context() as full, pytest.raises(OSError, match=r"could not be written .*make room"):
-        full.setattr("titans.hf.graft.folder.save_file", no_space)
+        full.setattr("titans.hf.weights_file.save_file", no_space)
         model.save_pretrained(tmp_path / "graft")
     assert (tmp_path / "graft" / "model.safetensors").read_bytes() == before
     wrong = small_base(seed=1)
@@ -302,6 +306,11 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
     with pytest.raises(ValueError, match="without a name"):
         GraftedForCausalLM.from_pretrained(tmp_path / "graft")
     weights = load_file(tmp_path / "graft" / "model.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "graft" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+    (tmp_path / "graft" / "model.safetensors").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its checksum is that of other weights"):
+        GraftedForCausalLM.from_pretrained(tmp_path / "graft", base=base)
     weights["adaptation.step_logit"] = torch.tensor(1)
     save_file(weights, tmp_path / "graft" / "model.safetensors")
     with pytest.raises(ValueError, match=r"no finite numbers \(adaptation.step_logit\)"):
@@ -311,6 +320,59 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
         GraftedForCausalLM.from_pretrained(tmp_path / "graft", base=base)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         GraftedForCausalLM.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_tokenizer_with_other_tokens(tmp_path: Path) -> None:
+    tokenizer, base = (
+        byte_tokenizer(),
+        small_base(LlamaConfig.from_dict({**FAMILIES["llama"].to_dict(), "vocab_size": 256})),
+    )
+    other = byte_tokenizer()
+    other.backend_tokenizer.model = BPE({**byte_tokenizer().get_vocab(), "a": 98, "b": 97}, [])
+    graft(base, tokenizer, window=WINDOW).save_pretrained(tmp_path / "graft")
+    loaded = GraftedForCausalLM.from_pretrained(tmp_path / "graft", base=base)
+    assert Session(loaded, tokenizer).feed("some text").tokens == 9
+    with pytest.raises(ValueError, match="another vocabulary than the one that this graft was made with"):
+        Session(loaded, other)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    graft(base, tokenizer, window=WINDOW)
+    with pytest.raises(
+        ValueError, match=r"tokenizer has 98 for 'a', the one in .* has 97: give the model's own"
+    ):
+        graft(base, other, window=WINDOW)
+
+
+def test_a_base_that_answers_nan_leaves_a_session_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "PIECE_LENGTH", 8)
+    for name in ("window", "adaptation"):
+        model = small_graft(adaptation=LEARNING if name == "adaptation" else False)
+        session = Session(model)
+        session.feed(random_ids(10))
+        before, embeddings = session.stats(), model.get_input_embeddings().weight
+        with torch.no_grad():
+            embeddings[7] = torch.nan
+        ids = torch.cat([random_ids(30) % 7, torch.tensor([7, 3, 3])])
+        with pytest.raises(FloatingPointError, match="answers NaN to the text after token 41"):
+            session.feed(ids)
+        assert session.stats() == before
+        assert session.feed(random_ids(9) % 7).tokens == 9
+
+
+def test_a_graft_that_exists_keeps_its_settings() -> None:
+    model = MODELS["adaptation"]
+    for name, value in (("window", 6), ("sinks", 1), ("adaptation", None)):
+        with pytest.raises(
+            ValueError, match=f"{name}=.*: a graft that exists keeps its {name}; make another"
+        ):
+            setattr(model.config, name, value)
+    changed = copy.deepcopy(model.config)
+    changed.window = 6
+    assert (
+        GraftedForCausalLM(changed, model.base)._windowed.window.size == 6 and model.config.window == WINDOW
+    )
+    assert "_of_graft" not in model.config.to_dict()
 
 
 def test_evaluation_and_a_frozen_memory() -> None:

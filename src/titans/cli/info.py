@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.info_model import describe_graft, describe_model
 from titans.cli.terminal import printable
 from titans.zoo.by_name import or_by_name
-from titans.zoo.checkpoint import folder_of, load_config, load_titans
+from titans.zoo.checkpoint import config_fields, folder_of, load_config, load_titans
 
 if TYPE_CHECKING:
     from titans.evaluate import KeyDimensions, LayerGates
@@ -35,7 +36,7 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a checkpoint folder or a memory file contains.
+    """Say what a checkpoint folder, a graft, a model of transformers or a memory file contains.
 
     Example: titans info book.memory
 
@@ -45,7 +46,8 @@ class Info:
     """
 
     path: tyro.conf.Positional[Path]
-    """Folder of a model, the name of one that comes with the library, or a memory of `titans memorize`."""
+    """Folder of a model or graft, the name of one that comes with the library, or a memory of `titans
+    memorize`."""
     data: tuple[str, ...] | None = None
     """Corpora whose first 2048 tokens are the sample, each a text file, a folder of them, hf:NAME, or a
     built-in name: excerpt, shakespeare, bible. By default the excerpt."""
@@ -83,8 +85,12 @@ class Info:
 
 
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
-    config = load_config(folder)
     sizes = _parameter_sizes(folder)
+    fields = config_fields(folder)
+    if (kind := fields.get("model_type")) != "titans":
+        describe = describe_graft if kind == "titans-graft" else describe_model
+        return describe(folder, fields, sum(sizes.values()))
+    config = load_config(folder)
     return {
         "kind": "checkpoint",
         "path": str(folder),
@@ -253,7 +259,7 @@ def _show(about: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in about.items():
         if name != "layers" and value is not None:
-            shown = f"{value:,}" if isinstance(value, int) else escape(printable(str(value)))
+            shown = escape(printable(_shown(value)))
             table.add_row(name.replace("_", " "), shown)
     console = Console(stderr=True)
     console.print(table)
@@ -264,6 +270,14 @@ def _show(about: dict[str, Any]) -> None:
         for index, layer in enumerate(about["layers"]):
             norms.add_row(str(index), *(f"{norm:.4f}" for norm in layer.values()))
         console.print(norms)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_shown(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def _show_gates(gates: dict[str, Any]) -> None:

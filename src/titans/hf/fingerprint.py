@@ -1,4 +1,5 @@
-"""Which weights a memory or a graft belongs to: a name for them, and a sample to compare other precisions."""
+"""Which weights a memory or a graft belongs to: a name for them, and a sample to compare other precisions; a
+name for a tokenizer's vocabulary."""
 
 from __future__ import annotations
 
@@ -56,6 +57,14 @@ def same_weights(model: nn.Module, name: str, sample: str) -> bool:
         precision * torch.maximum(mine.abs(), theirs.abs()) + 6e-8 if mine.shape == theirs.shape else mine
     )
     return mine.shape == theirs.shape and bool(((mine - theirs).abs() <= allowed).all())
+
+
+def vocabulary_name(tokenizer: Any) -> str:
+    """A short name for a tokenizer's tokens and their numbers: sha256."""
+    digest = hashlib.sha256()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[::-1]):
+        digest.update(f"{number} {token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
 
 
 def _samples(model: nn.Module, count: int) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,12 +110,18 @@ class Session:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._begin(reader_of(model), tokenizer)
+        self._check_tokenizer()
 
     def _begin(self, reader: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.reader: StateReader | CausalReader = reader
         self.tokenizer = tokenizer
         self._now = _Now(reader.start())
         self._lock, self._stream_is_open = threading.RLock(), False
+
+    def _check_tokenizer(self) -> None:
+        """ValueError for a graft's tokenizer with another vocabulary."""
+        if self.tokenizer is not None and isinstance(self.reader, GraftReader):
+            self.reader.inner.check_tokenizer(self.tokenizer)
 
     @property
     def model(self) -> Any:
@@ -165,10 +172,16 @@ class Session:
         Raises:
             ValueError: for a string without a tokenizer, bytes that are not UTF-8, ids that the model has
                 not, or more tokens than it has positions.
+            FloatingPointError: if the model answers NaN; nothing of the call is taken in.
             RuntimeError: while a stream of generated text is open.
         """
         with self._alone():
-            return self._feed(text, collect_surprise, progress)
+            before = self._now
+            try:
+                return self._feed(text, collect_surprise, progress)
+            except FloatingPointError:
+                self._now = before
+                raise
 
     def _feed(self, text: Any, collect_surprise: bool, progress: Callable[[int], None] | None) -> FeedResult:
         began, before, taken = time.perf_counter(), self._now, 0
@@ -342,6 +355,7 @@ class Session:
         with open_state_file(path) as file:
             session = cls.__new__(cls)
             session._begin(reader, tokenizer)
+            session._check_tokenizer()
             session._now = session._restored(file, strict)
         return session
 
@@ -399,8 +413,10 @@ class Session:
         began = time.perf_counter()
         unread, cache, surprise = self._unread(piece), self._now.cache.clone(), None
         if len(unread):
-            found = self.reader.read(unread.unsqueeze(0), cache, output_surprise=True).surprises
-            if found:
+            read = self.reader.read(unread.unsqueeze(0), cache, output_surprise=True)
+            if read.logits is not None and bool(read.logits.isnan().any()):
+                raise _no_number(self.num_tokens)
+            if found := read.surprises:
                 surprise = torch.stack([s[0].mean(-1).float() for s in found], -1)
         self._took_in(piece, cache, surprise, time.perf_counter() - began)
         return surprise
@@ -412,14 +428,24 @@ class Session:
     def _took_in(self, piece: Tensor, cache: Any, surprise: Tensor | None, seconds: float) -> None:
         """Go on from a cache that has read all but the last of (n,) new ids."""
         now = self._now
+        total = 0.0 if surprise is None else float(surprise.sum(dtype=torch.float64))
+        if math.isnan(total):
+            raise _no_number(now.num_tokens)
         self._now = _Now(
             cache=cache,
             recent=(now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:],
-            surprise=now.surprise + (0.0 if surprise is None else float(surprise.sum(dtype=torch.float64))),
+            surprise=now.surprise + total,
             count=now.count + (0 if surprise is None else surprise.numel()),
             seconds=now.seconds + seconds,
             read=now.read + len(piece),
         )
+
+
+def _no_number(tokens: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the model answers NaN to the text after token {tokens:,}: load it in another precision, or check "
+        "its weights; the session is as it was before"
+    )
 
 
 def _parts(text: Any) -> Iterable[Any]:

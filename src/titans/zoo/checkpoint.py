@@ -41,7 +41,7 @@ def load_config(folder: Path) -> TitansConfig:
         raise ValueError(
             f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train`{or_by_name()}"
         )
-    fields = _config_fields(folder)
+    fields = config_fields(folder)
     if (kind := fields.get("model_type")) != "titans":
         raise ValueError(
             f"checkpoint={str(folder)!r} is a model of type {kind!r}: this needs a Titans model, as `titans "
@@ -59,7 +59,7 @@ def load_config(folder: Path) -> TitansConfig:
         ) from None
 
 
-def _config_fields(folder: Path) -> dict[str, Any]:
+def config_fields(folder: Path) -> dict[str, Any]:
     """What config.json holds; ValueError where there is none, or no JSON object in it."""
     path = folder / "config.json"
     if not path.is_file():
@@ -92,9 +92,9 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train` or "
             f"`save_pretrained`{or_by_name()}, {PRETRAINED}"
         )
-    if _config_fields(folder).get("model_type") == "titans":
+    if config_fields(folder).get("model_type") == "titans":
         return load_titans(folder)
-    if _config_fields(folder).get("model_type") == "titans-graft":
+    if config_fields(folder).get("model_type") == "titans-graft":
         return _load_graft(folder)
     from transformers import AutoModelForCausalLM
 
@@ -119,14 +119,14 @@ def _load_graft(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     from titans.hf.graft import GraftConfig
 
     try:
-        config = GraftConfig.from_dict(_config_fields(folder))
+        config = GraftConfig.from_dict(config_fields(folder))
         name = config.origin["name"]
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is damaged or of another version ({error!r}): restore the file"
         ) from None
     place = _base_folder(folder, name)
-    if str(_config_fields(place).get("model_type")).startswith("titans"):
+    if str(config_fields(place).get("model_type")).startswith("titans"):
         raise ValueError(f"checkpoint={str(folder)!r} was made on {name!r}, which is no model to graft")
     from transformers import AutoModelForCausalLM
 

@@ -27,6 +27,7 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
 
     window, sinks: of `titans.graft`. For each memory, by its name in `MEMORIES`, its settings, None without
     it. origin: identifies the base by its class, name, sizes, a hash of its weights and a sample of them.
+    vocabulary: identifies the tokens of the tokenizer that the graft was saved with, if any.
     Unknown fields are an error. The configuration of a graft that exists cannot change.
 
     Raises:
@@ -48,6 +49,7 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
             given = kwargs.pop(name, None)
             setattr(self, name, None if given is None else memory_settings(name, given))
         self.origin = {} if not origin else _checked_origin(origin)
+        self.vocabulary: str | None = kwargs.pop("vocabulary", None)
         # Sizes of the base, which transformers and `titans.stream` read from a configuration.
         sizes = {name: self.origin.get("sizes", {}).get(name) for name in _SIZES[1:]}
         for name, value in sizes.items():
@@ -92,9 +94,10 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers has it; a memory that there is not is left out, as before it was known."""
+        """As transformers has it; what there is not is left out, as before it was known."""
         found: dict[str, Any] = super().to_dict()
-        absent = {name for name in MEMORIES if name != "adaptation" and found.get(name) is None}
+        newer = ("vocabulary", *(name for name in MEMORIES if name != "adaptation"))
+        absent = {name for name in newer if found.get(name) is None}
         return {name: value for name, value in found.items() if name not in {*absent, "_of_graft"}}
 
     @property

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from titans.hf.fingerprint import vocabulary_name
 from titans.hf.graft.configuration import GraftConfig, fields
+from titans.hf.weights_file import read_weights, write_weights
 
 _WEIGHTS = "model.safetensors"
 # What `from_pretrained` hands to the base, and what the Auto classes add of themselves.
@@ -53,15 +52,9 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
-        own = {name: value.detach().contiguous() for name, value in self.own_state_dict(state_dict).items()}
-        temporary = folder / f".{_WEIGHTS}.part"
-        try:
-            save_file(own, temporary, {"format": "pt"})
-            temporary.replace(folder / _WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(f"{folder / _WEIGHTS} could not be written ({error}): make room") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_weights(folder / _WEIGHTS, self.own_state_dict(state_dict))
+        if self.tokenizer is not None:
+            self.config.vocabulary = vocabulary_name(self.tokenizer)
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         if self.tokenizer is not None:
@@ -104,19 +97,25 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
         model._load_own(folder / _WEIGHTS)
         return model.eval()
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Whether a tokenizer has the vocabulary of the one that the graft was saved with, if any.
+
+        Raises:
+            ValueError: if it has other tokens, or other numbers for them.
+        """
+        known = self.config.vocabulary
+        if self.tokenizer is not None:
+            known = vocabulary_name(self.tokenizer)
+        if known is not None and known != vocabulary_name(tokenizer):
+            raise ValueError(
+                "tokenizer has another vocabulary than the one that this graft was made with: give the base's"
+            )
+
     def _load_own(self, path: Path) -> None:
-        try:
-            found = load_file(path)
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: restore the file") from None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): restore the file") from None
-        own = self.own_state_dict()
+        found, own = read_weights(path), self.own_state_dict()
         for name in sorted(own.keys() | found.keys()):
             if name not in own or name not in found or own[name].shape != found[name].shape:
                 raise ValueError(f"{path} does not fit its config.json: {name} differs; restore both")
-            if not found[name].is_floating_point() or not torch.isfinite(found[name]).all():
-                raise ValueError(f"{path} holds values that are no finite numbers ({name}): restore the file")
         self.load_state_dict(found, strict=False)
 
 

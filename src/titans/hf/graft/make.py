@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +61,8 @@ def graft(
         raise ValueError(
             f"tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: give the model's own"
         )
+    if tokenizer is not None:
+        _check_vocabulary(model, tokenizer)
     # Refuses a model that cannot be grafted, before the cost of looking at the head's rows.
     windowed = WindowedBase(model, Window(window, sinks))
     asked = {"adaptation": adaptation, "association": association, "residual": residual, **others}
@@ -74,3 +78,21 @@ def graft(
     ).eval()
     grafted.tokenizer = tokenizer
     return grafted
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer without the tokens that stand in the model's folder, if it has one that says."""
+    path = Path(model.name_or_path or "no folder") / "tokenizer.json"
+    try:
+        known = json.loads(path.read_bytes())["model"]["vocab"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if not isinstance(known, dict) or not hasattr(tokenizer, "get_vocab"):
+        return
+    own = tokenizer.get_vocab()
+    for token, number in known.items():
+        if own.get(token) != number:
+            raise ValueError(
+                f"tokenizer has {own.get(token)} for {token!r}, the one in {path.parent} has {number}: give "
+                "the model's own"
+            )
