@@ -57,6 +57,7 @@ ORDER = {
         """,
     "titans.nn": """
         packing norm rotary mlp kernels whitening
+        pieces
         conv combine context
         attention memory adaptation
         blocks association residual
@@ -71,7 +72,12 @@ ORDER = {
         learner
         layer
         __init__
-        tnt
+        caching tnt
+        """,
+    "titans.nn.memory.caching": """
+        checkpoints
+        layer
+        __init__
         """,
     "titans.nn.adaptation": """
         head state

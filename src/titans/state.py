@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 State = TypeVar("State")
+
+
+class GrowingState(Protocol):
+    """A state that grows with what has been read: slots in dimension 1, empty ones where a row has read less.
+
+    growing: names of the fields whose tensors have slots.
+    """
+
+    growing: ClassVar[tuple[str, ...]]
+
+    def trimmed(self: State) -> State:
+        """The same without the slots at the end that are empty in every row."""
+        ...
+
+    def is_whole(self) -> bool:
+        """Whether the slots are those that such a state has; False for one that no reading leads to."""
+        ...
+
+
+def grows(state: object) -> bool:
+    """Whether a part of a state is a `GrowingState`."""
+    return hasattr(state, "growing")
 
 
 def register_state(cls: type[State]) -> type[State]:

@@ -51,7 +51,9 @@ def parts(config: TitansConfig) -> dict[str, int]:
         "embedding": config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         "SwiGLU": layers * 3 * d * f,
         "attention": layers * 4 * d * width * (config.variant != "lmm"),
-        "memory": layers * (5 * d * width + 3 * width * conv + gates + features) * has_memory,
+        "memory": layers
+        * ((5 + bool(memory.caching)) * d * width + 3 * width * conv + gates + features)
+        * has_memory,
         "initial memory": layers * (memories * (initial + norm) + reads) * has_memory,
         "recall": layers * (2 * d * width + width * conv + reads) * (config.variant == "mac"),
         "persistent tokens": layers * p * d * has_memory,

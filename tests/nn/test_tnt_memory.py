@@ -15,11 +15,10 @@ from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, assume_aligned
 from titans.nn import BLOCKS, BlockSettings, NeuralMemory, TNTMemory
-from titans.nn.memory.learner import Learner
 from titans.nn.memory.tnt.key_space import towards_keys
 
 from ..tolerances import FLOAT64, assert_close
-from .naive import conv
+from .memory_oracle import Oracle, output, vectors
 
 HIDDEN, HEADS, DIM = 6, 2, 4
 FORMS = {
@@ -59,72 +58,9 @@ def tokens(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class Oracle:
-    """One memory of one row: equations (12) to (15), the inner gradient by autograd."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner, self.count = learner, 0
-        start = [w.clone() for w in learner.initial_weights]
-        self.base = start if learner.form.decay_to_initial else [torch.zeros_like(w) for w in start]
-        self.weights = [w - b for w, b in zip(start, self.base, strict=True)]
-        self.momentum = [torch.zeros_like(w) for w in start]
-        self.anchor = self.weights
-
-    def answer(self, fast, vector):
-        """M(vector) of every head, (heads, head_dim)."""
-        total = [w + b for w, b in zip(fast, self.base, strict=True)]
-        affine = (
-            None if p is None else p[:, None] for p in (self.learner.norm_weight, self.learner.norm_bias)
-        )
-        return self.learner.network(total, vector[:, None], *affine)[:, 0]
-
-    def prior(self, vector):
-        return self.answer([0] * len(self.base), vector)
-
-    def write(self, x, key, value, unit_key):
-        learner, net = self.learner, self.learner.network
-        at = [w if w.requires_grad else w.clone().requires_grad_() for w in self.anchor]
-        surprise = torch.autograd.grad((self.answer(at, key) - value).square().sum(), at, create_graph=True)
-        logits = (learner.gate_weight @ x).view(3, HEADS, net.depth) + learner.gate_bias
-        if learner.gate_key_weight is not None:
-            logits = logits + (learner.gate_key_weight @ unit_key[None, :, :, None])[..., 0] * DIM**0.5
-        if learner.gate_up_weight is not None:
-            hidden = F.silu(learner.gate_up_weight @ torch.cat([x, unit_key.flatten() * DIM**0.5]))
-            logits = logits + (learner.gate_down_weight @ hidden).view(logits.shape)
-        alpha = 1 - torch.exp(-F.softplus(logits[0]))
-        eta = learner.form.max_momentum * torch.sigmoid(logits[1])
-        theta = learner.max_step_size * torch.sigmoid(logits[2])
-        if learner.inner.rule.normalize_step:
-            total = [w + b for w, b in zip(at, self.base, strict=True)]
-            affine = (None if p is None else p[:, None] for p in (learner.norm_weight, learner.norm_bias))
-            normalizers = learner.inner.step_normalizers_at(total, key[:, None], value[:, None], *affine)
-            theta = theta / torch.cat(normalizers, 1)
-        for n in range(net.depth):
-            a, e, step = (gate[:, n, None, None] for gate in (alpha, eta, theta))
-            self.momentum[n] = e * self.momentum[n] - step * surprise[n]
-        self.weights = [
-            (1 - alpha[:, n, None, None]) * w + self.momentum[n] for n, w in enumerate(self.weights)
-        ]
-        self.count += 1
-        if self.count % learner.chunk_size == 0:
-            written = MemoryState(tuple(self.weights), tuple(self.momentum))
-            self.weights = self.anchor = list(learner.inner.rule.end(written).weights)
-
-
-def rms(x, norm):
-    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
-
-
 def by_the_equations(layer, x, reset=None, persistent=None):
     """One row (time, hidden_size): outputs, the global memory, the local ones, P and the position."""
     reset, outputs = [False] * len(x) if reset is None else reset, []
-
-    def vectors(x, reset):
-        projected = F.linear(x, layer.input.weight)
-        filtered, _ = conv(projected[:, : 3 * HEADS * DIM], layer.conv.weight, reset)
-        q, k, v = F.silu(filtered).view(len(x), 3, HEADS, DIM).unbind(1)
-        v = v * (DIM**0.5 / v.norm(dim=-1, keepdim=True)).clamp(max=1)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, F.silu(projected[:, 3 * HEADS * DIM :])
 
     def features(vector):
         return layer.feature_map(vector[None, None])[0, 0]
@@ -132,14 +68,14 @@ def by_the_equations(layer, x, reset=None, persistent=None):
     def begin():
         memory = Oracle(layer)
         if persistent is not None:
-            _, keys, values, _ = vectors(persistent, [False] * len(persistent))
+            _, keys, values, _ = vectors(layer, persistent, [False] * len(persistent))
             for token, key, value in zip(persistent, keys, values, strict=True):
                 memory.write(token, features(key), value, key)
             memory.anchor, memory.count = memory.weights, 0
         return memory, [Oracle(m) for m in layer.local], torch.zeros(HEADS, DIM, DIM, dtype=x.dtype)
 
     memory, local, key_sum = begin()
-    for t, (query, key, value, gate) in enumerate(zip(*vectors(x, reset), strict=True)):
+    for t, (query, key, value, gate) in enumerate(zip(*vectors(layer, x, reset), strict=True)):
         if reset[t]:
             memory, local, key_sum = begin()
         if memory.count % layer.shard_length == 0:
@@ -152,13 +88,7 @@ def by_the_equations(layer, x, reset=None, persistent=None):
             each.write(x[t], features(key), value, key)
             read = read + each.answer(each.weights, asked)
             prior = prior + each.prior(asked)
-        norm = layer.read_norm
-        y = (
-            rms(read, norm.taught)
-            if norm.prior is None
-            else rms(read - prior, norm.taught) + rms(prior, norm.prior)
-        )
-        outputs.append(layer.output.weight @ (y.flatten() * gate))
+        outputs.append(output(layer, read, prior, gate))
     return torch.stack(outputs), memory, local, key_sum
 
 

@@ -9,6 +9,7 @@ from titans.nn.memory import FORMS, MemoryForm
 from titans.nn.memory.features import IDENTITY, feature_width
 
 _COUNTS = {2: "two", 3: "three", 4: "four"}
+_KEPT = {"log": "by powers of two", "linear": "all"}
 _ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU", "sin": "sine"}
 
 
@@ -41,4 +42,6 @@ def memory_sentence(config: dict[str, Any]) -> str:
     parts.append(f"{config['num_attention_heads']} heads of {shape}")
     if sizes := memory["local_chunk_sizes"]:
         parts.append(f"each with {len(sizes)} local memor{'ies' if len(sizes) > 1 else 'y'}")
+    if caching := memory.get("caching"):
+        parts.append(f"a checkpoint every {caching['every']} tokens, kept {_KEPT[caching['keep']]}")
     return ", ".join(parts)

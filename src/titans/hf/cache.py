@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 from titans.hf.configuration import TitansConfig, saved_state_fields
 from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
 from titans.hf.state_file import Kind, StateFile, damaged_header, open_state_file
-from titans.nn.attention.full import FullAttentionState
 from titans.nn.blocks import BLOCKS
-from titans.state import compact, expanded
+from titans.state import compact, expanded, grows
 
 
 class TitansCache(StateCache):
@@ -49,13 +48,13 @@ class TitansCache(StateCache):
                 "load it with the checkpoint it was made with"
             )
         template = _template(config)
-        slots = _check_kinds(file, template)
+        _check_kinds(file, template)
         read = file.tensors()
         moved = {id(tensor): tensor.to(device) for tensor in read.values()}
         stored = {name: moved[id(tensor)] for name, tensor in read.items()}
         # Positions that are equal by chance must not be one tensor.
         tensors = {n: x if x.is_floating_point() else x.clone() for n, x in stored.items()}
-        states = _as_states(file.path, tensors, template, slots, num_columns)
+        states = _as_states(file.path, tensors, template, num_columns)
         cache = cls(config)
         cache.store(states, num_columns)
         cache._newest_ids = saved_ids(file, cache.batch_size, config.vocab_size)
@@ -84,8 +83,8 @@ def saved_sizes(file: StateFile) -> tuple[dict[str, Any], int]:
         ) from None
 
 
-def _check_kinds(file: StateFile, template: tuple[Any, ...]) -> int:
-    """Whether a file holds what such a model's states consist of; the slots of what grows with the text.
+def _check_kinds(file: StateFile, template: tuple[Any, ...]) -> None:
+    """Whether a file holds what such a model's states consist of.
 
     Raises:
         ValueError: for a tensor too many or too few, or one of another shape or type.
@@ -96,16 +95,16 @@ def _check_kinds(file: StateFile, template: tuple[Any, ...]) -> int:
             f"{file.path} does not hold exactly the tensors of such a model: {different[0]} differs"
         )
     growing = _growing_leaves(template)
-    slots = max((kinds[name].shape[1] for name in growing if len(kinds[name].shape) == 4), default=0)
+    held = [(kinds[name].shape, leaf) for name, leaf in named if name in growing]
+    slots = max((shape[1] for shape, leaf in held if len(shape) == leaf.dim()), default=0)
     batch = next(iter(kinds[named[0][0]].shape), 0)
     for name, leaf in named:
         rest = (slots, *leaf.shape[2:]) if name in growing else leaf.shape[1:]
         _check_kind(file.path, name, kinds[name], (batch, *rest), leaf.dtype)
-    return slots
 
 
 def _as_states(
-    path: str | Path, tensors: dict[str, Tensor], template: tuple[Any, ...], slots: int, num_columns: int
+    path: str | Path, tensors: dict[str, Tensor], template: tuple[Any, ...], num_columns: int
 ) -> tuple[Any, ...]:
     """A file's tensors as states; ValueError for numbers that no model could have written."""
     named = named_leaves(template)
@@ -114,13 +113,15 @@ def _as_states(
             raise ValueError(f"{path}: {name} holds no valid positions; the memory is damaged")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the memory is damaged")
-    positions = torch.stack([tensors[name] for name, leaf in named if leaf.dtype == torch.int64])
+    positions = torch.stack([tensors[name] for name, _ in named if name.endswith(".position")])
     if not positions.numel() or (positions != positions[0]).any() or positions.max() > num_columns:
         raise ValueError(f"{path}: its positions contradict each other; the memory is damaged")
-    if _growing_leaves(template) and positions.max() > slots:
-        raise ValueError(f"{path}: its positions reach beyond the keys it holds; the memory is damaged")
     structure = pytree.tree_structure(expanded(template))
-    return compact(pytree.tree_unflatten([tensors[name] for name, _ in named], structure))
+    states = compact(pytree.tree_unflatten([tensors[name] for name, _ in named], structure))
+    parts = pytree.tree_leaves(states, is_leaf=grows)
+    if not all(part.is_whole() for part in parts if grows(part)):
+        raise ValueError(f"{path}: its counts contradict the slots it holds; the memory is damaged")
+    return states
 
 
 def _template(config: TitansConfig) -> tuple[Any, ...]:
@@ -139,12 +140,12 @@ def _without_persistent(settings: Any) -> Any:
 def _growing_leaves(states: Any) -> set[str]:
     """Names of the leaves whose second dimension grows with what has been read."""
 
-    def grows(state: Any) -> bool:
-        return isinstance(state, FullAttentionState)
-
-    pairs, _ = pytree.tree_flatten_with_path(states, is_leaf=grows)
-    parts = [(path, part) for path, leaf in pairs if grows(leaf) for part in ("keys", "values")]
-    return {f"{pytree.keystr(path)}.{part}".lstrip(".") for path, part in parts}
+    found = set()
+    for path, part in pytree.tree_flatten_with_path(states, is_leaf=grows)[0]:
+        for name in part.growing if grows(part) else ():
+            inner = pytree.tree_flatten_with_path(getattr(part, name))[0]
+            found |= {f"{pytree.keystr(path)}.{name}{pytree.keystr(rest)}".lstrip(".") for rest, _ in inner}
+    return found
 
 
 def _check_kind(path: Path, name: str, kind: Kind, shape: tuple[int, ...], least: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from titans.memory import OBJECTIVES, UPDATE_RULES
 from titans.nn.blocks import BLOCKS, BlockSettings, has_memory
 from titans.nn.combine import COMBINATIONS
 from titans.nn.memory import features as feature_maps
+from titans.nn.memory.caching import Caching
 from titans.nn.memory.form import RULE_FIELDS, MemoryForm
 from titans.nn.memory.layer import HALF_LIVES, RECALL_STARTS, STARTS
 from titans.nn.memory.tnt.layer import refuses
@@ -59,6 +60,8 @@ class TitansMemoryConfig(PreTrainedConfig):
             memory's, hundreds of tokens. None for one memory ("mac" has no other). The same number of other
             sizes takes the same weights.
         shard_length: tokens of a shard; needed with local memories, a multiple of their chunks.
+        caching: {"every": 512, "keep": "log"} to keep checkpoints of the memory along the text and read them,
+            too, see `CachedMemory`; `keep` may be "linear". None for none.
 
     Raises:
         ValueError: for an unknown field or a value outside its domain, named `memory.FIELD`.
@@ -78,6 +81,7 @@ class TitansMemoryConfig(PreTrainedConfig):
     combination: str = "gate"
     local_chunk_sizes: list[int] | None = None
     shard_length: int | None = None
+    caching: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown(kwargs, TitansMemoryConfig)
@@ -89,6 +93,8 @@ class TitansMemoryConfig(PreTrainedConfig):
         self.objective = OBJECTIVES.describe(OBJECTIVES.make(self.objective))
         given = self.form if isinstance(self.form, Mapping) else {"name": self.form}
         name = {} if isinstance(self.form, MemoryForm) else {"name": given.get("name", "stable")}
+        if self.caching is not None:
+            self.caching = Caching.of(self.caching).describe()
         form = self.memory_form
         if self.rule is not None:
             self.rule = _described_rule(form, self.rule)
@@ -101,6 +107,7 @@ class TitansMemoryConfig(PreTrainedConfig):
             ("form", lambda: self.memory_form),
             ("objective", lambda: OBJECTIVES.make(self.objective)),
             ("rule", lambda: self.memory_form.rule(self.rule)),
+            ("caching", lambda: self.caching is None or Caching.of(self.caching)),
         ):
             try:
                 check()
@@ -158,7 +165,7 @@ class TitansMemoryConfig(PreTrainedConfig):
                 name: getattr(self, name)
                 for name in ("features", "feature_size", "conv_kernel", "combination")
             },
-            **{name: getattr(self, name) for name in ("local_chunk_sizes", "shard_length")},
+            **{name: getattr(self, name) for name in ("local_chunk_sizes", "shard_length", "caching")},
         }
 
 
@@ -284,7 +291,9 @@ class TitansConfig(PreTrainedConfig):
                 f"memory_depth={self.memory_depth} with memory.features={self.memory.features!r}: what "
                 "learns is one matrix on the features; give memory_depth=1, or memory.features='identity'"
             )
-        sizes = self.memory.local_chunk_sizes
+        caching, sizes = self.memory.caching, self.memory.local_chunk_sizes
+        if caching is not None and (reason := Caching.of(caching).refuses(self.chunk_size, sizes)):
+            raise ValueError(f"memory.{reason}")
         if self.variant == "mac" and sizes is not None:
             raise ValueError(
                 f"memory.local_chunk_sizes={sizes!r} with variant='mac': what it writes depends on what it "
@@ -317,6 +326,7 @@ class TitansConfig(PreTrainedConfig):
             memory_options=self.memory.options(),
             local_chunk_sizes=None if local is None else tuple(local),
             shard_length=self.memory.shard_length,
+            caching=None if self.memory.caching is None else Caching.of(self.memory.caching),
         )
 
     def state_fields(self) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class StateCache(Cache):
         """
         if self.states is None:
             raise ValueError("the cache is empty: read something before saving it")
-        positions = next(leaf for leaf in pytree.tree_leaves(self.states) if leaf.dtype == torch.int64)
+        positions = next(leaf for name, leaf in named_leaves(self.states) if name.endswith("position"))
         about = {
             **(metadata or {}),
             "config": json.dumps(self.config.state_fields()),

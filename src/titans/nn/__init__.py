@@ -3,6 +3,7 @@
 from titans.nn.blocks import BLOCKS, Block, BlockResult, BlockSettings
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.memory import FEATURES, FORMS, FeatureMap, MemoryForm, NeuralMemory, NeuralMemoryState
+from titans.nn.memory.caching import CachedMemory, CachedMemoryState, Caching
 from titans.nn.memory.tnt.layer import TNTMemory, TNTMemoryState
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "BlockContext",
     "BlockResult",
     "BlockSettings",
+    "CachedMemory",
+    "CachedMemoryState",
+    "Caching",
     "FeatureMap",
     "MemoryForm",
     "MemoryTrace",

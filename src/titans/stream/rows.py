@@ -14,11 +14,10 @@ from torch.utils import _pytree as pytree
 from titans.hf.graft.window import Window, WindowState
 from titans.hf.graft.window import together as windows_together
 from titans.memory import MemoryState
-from titans.nn.attention.full import FullAttentionState
-from titans.state import flatten_alike, map_state
+from titans.state import flatten_alike, grows, map_state
 from titans.stream.reader import GraftReader, StateReader, TitansReader, initial_states
 
-_OWN_SIZE = (MemoryState, FullAttentionState, WindowState)
+_OWN_SIZE = (MemoryState, WindowState)
 
 
 def can_share_calls(reader: object) -> bool:
@@ -62,15 +61,15 @@ def row_of(reader: StateReader, cache: Any, row: int) -> tuple[Any, ...]:
         if isinstance(state, WindowState):
             slots = Window(config.window, config.sinks).slots(int(state.position[row]))
             return map_state(Tensor.clone, state.row(row, slots))
-        if not isinstance(state, _OWN_SIZE):
+        if not has_own_size(state):
             return state[[row]] if isinstance(state, Tensor) else state
         mine = map_state(lambda x: x[[row]], state)
-        if isinstance(mine, FullAttentionState):
-            slots = int(mine.position)
-            return replace(mine, keys=mine.keys[:, :slots].clone(), values=mine.values[:, :slots].clone())
-        return mine.compact() if isinstance(mine, MemoryState) else mine
+        return mine.compact() if isinstance(mine, MemoryState) else mine.trimmed()
 
-    return tuple(pytree.tree_map(alone, cache.states, is_leaf=lambda x: isinstance(x, _OWN_SIZE)))
+    def has_own_size(state: Any) -> bool:
+        return isinstance(state, _OWN_SIZE) or grows(state)
+
+    return tuple(pytree.tree_map(alone, cache.states, is_leaf=has_own_size))
 
 
 def _stacked(states: Sequence[Any]) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,19 @@ class FullAttentionState:
     call. position: (batch,) int64, real tokens seen.
     """
 
+    growing: ClassVar[tuple[str, ...]] = ("keys", "values")
     keys: Tensor
     values: Tensor
     position: Tensor
+
+    def trimmed(self) -> FullAttentionState:
+        """The same without the slots that no row uses."""
+        slots = int(self.position.max()) if len(self.position) else 0
+        return replace(self, keys=self.keys[:, :slots].clone(), values=self.values[:, :slots].clone())
+
+    def is_whole(self) -> bool:
+        """Whether there is a slot for every token."""
+        return bool((self.position <= self.keys.shape[1]).all())
 
 
 pytree.register_dataclass(FullAttentionState)

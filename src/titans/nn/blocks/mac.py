@@ -9,16 +9,13 @@ so nothing leaks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
-from titans.memory.chunkwise.columns import Columns, cut
 from titans.nn.attention.segment import SegmentAttention, SegmentState, SegmentTokens
 from titans.nn.blocks.protocol import BlockResult
 from titans.nn.blocks.settings import BlockSettings
@@ -27,7 +24,8 @@ from titans.nn.conv import CausalConv
 from titans.nn.memory.heads import UNIT, head_vectors
 from titans.nn.memory.layer import RECALL_STARTS, Found, NeuralMemoryState
 from titans.nn.norm import ReadNorm, RMSNorm
-from titans.nn.packing import ALL_REAL, Packed
+from titans.nn.packing import Packed
+from titans.nn.pieces import cut_pieces
 from titans.state import register_state, where_rows
 
 
@@ -118,7 +116,7 @@ class MACBlock(nn.Module):
     def forward(self, x: Tensor, state: MACState, context: BlockContext) -> BlockResult:
         """x (batch, time, hidden_size), packed rows, to the same shape, and the new state."""
         position, packed = state.memory.memory.position, context.packed
-        cut = _cut(position, x.shape[1], packed, self.segment_length)
+        cut = cut_pieces(position, x.shape[1], packed, self.segment_length)
         if not cut.pieces:
             return BlockResult(x, state)
         normed = packed.zero_padding(self.norm(x))
@@ -186,37 +184,3 @@ class _Own:
     queries: Tensor
     prior: Tensor | None
     tokens: SegmentTokens
-
-
-class _Piece(NamedTuple):
-    """At most one segment of every row: its tokens, and the rows (batch,) whose segment begins with it; True
-    for all of them, None for none.
-    """
-
-    packed: Packed
-    begins: Tensor | Literal[True] | None
-
-
-class _Cut(NamedTuple):
-    """A stretch in pieces.
-
-    apart: takes (batch, time, ...) to one tensor for each piece. together: takes these, side by side, back.
-    """
-
-    pieces: list[_Piece]
-    apart: Callable[[Tensor], Sequence[Tensor]]
-    together: Callable[[Tensor], Tensor]
-
-
-def _cut(position: Tensor, time: int, packed: Packed, segment_length: int) -> _Cut:
-    parts = cut(position, time, segment_length, packed.real)
-    if isinstance(parts, Columns):
-        counts, width = parts.filled.sum(-1), parts.filled.shape[-1]
-        starts = (parts.start == 0) & (counts > 0)
-        tokens = [Packed.first(count, width) for count in counts.unbind(1)]
-        pieces = [*map(_Piece, tokens, starts.unbind(1))]
-        return _Cut(pieces, lambda x: parts.gather(x).split(width, 1), parts.put_back)
-    segments = [run for run in parts for _ in range(run.count)]
-    widths = [run.width for run in segments]
-    pieces = [_Piece(ALL_REAL, True if run.begins else None) for run in segments]
-    return _Cut(pieces, lambda x: x.split(widths, 1), lambda y: y)

@@ -10,6 +10,7 @@ from torch import nn
 
 from titans.nn.combine import COMBINATIONS, MemoryGate, MemorySum
 from titans.nn.memory import NeuralMemory
+from titans.nn.memory.caching import CachedMemory, Caching
 from titans.nn.memory.tnt.layer import TNTMemory
 
 
@@ -20,6 +21,7 @@ class BlockSettings:
     memory_options: further keyword arguments of `NeuralMemory`, such as its form.
     local_chunk_sizes, shard_length: those of a `TNTMemory`, whose global memory's chunks chunk_size then are;
         None for a `NeuralMemory`.
+    caching: that of a `CachedMemory`, None for none.
     """
 
     hidden_size: int
@@ -38,6 +40,7 @@ class BlockSettings:
     memory_options: dict[str, Any] = field(default_factory=dict)
     local_chunk_sizes: tuple[int, ...] | None = None
     shard_length: int | None = None
+    caching: Caching | None = None
 
     def memory(self) -> NeuralMemory:
         """A memory of these sizes."""
@@ -50,6 +53,10 @@ class BlockSettings:
             self.chunk_size,
         )
         options: dict[str, Any] = {"conv_kernel": self.conv_kernel, **self.memory_options}
+        if self.caching is not None:
+            if reason := self.caching.refuses(self.chunk_size, self.local_chunk_sizes):
+                raise ValueError(reason)
+            return CachedMemory(*sizes, caching=self.caching, **options)
         if self.local_chunk_sizes is None or self.shard_length is None:
             return NeuralMemory(*sizes, **options)
         return TNTMemory(
