@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from titans.experiments.adaptation import AdaptationGains
 from titans.experiments.beginnings import Beginnings
+from titans.experiments.caching import MemoryCaching
 from titans.experiments.endless import Endless
 from titans.experiments.forms import Forms
 from titans.experiments.goals import Goals
@@ -30,6 +31,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Synthetic(),
         Forms(),
         MemoryForms(),
+        MemoryCaching(),
         Robustness(),
         Endless(),
         AdaptationGains(),
