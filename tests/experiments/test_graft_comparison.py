@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from titans import graft
 from titans.data import byte_tokenizer
 from titans.experiments import graft_comparison as comparison
 from titans.experiments import graft_comparison_systems as systems
-from titans.experiments.graft_comparison_texts import (
-    HAYSTACKS,
-    PLAY_QUESTIONS,
-    contains,
-    first_line,
-    haystacks,
-)
+from titans.experiments.graft_comparison_cloze import SENTENCES, contains, first_line
+from titans.experiments.graft_comparison_texts import HAYSTACKS, haystacks
+from titans.experiments.ruler import RulerSample, ruler_score
 from titans.experiments.runner import Request, run
 
 # Lines of short made-up words.
@@ -41,8 +39,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(systems, "base", base)
     monkeypatch.setattr(systems, "graft_names", list)
-    monkeypatch.setattr(comparison, "documents", lambda folder: {"King Lear": lambda: TEXT})
+    texts = dict.fromkeys(("King Lear", "Essays", "State of the Union"), lambda: TEXT)
+    sample = RulerSample(TEXT, "\nWhat is hidden? It is", ("7", "8"))
+    monkeypatch.setattr(comparison, "documents", lambda: texts)
+    monkeypatch.setattr(comparison, "address", lambda: TEXT)
     monkeypatch.setattr(comparison, "tempest", lambda: TEXT)
+    monkeypatch.setattr(comparison, "smollm_folder", lambda: None)
+    monkeypatch.setattr(comparison, "ruler_samples", lambda *_: [sample])
     monkeypatch.setattr(comparison, "QUICK", 200)
     # A passage has more bytes than a pretrained model has tokens for it.
     monkeypatch.setattr(systems, "WINDOW", 640)
@@ -50,13 +53,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_quick_run_measures_every_system_and_goes_on_where_it_stopped(tiny: None, tmp_path: Path) -> None:
     experiment, request = comparison.GraftComparison(), Request("quick", work=tmp_path)
-    only = ["prediction*", "one,*", "play*[wps]", "tuning*1e-05", "tuning, cache", "values*window*"]
+    only = ["prediction, King*", "prediction, Ess*window*", "one,*[wps], seed 0", "cloze*[wps]"]
+    only += ["ruler, vt, *passages*", "tuning*1e-05", "tuning, cache", "values, 1024, window*"]
     page = run(experiment, request, tmp_path, only=only)
     for name in systems.BASELINES:
-        assert f"| {name}" in page
+        assert f"| {name}" in page.split("## Prediction")[1], name
     assert "| passkey | 1,024 | 0 (0–79) |" in page and "| values | 1,024 | 0 (0–79) | –" in page
-    assert page.count("“") and f"| {PLAY_QUESTIONS[-1][0]} | Sarum |" in page
+    assert f"| {SENTENCES[-1][0]} … | 200,000 |" in page and "| vt | 4,096 | 0 (1) |" in page
     assert "1e-05 (chosen)" in page and "| 10, small |" in page
+    assert "## What the graft loses and wins" in page and page.count("](graft-comparison.png)") == 1
+    assert (tmp_path / "graft-comparison.png").stat().st_size > 10_000
     again = run(experiment, request, tmp_path, only=only, resume=True)
     assert again == page
 
@@ -121,8 +127,17 @@ def test_a_trained_graft_is_measured_with_both_memories_and_with_its_association
     model.save_pretrained(tmp_path / "graft")
     request = Request(models={"mine": str(tmp_path / "graft")})
     assert [*systems.trained_grafts(request)] == ["mine", "mine association"]
-    names = {cell.name for cell in comparison.GraftComparison().cells(request)}
-    assert {"prediction, King Lear, 16384, mine association", "qa1, 4096, mine, seed 0"} <= names
+    cells = {cell.name: cell for cell in comparison.GraftComparison().cells(request)}
+    assert "prediction, King Lear, 16384, mine association" in cells
+    before = cells["qa1, 4096, mine, seed 0"].conditions
+    assert before["dtype"] == "bfloat16" and len(before["texts"]) == 3
+    model.save_pretrained(tmp_path / "other")
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: x + 1e-3 for name, x in other.items()}, tmp_path / "graft" / "model.safetensors")
+    cells = {cell.name: cell for cell in comparison.GraftComparison().cells(request)}
+    after = cells["qa1, 4096, mine, seed 0"].conditions
+    assert before["weights"] != after["weights"] and "weights" not in cells["cloze, window"].conditions
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "graft" / "model.safetensors")
     both, alone = (systems.system(name, request) for name in ("mine", "mine association"))
     ids = both.encode(TEXT)[:80]
     # An untrained association changes nothing; the adaptation learns from the second chunk on.
@@ -138,3 +153,7 @@ def test_answers_are_compared_as_whole_words() -> None:
     assert first_line("\n \n Kent\nLear") == "Kent" and first_line(" \n") == ""
     assert comparison.decided(" 12345", "123") and comparison.decided(" 13", "123")
     assert not comparison.decided(" 12", "123") and not comparison.decided("", "123")
+
+
+def test_rulers_score_is_the_share_of_expected_strings() -> None:
+    assert ruler_score("It is ABC, then def.", ("abc", "DEF", "ghi", "jkl")) == 0.5

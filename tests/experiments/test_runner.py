@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from titans.experiments import held_out
 from titans.experiments.catalog import EXPERIMENTS
 from titans.experiments.results import LIMIT, Results, encoded, rounded
 from titans.experiments.runner import Cell, Experiment, Request, run
@@ -91,7 +92,11 @@ def test_results_stay_small_and_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_lists_cells_and_draws_what_is_kept(name: str, tmp_path: Path) -> None:
+def test_every_experiment_lists_cells_and_draws_what_is_kept(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing is downloaded to see whether it can be.
+    monkeypatch.setattr(held_out, "_there", lambda *_: True)
     experiment = EXPERIMENTS[name]
     planned = {budget: experiment.cells(Request(budget)) for budget in ("quick", "full")}
     for cells in planned.values():
@@ -107,3 +112,25 @@ def test_numbers_in_tables() -> None:
     assert percent(19, 20) == "95 (76–99)"
     assert interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"
     assert interval([1.0], 2) == "1.00" and interval([]) == "–"
+
+
+class Weighted(Dice):
+    """Its cell depends on the weights of a model."""
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def cells(self, request: Request) -> list[Cell]:
+        return [Cell("throw", 0, conditions={"weights": self.weights}), Cell("free", 1)]
+
+
+def test_a_cell_of_other_weights_is_measured_again(tmp_path: Path) -> None:
+    first, same, other = Weighted("a"), Weighted("a"), Weighted("b")
+    run(first, Request(), tmp_path)
+    run(same, Request(), tmp_path, resume=True)
+    assert first.measured == [0, 1] and same.measured == []
+    page = run(other, Request(), tmp_path, resume=True, only=["free"])
+    assert other.measured == [] and "throw" not in page and list(kept(tmp_path)) == ["free"]
+    run(other, Request(), tmp_path, resume=True)
+    assert other.measured == [0] and kept(tmp_path)["throw"]["weights"] == "b"

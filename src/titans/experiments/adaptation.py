@@ -51,7 +51,7 @@ class AdaptationGains(Experiment):
 
     def cells(self, request: Request) -> list[Cell]:
         variants = QUICK if request.quick else VARIANTS
-        known = documents(request.work)
+        known = documents()
         return [Cell(f"{d}, {v}", (d, v)) for d in (TUNED_ON, PLAY, CODE) if d in known for v in variants]
 
     def measure(self, cell: Cell, request: Request, progress: Progress) -> Numbers:
@@ -84,7 +84,7 @@ class AdaptationGains(Experiment):
 
         They are computed once, and saved in `request.work` in float16.
         """
-        texts = {**documents(request.work), "The Tempest": tempest}
+        texts = {**documents(), "The Tempest": tempest}
         count = QUICK_TOKENS if request.quick else TOKENS // 4 if document == "The Tempest" else TOKENS
         path = request.work / f"{document.replace(' ', '-').lower()}-{count}.safetensors"
         if not path.is_file():

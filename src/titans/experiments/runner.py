@@ -9,7 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,13 +27,16 @@ class Cell:
     """One measurement.
 
     name: its key among the results, unlike any other's. settings: what `measure` needs to know. seed: of all
-    random numbers. cost: the time it takes, in any unit, for the estimate of the time left.
+    random numbers. cost: the time it takes, in any unit, for the estimate of the time left. conditions: what
+    else its numbers depend on, such as the hash of a trained model; they are kept with the numbers, and a
+    cell that was measured under others is measured again.
     """
 
     name: str
     settings: Any = None
     seed: int = 0
     cost: float = 1.0
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ def run(
 ) -> str:
     """Measure the cells that are missing; returns the page, which is also written to output/NAME.md.
 
-    Each finished cell is kept at once in output/NAME.json. An interruption loses the running cell.
+    Each finished cell is kept at once in output/NAME.json. An interruption loses the running cell; the page
+    is written at the end, and where the run is interrupted.
 
     Args:
         resume: go on with the results in `output`, if there are any.
@@ -133,6 +137,10 @@ def run(
         )
     planned = experiment.cells(request)
     names = [cell.name for cell in planned]
+    old = [cell.name for cell in planned if not _holds(cell, results.cells.get(cell.name))]
+    if old:
+        say(f"{len(old)} cells were measured under other conditions and are dropped, the first is {old[0]!r}")
+        results.drop(old)
     if len(set(names)) < len(names):
         raise ValueError(f"{experiment.name}: two cells have one name among {names}")
     chosen = [cell for cell in planned if any(fnmatchcase(cell.name, pattern) for pattern in only)]
@@ -142,6 +150,15 @@ def run(
     if experiment.unit is not None:
         hours = experiment.unit * sum(cell.cost for cell in missing) / 3600
         say(f"{len(missing)} of {len(planned)} cells, about {hours:.1f} core-hours")
+    try:
+        _measure(experiment, request, missing, results)
+    finally:
+        page = write_page(experiment, results)
+    return page
+
+
+def _measure(experiment: Experiment, request: Request, missing: Sequence[Cell], results: Results) -> None:
+    """Measure cells and keep each at once."""
     began, spent = time.perf_counter(), 0.0
     for number, cell in enumerate(missing):
         seconds = time.perf_counter() - began
@@ -152,10 +169,14 @@ def run(
         )
         torch.manual_seed(cell.seed)
         numbers = experiment.measure(cell, request, Ticker(cell.name))
-        results.add(cell.name, numbers, str(datetime.date.today()), machine(request.device))
+        about = str(datetime.date.today()), machine(request.device)
+        results.add(cell.name, {**cell.conditions, **numbers}, *about)
         spent += cell.cost
-        write_page(experiment, results)
-    return write_page(experiment, results)
+
+
+def _holds(cell: Cell, kept: Numbers | None) -> bool:
+    """Whether what is kept of a cell, if anything, was measured under its conditions."""
+    return kept is None or all(kept.get(name) == value for name, value in cell.conditions.items())
 
 
 def machine(device: str = "cpu") -> str:
@@ -174,8 +195,10 @@ def write_page(experiment: Experiment, results: Results) -> str:
         command = f"**A quick run, not a result**: {command[:-1]} --budget quick`"
     about = f"{command}{', ' + results.about() if results.cells else ''}."
     pictures = experiment.draw(results, folder)
-    parts = [f"# {experiment.title}", about, experiment.table(results)]
-    parts += [f"![{shown}]({file})" for file, shown in pictures.items()]
+    table = experiment.table(results)
+    parts = [f"# {experiment.title}", about, table]
+    # A table may place pictures itself.
+    parts += [f"![{shown}]({file})" for file, shown in pictures.items() if f"]({file})" not in table]
     page = "\n\n".join(part.strip() for part in parts) + "\n"
     write_bytes(folder / f"{experiment.name}.md", page.encode())
     return page
