@@ -15,11 +15,12 @@ from titans.data.facts_blocks import ANSWER, ANSWER_END, STATED
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.window import Window
 from titans.nn.adaptation import LinearHead
-from titans.train.graft import fit
+from titans.train.graft import fit, recall
 from titans.train.graft.features import FeaturePlan
 from titans.train.graft.fit import AssociationTraining
-from titans.train.graft.held_out import measure
-from titans.train.graft.rows import TrainingRows
+from titans.train.graft.held_out import answered, measure
+from titans.train.graft.recall import recall_after
+from titans.train.graft.rows import Stretch, TrainingRows
 from titans.train.graft.settings import GraftTraining
 from titans.train.graft.vocabulary import SampledWords, label_log_probs, mixture_changes
 
@@ -170,6 +171,35 @@ def test_the_features_of_a_row_are_those_of_its_pieces(cached):
         hidden, _ = base.read(main.ids[:, :block], base.initial_state(len(main.ids)))
     torch.testing.assert_close(main.hidden[:, :block], hidden, rtol=0, atol=0.01)
     assert main.states[0].shape == (*main.ids.shape, HIDDEN) and len(main.states) == len(LAYERS)
+
+
+def test_recall_after_a_text_is_that_of_memories_that_read_it(cached):
+    base, cache = cached
+    association = small_association(base)
+    association.whiten([torch.randn(99, HIDDEN, generator=torch.Generator().manual_seed(0)) for _ in LAYERS])
+    with torch.no_grad():
+        association.write_gate.bias += 2
+        association.mixing_gate.bias += 6
+        association.log_sharpness += 2
+    text = cache.load(cache.files("text-held-out")[0])["text"]
+    found = recall_after(association, base.head, cache, "facts-held-out", text, (30, 600), together=1)
+    path, hits = cache.files("facts-held-out")[0], {30: [], 600: []}
+    for row in range(cache.shape(path)[0]):
+        parts = cache.load(path, slice(row, row + 1))
+        for length in hits:
+            between = recall._last(text, length)
+            stretch = Stretch.of([[parts["statements"], between, parts["questions"]]])
+            read = association.read(stretch.states, stretch.hidden, stretch.ids, base.head.weight)
+            hits[length] += answered(association, base.head, stretch, read)[0].tolist()
+    assert {length: each.tolist() for length, each in found.items()} == hits
+    # The fast weights are what they would be, but for the first keys.
+    state = association.read(stretch.states, stretch.hidden, stretch.ids, base.head.weight).state
+    stretch = Stretch.of([[recall._last(text, 600)]])
+    after = recall._after(association, base.head, state, stretch)
+    read = association.read(stretch.states, stretch.hidden, stretch.ids, base.head.weight, state).state
+    assert (read.weight - state.weight).norm() > 0.3
+    torch.testing.assert_close(after.weight, read.weight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.recent, read.recent)
 
 
 # The training

@@ -9,6 +9,7 @@ from titans.experiments.endless import Endless
 from titans.experiments.forms import Forms
 from titans.experiments.goals import Goals
 from titans.experiments.graft_comparison import GraftComparison
+from titans.experiments.graft_training import GraftTraining
 from titans.experiments.language import Language
 from titans.experiments.learning import Learning
 from titans.experiments.memory_forms import MemoryForms
@@ -36,6 +37,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Endless(),
         AdaptationGains(),
         GraftComparison(),
+        GraftTraining(),
         Goals(),
     )
 }

@@ -55,8 +55,8 @@ class FeaturePlan:
         settings = settings or FeatureSettings()
         settings.check()
         self.base, self.layers, self.settings = base, tuple(layers), settings
-        found = [*_parts(tokenizer, documents, "text", settings, settings.text_tokens)]
-        others = [*_parts(tokenizer, held_out, "text-held-out", settings, 4 * settings.document_tokens)]
+        found = [*text_units(tokenizer, documents, "text", settings, settings.text_tokens)]
+        others = [*text_units(tokenizer, held_out, "text-held-out", settings, 4 * settings.document_tokens)]
         if not found or not others:
             raise ValueError(
                 f"{'data' if not found else 'held-out data'} has no text of {2 * settings.block_tokens} "
@@ -65,11 +65,11 @@ class FeaturePlan:
         # Facts stand in the documents that training reads, and are of their words.
         documents = [*dict.fromkeys(document for document, _ in found)]
         train, test = (
-            _episodes(tokenizer, fillers, documents, settings) for fillers in (documents, held_out)
+            episodes_of(tokenizer, fillers, documents, settings) for fillers in (documents, held_out)
         )
-        facts = [*_fact_units("facts", train, settings.episodes, seed)]
-        seen = [*_fact_units("facts-held-out", test, settings.held_out_episodes, seed, held_out=True)]
-        unseen = _fact_units(
+        facts = [*fact_units("facts", train, settings.episodes, seed)]
+        seen = [*fact_units("facts-held-out", test, settings.held_out_episodes, seed, held_out=True)]
+        unseen = fact_units(
             "facts-new-wording", test, settings.held_out_episodes, seed, held_out=True, held_out_wording=True
         )
         texts = ([unit for _, unit in part] for part in (found, others))
@@ -112,7 +112,7 @@ class FeaturePlan:
         return write_features(self.base, self.units, folder, self.layers, progress)
 
 
-def _parts(
+def text_units(
     tokenizer: Any, documents: Sequence[Document], group: str, settings: FeatureSettings, most: int
 ) -> Iterator[tuple[Document, Unit]]:
     """Parts of documents, first the beginnings of all, until there are about `most` tokens."""
@@ -145,9 +145,10 @@ def _encoded(tokenizer: Any, document: Document, most: int) -> torch.Tensor:
     return torch.tensor([*leading_tokens(tokenizer), *ids.tolist()])
 
 
-def _episodes(
+def episodes_of(
     tokenizer: Any, fillers: Sequence[Document], documents: Sequence[Document], settings: FeatureSettings
 ) -> Episodes:
+    """A source of facts made of the words of `documents`, to be stated and asked for inside `fillers`."""
     words = sorted({word for document in documents for word in words_of(document.data)})
     return Episodes(
         tokenizer,
@@ -159,7 +160,8 @@ def _episodes(
     )
 
 
-def _fact_units(group: str, source: Episodes, count: int, seed: int, **options: bool) -> Iterator[Unit]:
+def fact_units(group: str, source: Episodes, count: int, seed: int, **options: bool) -> Iterator[Unit]:
+    """Units of at most 16 episodes each, `count` in all; `options` are those of `Episodes.draw`."""
     generator = np.random.default_rng([seed, *group.encode()])
     for begin in range(0, count, _ROWS):
         rows = [source.draw(generator, **options) for _ in range(min(_ROWS, count - begin))]

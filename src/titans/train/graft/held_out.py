@@ -52,7 +52,7 @@ def measure(association: Association, head: LinearHead, cache: FeatureCache) -> 
     text = {}
     for path in cache.files("text-held-out")[:_DOCUMENTS]:
         features = cache.load(path, tokens=slice(0, _TEXT_TOKENS))["text"]
-        text[cache.about(path) or path.stem] = _text(association, head, features)
+        text[cache.about(path) or path.stem] = text_change(association, head, features)
     return HeldOut(recall, float(np.mean(answers)) if answers else 0.0, text)
 
 
@@ -80,6 +80,17 @@ def _facts(
         return 0.0, 0.0
     stretch = Stretch.of(rows).to(association.trained.device)
     found = association.read(stretch.states, stretch.hidden, stretch.ids, head.weight)
+    hits, nats = answered(association, head, stretch, found)
+    return float(hits.mean()), float(nats.mean())
+
+
+def answered(
+    association: Association, head: LinearHead, stretch: Stretch, found: AssociationRead
+) -> tuple[np.ndarray, Tensor]:
+    """Whether each answer of the stretch is recalled, (answers,) of 0 and 1, and −log p of all their tokens.
+
+    An answer is recalled if each of its tokens is the most probable one.
+    """
     asked = (stretch.flags[:, 1:] == ANSWER) & stretch.follows[:, :-1]
     labels = stretch.ids[:, 1:][asked]
     right, nats = torch.zeros_like(asked), []
@@ -93,7 +104,7 @@ def _facts(
         right[rows, times] = log_probs.argmax(-1) == wanted
         nats.append(-log_probs.gather(1, wanted[:, None])[:, 0])
     hits = [_answers(row, hit) for row, hit in zip(asked, right, strict=True)]
-    return float(np.mean(np.concatenate(hits))), float(torch.cat(nats).mean())
+    return np.concatenate(hits), torch.cat(nats)
 
 
 def _answers(asked: Tensor, right: Tensor) -> np.ndarray:
@@ -103,7 +114,9 @@ def _answers(asked: Tensor, right: Tensor) -> np.ndarray:
     return np.array([hit[run].all() for run in runs if len(run) and inside[run[0]]], dtype=np.float64)
 
 
-def _text(association: Association, head: LinearHead, features: Features) -> float:
+@torch.no_grad()
+def text_change(association: Association, head: LinearHead, features: Features) -> float:
+    """How the memory changes the loss of a text, one row, as a share of it: better if negative. Estimated."""
     stretch = Stretch.of([[features]]).to(association.trained.device)
     found = association.read(stretch.states, stretch.hidden, stretch.ids, head.weight)
     sample = SampledWords(stretch.ids, len(head.weight), _OTHER_WORDS, np.random.default_rng(0))
