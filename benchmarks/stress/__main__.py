@@ -28,6 +28,7 @@ from report import DISTANCES, HEAD_DIM, PARTS, TOKENS, kept_results, report, wri
 from titans.evaluate.hostile import PAPER_FORM, StressedMemory, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.hf import TitansConfig, TitansForCausalLM
+from titans.memory import OBJECTIVES, UPDATE_RULES
 from titans.nn import NeuralMemory
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -122,6 +123,23 @@ def feature_memories(quick: bool, progress: Progress) -> list[Row]:
             name = {"features": features, "chunk_size": chunk}
             rows.append(measure(memory, name, FEW if few else THOROUGH, 1024 if quick else TOKENS))
             progress(f"features {features}, chunks of {chunk}: growth {rows[-1]['growth']:.3g}", 6)
+    return rows
+
+
+def registered_parts(quick: bool, progress: Progress) -> list[Row]:
+    """Every registered rule and every registered objective in the default form, the other part being the
+    usual one; rules also in the paper's form without momentum, which has a LayerNorm."""
+    rows = []
+    paper: Row = dict(name="paper", max_momentum=0.0, max_step_size=0.1 / 16)
+    parts: list[tuple[str, Row, Row]] = [(f"rule {name}", dict(rule=name), {}) for name in UPDATE_RULES]
+    parts += [(f"rule {name}, paper", dict(rule=name), paper) for name in UPDATE_RULES]
+    parts += [(f"objective {name}", dict(objective=name), {}) for name in OBJECTIVES]
+    for name, part, form in parts:
+        for depth, chunk in ((1, 16),) if quick else ((1, 1), (1, 16), (2, 16)):
+            memory = stressed_memory(HEAD_DIM, depth, chunk, **part, **form)
+            row = measure(memory, {"of": name, "depth": depth, "chunk_size": chunk}, FEW, 1024)
+            rows.append(row)
+            progress(f"{name}, depth {depth}, chunks of {chunk}: growth {row['growth']:.3g}", 4 * depth)
     return rows
 
 
@@ -317,6 +335,7 @@ def main() -> int:
     seconds = {
         "default": 48 if quick else 480,
         "features": 60 if quick else 150,
+        "registered": 40 if quick else 160,
         "counter_examples": 75,
         "search": 54 if quick else 108,
         "layer": 8,
@@ -326,6 +345,7 @@ def main() -> int:
     run: dict[str, Callable[[], list[Row]]] = {
         "default": lambda: default_form(quick, progress),
         "features": lambda: feature_memories(quick, progress),
+        "registered": lambda: registered_parts(quick, progress),
         "counter_examples": lambda: counter_examples(quick, progress),
         "search": lambda: searches(quick, progress),
         "layer": lambda: layer_inputs(progress),

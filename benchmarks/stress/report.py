@@ -16,7 +16,7 @@ TOKENS = 4096
 GROWTH_LIMIT = 100
 DISTANCES = (256, 512, 1024, 2048, 4096)
 GRADIENT_COLUMNS = [f"∂ at {d}" for d in DISTANCES]
-PARTS = ("default", "features", "counter_examples", "search", "layer", "models")
+PARTS = ("default", "features", "registered", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
 
 
@@ -111,6 +111,15 @@ def report(found: dict[str, Any]) -> str:
         "length up to 1. “two fast layers”: no slow features, but the default's two layers with a sine for "
         "SiLU.",
         growth_table("features, chunk", [[r["features"], str(r["chunk_size"])] for r in features], features),
+        "## Registered rules and objectives",
+        "Each in the default form with the usual other part, on a few of the streams (1,024 tokens, gates at "
+        "their limits). “paper”: in the paper's form, with residual and LayerNorm, without momentum, and "
+        "steps up to 0.1 / 16. An objective's threshold is that of an untrained layer, ln 2.",
+        growth_table(
+            "part, depth, chunk",
+            [[r["of"], str(r["depth"]), str(r["chunk_size"])] for r in found["registered"]],
+            found["registered"],
+        ),
         "## Forms that break",
         markdown(
             ["form", "breaks", "growth", "by", "longest row", *GRADIENT_COLUMNS],

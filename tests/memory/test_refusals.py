@@ -9,11 +9,13 @@ import torch
 
 from titans.memory import (
     BACKENDS,
+    UPDATE_RULES,
     Backend,
     InnerProblem,
     MemoryNetwork,
     MemoryState,
     MomentumRule,
+    Yaad,
     memory_read,
     memory_scan,
 )
@@ -94,6 +96,51 @@ def test_wrong_arguments(changes, sentence):
         }
         with pytest.raises(ValueError, match=sentence):
             memory_read(PROBLEM.net, **given)
+
+
+def test_the_numbers_that_an_objective_takes():
+    """They are missing, or are given to one that takes none, or have a wrong shape or value."""
+    thresholds = torch.ones(2, 5, 2, 1, dtype=torch.float64)
+    yaad = InnerProblem(PROBLEM.net, Yaad())
+    memory_scan(yaad, **arguments(objective_inputs=thresholds))
+    for inner, given, sentence in (
+        (yaad, None, r"objective_inputs=None: Yaad takes 1 for each token, give \(batch, time, heads, 1\)"),
+        (PROBLEM.net, thresholds, r"objective_inputs is given, and SquaredError takes none: leave it out"),
+        (yaad, thresholds[..., 0], r"objective_inputs has shape \(2, 5, 2\): give \(2, 5, 2, 1\)"),
+        (yaad, -thresholds, r"objective_inputs spans \[-1, -1\]: give finite values at least 0"),
+        (yaad, thresholds.long(), r"objective_inputs has dtype torch.int64: give a floating"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            memory_scan(inner, **arguments(objective_inputs=given))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(rule="moneta"), "it knows the update rule MomentumRule, and not Moneta"),
+        (dict(rule="memora"), "it knows the update rule MomentumRule, and not Memora"),
+        (dict(objective="yaad"), "it knows the objectives SquaredError, Huber and Lp, and not Yaad"),
+        (dict(by_row=True), "it knows one forget gate for each layer, and not one for each row"),
+    ],
+)
+def test_what_kernels_do_not_know_they_name(options, sentence):
+    problem = make_problem(time=2, **options)
+    assert sentence in str(problem.refused("native"))
+    problem.scan("auto")
+
+
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        (dict(name="moneta", q=1.5), "q=1.5: give a finite number of at least 2"),
+        (dict(name="moneta", floor=-1.0), "floor=-1.0: give a finite number of at least 0"),
+        (dict(name="moneta", floor=0.0, normalize_step=True), "floor=0 with normalize_step=True: no step is"),
+        (dict(name="memora", mass=0.0), "mass=0.0: give a finite number above 0"),
+    ],
+)
+def test_wrong_rules(rule, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        UPDATE_RULES.make(rule)
 
 
 def test_gain_without_norm():

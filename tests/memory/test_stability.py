@@ -9,7 +9,7 @@ import torch
 
 from titans.evaluate.hostile import PAPER_FORM, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
-from titans.memory import Huber, Lp, SquaredError
+from titans.memory import Huber, Lp, SquaredError, Yaad
 from titans.nn import NeuralMemory
 
 GROWTH_LIMIT = 100
@@ -26,6 +26,7 @@ WORST_GATES = [("all at max", "0"), ("all at max", "1 as a chunk starts"), ("swi
         (2, 16, 1.0, Huber(0.3)),
         (1, 1, 0.0, Lp(3.0)),
         (2, 16, 1.0, Lp(4.0)),
+        (2, 16, 1.0, Yaad()),
     ],
 )
 def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last, objective):

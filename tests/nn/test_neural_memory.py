@@ -31,8 +31,10 @@ LAYERS = [
     dict(form=dict(bounded_half_lives=True), half_lives=(20.0, 1e6)),
     dict(depth=1, features="sin", feature_size=7, start="sharp", form=dict(gates_see_keys=True)),
     dict(depth=1, features="product"),
+    dict(rule="memora", objective="adaptive_huber", form=dict(forget_by_row=True)),
 ]
 NAMES = ["default", "two layers", "plain steps", "three layers", "seen keys", "bounded", "sin", "product"]
+NAMES += ["distributions"]
 every_form = pytest.mark.parametrize("form", LAYERS, ids=NAMES)
 
 
@@ -86,17 +88,17 @@ def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, se
         assert_same_states(pytree.tree_map(lambda leaf, row=row: leaf[row : row + 1], state), last)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm):
+@pytest.mark.parametrize(("norm", "rule"), [(False, None), (True, None), (True, "memora")])
+def test_the_prior_is_what_a_memory_answers_that_has_read_nothing(norm, rule):
     torch.manual_seed(0)
-    layer = NeuralMemory(8, 2, 4, depth=2, form=dict(norm=norm)).double()
+    layer = NeuralMemory(8, 2, 4, depth=2, form=dict(norm=norm), rule=rule).double()
     for weight in (layer.initial_weights[-1], layer.norm_weight, layer.norm_bias):
         if weight is not None:
             nn.init.normal_(weight)
     queries = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     fresh = layer.initial_state(2).memory
     slow = dict(norm_weight=layer.norm_weight, norm_bias=layer.norm_bias, base=layer.base)
-    assert_close(layer.prior(queries), memory_read(layer.network, queries, fresh, **slow), FLOAT64, "prior")
+    assert_close(layer.prior(queries), memory_read(layer.inner, queries, fresh, **slow), FLOAT64, "prior")
     assert NeuralMemory(8, 2, 4, depth=2, form=dict(decay_to_initial=False)).prior(queries) is None
 
 

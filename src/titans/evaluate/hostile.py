@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.memory import InnerProblem, MemoryNetwork
+from titans.memory.objectives import num_inputs
 from titans.nn import NeuralMemory
 from titans.nn.memory.features import IDENTITY
 from titans.nn.norm import shorten
@@ -52,6 +53,13 @@ class StressedMemory:
         """The width of the keys in the enemy's hands."""
         return self.network.input_dim if self.features is None else self.network.head_dim
 
+    def objective_inputs(self, keys: Tensor) -> Tensor | None:
+        """What the objective takes of each token besides, if anything: what an untrained layer gives it, as
+        (rows, time, 1, num_inputs)."""
+        if not (count := num_inputs(self.inner.objective)):
+            return None
+        return self.inner.objective.from_logits(keys.new_zeros(*keys.shape[:-1], count))  # type: ignore[attr-defined]
+
     def fast(self, rows: int) -> list[Tensor]:
         """`initial` for so many rows, (rows, 1, out, in) for each layer."""
         return [w.expand(rows, *w.shape).clone() for w in self.initial]
@@ -65,6 +73,8 @@ def stressed_memory(
     expansion: int = 2,
     features: str = IDENTITY,
     feature_size: int | None = None,
+    objective: str | Mapping[str, Any] = "squared_error",
+    rule: str | Mapping[str, Any] | None = None,
     last: float = 0.0,
     gain: float | None = None,
     seed: int = 0,
@@ -74,7 +84,7 @@ def stressed_memory(
     """The memory of a `NeuralMemory` of these sizes.
 
     Args:
-        head_dim, depth, chunk_size, expansion, features, feature_size: of `NeuralMemory`.
+        head_dim, depth, chunk_size, expansion, features, feature_size, objective, rule: of `NeuralMemory`.
         form: fields of `MemoryForm` that differ from those of "stable", or of the form with this `name`.
         last: the last layer of a base is zero at first but is learned; draw it with this many times the usual
             standard deviation, fan_in^-½.
@@ -85,7 +95,8 @@ def stressed_memory(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = head_dim, depth, expansion, chunk_size
-        layer = NeuralMemory(2, 1, *sizes, features=features, feature_size=feature_size, form=form).to(dtype)
+        parts: dict[str, Any] = dict(objective=objective, rule=rule, form=form)
+        layer = NeuralMemory(2, 1, *sizes, features=features, feature_size=feature_size, **parts).to(dtype)
         if layer.base is not None:
             nn.init.normal_(layer.initial_weights[-1], std=last * layer.base[-1].shape[-1] ** -0.5)
     norm_weight = None if layer.norm_weight is None else layer.norm_weight.detach()

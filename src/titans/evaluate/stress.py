@@ -40,6 +40,7 @@ def scan(memory: StressedMemory, cases: Cases, state: MemoryState) -> tuple[Tens
         memory.chunk_size,
         norm_weight=memory.norm_weight,
         base=memory.base,
+        objective_inputs=memory.objective_inputs(keys),
     )
 
 
@@ -170,8 +171,8 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     at the start of a chunk, H = ‖h_{l−1}‖, e = M(k) − v, and s_l = ∏_{j>l} 1.13 ‖A_j‖, one token steps
     θ ‖u_l‖ / normalizer ≤ θ · 2 ‖e‖ s_l H / (L · 2 κ_l² max(H, 1)²), where κ_l ≥ s_l and κ_l ≥ 1: keys and
     hidden vectors shorter than 1, such as features, count as 1 long.
-    (One 2 is the squared error's gradient, the other its curvature: for a Huber or an l_p objective their
-    quotient is at most 1 as well.) The answer is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H
+    (One 2 is the squared error's gradient, the other its curvature: for the other objectives of the package
+    their quotient is at most 1 as well.) The answer is no longer than ‖M(k)‖ ≤ s_l ‖A_l‖ H
     because |SiLU(x)| ≤ |x|, as of GELU and sin, so the step is at most
 
         step_l = θ/L (V + ‖A_l‖), with ‖A_l‖ ≤ ‖base_l‖_F + row_limit · √out_l,
@@ -187,7 +188,8 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     what they like within their limits.
 
     Args:
-        memory: without norm and residual, with normalize_step, a row_limit and a length_floor of at least 1.
+        memory: without norm and residual, with normalize_step, a row_limit and a length_floor of at least 1,
+            and a rule that carries the weights themselves.
         longest_value: V, by default √head_dim.
 
     Raises:
@@ -195,11 +197,11 @@ def state_bound(memory: StressedMemory, longest_value: float | None = None) -> S
     """
     net, rule = memory.network, memory.inner.rule
     row_limit = rule.row_limit if isinstance(rule, MomentumRule) else None
-    bounded = rule.normalize_step and rule.length_floor >= 1
+    bounded = rule.normalize_step and rule.length_floor >= 1 and not rule.maps_weights
     if net.norm or net.residual or not bounded or row_limit is None:
         raise ValueError(
             "no bound is known for this form: give normalize_step=True, a row_limit, length_floor of at "
-            "least 1, norm=False and residual=False"
+            "least 1, norm=False and residual=False, and the rule 'momentum'"
         )
     value = net.head_dim**0.5 if longest_value is None else longest_value
     step, limits = [], []
