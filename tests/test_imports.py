@@ -113,6 +113,15 @@ ORDER = {
         protocol
         adaptation association residual
         """,
+    "titans.serve": """
+        errors extract answer choosing settings metrics
+        bodies uploads shapes engine
+        memories
+        service
+        events guard
+        completions memory_routes
+        app
+        """,
     "titans.stream": """
         text tokenizer model live turns
         causal

@@ -17,6 +17,7 @@ _COMMANDS = {
     "graft": ("titans.cli.graft", "Graft"),
     "generate": ("titans.cli.generate", "Generate"),
     "chat": ("titans.cli.chat", "Chat"),
+    "serve": ("titans.cli.serve", "Serve"),
     "memorize": ("titans.cli.memorize", "Memorize"),
     "inspect": ("titans.cli.inspect", "Inspect"),
     "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity"),

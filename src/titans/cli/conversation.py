@@ -12,7 +12,6 @@ import torch
 from transformers import StoppingCriteria
 
 from titans.stream import Session
-from titans.stream.causal import CausalReader, position_limit
 from titans.stream.reading.reading import Reading
 from titans.stream.reading.sources import find_sources
 from titans.stream.turns import BEGUN, Turns, end_tokens
@@ -113,8 +112,7 @@ class Conversation:
         closing = len(self.turns.tokenizer.encode(self.turns.closing, add_special_tokens=False))
         reader, now = self.session.reader, self.session.num_tokens + closing
         reader.check_room(now + 1)
-        limit = position_limit(reader.config) if isinstance(reader, CausalReader) else None
-        return most if limit is None else min(most, limit - now)
+        return most if reader.most_tokens is None else min(most, reader.most_tokens - now)
 
     def _end_tokens(self) -> list[int]:
         return list(dict.fromkeys([*end_tokens(self.session.reader.inner), *self.turns.end_tokens]))

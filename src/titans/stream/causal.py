@@ -93,6 +93,11 @@ class CausalReader:
     def device(self) -> torch.device:
         return cast("torch.device", self.inner.device)
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens a text may have; None for any number."""
+        return position_limit(self.config)
+
     def start(self) -> CausalCache:
         return CausalCache()
 
@@ -115,7 +120,7 @@ class CausalReader:
         return Read(torch.cat(found, 1))
 
     def check_room(self, num_tokens: int) -> None:
-        limit = position_limit(self.config)
+        limit = self.most_tokens
         if limit is not None and num_tokens > limit:
             raise ValueError(
                 f"{self.name} has positions for {limit:,} tokens (max_position_embeddings), and this text "

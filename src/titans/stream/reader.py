@@ -89,6 +89,9 @@ class StateReader:
     freeze_memory: no memory learns.
     """
 
+    # Any number.
+    most_tokens: int | None = None
+
     def __init__(self, model: Any, freeze_memory: bool = False) -> None:
         self.model, self.freeze_memory = model, freeze_memory
         self.inner: Any = unwrapped(model)

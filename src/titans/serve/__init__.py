@@ -1,0 +1,1 @@
+"""`titans serve`: models over HTTP in OpenAI's form, with memories that clients name."""

@@ -1,0 +1,122 @@
+"""A server in a thread, with models so small that they answer at once, and the plainest of clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+import titans
+from titans.data import byte_tokenizer
+from titans.hf import TitansConfig, TitansForCausalLM
+from titans.serve.app import application
+from titans.serve.engine import Engine
+from titans.serve.service import Service
+from titans.serve.settings import Settings
+
+from ..models import small_causal_lm
+
+END = 257
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "<|s|>system\nBe brief.<|e|>\n{% endif %}"
+    "<|s|>{{ m.role }}\n{{ m.content }}<|e|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|s|>assistant\n{% endif %}"
+)
+
+
+def byte_model() -> Any:
+    """A Titans model of bytes without a chat template, in float64."""
+    sizes: dict[str, Any] = dict(
+        variant="lmm", vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, head_dim=8, memory_depth=2, memory_expansion=2, chunk_size=16,
+        num_persistent_tokens=2, initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TitansForCausalLM(TitansConfig(**sizes)).double().eval()
+    # Printable letters alone.
+    with torch.no_grad():
+        model.lm_head.weight[:32] = model.lm_head.weight[127:] = 0
+        model.lm_head.weight *= 3
+    return model
+
+
+def chat_model() -> tuple[Any, Any]:
+    """A graft with a chat template, whose answers end now and then, in float64."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|s|>", "<|e|>"]})
+    tokenizer.chat_template = TEMPLATE
+    with torch.random.fork_rng():
+        base = small_causal_lm("llama", vocab_size=258).double()
+        with torch.no_grad():
+            base.lm_head.weight[:97] = base.lm_head.weight[123:] = 0
+            base.lm_head.weight[END] = 1.2 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+    return titans.graft(base, tokenizer, window=64, sinks=2), tokenizer
+
+
+def engines(rows: int = 64) -> dict[str, Engine]:
+    """One for each model."""
+    chat, tokenizer = chat_model()
+    return {
+        "bytes": Engine("bytes", byte_model(), byte_tokenizer(), rows),
+        "chat": Engine("chat", chat, tokenizer, rows),
+    }
+
+
+class Server:
+    """Where it listens, and what it serves."""
+
+    def __init__(self, service: Service, port: int) -> None:
+        self.service, self.port, self.url = service, port, f"http://127.0.0.1:{port}"
+
+    def call(
+        self, method: str, path: str, body: Any = None, key: str | None = None, **headers: str
+    ) -> tuple[int, Any]:
+        """Status and content of an answer, parsed where it is JSON."""
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        if isinstance(body, (dict, list)):
+            body, given = json.dumps(body), {"content-type": "application/json", **given}
+        if key is not None:
+            given["authorization"] = f"Bearer {key}"
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, given)
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        kind = response.headers.get("content-type", "")
+        return response.status, json.loads(content) if kind.startswith("application/json") else content
+
+
+@contextmanager
+def running(folder: Path, models: dict[str, Engine], **settings: Any) -> Iterator[Server]:
+    """A server of models, until the end; the engines go on."""
+    service = Service(Settings(folder, **settings), models)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(service), log_config=None, access_log=False, lifespan="off", http="h11", ws="none",
+            timeout_graceful_shutdown=1,
+        )
+    )  # fmt: skip
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    listening.listen(128)
+    thread.start()
+    try:
+        yield Server(service, listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+        service.memories.close()
