@@ -47,13 +47,20 @@ def test_a_graft_of_the_library_recalls_and_is_described(name):
     if not (cache_folder() / f"{PRETRAINED}-{smollm._SHA256[:8]}").is_dir():
         pytest.skip(f"{PRETRAINED} has not been fetched")
     model, tokenizer = titans.load(name)
-    for reader, recalls in ((model, True), (titans.graft(model.base), False)):
+    # Longer than the window, by little.
+    text = "Howl, howl, howl, howl! O, you are men of stones! " * 27
+    assert len(tokenizer.encode(text)) > model.config.window + model.config.sinks
+
+    def answer(reader):
         session = titans.Session(reader, tokenizer)
         session.feed("The password to the north gate is hawthorn.\n\n")
-        session.feed("Howl, howl, howl, howl! O, you are men of stones! " * 50)
+        session.feed(text)
         session.feed("\n\nThe password to the north gate is")
-        answer = session.generate(max_new_tokens=4, do_sample=False)
-        assert answer.strip().startswith("hawthorn") == recalls
+        return session.generate(max_new_tokens=4, do_sample=False).strip()
+
+    assert answer(model).startswith("hawthorn")
+    # The base alone in half of the time, which bfloat16 takes.
+    assert not answer(titans.graft(model.base.bfloat16())).startswith("hawthorn")
 
 
 def test_a_folder_is_loaded_and_an_unknown_name_is_refused(tmp_path):

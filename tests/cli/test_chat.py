@@ -270,7 +270,7 @@ class Terminal:
         for _ in range(20):
             self.process.send_signal(signal.SIGINT)
             try:
-                return self.wait_for(pattern, 6)
+                return self.wait_for(pattern, 1.5)
             except AssertionError:
                 assert self.process.poll() is None, f"it ended before {pattern!r}: {self.shown!r}"
         raise AssertionError(f"{pattern!r} did not come: {self.shown!r}")

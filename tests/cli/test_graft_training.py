@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from titans.cli import main
 from titans.cli.graft import Graft
 
 from ..models import small_causal_lm
+from .conftest import CtrlC
 
 SMALL = [
     "--window", "32", "--cached.episodes", "16", "--cached.held-out-episodes", "4", "--cached.block-tokens",
@@ -38,19 +35,13 @@ def command(base: Path, output: Path, *options: str) -> list[str]:
 
 
 def test_a_graft_is_trained_interrupted_continued_and_opened(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ctrl_c_when: CtrlC
 ) -> None:
     output = tmp_path / "grafted"
     steps = ["--training.steps", "300"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "titans", *command(base, output, *steps)], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 100
-    while not list(output.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 130, err
+    with ctrl_c_when(lambda: any(output.glob("checkpoint-*"))):
+        assert main(command(base, output, *steps)) == 130
+    err = capsys.readouterr().err
     assert re.search(
         r"features: [\d,]+ tokens, 0\.\d\d GB in .*features; about \d+:\d\d on this machine", err
     )

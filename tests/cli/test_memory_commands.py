@@ -6,9 +6,9 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,10 @@ from titans.hf import TitansConfig, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.stream import Session
 
+from .conftest import CtrlC
+
 ACT_3, ACT_4 = (document.data for document in load_corpus("excerpt")[2:4])
+ACT_4 = ACT_4[:6400]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -102,6 +105,7 @@ def test_read_save_go_on_and_describe(
         capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("threads: OMP_NUM_THREADS=1\n")
     session.feed("PROSPERO:")
     expected = session.generate(max_new_tokens=30, do_sample=False)
     assert done.stdout.rstrip("\n").startswith(expected) and len(set(expected)) > 1
@@ -130,7 +134,7 @@ def test_a_memory_grows_by_what_is_read_next(
 def test_state_and_file_do_not_grow(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
     sizes = set()
     # At the same place in a segment: where one begins, equal tensors are stored once.
-    for count in (2000, 2000 + 280 * 64):
+    for count in (2000, 2000 + 60 * 64):
         text = tmp_path / f"{count}.txt"
         text.write_bytes((ACT_3 + ACT_4)[:count])
         code, out, _ = run("memorize", model_folder, text, "-o", tmp_path / "memory", "--json")
@@ -164,29 +168,28 @@ def test_the_peak_of_surprise_is_found(run: Callable[..., Any], model_folder: Pa
     assert summary["files"][str(files[1])] == pytest.approx(float(surprise[3001:-1].mean()), rel=1e-5)
 
 
-def test_ctrl_c_saves_what_was_read(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_what_was_read(
+    run: Callable[..., Any],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ctrl_c_when: CtrlC,
+) -> None:
     text, memory = tmp_path / "endless.txt", tmp_path / "memory"
-    text.write_bytes(ACT_4 * 200)
-    command = [sys.executable, "-m", "titans", "memorize", model_folder, text, "-o", memory]
-    # Where the tests run in the background, the shell has the commands of these ignore the signal.
-    program = (
-        "import signal, sys; from titans.cli import main, progress; progress.SECONDS_BETWEEN_LINES = 0.0; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
-    )
-    command[1:3] = ["-c", program]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "threads: OMP_NUM_THREADS=1\n"
-    assert any("tokens/s" in line for line in process.stderr)  # up to the first report
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == "" and "Traceback" not in err
+    text.write_bytes(ACT_4 * 400)
+    reported, update = threading.Event(), ReadingProgress.update
+
+    def noted(*arguments: Any) -> None:
+        update(*arguments)
+        reported.set()
+
+    monkeypatch.setattr(ReadingProgress, "update", noted)
+    with ctrl_c_when(reported.is_set):
+        code, out, err = run("memorize", model_folder, text, "-o", memory)
+    assert (code, out) == (130, "") and "Traceback" not in err, err
     session = Session.load(memory, TitansForCausalLM.from_pretrained(model_folder))
     assert f"{memory} holds the {session.num_tokens:,} tokens read until then" in err
-    assert 0 < session.num_tokens < 200 * len(ACT_4)
+    assert 0 < session.num_tokens < 400 * len(ACT_4)
 
 
 def test_sampling_depends_on_the_seed_alone(run: Callable[..., Any], model_folder: Path) -> None:
@@ -218,16 +221,19 @@ def test_perplexity_by_position_with_and_without_writing(
     assert [part["begin"] for part in json.loads(out)["by_position"]] == [0, 256]
 
 
-def test_info_knows_the_preset(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_info_knows_the_preset(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="mag"))
     model.save_pretrained(tmp_path)
     code, out, err = run("info", tmp_path, "--json")
     about = json.loads(out)
     assert code == 0 and (about["preset"], about["variant"]) == ("tiny", "mag")
     assert about["parameters"] == sum(p.numel() for p in model.parameters())
-    assert f"{about['parameters']:,}" in err
+    assert f"{about['parameters']:,}" in err and "gates over 2,048 tokens of excerpt" in err
+    monkeypatch.setattr("titans.cli.info.SAMPLE_TOKENS", 64)
     code, out, err = run("info", tmp_path)
-    assert (code, out) == (0, "") and "gates over 2,048 tokens of excerpt" in err
+    assert (code, out) == (0, "") and "gates over 64 tokens of excerpt" in err
 
 
 def test_info_reports_the_gates(
@@ -295,8 +301,16 @@ def test_info_reports_the_gates(
     ],
 )  # fmt: skip
 def test_info_names_the_memory_and_measures_its_keys(
-    run: Callable[..., Any], book: Path, tmp_path: Path, options: Any, memory: str, widths: Any
+    run: Callable[..., Any],
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Any,
+    memory: str,
+    widths: Any,
 ) -> None:
+    # More than any width; what test_info_reports_the_gates reads is as long as a user's.
+    monkeypatch.setattr("titans.cli.info.SAMPLE_TOKENS", 400)
     model = save_model(tmp_path, **options)
     byte_tokenizer().save_pretrained(tmp_path)
     code, out, err = run("info", tmp_path, "--data", book, "--json")
@@ -304,9 +318,9 @@ def test_info_names_the_memory_and_measures_its_keys(
     about = json.loads(out)
     assert about["memory"] == memory and memory in " ".join(err.split())
     keys = about["keys"]
-    assert (keys["tokens"], keys["sample"]) == (2048, [str(book)])
+    assert (keys["tokens"], keys["sample"]) == (400, [str(book)])
     assert (keys["width"], keys["hidden_width"]) == widths
-    layers = key_dimensions(model, [list(ACT_4[:2048])])
+    layers = key_dimensions(model, [list(ACT_4[:400])])
     expected = [torch.stack([layer.keys for layer in layers])]
     expected += [torch.stack([x for layer in layers if (x := layer.hidden) is not None])] if widths[1] else []
     found = [x for name in ("dimensions", "hidden_dimensions") if (x := keys[name]) is not None]

@@ -14,7 +14,7 @@ from ..tolerances import FLOAT32, assert_close
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 
 
-@pytest.mark.parametrize(("resets", "features"), [(False, "identity"), (True, "identity"), (True, "sin")])
+@pytest.mark.parametrize(("resets", "features"), [(False, "identity"), (True, "sin")])
 def test_a_compiled_layer_is_the_layer(resets, features):
     torch.manual_seed(0)
     depth = 2 if features == "identity" else 1
@@ -30,7 +30,8 @@ def test_a_compiled_layer_is_the_layer(resets, features):
         assert_close(b, a, FLOAT32, name)
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "tnt"])
+# With local memories it is MAG.
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mal", "tnt"])
 def test_a_compiled_model_is_the_model(variant):
     torch._dynamo.reset()
     sizes = dict(num_hidden_layers=1)

@@ -69,7 +69,7 @@ def test_a_run_leaves_a_model_its_metrics_and_no_pickles(settings: Make) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(carry_memory=True), dict(facts=FactSettings(spacing=100.0))], ids=str
+    "changes", [dict(), dict(carry_memory=True, facts=FactSettings(spacing=100.0))], ids=["plain", "both"]
 )
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(settings: Make, changes: dict[str, Any]) -> None:
     whole = settings(steps=13, output=settings().output / "whole", **changes)
@@ -148,7 +148,7 @@ def test_nan_stops_before_it_reaches_the_weights_or_a_checkpoint(settings: Make,
     assert {"checkpoint-2"} == {name for name in names(settings().output) if "checkpoint" in name}
     if where == "gradient":
         assert all(p.isfinite().all() for p in run.model.parameters())
-    assert train(settings(save_every=2, resume=True, learning_rate=1e-4)).steps == 8
+        assert train(settings(save_every=2, resume=True, learning_rate=1e-4)).steps == 8
 
 
 def test_a_full_disk_in_the_middle_of_a_checkpoint_costs_no_other(settings: Make) -> None:
