@@ -44,7 +44,7 @@ ORDER = {
         """,
     "titans.memory.chunkwise": """
         chunk columns
-        groups
+        groups windows
         formed delta
         anchored
         scan

@@ -31,7 +31,7 @@ def test_what_is_made_is_described_by_what_made_it():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("hubert", r"objective='hubert': choose one of \['adaptive_huber', 'huber', .*\]"),
+        ("hubert", r"objective='hubert': choose one of \['adaptive_huber', .*'huber', .*\]"),
         ({"name": "huber", "size": 1}, r"objective 'huber' has no parameter 'size': choose from \['delta'\]"),
         ({"name": "huber", "delta": 0}, "delta=0: give a finite number above 0"),
         ({"name": "huber", "delta": "a"}, "objective 'huber': delta='a' is of type str: give float"),

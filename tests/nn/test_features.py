@@ -30,6 +30,10 @@ def test_features_are_what_their_formula_says_head_by_head(name):
         weight, z = feature_map.weight[head], x[:, :, head]
         if name == "sin":
             hidden = torch.sin(feature_map.log_bandwidth[head].exp() * z @ weight.T)
+        elif name == "polynomial":
+            (a, b, c), first, second = feature_map.coefficients[head], z @ weight[:2].T, z @ weight[2:].T
+            one = torch.ones(2, 5, 1).double()
+            hidden = 7**0.5 * torch.cat([a * one, b * z, c * first * second / 2**0.5], -1)
         else:
             first, second = z @ weight[:7].T, z @ weight[7:].T
             hidden = (F.silu(first) if name == "swiglu" else first) * second
@@ -57,10 +61,20 @@ def test_no_feature_vector_is_longer_than_one(name, dtype):
     x = torch.cat([scale * unit(1, 50, 3, 4) for scale in (0.0, 1e-6, 1.0, 30.0)], 1).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         features = feature_map(x)
-    assert features.dtype == torch.float32 and not features[:, :50].any()
+    # The polynomial has a constant.
+    assert features.dtype == torch.float32 and (name == "polynomial" or not features[:, :50].any())
     assert features.norm(dim=-1).max() <= 1 + 1e-6
     assert features[:, 100:].norm(dim=-1).min() > 0.5, "unit vectors have features of some length"
     assert_close(features.double(), feature_map.double()(x.double()), FLOAT32, "features")
+
+
+def test_polynomial_features_have_the_inner_products_of_a_polynomial_on_average():
+    torch.manual_seed(0)
+    x = unit(1, 2, 1, 8).expand(-1, -1, 400, -1)
+    hidden = FEATURES["polynomial"](400, 8, 40).double().hidden(x[0].transpose(0, 1)).detach()
+    inner = (hidden[:, 0] * hidden[:, 1]).sum(-1).mean() / 40
+    product = (x[0, 0, 0] * x[0, 1, 0]).sum()
+    assert abs(inner - (1 + product + product**2 / 2)) < 0.02
 
 
 def test_sin_features_tell_more_keys_apart_than_the_keys_do_and_heads_differ():
@@ -86,6 +100,7 @@ def test_sin_features_tell_more_keys_apart_than_the_keys_do_and_heads_differ():
         (dict(features="sin", depth=2), "depth=2 with features='sin': .* give depth=1, or features='id"),
         (dict(feature_size=8), "feature_size=8 with features='identity': .* give None, or one of"),
         (dict(features="sin", feature_size=0), "feature_size=0: give a whole number of at least 1"),
+        (dict(features="polynomial", feature_size=5), "feature_size=5 .*: give at least head_dim . 2 = 6"),
         (dict(features="sin", feature_size=8.0), "feature_size=8.0: give a whole number"),
         (dict(features="sin", form="paper"), "features='sin' with residual=True in the form: .* give resid"),
         (dict(start="sharp", conv_kernel=1), "start='sharp' looks one token back: give a conv_kernel of at"),
@@ -116,7 +131,8 @@ def test_a_sharp_memory_finds_what_followed_one_token(features):
         scores = F.normalize(read.reads[0, 12:, 0], dim=-1) @ F.normalize(values, dim=-1).T
         asked = order != 11
         found.append((scores.argmax(-1) == order + 1)[asked].float().mean().item())
-    assert sum(found) / 3 > 0.6, found
+    # The constant of the polynomial makes all keys alike, at a cosine of 0.4 even where they are orthogonal.
+    assert sum(found) / 3 > (0.3 if features == "polynomial" else 0.6), found
 
 
 def test_local_memories_share_the_feature_map_and_gates_see_the_keys_themselves():

@@ -25,8 +25,26 @@ from titans.memory.backends import BACKENDS, Backend
 from titans.memory.chunkwise.columns import assume_aligned
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
-from titans.memory.objectives import OBJECTIVES, AdaptiveHuber, Huber, Lp, Objective, SquaredError, Yaad
-from titans.memory.rules import UPDATE_RULES, Memora, MomentumRule, Moneta, UpdateRule
+from titans.memory.objectives import (
+    OBJECTIVES,
+    AdaptiveHuber,
+    DotProduct,
+    Huber,
+    Lp,
+    Objective,
+    SquaredError,
+    Yaad,
+)
+from titans.memory.rules import (
+    UPDATE_RULES,
+    Atlas,
+    LaCT,
+    Memora,
+    MomentumRule,
+    Moneta,
+    Omega,
+    UpdateRule,
+)
 from titans.memory.scan import memory_read, memory_scan
 from titans.memory.state import MemoryState
 
@@ -35,9 +53,12 @@ __all__ = [
     "OBJECTIVES",
     "UPDATE_RULES",
     "AdaptiveHuber",
+    "Atlas",
     "Backend",
+    "DotProduct",
     "Huber",
     "InnerProblem",
+    "LaCT",
     "Lp",
     "Memora",
     "MemoryNetwork",
@@ -45,6 +66,7 @@ __all__ = [
     "MomentumRule",
     "Moneta",
     "Objective",
+    "Omega",
     "SquaredError",
     "UpdateRule",
     "Yaad",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import Tensor
 
 from titans.memory.network import ACTIVATION_SLOPE, MemoryNetwork
-from titans.memory.objectives import OBJECTIVES, Objective, SquaredError
+from titans.memory.objectives import OBJECTIVES, Objective, SquaredError, num_inputs
 from titans.memory.rules import UPDATE_RULES, MomentumRule, UpdateRule
 from titans.memory.state import MemoryState
 
@@ -41,6 +41,16 @@ class InnerProblem:
                 raise ValueError(f"{name}={part!r}: give an object, such as SquaredError() or MomentumRule()")
         if self.network.normalize_step and not self.rule.normalize_step:
             raise ValueError("network.normalize_step=True but rule.normalize_step=False: give it to the rule")
+        if self.network.gated and self.rule.normalize_step:
+            raise ValueError(
+                "rule.normalize_step=True with network.gated=True: no bound of its curvature is known; give "
+                "False, and small step sizes"
+            )
+        if self.rule.window > 1 and num_inputs(self.objective):
+            raise ValueError(
+                f"rule.window={self.rule.window} with the objective {type(self.objective).__name__}: what it "
+                "takes for each token is not carried to the next window; give window=1 or another objective"
+            )
 
     @classmethod
     def of(cls, given: MemoryNetwork | InnerProblem) -> InnerProblem:

@@ -37,14 +37,16 @@ class MemoryNetwork:
 
     With weights W_1 … W_L, each (out, in), h_0 = x and h_l = activation(W_l h_{l-1}),
     the network is f(x) = W_L h_{L-1}; then LayerNorm(f) · gain + bias if `norm`; then + x if `residual`.
+    If `gated`, f(x) = W_3 (activation(W_1 x) ⊙ W_2 x), which with "silu" is SwiGLU.
 
     Args:
         head_dim: width of values and answers of one head.
-        depth: number of weight matrices; 1 is a linear memory.
+        depth: number of weight matrices; 1 is a linear memory, and a gated network has 3.
         expansion: hidden width divided by `head_dim` (no hidden layer at depth 1).
         activation: "gelu" (exact, erf), "silu" or "sin".
         residual: add the input to the output.
         norm: LayerNorm on the output, its gain and bias being slow weights.
+        gated: multiply the hidden layer by a second one without activation.
         key_dim: width of keys and queries, None for `head_dim`. Features of a key, which another layer
             computes, are usually more than the value has numbers; W_1 is then rectangular.
         normalize_step: where a network is given in place of an `InnerProblem`, the momentum rule's option of
@@ -64,6 +66,7 @@ class MemoryNetwork:
     norm: bool = True
     normalize_step: bool = False
     key_dim: int | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "depth", "expansion", "input_dim"):
@@ -78,6 +81,11 @@ class MemoryNetwork:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
+        if self.gated and (self.depth != 3 or self.normalize_step):
+            raise ValueError(
+                f"gated=True with depth={self.depth} and normalize_step={self.normalize_step}: give depth=3, "
+                "for it has three matrices, and False, for no bound of its curvature is known"
+            )
 
     @property
     def input_dim(self) -> int:
@@ -87,6 +95,9 @@ class MemoryNetwork:
     @property
     def weight_shapes(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of W_1 … W_L."""
+        if self.gated:
+            hidden = self.expansion * self.head_dim
+            return (hidden, self.input_dim), (hidden, self.input_dim), (self.head_dim, hidden)
         widths = [self.input_dim] + [self.expansion * self.head_dim] * (self.depth - 1) + [self.head_dim]
         return tuple((out, inp) for inp, out in pairwise(widths))
 
@@ -97,11 +108,33 @@ class MemoryNetwork:
     def features(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs h_0 … h_{L-1} and outputs W_l h_{l-1} of every layer; x (…, rows, input_dim), W (…, out,
         in)."""
-        inputs, outputs = [x], []
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
         for weight in weights:
+            inputs.append(self.layer_input(x, outputs))
             outputs.append(inputs[-1] @ weight.mT)
-            inputs.append(ACTIVATIONS[self.activation](outputs[-1]))
-        return inputs[:-1], outputs
+        return inputs, outputs
+
+    def layer_input(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """What the next layer is applied to, from the input and the outputs of the layers before it."""
+        if not outputs or (self.gated and len(outputs) == 1):
+            return x
+        activation = ACTIVATIONS[self.activation]
+        return activation(outputs[0]) * outputs[1] if self.gated else activation(outputs[-1])
+
+    def output_gradients(
+        self, weights: Sequence[Tensor], outputs: Sequence[Tensor], gradient: Tensor
+    ) -> list[Tensor]:
+        """The gradients of all layers' outputs from that of the last, (…, rows, out); autograd can follow."""
+        backward = ACTIVATION_BACKWARDS[self.activation]
+        if self.gated:
+            hidden = gradient @ weights[2]
+            gate = backward(hidden * outputs[1], outputs[0])
+            return [gate, hidden * ACTIVATIONS[self.activation](outputs[0]), gradient]
+        found = [gradient]
+        for weight, output in zip(reversed(weights[1:]), reversed(outputs[:-1]), strict=True):
+            found.append(backward(found[-1] @ weight, output))
+        return found[::-1]
 
     def finish(self, features: Tensor, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
         """M(x) from f(x): LayerNorm and residual; gain and bias broadcast against x."""

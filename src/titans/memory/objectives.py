@@ -122,6 +122,25 @@ class Lp:
         return torch.where(nothing, float(self.p == 2), torch.where(nothing, 1, size).pow(self.p - 2))
 
 
+@dataclass(frozen=True)
+class DotProduct:
+    """−⟨answer, target⟩: every write adds, whatever has been written before (LaCT, arXiv 2505.23884).
+
+    It has no smallest value: forgetting, or rows of limited length, have to bound what is written.
+    """
+
+    def value(self, answer: Tensor, target: Tensor) -> Tensor:
+        return -(answer * target).sum(-1)
+
+    def gradient(self, answer: Tensor, target: Tensor) -> Tensor:
+        return -target
+
+    def curvature(self, answer: Tensor, target: Tensor) -> float:
+        """Its second derivative is 0, by which nothing can be divided: steps are divided by their input's
+        length alone."""
+        return 1.0
+
+
 class _WithThreshold:
     """What objectives with a threshold δ ≥ 0 of each token share."""
 
@@ -197,4 +216,5 @@ OBJECTIVES: Registry[Objective] = Registry(
     lp=Lp,
     adaptive_huber=AdaptiveHuber,
     yaad=Yaad,
+    dot_product=DotProduct,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from titans.memory.problem import ScanProblem
 from titans.memory.rules import ended
+from titans.memory.rules.window import Window
 from titans.memory.state import MemoryState
 from titans.state import where_rows
 
@@ -30,6 +31,19 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         # The sum over sequences and heads: each has its own weights, so each gets its own gradient.
         return losses.sum(), losses
 
+    def window_gradients(anchor: tuple[Tensor, ...], seen: Window) -> list[Tensor]:
+        # The mean over a window's tokens, all at the weights this chunk started from, of θ ∇ℓ.
+        total: list[Tensor | float] = [0.0] * net.depth
+        for i in range(rule.window):
+            key, value, theta = (x[:, :, i : i + 1] for x in seen)
+            gradients, _ = torch.func.grad(inner_loss, has_aux=True)(anchor, key, value)
+            steps = [theta[..., layer, None] for layer in range(net.depth)]
+            if rule.normalize_step:
+                bounds = inner.step_normalizers_at(anchor, key, value, gain, bias)
+                steps = [step / bound.unsqueeze(-1) for step, bound in zip(steps, bounds, strict=True)]
+            total = [sum_ + step * g for sum_, step, g in zip(total, steps, gradients, strict=True)]
+        return [sum_ / rule.window for sum_ in total]
+
     reads, surprises = [], []
     for t in range(time):
         real = everywhere if problem.mask is None else problem.mask[:, t]
@@ -48,6 +62,12 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         if rule.normalize_step:
             bounds = inner.step_normalizers_at(anchor, key, value, gain, bias)
             normalizers = [bound.unsqueeze(-1) for bound in bounds]
+        extra = state.extra
+        if rule.window > 1:
+            thetas = torch.where(real[:, None, None], problem.step_size[:, t], 0).unsqueeze(2)
+            seen = Window(*extra[:3]).followed_by(Window(key, value, thetas))
+            gradients = window_gradients(anchor, seen)
+            extra = (*seen.newest(rule.window - 1), *extra[3:])
 
         weights, momentum = [], []
         for layer in range(net.depth):
@@ -64,7 +84,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
                 gradients[layer],
                 alpha,
                 eta,
-                theta / normalizers[layer],
+                theta / normalizers[layer] if rule.window == 1 else 1.0,
             )
             weights.append(weight)
             momentum.append(moment)
@@ -75,7 +95,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         reads.append(torch.where(real[:, None, None], read, 0))
         surprises.append(torch.where(real[:, None], surprise.squeeze(-1), 0))
 
-        written = MemoryState(tuple(weights), tuple(momentum), state.anchor, state.position + 1, state.extra)
+        written = MemoryState(tuple(weights), tuple(momentum), state.anchor, state.position + 1, extra)
         closed = ended(rule, written)
         chunk_ends = written.position % problem.chunk_size == 0
         state = where_rows(real, where_rows(chunk_ends, closed, written), state)

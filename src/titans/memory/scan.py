@@ -82,7 +82,8 @@ def memory_scan(
         return_surprise: also return ‖M(k_t; W') − v_t‖², (batch, time, heads), outside the autograd graph.
         read_anchor: answer with the weights the running chunk began with, y_t = M(q_t; W'), and not with
             those just written. Then nothing grows with the square of `chunk_size`, which may be thousands;
-            every backend but the oracle runs the same code, `anchored.py`.
+            every backend but the oracle runs the same code, `plain.py`. Rules that write at chunk ends alone
+            always do so.
 
     Returns:
         Reads (batch, time, heads, head_dim) in the queries' dtype, 0 where masked, and the new state. State
@@ -95,7 +96,8 @@ def memory_scan(
     values = targets(inner, values, objective_inputs, mask)
     problem = ScanProblem(
         inner, queries, keys, values, forget, momentum, step_size, state, chunk_size,
-        norm_weight, norm_bias, mask, reset, initial, initial_momentum, initial_extra, base, read_anchor,
+        norm_weight, norm_bias, mask, reset, initial, initial_momentum, initial_extra, base,
+        read_anchor or inner.rule.reads_anchor,
     )  # fmt: skip
     check_scan(problem)
     with torch.autocast(autocast_device(queries), enabled=False):

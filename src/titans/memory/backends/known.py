@@ -8,6 +8,8 @@ from titans.memory.objectives import Huber, Lp, Objective, SquaredError
 from titans.memory.problem import ScanProblem
 from titans.memory.rules import MomentumRule
 
+_REMEDY = "give backend='auto' or 'chunkwise'"
+
 # Activations as a kernel is given them.
 ACTIVATION_SWITCH = {"gelu": 0, "silu": 1, "sin": 2}
 
@@ -29,13 +31,18 @@ def objective_switch(objective: Objective) -> ObjectiveSwitch:
 
 
 def refuses_parts(problem: ScanProblem) -> str | None:
-    """Why a compiled backend cannot run this objective, update rule or forget gate, or None."""
+    """Why a compiled backend cannot run this network, objective, update rule or forget gate, or None."""
     inner = problem.inner
+    if inner.network.gated:
+        return f"it knows no gated network; {_REMEDY}"
     # Exact types: a subclass may compute something else.
     if type(inner.objective) not in (SquaredError, Huber, Lp):
-        return f"it knows the objectives SquaredError, Huber and Lp, and not {type(inner.objective).__name__}"
+        return (
+            f"it knows the objectives SquaredError, Huber and Lp, and not "
+            f"{type(inner.objective).__name__}; {_REMEDY}"
+        )
     if type(inner.rule) is not MomentumRule:
-        return f"it knows the update rule MomentumRule, and not {type(inner.rule).__name__}"
+        return f"it knows the update rule MomentumRule, and not {type(inner.rule).__name__}; {_REMEDY}"
     if problem.forgets_by_row:
-        return "it knows one forget gate for each layer, and not one for each row of the weights"
+        return f"it knows one forget gate for each layer, not one for each row of the weights; {_REMEDY}"
     return None

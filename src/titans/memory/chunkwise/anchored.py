@@ -13,8 +13,10 @@ from torch import Tensor
 from titans.memory.chunkwise.chunk import key_pass
 from titans.memory.chunkwise.formed import layer_gates, rows_last
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, begin_chunk, end_chunk
+from titans.memory.chunkwise.windows import multiplied, over_windows, seen_by_chunk, step_sizes
 from titans.memory.inner import InnerProblem
 from titans.memory.rules import EndCoefficients, end_coefficients
+from titans.memory.rules.window import Window
 from titans.memory.state import MemoryState
 
 
@@ -28,13 +30,16 @@ def scan_anchored_chunks(
     net = inner.network
     written = None if marks.filled is None else marks.filled.unsqueeze(1)
     if tokens.forget.shape[1] == net.depth:
-        found = end_coefficients(inner.rule, tokens.forget, tokens.momentum, tokens.step_size, written)
+        steps = step_sizes(inner.rule, tokens.step_size)
+        found = end_coefficients(inner.rule, tokens.forget, tokens.momentum, steps, written)
+        found = over_windows(inner.rule, found)
         layers = [EndCoefficients(*(x[:, layer] for x in found)) for layer in range(net.depth)]
     else:
         # For each row of the weights: (chunks, rows, out, 1), and for tokens (chunks, rows, width, out).
         layers = []
         for gates in layer_gates(inner, tokens):
-            found = EndCoefficients(*map(rows_last, end_coefficients(inner.rule, *gates, written)))
+            found = over_windows(inner.rule, end_coefficients(inner.rule, *gates, written))
+            found = EndCoefficients(*map(rows_last, found))
             a, b, steps, e, moved = (x.squeeze(-2) for x in found)
             layers.append(EndCoefficients(a.mT, b.mT, steps, e.mT, moved))
     reads, surprises = [], []
@@ -43,7 +48,10 @@ def scan_anchored_chunks(
         state = begin_chunk(here, slow, state)
         anchor = inner.network_weights(state.anchor, slow.base or None)
         reads.append(net(anchor, tokens.queries[n], slow.gain, slow.bias))
-        keys = key_pass(inner, tokens.keys[n], tokens.values[n], slow.gain, slow.bias, anchor)
+        new = Window(tokens.keys[n], tokens.values[n], tokens.step_size[n].movedim(0, -1))
+        seen, state = seen_by_chunk(inner.rule, state, new, here.filled)
+        keys = key_pass(inner, seen.keys, seen.values, slow.gain, slow.bias, anchor)
+        keys = multiplied(inner.rule, keys, seen, new.keys.shape[-2])
         surprises.append(keys.surprise)
         weights, momentum = [], []
         for layer, (h, d) in enumerate(zip(keys.inputs, keys.scaled, strict=True)):

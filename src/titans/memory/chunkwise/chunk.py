@@ -149,18 +149,11 @@ def key_pass(
     anchor: Weights,
 ) -> KeyPass:
     """The gradients that keys and values (rows, width, head_dim) give at the anchor; autograd can follow."""
-    net, inputs, outputs = inner.network, [keys], []
-    for weight in anchor:
-        outputs.append(torch.bmm(inputs[-1], weight.mT))
-        inputs.append(ACTIVATIONS[net.activation](outputs[-1]) if len(outputs) < net.depth else outputs[-1])
-    inputs.pop()
+    inputs, outputs = inner.network.features(anchor, keys)
     delta, surprise, normalizers = _errors(
         inner, outputs[-1], keys, values, gain, bias, *_squares(inner, inputs, anchor)
     )
-    deltas = [delta]
-    for weight, output in zip(reversed(anchor[1:]), reversed(outputs[:-1]), strict=True):
-        deltas.append(ACTIVATION_BACKWARDS[net.activation](torch.bmm(deltas[-1], weight), output))
-    deltas.reverse()
+    deltas = inner.network.output_gradients(anchor, outputs, delta)
     scaled = deltas
     if inner.rule.normalize_step:
         scaled = [d / n.unsqueeze(-1) for d, n in zip(deltas, normalizers, strict=True)]

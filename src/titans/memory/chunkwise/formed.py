@@ -1,6 +1,7 @@
-"""Chunks whose rows forget at their own pace, or whose rule maps what it carries to weights.
+"""Chunks whose rows forget at their own pace, whose rule maps what it carries to weights or has a window of
+tokens (`windows.py`), or whose network is gated.
 
-Both keep the sums of `rules.ChunkCoefficients`, and neither has the products of `chunk.py`. Where rows forget
+All keep the sums of `rules.ChunkCoefficients`, and none has the products of `chunk.py`. Where rows forget
 differently, a token counts differently in each row of a read, so its sum over tokens is one for each row.
 Where a rule maps what it carries, as with softmax, a read is no sum at all: what is carried after each token
 is formed and mapped, (width, out, in) numbers for each row of a chunk.
@@ -21,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from titans.memory.chunkwise.chunk import key_pass
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, begin_chunk, end_chunk
+from titans.memory.chunkwise.windows import multiplied, over_windows, seen_by_chunk, step_sizes
 from titans.memory.inner import InnerProblem
-from titans.memory.network import ACTIVATIONS
 from titans.memory.rules import ChunkCoefficients
+from titans.memory.rules.window import Window
 from titans.memory.state import MemoryState
 
 
@@ -33,7 +35,8 @@ def layer_gates(inner: InnerProblem, tokens: Tokens) -> list[tuple[Tensor, Tenso
     shapes = inner.network.weight_shapes
     by_row = tokens.forget.shape[1] != len(shapes)
     forget = tokens.forget.split([out if by_row else 1 for out, _ in shapes], 1)
-    return list(zip(forget, tokens.momentum.split(1, 1), tokens.step_size.split(1, 1), strict=True))
+    steps = step_sizes(inner.rule, tokens.step_size)
+    return list(zip(forget, tokens.momentum.split(1, 1), steps.split(1, 1), strict=True))
 
 
 def rows_last(coefficient: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def _scan_group(
 ) -> tuple[Tensor, Tensor, MemoryState]:
     written = None if marks.filled is None else marks.filled.unsqueeze(1)
     layers = [
-        ChunkCoefficients(*map(rows_last, inner.rule.coefficients(*gates, written)))
+        ChunkCoefficients(*map(rows_last, over_windows(inner.rule, inner.rule.coefficients(*gates, written))))
         for gates in layer_gates(inner, tokens)
     ]
     reads, surprises = [], []
@@ -77,8 +80,9 @@ def _scan_group(
         here = marks.at(n)
         state = begin_chunk(here, slow, state)
         coefficients = [ChunkCoefficients(*(x[n] for x in layer)) for layer in layers]
+        new = Window(tokens.keys[n], tokens.values[n], tokens.step_size[n].movedim(0, -1))
         read, surprise, written_state = _run_chunk(
-            inner, tokens.queries[n], tokens.keys[n], tokens.values[n], coefficients, slow, state
+            inner, tokens.queries[n], new, here.filled, coefficients, slow, state
         )
         state = end_chunk(inner, here, written_state)
         reads.append(read)
@@ -89,8 +93,8 @@ def _scan_group(
 def _run_chunk(
     inner: InnerProblem,
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    new: Window,
+    filled: Tensor | None,
     coefficients: Sequence[ChunkCoefficients],
     slow: Slow,
     state: MemoryState,
@@ -98,14 +102,17 @@ def _run_chunk(
     """Reads, surprise, and the state after the chunk's last token, before the rule ends the chunk."""
     net = inner.network
     anchor = inner.network_weights(state.anchor, slow.base or None)
-    found = key_pass(inner, keys, values, slow.gain, slow.bias, anchor)
-    hidden, weights, momentum = queries, [], []
+    seen, state = seen_by_chunk(inner.rule, state, new, filled)
+    found = key_pass(inner, seen.keys, seen.values, slow.gain, slow.bias, anchor)
+    found = multiplied(inner.rule, found, seen, queries.shape[-2])
+    outputs: list[Tensor] = []
+    weights, momentum = [], []
     for layer, (c, h, d) in enumerate(zip(coefficients, found.inputs, found.scaled, strict=True)):
         weight, moment = state.weights[layer], state.momentum[layer]
         base = slow.base[layer] if slow.base else None
         form = _read_formed if inner.rule.maps_weights else _read_summed
-        out = form(inner, c, hidden, h, d, weight, moment, base)
-        hidden = ACTIVATIONS[net.activation](out) if layer + 1 < net.depth else out
+        hidden = net.layer_input(queries, outputs)
+        outputs.append(form(inner, c, hidden, h, d, weight, moment, base))
         # (rows, out or 1, 1) and, for tokens, (rows, width, out or 1).
         end_weights, end_momentum, carried = (
             x[:, 0].mT for x in (c.end_weights, c.end_momentum, c.momentum_momentum)
@@ -114,7 +121,7 @@ def _run_chunk(
         moved = weight + (weight * end_weights + moment * end_momentum)
         weights.append(moved.baddbmm((d * end_steps).mT, h, alpha=-1))
         momentum.append((moment * carried).baddbmm((d * momentum_steps).mT, h, alpha=-1))
-    reads = net.finish(hidden, queries, slow.gain, slow.bias)
+    reads = net.finish(outputs[-1], queries, slow.gain, slow.bias)
     return (
         reads,
         found.surprise,
@@ -137,6 +144,8 @@ def _read_summed(
     out = torch.bmm(hidden, weight.mT) * read_weights + torch.bmm(hidden, moment.mT) * read_momentum
     if base is not None:
         out = out.baddbmm(hidden, base.mT)
+    if c.read_steps.shape[-1] == 1:
+        return out - torch.bmm(torch.bmm(hidden, h.mT) * c.read_steps.squeeze(-1), d)
     # (rows, width, tokens, out): each row's table times what every token counts in it.
     counted = c.read_steps * d.unsqueeze(1)
     return out - torch.einsum("rtj,rtjo->rto", torch.bmm(hidden, h.mT), counted)

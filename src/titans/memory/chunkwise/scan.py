@@ -128,7 +128,10 @@ def chunkwise_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
             position = torch.zeros_like(position)
         run = functools.partial(scan_delta_blocks, problem.read_anchor)
         return _cut_and_scan(problem, run, position, block_width(problem.inner.network))
-    general = problem.forgets_by_row or problem.inner.rule.maps_weights
+    inner = problem.inner
+    general = (
+        problem.forgets_by_row or inner.rule.maps_weights or inner.rule.window > 1 or inner.network.gated
+    )
     return scan_laid_out(problem, scan_formed_chunks if general else scan_chunks)
 
 

@@ -10,19 +10,31 @@ from titans.memory.rules.long_chunks import end_coefficients
 from titans.memory.rules.memora import Memora
 from titans.memory.rules.momentum import MomentumRule
 from titans.memory.rules.moneta import Moneta
+from titans.memory.rules.omega import Atlas, Omega
+from titans.memory.rules.orthogonal import LaCT
 from titans.memory.rules.rule import UpdateRule, ended
 
 UPDATE_RULES: Registry[UpdateRule] = Registry(
-    "rule", ("step", "coefficients", "end"), momentum=MomentumRule, moneta=Moneta, memora=Memora
+    "rule",
+    ("step", "coefficients", "end"),
+    momentum=MomentumRule,
+    moneta=Moneta,
+    memora=Memora,
+    omega=Omega,
+    atlas=Atlas,
+    lact=LaCT,
 )
 
 __all__ = [
     "UPDATE_RULES",
+    "Atlas",
     "ChunkCoefficients",
     "EndCoefficients",
+    "LaCT",
     "Memora",
     "MomentumRule",
     "Moneta",
+    "Omega",
     "UpdateRule",
     "end_coefficients",
     "ended",

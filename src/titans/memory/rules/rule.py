@@ -36,6 +36,14 @@ class UpdateRule:
         TypeError: where a class that derives from it overrides one of `step` and `coefficients` alone.
     """
 
+    # Tokens whose gradients a step takes: its own and those before it. A rule with more than one carries
+    # these in `extra`, see `rules.window`, and is linear in the gradients.
+    window = 1
+    # Whether queries are answered by the weights with which the chunk began, see `memory_scan`.
+    reads_anchor = False
+    # Whether the fast weights may not be offsets, which begin at 0.
+    needs_first_weights = False
+
     normalize_step: bool = False
     length_floor: float = 0.0
 

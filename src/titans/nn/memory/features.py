@@ -108,6 +108,43 @@ class SwiGLUFeatures(_TwoProjections):
         return nn.functional.silu(first) * second
 
 
+class PolynomialFeatures(_TwoProjections):
+    """h = √m [a_0, a_1 x, a_2 (A x) ⊙ (B x) / √p], all polynomials of degree 2 in the numbers of x, sketched.
+
+    On average over A and B, ⟨h(x), h(y)⟩ is m Σ a_i² (x · y)^i. The a_i of each head are learned and begin
+    with a_i² = 1/i!, the first terms of exp(x · y). m is `feature_size`, of which p = m − 1 − head_dim are
+    products.
+
+    Source: the polynomial map of Atlas (arXiv 2505.23735), which does not say how many features it takes,
+    with products of pairs of random directions (Kar and Karnick, 2012), here learned.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, feature_size: int) -> None:
+        products = feature_size - 1 - head_dim
+        if products < 1:
+            raise ValueError(
+                f"feature_size={feature_size} with features='polynomial': give at least head_dim + 2 = "
+                f"{head_dim + 2}, for 1, the key and products"
+            )
+        FeatureMap.__init__(self, num_heads, head_dim, feature_size)
+        self.weight = nn.Parameter(torch.empty(num_heads, 2 * products, head_dim))
+        self.coefficients = nn.Parameter(torch.empty(num_heads, 3))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.coefficients.copy_(torch.tensor([1, 1, 0.5]).sqrt())
+
+    def hidden(self, x: Tensor) -> Tensor:
+        first, second = self.projected(x)
+        constant, linear, square = self.coefficients.to(x.dtype)[..., None, None].unbind(1)
+        ones = x.new_ones(*x.shape[:-1], 1)
+        products = first * second / first.shape[-1] ** 0.5
+        parts = (constant * ones, linear * x, square * products)
+        return self.feature_size**0.5 * torch.cat(parts, -1)
+
+
 class Identity(nn.Module):
     """φ(x) = x."""
 
@@ -126,6 +163,7 @@ FEATURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "sin": SinFeatures,
     "product": ProductFeatures,
     "swiglu": SwiGLUFeatures,
+    "polynomial": PolynomialFeatures,
 }
 
 

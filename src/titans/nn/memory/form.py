@@ -21,7 +21,7 @@ class MemoryForm:
     """Options of a `NeuralMemory` that belong together; the defaults are those of "stable" in `FORMS`.
 
     Args:
-        activation, residual, norm: of the fast network, see `MemoryNetwork`.
+        activation, residual, norm, gated: of the fast network, see `MemoryNetwork`.
         normalize_step: divide each step size by a bound on the curvature of the inner objective.
         length_floor: with `normalize_step`, lengths below it count as this.
         row_limit: rows of the fast weights that are longer at a chunk's end are shortened to it; None for no
@@ -56,6 +56,7 @@ class MemoryForm:
     gates_see_keys: bool = False
     gate_hidden_size: int = 0
     forget_by_row: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -135,9 +136,22 @@ class MemoryForm:
         them, key_dim as `MemoryNetwork` does.
         """
         network = MemoryNetwork(
-            head_dim, depth, expansion, self.activation, self.residual, self.norm, key_dim=key_dim
+            head_dim,
+            depth,
+            expansion,
+            self.activation,
+            self.residual,
+            self.norm,
+            key_dim=key_dim,
+            gated=self.gated,
         )
-        return InnerProblem(network, OBJECTIVES.make(objective), self.rule(rule))
+        made = self.rule(rule)
+        if made.needs_first_weights and self.decay_to_initial:
+            raise ValueError(
+                f"rule={type(made).__name__} keeps the lengths of the first rows, and offsets begin at 0: "
+                "give decay_to_initial=False in the form"
+            )
+        return InnerProblem(network, OBJECTIVES.make(objective), made)
 
     def largest_step(self, inner: InnerProblem, chunk_size: int) -> float:
         """The upper bound of the step-size gate: `max_step_size`, or min(depth, 2) (1 − max_momentum) /

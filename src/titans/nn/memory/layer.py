@@ -88,8 +88,8 @@ class NeuralMemory(Learner):
         expansion: hidden width of that network divided by head_dim, at depth 2 and more.
         chunk_size: tokens that share one set of gradient weights.
         features: the feature map of queries and keys, a name in `FEATURES` ("identity", "sin", "product",
-            "swiglu"). Any but "identity" needs depth 1; a head's fast weights are then (head_dim,
-            feature_size).
+            "swiglu", "polynomial"). Any but "identity" needs depth 1; a head's fast weights are then
+            (head_dim, feature_size).
         feature_size: how many features; None for 4 · head_dim.
         objective: what the memory minimises while it reads: a name in `OBJECTIVES` ("squared_error", "huber",
             "lp", "adaptive_huber", "yaad"), {"name": …, parameter: …}, or an object.
