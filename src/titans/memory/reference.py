@@ -33,7 +33,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
 
     def window_gradients(anchor: tuple[Tensor, ...], seen: Window) -> list[Tensor]:
         # The mean over a window's tokens, all at the weights this chunk started from, of θ ∇ℓ.
-        total: list[Tensor | float] = [0.0] * net.depth
+        total = [torch.zeros_like(w) for w in anchor]
         for i in range(rule.window):
             key, value, theta = (x[:, :, i : i + 1] for x in seen)
             gradients, _ = torch.func.grad(inner_loss, has_aux=True)(anchor, key, value)
@@ -84,7 +84,7 @@ def reference_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
                 gradients[layer],
                 alpha,
                 eta,
-                theta / normalizers[layer] if rule.window == 1 else 1.0,
+                theta / normalizers[layer] if rule.window == 1 else torch.ones_like(theta),
             )
             weights.append(weight)
             momentum.append(moment)
