@@ -37,6 +37,13 @@ def test_the_operator_is_the_scan(backend, options, monkeypatch):
     assert_same(found, everything(problem, backend), FLOAT64)
 
 
+def test_the_operator_takes_an_objectives_numbers_and_a_gate_for_each_row(monkeypatch):
+    problem = make_problem(objective="adaptive_huber", by_row=True, rule="memora", time=9, mask="random")
+    found = everything(problem, "chunkwise")
+    monkeypatch.undo()
+    assert_same(found, everything(problem, "chunkwise"), FLOAT64)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at every tensor's
 @every_option
 def test_what_is_promised_of_operators(options, monkeypatch):

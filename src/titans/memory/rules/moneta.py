@@ -45,7 +45,8 @@ class Moneta(MomentumRule):
         largest = carried.detach().abs().amax((-2, -1), keepdim=True)
         # A norm of numbers around 1, whose powers neither overflow nor vanish.
         largest = torch.where(largest == 0, 1, largest)
-        powers = (carried / largest).abs().pow(self.q).sum((-2, -1), keepdim=True)
+        # The square first: q = 4, the paper's, then needs no logarithms.
+        powers = (carried / largest).square().pow(self.q / 2).sum((-2, -1), keepdim=True)
         empty = powers == 0
         length = largest * torch.where(empty, 1, powers).pow(1 / self.q)
         length = torch.where(empty, 0, length).clamp_min(self.floor)
