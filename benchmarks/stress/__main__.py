@@ -28,7 +28,7 @@ from report import DISTANCES, HEAD_DIM, PARTS, TOKENS, kept_results, report, wri
 from titans.evaluate.hostile import PAPER_FORM, StressedMemory, hostile_cases, stressed_memory
 from titans.evaluate.stress import key_gradients, perturbation_growth, search_growth, state_bound
 from titans.hf import TitansConfig, TitansForCausalLM
-from titans.memory import OBJECTIVES, UPDATE_RULES
+from titans.memory import OBJECTIVES, UPDATE_RULES, Atlas, LaCT
 from titans.nn import NeuralMemory
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -131,8 +131,10 @@ def registered_parts(quick: bool, progress: Progress) -> list[Row]:
     usual one; rules also in the paper's form without momentum, which has a LayerNorm."""
     rows = []
     paper: Row = dict(name="paper", max_momentum=0.0, max_step_size=0.1 / 16)
-    parts: list[tuple[str, Row, Row]] = [(f"rule {name}", dict(rule=name), {}) for name in UPDATE_RULES]
-    parts += [(f"rule {name}, paper", dict(rule=name), paper) for name in UPDATE_RULES]
+    # Those that need a form of their own are in other parts.
+    rules = [name for name, rule in UPDATE_RULES.items() if not rule.needs_first_weights]
+    parts: list[tuple[str, Row, Row]] = [(f"rule {name}", dict(rule=name), {}) for name in rules]
+    parts += [(f"rule {name}, paper", dict(rule=name), paper) for name in rules]
     parts += [(f"objective {name}", dict(objective=name), {}) for name in OBJECTIVES]
     for name, part, form in parts:
         for depth, chunk in ((1, 16),) if quick else ((1, 1), (1, 16), (2, 16)):
@@ -140,6 +142,40 @@ def registered_parts(quick: bool, progress: Progress) -> list[Row]:
             row = measure(memory, {"of": name, "depth": depth, "chunk_size": chunk}, FEW, 1024)
             rows.append(row)
             progress(f"{name}, depth {depth}, chunks of {chunk}: growth {row['growth']:.3g}", 4 * depth)
+    return rows
+
+
+class Quintic(Atlas):
+    """Atlas with the iteration that Muon uses for the weights of models."""
+
+    def orthogonalized(self, step: torch.Tensor) -> torch.Tensor:
+        x = step / (step.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+        for _ in range(5):
+            square = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        return x
+
+
+def orthogonal_steps(quick: bool, progress: Progress) -> list[Row]:
+    """Rules that move the weights once a chunk by an orthogonalised step."""
+    stable: Row = dict(normalize_step=True, length_floor=1.0, row_limit=8.0)
+    plain: Row = dict(name="paper", norm=False, residual=False, max_momentum=0.5, max_step_size=0.05)
+    swiglu = plain | dict(gated=True, activation="silu")
+    arms: list[tuple[str, int, Any, Row]] = [
+        ("Atlas", 1, Atlas(**stable), {}),
+        ("Atlas, window 1", 1, Atlas(window=1, **stable), {}),
+        ("Atlas, window 1, quintic", 1, Quintic(window=1, **stable), {}),
+    ]
+    for name, depth, form in (("linear", 1, plain), ("two layers", 2, plain), ("SwiGLU", 3, swiglu)):
+        for rate in (1.0, 0.1):
+            arms.append((f"LaCT, {name}, rate {rate:g}", depth, LaCT(rate=rate), form))
+    rows = []
+    for name, depth, rule, form in arms:
+        objective = "dot_product" if isinstance(rule, LaCT) else "squared_error"
+        for chunk in (16,) if quick else (16, 64):
+            memory = stressed_memory(HEAD_DIM, depth, chunk, rule=rule, objective=objective, **form)
+            rows.append(measure(memory, {"of": name, "chunk_size": chunk}, FEW, 1024 if quick else TOKENS))
+            progress(f"{name}, chunks of {chunk}: growth {rows[-1]['growth']:.3g}", 6 * depth)
     return rows
 
 
@@ -336,6 +372,7 @@ def main() -> int:
         "default": 48 if quick else 480,
         "features": 60 if quick else 150,
         "registered": 40 if quick else 160,
+        "steps": 75 if quick else 180,
         "counter_examples": 75,
         "search": 54 if quick else 108,
         "layer": 8,
@@ -346,6 +383,7 @@ def main() -> int:
         "default": lambda: default_form(quick, progress),
         "features": lambda: feature_memories(quick, progress),
         "registered": lambda: registered_parts(quick, progress),
+        "steps": lambda: orthogonal_steps(quick, progress),
         "counter_examples": lambda: counter_examples(quick, progress),
         "search": lambda: searches(quick, progress),
         "layer": lambda: layer_inputs(progress),

@@ -16,7 +16,7 @@ TOKENS = 4096
 GROWTH_LIMIT = 100
 DISTANCES = (256, 512, 1024, 2048, 4096)
 GRADIENT_COLUMNS = [f"∂ at {d}" for d in DISTANCES]
-PARTS = ("default", "features", "registered", "counter_examples", "search", "layer", "models")
+PARTS = ("default", "features", "registered", "steps", "counter_examples", "search", "layer", "models")
 Row = dict[str, Any]
 
 
@@ -119,6 +119,15 @@ def report(found: dict[str, Any]) -> str:
             "part, depth, chunk",
             [[r["of"], str(r["depth"]), str(r["chunk_size"])] for r in found["registered"]],
             found["registered"],
+        ),
+        "## Orthogonalised steps",
+        "Atlas and LaCT, which move their weights once a chunk by a step with singular values near 1, times "
+        "“rate”. Atlas is in the default form, and must break with Muon's quintic in place of the cubic. "
+        "LaCT has the dot product and no offsets, and steps up to 0.05.",
+        growth_table(
+            "rule, chunk",
+            [[r["of"], str(r["chunk_size"])] for r in found["steps"]],
+            found["steps"],
         ),
         "## Forms that break",
         markdown(

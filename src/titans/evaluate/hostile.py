@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.memory import InnerProblem, MemoryNetwork
+from titans.memory import InnerProblem, MemoryNetwork, UpdateRule
 from titans.memory.objectives import num_inputs
 from titans.nn import NeuralMemory
 from titans.nn.memory.features import IDENTITY
@@ -74,7 +74,7 @@ def stressed_memory(
     features: str = IDENTITY,
     feature_size: int | None = None,
     objective: str | Mapping[str, Any] = "squared_error",
-    rule: str | Mapping[str, Any] | None = None,
+    rule: UpdateRule | str | Mapping[str, Any] | None = None,
     last: float = 0.0,
     gain: float | None = None,
     seed: int = 0,

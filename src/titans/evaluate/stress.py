@@ -61,7 +61,7 @@ def _perturbed(memory: StressedMemory, cases: Cases, size: float, seed: int = 0)
     fast = memory.fast(rows)
     noise = [torch.randn(w.shape[1:], generator=generator, dtype=torch.float64).to(dtype) for w in fast]
     length = float(_lengths([x.unsqueeze(0) for x in noise]))
-    state = MemoryState.initial(
+    state = memory.inner.initial_state(
         [torch.cat([w, w + size / length * x, w]) for w, x in zip(fast, noise, strict=True)]
     )
     direction = torch.randn(cases.keys.shape[-1], generator=generator, dtype=torch.float64).to(dtype)
@@ -142,7 +142,7 @@ def key_gradients(
     leaves, initial = cut_off(cases.tokens), cut_off(memory.initial)
     base = None if memory.base is None else cut_off(memory.base)
     cases, memory = Cases(cases.names, *leaves), replace(memory, initial=initial, base=base)
-    reads, _ = scan(memory, cases, MemoryState.initial(memory.fast(leaves[0].shape[0])))
+    reads, _ = scan(memory, cases, memory.inner.initial_state(memory.fast(leaves[0].shape[0])))
     loss = (reads[:, -last:] - cases.values[:, -last:]).square().sum(-1).mean(1).sum()
     grads = torch.autograd.grad(loss, [*leaves, *initial, *(base or ())])
     lengths = grads[0].squeeze(2).norm(dim=-1).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -278,7 +278,7 @@ def search_growth(
         copies, state = _perturbed(memory, current, size)
         # The copy with another first key is left out: the search is for the weights' sake.
         pair = Cases(copies.names[: 2 * rows], *(x[: 2 * rows] for x in copies.tokens))
-        state = MemoryState.initial([w[: 2 * rows] for w in state.weights])
+        state = memory.inner.initial_state([w[: 2 * rows] for w in state.weights])
         _, state = scan(memory, pair, state)
         growth = _lengths([w[rows:] - w[:rows] for w in state.weights]) / size
         top = int(growth.detach().nan_to_num(0).argmax())

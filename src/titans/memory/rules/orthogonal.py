@@ -77,9 +77,13 @@ class OrthogonalStep(UpdateRule):
         nothing = ("read_momentum", "read_steps", "end_momentum", "end_steps")
         return c._replace(**{name: torch.zeros_like(getattr(c, name)) for name in nothing})
 
+    def orthogonalized(self, step: Tensor) -> Tensor:
+        """What the weights move by, for a rate of 1: (…, out, in) both."""
+        return orthogonalized(step, self.floor, self.iterations)
+
     def end(self, state: MemoryState) -> MemoryState:
-        steps = (orthogonalized(s, self.floor, self.iterations) for s in state.momentum)
-        weights = tuple(w + self.rate * o for w, o in zip(state.weights, steps, strict=True))
+        pairs = zip(state.weights, state.momentum, strict=True)
+        weights = tuple(w + self.rate * self.orthogonalized(s) for w, s in pairs)
         return super().end(replace(state, weights=weights))
 
 
