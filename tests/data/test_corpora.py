@@ -217,6 +217,19 @@ def test_documents_of_a_corpus_are_selected_by_name() -> None:
     assert "argparse.py" in [document.name for document in modules]
 
 
+def test_a_folder_with_the_name_of_a_corpus_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "excerpt").mkdir()
+    (tmp_path / "excerpt" / "mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"write \./excerpt for it, or excerpt/\* for the built-in"):
+        load_corpus("excerpt")
+    for source in ("./excerpt", Path("excerpt"), "excerpt/mine.txt"):
+        assert [document.data for document in load_corpus(source)] == [b"mine"]
+    assert len(load_corpus("excerpt/*")) == 5
+
+
 def test_documents_are_taken_from_each_corpus_in_turn() -> None:
     corpora = [
         [Document(f"{name}{i}", b"") for i in range(count)] for name, count in (("a", 3), ("b", 1), ("c", 2))

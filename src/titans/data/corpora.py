@@ -39,7 +39,13 @@ def load_corpus(source: str | Path) -> list[Document]:
     Raises ValueError when there is no such source or nothing in it, ConnectionError when a download fails.
     """
     name, _, pattern = str(source).partition("/")
-    if isinstance(source, str) and name in BUILTIN_CORPORA and not (pattern and Path(source).exists()):
+    exists = Path(source).exists()
+    if isinstance(source, str) and source in BUILTIN_CORPORA and exists:
+        raise ValueError(
+            f"corpus={source!r} is a built-in name, and there is such a file or folder: write ./{source} for "
+            f"it, or {source}/* for the built-in documents"
+        )
+    if isinstance(source, str) and name in BUILTIN_CORPORA and not exists:
         try:
             return _matching(BUILTIN_CORPORA[name].load(), source, pattern)
         except ConnectionError as error:
