@@ -295,12 +295,14 @@ DAMAGES = {
 
 
 @every_variant
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_wrong_tensors_are_refused_whichever_it_is(variant, damage, tmp_path):
+@pytest.mark.parametrize("number", range(len(DAMAGES)), ids=DAMAGES)
+def test_wrong_tensors_are_refused_whichever_it_is(variant, number, tmp_path):
+    """Each damage in a third of the tensors, and each tensor with a third of the damages."""
+    damage = [*DAMAGES.values()][number]
     model, path = MODELS[variant], tmp_path / "memory"
     filled_cache(model, TEXT).save(path)
     tensors, about = parts_of(path)
-    for name in tensors:
+    for name in list(tensors)[number % 3 :: 3]:
         changed = dict(tensors)
         damage(changed, name)
         forge(changed, path, {**about, "same": "{}"})
@@ -314,14 +316,14 @@ def test_numbers_no_model_could_have_written_are_refused(variant, tmp_path):
     filled_cache(model, TEXT).save(path)
     tensors, about = parts_of(path)
     wrong = []
-    for name, tensor in tensors.items():
+    for number, (name, tensor) in enumerate(tensors.items()):
         if tensor.dtype == torch.int64:
             # At odds with the other layers; later these would overflow, or ask for 2⁶² slots.
             for value in (-1, 16, 18, 10**7, 2**62, 2**63 - 1):
                 wrong.append({name: tensor.index_fill(0, torch.tensor([1]), value)})
         elif tensor.numel():
-            for value in (math.nan, math.inf):
-                wrong.append({name: tensor.clone().index_fill_(0, torch.tensor([2]), value)})
+            value = (math.nan, math.inf)[number % 2]
+            wrong.append({name: tensor.clone().index_fill_(0, torch.tensor([2]), value)})
     for value in (18, 10**7, 2**62, 2**63 - 1):
         wrong.append({name: torch.full_like(tensors[name], value) for name in position_names(tensors)})
     wrong.append({name: tensor[:0] for name, tensor in tensors.items()})

@@ -18,8 +18,9 @@ IDS = random_ids(2, 20)
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("dtype", "tied"), [(torch.float32, True), (torch.bfloat16, False), (torch.float64, True)]
+)
 def test_a_checkpoint_gives_the_same_weights_to_the_bit(variant, dtype, tied, tmp_path):
     model = small_model(variant, tie_word_embeddings=tied).to(dtype)
     model.save_pretrained(tmp_path)
