@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/python -m titans demo
 
 test: lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(STAMP) $(PEERS)/.built
 	$(BIN)/python benchmarks/speed --peers $(PEERS)/bin/python $(BENCH)
