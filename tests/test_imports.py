@@ -100,7 +100,7 @@ ORDER = {
         graft
         """,
     "titans.hf.graft": """
-        rotation base_cache window layers
+        rotation base_cache window layers lora
         base
         memories
         configuration

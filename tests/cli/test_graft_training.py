@@ -109,6 +109,29 @@ def test_documents_that_are_held_out_are_left_out_of_the_data(base: Path, tmp_pa
     assert held_out[0].name not in names
 
 
+@pytest.mark.parametrize("options", [
+    ["--train", "adaptation", "--meta.tokens", "64", "--meta.steps", "2", "--meta.held-out-tokens", "128"],
+    ["--train", "inside", "--inside.tokens", "16", "--inside.steps", "2", "--inside.held-out-tokens", "64",
+     "--inside.rows", "2", "--residual", "num_heads=1", "head_dim=8", "layers=[1]", "--lora", "rank=2"],
+])  # fmt: skip
+def test_other_trainings(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    output = tmp_path / "grafted"
+    assert main(command(base, output, "--json", *options)) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["finished"] and result["step"] == 2
+    assert "step 0/2 · held-out text " in err and f"{output} holds the graft" in err.splitlines()[-1]
+    grafted, _ = titans.load(output)
+    if "inside" in options:
+        assert (
+            [*grafted.residual] == ["1"] and grafted.config.lora["rank"] == 2 and grafted.adaptation is None
+        )
+    else:
+        assert grafted.adaptation.start_bias is not None and grafted.association is None
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,7 +16,13 @@ from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_run_folder
 from titans.cli.terminal import report
 from titans.cli.train import FIELDS
-from titans.train.graft.settings import SETTINGS_FILE, FeatureSettings, GraftTraining
+from titans.train.graft.settings import (
+    SETTINGS_FILE,
+    AdaptationTraining,
+    FeatureSettings,
+    GraftTraining,
+    ThroughTraining,
+)
 from titans.train.progress import clock
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -24,19 +30,23 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Graft(ModelOptions):
-    """Give a pretrained model a memory that recalls, and train it.
+    """Give a pretrained model a memory, and train it.
 
     Example: titans graft smollm2-135m --data books/ notes.txt --output grafted
 
-    The model itself does not change. It reads the texts and blocks with made-up facts once, what it computes
-    is kept on disk, and the memory is trained on that. The output folder is then a graft, for `titans chat`,
-    `memorize`, `generate`, `inspect` and `eval`. After Ctrl-C or a full disk the same command goes on.
+    By default the memory is one that recalls. The model itself does not change. It reads the texts and blocks
+    with made-up facts once, what it computes is kept on disk, and the memory is trained on that. The output
+    folder is then a graft, for `titans chat`, `memorize`, `generate`, `inspect` and `eval`. After Ctrl-C or a
+    full disk the same command goes on.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a causal model of transformers, of a graft with an association, or the name of a model."""
+    """Folder of a causal model of transformers, of a graft with such a memory, or the name of a model."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the graft, checkpoints and metrics.jsonl."""
+    train: Literal["association", "adaptation", "inside"] = "association"
+    """What is trained: the memory that recalls; the numbers and the start of the one that learns the model's
+    own loss, also on what the model computes; or memories inside the model, through the model."""
     data: tuple[str, ...] = ()
     """Corpora to train on: text files, folders, hf:NAME, or built-in names such as shakespeare, bible or
     austen/emma. Documents are taken from each in turn until there are enough tokens. May be left out if the
@@ -51,10 +61,20 @@ class Graft(ModelOptions):
     association: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
     """Settings of titans.nn.association.Association that differ from the default, such as
     feature_size=576."""
+    adaptation: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
+    """Settings of titans.nn.adaptation.Adaptation; with --train inside there is none without them."""
+    residual: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
+    """With --train inside: layers and settings of titans.NeuralMemory that differ from the default."""
+    lora: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
+    """With --train inside: also train low-rank changes of the model's linear layers, such as rank=8."""
     cached: FeatureSettings = field(default_factory=FeatureSettings)
     """What the model reads."""
     training: GraftTraining = field(default_factory=GraftTraining)
-    """How the memory is trained."""
+    """How the memory that recalls is trained."""
+    meta: AdaptationTraining = field(default_factory=AdaptationTraining)
+    """How --train adaptation trains."""
+    inside: ThroughTraining = field(default_factory=ThroughTraining)
+    """How --train inside trains."""
     threads: int | None = None
     """CPU threads; by default as many as there are free processors."""
     json: bool = False
@@ -64,13 +84,17 @@ class Graft(ModelOptions):
         """Cache, train and save, reporting to stderr."""
         if self.graft:
             raise UsageError("graft: this command grafts the model anyway; leave it out")
-        for settings in (self.cached, self.training):
+        for settings in (self.cached, self.training, self.meta, self.inside):
             try:
                 settings.check()
             except ValueError as error:
                 raise UsageError(str(error)) from None
         check_run_folder("output", self.output, SETTINGS_FILE)
         documents, held_out = self._documents()
+        if self.train != "association":
+            from titans.cli.graft_text import train_on_text
+
+            return train_on_text(self, documents, held_out, _Progress())
         model, tokenizer = self.open_model(self.checkpoint)
         from titans.train.graft.run import fit_graft
 

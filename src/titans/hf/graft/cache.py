@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from titans.hf.causal_cache import converted, saved_model
 from titans.hf.graft.configuration import GraftConfig
 from titans.hf.graft.memories import MEMORIES
-from titans.hf.graft.window import Window, WindowState
+from titans.hf.graft.window import Window, WindowState, together
 from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
 from titans.hf.state_file import StateFile, damaged_header
-from titans.state import compact, expanded
+from titans.state import compact, expanded, flatten_alike, map_state
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ class GraftState:
         if name in MEMORIES:
             return self.memories.get(name)
         raise AttributeError(f"a graft's state has no {name}")
+
+    def row(self, index: int, config: GraftConfig) -> GraftState:
+        """One row alone, as in a batch of one."""
+        slots = Window(config.window, config.sinks).slots(int(self.window.position[index]))
+        memories = {name: map_state(lambda x: x[[index]], state) for name, state in self.memories.items()}
+        return GraftState(self.window.row(index, slots), memories)
+
+    @staticmethod
+    def joined(states: Sequence[GraftState]) -> GraftState:
+        """Rows of several states of one graft, one after the other."""
+        leaves, structure = flatten_alike([state.memories for state in states])
+        memories = pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], structure)
+        return GraftState(together([state.window for state in states]), memories)
 
 
 def _flatten(state: GraftState) -> tuple[list[Any], tuple[str, ...]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from titans.hf.configuration import refuse_unknown
 from titans.hf.fingerprint import same_weights, weights_name, weights_sample
+from titans.hf.graft.lora import lora_settings
 from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.window import Window
 
@@ -19,14 +20,15 @@ _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 def fields() -> tuple[str, ...]:
     """The names of what a graft's configuration has; of each memory its settings."""
-    return ("window", "sinks", *MEMORIES, "origin")
+    return ("window", "sinks", *MEMORIES, "lora", "origin")
 
 
 class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
     """What a `GraftedForCausalLM` is made of.
 
     window, sinks: of `titans.graft`. For each memory, by its name in `MEMORIES`, its settings, None without
-    it. origin: identifies the base by its class, name, sizes, a hash of its weights and a sample of them.
+    it. lora: rank, alpha and targets of the low-rank changes of the base's linear layers, None without them.
+    origin: identifies the base by its class, name, sizes, a hash of its weights and a sample of them.
     vocabulary: identifies the tokens of the tokenizer that the graft was saved with, if any.
     Unknown fields are an error. The configuration of a graft that exists cannot change.
 
@@ -41,6 +43,7 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         window: int = 512,
         sinks: int = 4,
         *,
+        lora: dict[str, Any] | None = None,
         origin: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -48,6 +51,7 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         for name in MEMORIES:
             given = kwargs.pop(name, None)
             setattr(self, name, None if given is None else memory_settings(name, given))
+        self.lora = None if lora is None else lora_settings(lora)
         self.origin = {} if not origin else _checked_origin(origin)
         self.vocabulary: str | None = kwargs.pop("vocabulary", None)
         # Sizes of the base, which transformers and `titans.stream` read from a configuration.
@@ -96,7 +100,7 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """As transformers has it; what there is not is left out, as before it was known."""
         found: dict[str, Any] = super().to_dict()
-        newer = ("vocabulary", *(name for name in MEMORIES if name != "adaptation"))
+        newer = ("vocabulary", "lora", *(name for name in MEMORIES if name != "adaptation"))
         absent = {name for name in newer if found.get(name) is None}
         return {name: value for name, value in found.items() if name not in {*absent, "_of_graft"}}
 

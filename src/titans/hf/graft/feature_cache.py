@@ -110,7 +110,7 @@ def write_features(
     """Read all units, in their order, and write what the base computes; units that are there are kept.
 
     Args:
-        layers: indices of the base's layers, the states after which are kept.
+        layers: indices of the base's layers, the states after which are kept; there may be none.
         progress: called after each unit.
 
     Raises:
@@ -119,7 +119,7 @@ def write_features(
         OSError: if the folder cannot be written.
     """
     count = base.num_layers
-    if not layers or list(layers) != sorted({*layers}) or not 0 <= layers[0] <= layers[-1] < count:
+    if list(layers) != sorted({*layers}) or any(not 0 <= layer < count for layer in layers):
         raise ValueError(f"layers={tuple(layers)!r}: give rising indices from 0 to {count - 1}")
     key = {**_key_of(base), "layers": list(layers)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from titans.hf.fingerprint import vocabulary_name
 from titans.hf.graft.configuration import GraftConfig, fields
+from titans.hf.graft.lora import is_lora
 from titans.hf.weights_file import read_weights, write_weights
 
 _WEIGHTS = "model.safetensors"
@@ -25,9 +26,9 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
     tokenizer: PreTrainedTokenizerBase | None
 
     def own_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The weights of the memories alone."""
+        """The weights of the memories, and of the base's adapters, alone."""
         whole = self.state_dict() if state_dict is None else state_dict
-        return {name: value for name, value in whole.items() if not name.startswith("base.")}
+        return {name: value for name, value in whole.items() if not name.startswith("base.") or is_lora(name)}
 
     def save_pretrained(  # pyrefly: ignore[bad-override]
         self,

@@ -24,6 +24,7 @@ def graft(
     adaptation: bool | dict[str, Any] = True,
     association: bool | dict[str, Any] | None = None,
     residual: bool | dict[str, Any] | None = None,
+    lora: bool | dict[str, Any] | None = None,
     **others: bool | dict[str, Any] | None,
 ) -> GraftedForCausalLM:
     """Give a pretrained model a sliding window, and memories that learn during reading.
@@ -42,6 +43,9 @@ def graft(
         residual: memories inside the model, whose answers are added to the states after chosen layers;
             `layers` and settings of `titans.NeuralMemory` as a dict. They add 0 until they are trained
             through the model.
+        lora: low-rank changes of the model's linear layers, by peft; `rank` (8), `alpha` (16) and `targets`
+            ("all-linear", or names) as a dict. They are 0 until they are trained, and change the model in
+            place.
         others: memories that were added to `MEMORIES`, by name.
 
     Returns a model in evaluation mode, for `titans.Session`, `generate` and the call with ids.
@@ -73,6 +77,8 @@ def graft(
         if given is not None and given is not False:
             measured = MEMORIES[name].measured(windowed)
             settings[name] = memory_settings(name, {} if given is True else given, measured)
+    if lora is not None and lora is not False:
+        settings["lora"] = {} if lora is True else lora
     grafted = GraftedForCausalLM(
         GraftConfig(window, sinks, origin=origin_of(model), **settings), model
     ).eval()

@@ -16,6 +16,7 @@ from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.cache import GraftCache, GraftState
 from titans.hf.graft.configuration import GraftConfig, check_origin
 from titans.hf.graft.folder import GraftFolder
+from titans.hf.graft.lora import add_lora, is_lora
 from titans.hf.graft.memories import MEMORIES, Call, Found, GraftMemory, Inside
 from titans.hf.graft.window import Window, WindowState
 from titans.hf.keywords import check_keywords, check_targets, check_tokens, documents_of, real_tokens
@@ -52,7 +53,8 @@ class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[mis
     Made by `titans.graft`. The base is part of it, frozen, and is never saved with it.
 
     Args:
-        base: its parameters are frozen; otherwise it is unchanged and can still be used alone.
+        base: its parameters are frozen; otherwise it is unchanged and can still be used alone, unless the
+            configuration has `lora`, which changes its layers in place.
 
     Raises:
         ValueError: for a base that cannot be grafted, or that is not the one in the configuration.
@@ -89,9 +91,13 @@ class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[mis
                 windowed.check_layers(layers, name)
         # Before the base is assigned, so that `post_init` does not initialise the base's weights anew.
         self.post_init()
+        if config.lora is not None:
+            add_lora(base, config.lora)
         self.base = base.requires_grad_(False).eval()
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(is_lora(name))
         # transformers' Trainer leaves these out of its checkpoints, without a warning.
-        self._keys_to_ignore_on_save = {name for name in self.state_dict() if name.startswith("base.")}
+        self._keys_to_ignore_on_save = self.state_dict().keys() - self.own_state_dict().keys()
         self._windowed = windowed
         self._memories: dict[str, GraftMemory] = {}
         for name in config.memories:

@@ -1,1 +1,1 @@
-"""Training of a graft's memories on cached features of its base."""
+"""Training of a graft's memories: on cached features of its base, or through the base."""

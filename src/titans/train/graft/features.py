@@ -112,6 +112,27 @@ class FeaturePlan:
         return write_features(self.base, self.units, folder, self.layers, progress)
 
 
+def units_without_facts(
+    tokenizer: Any, documents: Sequence[Document], held_out: Sequence[Document], settings: FeatureSettings
+) -> list[Unit]:
+    """Parts of documents for training and for evaluation, without facts.
+
+    Raises:
+        ValueError: if either has no text of two blocks.
+    """
+    most = settings.text_tokens, 4 * settings.document_tokens
+    groups = (("text", documents, most[0]), ("text-held-out", held_out, most[1]))
+    found = {group: [unit for _, unit in text_units(tokenizer, texts, group, settings, count)]
+             for group, texts, count in groups}  # fmt: skip
+    for group, units in found.items():
+        if not units:
+            raise ValueError(
+                f"{'data' if group == 'text' else 'held-out data'} has no text of "
+                f"{2 * settings.block_tokens} tokens: give longer documents"
+            )
+    return _mixed([*found.values()])
+
+
 def text_units(
     tokenizer: Any, documents: Sequence[Document], group: str, settings: FeatureSettings, most: int
 ) -> Iterator[tuple[Document, Unit]]:

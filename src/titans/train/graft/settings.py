@@ -1,4 +1,4 @@
-"""Everything that decides the training of a graft's association, as one value."""
+"""Everything that decides the trainings of a graft, one value for each."""
 
 from __future__ import annotations
 
@@ -89,3 +89,72 @@ class FeatureSettings:
         for name, value in vars(self).items():
             if type(value) is not int or value < least.get(name, 1):
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {least.get(name, 1)}")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long a training takes, and when it looks at held-out text."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    rows: int = 2
+    """Texts that are read side by side."""
+    tokens: int = 512
+    """Tokens of each text in a step; gradients go back so far, memories are carried on."""
+    held_out_tokens: int = 4096
+    """Tokens of each held-out document that are read in an evaluation."""
+    evaluate_every: int = 20
+    """Steps from one evaluation on held-out text to the next."""
+    patience: int = 5
+    """Training ends after so many evaluations without a better one."""
+    save_every: int = 20
+    """Steps from one checkpoint to the next."""
+    minutes: float | None = None
+    """Stop after so many minutes, at a checkpoint; the same command continues."""
+    seed: int = 0
+    """Seed of the order of the texts."""
+
+    def check(self) -> None:
+        """Refuse what cannot be trained with.
+
+        Raises:
+            ValueError: naming the first setting, its value and what it may be.
+        """
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if type(field.default) is int:
+                least = 0 if name == "seed" else 1
+                if type(value) is not int or value < least:
+                    raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
+            elif type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}: give a positive number")
+
+
+@dataclass(frozen=True)
+class AdaptationTraining(LoopSettings):
+    """How a graft's adaptation is trained on cached features."""
+
+    number_rate: float = 0.03
+    """Peak learning rate of the logits and logarithms of step, ratio, momentum and half-life."""
+    weight_rate: float = 2e-5
+    """Peak learning rate of the starting matrix."""
+    bias_rate: float = 2e-3
+    """Peak learning rate of the starting bias."""
+
+
+@dataclass(frozen=True)
+class ThroughTraining(LoopSettings):
+    """How a graft is trained through its base."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    rows: int = 8
+    """Texts that are read side by side."""
+    branch_rate: float = 1e-3
+    """Peak learning rate of residual branches."""
+    lora_rate: float = 2e-4
+    """Peak learning rate of low-rank changes of the base."""
+    weight_decay: float = 0.01
+    """Of the projections of branches."""
