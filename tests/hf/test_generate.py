@@ -58,13 +58,13 @@ def test_rows_of_a_padded_batch_are_continued_as_alone(variant):
     model = MODELS[variant]
     rows = [random_ids(n, seed=n) for n in (9, 2, 6)]
     ids, mask = left_padded(rows, fill=VOCAB - 1)
-    new = greedy(model, ids, 20, attention_mask=mask, pad_token_id=VOCAB - 1)
+    new = greedy(model, ids, 10, attention_mask=mask, pad_token_id=VOCAB - 1)
     for row, continuation in zip(rows, new, strict=True):
-        assert torch.equal(continuation, loop(model, row[None], 20)[0])
+        assert torch.equal(continuation, loop(model, row[None], 10)[0])
     assert len(set(new.flatten().tolist())) > 5
     # Padding at the right, as most tokenizers have it, and a prompt that is returned as it was given.
     right = torch.stack([torch.cat([row, row.new_zeros(9 - len(row))]) for row in rows])
-    options = dict(attention_mask=mask.flip(1), pad_token_id=0, max_new_tokens=20, do_sample=False)
+    options = dict(attention_mask=mask.flip(1), pad_token_id=0, max_new_tokens=10, do_sample=False)
     assert torch.equal(model.generate(right, **options), torch.cat([right, new], 1))
     embedded = model.get_input_embeddings()(right).detach()
     assert torch.equal(model.generate(inputs_embeds=embedded, **options), new)
@@ -123,17 +123,17 @@ def test_beams_and_samples_do_not_depend_on_the_cache(variant, how):
     def run(use_cache):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return model.generate(ids, attention_mask=mask, max_new_tokens=14, use_cache=use_cache, **how)
+            return model.generate(ids, attention_mask=mask, max_new_tokens=10, use_cache=use_cache, **how)
 
     with_cache = run(True)
-    assert with_cache.shape == (2 * how.get("num_return_sequences", 1), 22)
+    assert with_cache.shape == (2 * how.get("num_return_sequences", 1), 18)
     assert len(set(with_cache[:, 8:].flatten().tolist())) > 3
     assert torch.equal(with_cache, run(False))
 
 
 def test_a_cache_is_continued_by_new_ids_or_by_the_whole_text(variant):
     model, ids = MODELS[variant], random_ids(2, 19)
-    expected = loop(model, ids, 16)
+    expected = loop(model, ids, 8)
     for seen in (3, 11, 18):
         new = ids[:, seen:]
         ways = [
@@ -144,9 +144,9 @@ def test_a_cache_is_continued_by_new_ids_or_by_the_whole_text(variant):
         ]
         for given, mask in ways:
             cache = filled_cache(model, ids[:, :seen])
-            assert torch.equal(greedy(model, given, 16, past_key_values=cache, **mask), expected)
+            assert torch.equal(greedy(model, given, 8, past_key_values=cache, **mask), expected)
             # The last token has been chosen, but not yet read.
-            assert cache.num_columns == cache.get_seq_length() == 19 + 15
+            assert cache.num_columns == cache.get_seq_length() == 19 + 7
 
 
 def test_a_padded_conversation_goes_on_turn_by_turn(variant):
