@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import logging
 import random
+import re
 import socket
 import sys
 import tempfile
@@ -54,24 +56,28 @@ def request(
 
 
 def send(port: int, content: bytes) -> int:
-    """The status of the answer; 400 where the connection is closed without one, 599 where nothing comes."""
+    """The status of the answer; 400 where the connection is closed without one, 599 where nothing comes, or
+    an error of the server as a part of a stream."""
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
         connection.settimeout(SECONDS)
         try:
             connection.sendall(content)
             answer = b""
-            while len(answer) < 12 and (part := connection.recv(4096)):
+            while b"\r\n\r\n" not in answer:
+                if not (part := connection.recv(4096)):
+                    return 400
                 answer += part
-            # A stream has an error as its last part.
-            while b"\r\n\r\n" in answer and (part := connection.recv(65536)):
-                answer = answer[:12] + b"\r\n\r\n" + part[-4000:]
-                if b'"server_error"' in part:
-                    return 599
-        except (ConnectionError, BrokenPipeError):
+            head, _, body = answer.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            while length is None or len(body) < int(length[1]):
+                if not (part := connection.recv(65536)):
+                    break
+                body += part
+        except ConnectionError:
             return 400
         except TimeoutError:
             return 599
-    return int(answer[9:12]) if answer[:5] == b"HTTP/" and answer[9:12].isdigit() else 400
+    return 599 if b'"server_error"' in body else int(head.split(b" ", 2)[1])
 
 
 def right(memory: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -111,6 +117,7 @@ def one_of_each(port: int, memory: str) -> Iterator[tuple[int, bytes]]:
         request("PUT", f"/v1/memories/{memory}/file", b"\x40" + b"\0" * 7 + b"[" * 64, "text/plain"),
         request("BREW", "/v1/models"), request("GET", "/v1/models/" + "x" * 9_000), request("PATCH", "/"),
         b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n", b"GET /\r\n\r\n",
+        b"", b"GET / HTTP/1.1\r\nhos",
         b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: 127.0.0.1\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
     ]  # fmt: skip
@@ -156,6 +163,8 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.serve.servers import engines, running
 
+    # It notes every request that is no HTTP.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     statuses: collections.Counter[int] = collections.Counter()
     wrong, slowest, models = [], 0.0, engines()
     limits: dict[str, Any] = dict(body=100_000, json=50_000, body_seconds=0.5, memories=100)

@@ -121,6 +121,7 @@ ORDER = {
         events guard
         completions memory_routes
         app
+        listening
         """,
     "titans.stream": """
         text tokenizer model live turns

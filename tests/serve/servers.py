@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 
 import titans
 from titans.data import byte_tokenizer
 from titans.hf import TitansConfig, TitansForCausalLM
-from titans.serve.app import application
 from titans.serve.engine import Engine
+from titans.serve.listening import server_of
 from titans.serve.service import Service
 from titans.serve.settings import Settings
 
@@ -104,12 +103,7 @@ def running(folder: Path, models: dict[str, Engine], **settings: Any) -> Iterato
     service = Service(Settings(folder, **settings), models)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(service), log_config=None, access_log=False, lifespan="off", http="h11", ws="none",
-            timeout_graceful_shutdown=1,
-        )
-    )  # fmt: skip
+    server = server_of(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     listening.listen(128)
     thread.start()

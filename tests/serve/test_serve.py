@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -18,6 +19,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from titans.cli.conversation import Conversation
+from titans.serve.answer import Answer
+from titans.serve.choosing import Chooser
+from titans.serve.engine import PIECE
 from titans.serve.memories import Memories, owner_of
 from titans.serve.settings import Settings
 from titans.stream import Session
@@ -171,7 +175,7 @@ def test_a_conversation_remembers_what_was_read_many_turns_ago(
             return answer.choices[0].message.content
         return "".join(part.choices[0].delta.content or "" for part in answer)
 
-    for turn in range(5):
+    for turn in range(3):
         assert ask(f"Line {turn}?") == said(conversation, f"Line {turn}?")
     # This one leaves no trace.
     before = server.call("GET", f"/v1/memories/{memory}", key=KEY)[1]
@@ -181,7 +185,7 @@ def test_a_conversation_remembers_what_was_read_many_turns_ago(
     assert_same(saved_session(server, "chat", memory, tmp_path / "memory"), conversation.session)
     # Without what was read the answers are others.
     forgetful = conversation_of(server, "chat")
-    for turn in range(5):
+    for turn in range(3):
         said(forgetful, f"Line {turn}?")
     assert said(forgetful, "And now?") != said(conversation.fork(), "And now?")
 
@@ -334,6 +338,24 @@ def test_a_long_reading_holds_up_nobody_and_ends_when_its_reader_hangs_up(
     assert server.call("GET", f"/v1/memories/{memory}", key=KEY)[1]["tokens"] == 0, "it has not happened"
 
 
+def test_a_token_waits_for_one_piece_of_a_text_and_no_more(server: Server) -> None:
+    engine, order = server.service.engines["bytes"], list[str]()
+    reading, generating = engine.session(), engine.session()
+    generating.feed("Hello")
+    answer = Answer(engine.tokenizer, generating.recent, most=6)
+
+    async def both() -> None:
+        await asyncio.gather(
+            engine.read(reading, torch.zeros(15 * PIECE, dtype=torch.int64), lambda _: order.append("piece")),
+            engine.generate(generating, Chooser(0), answer, lambda *_: order.append("token")),
+        )
+
+    asyncio.run(both())
+    assert order.count("piece") == 15 and order.count("token") == 6 and reading.num_tokens == 15 * PIECE
+    begin = order.index("token")
+    assert order[begin:][:11] == ["token", "piece"] * 5 + ["token"], order
+
+
 def wait_until(condition: Any) -> None:
     for _ in range(600):
         if condition():
@@ -355,6 +377,8 @@ def test_limits_are_errors_of_their_own(server: Server, tmp_path: Path) -> None:
         busy.join()
         assert answers[0][0] == 408 and answers[0][1]["error"]["code"] == "timeout"
         assert small.call("POST", "/v1/completions", {"prompt": "x" * 6_000})[0] == 413
+        pieces = iter([b'{"prompt": "', b"x" * 6_000, b'"}'])
+        assert small.call("POST", "/v1/completions", pieces, content_type="application/json")[0] == 413
         memory = small.call("POST", "/v1/memories")[1]["id"]
         status, found = small.call("POST", f"/v1/memories/{memory}/read", {"text": "x" * 20})
         assert status == 200

@@ -62,9 +62,7 @@ class Serve(ModelOptions):
         keys = (*self.api_key, *os.environ.get(_KEYS, "").split())
         local = self._check(keys)
         try:
-            import uvicorn
-
-            from titans.serve.app import application
+            from titans.serve.listening import server_of
         except ModuleNotFoundError as error:
             if (error.name or "titans").partition(".")[0] == "titans":
                 raise
@@ -88,18 +86,11 @@ class Serve(ModelOptions):
             engines[path.name] = Engine(path.name, model, tokenizer, self.rows)
         service = Service(settings, engines)
         _log_to_stderr()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                application(service), log_config=None, access_log=False, server_header=False, lifespan="off",
-                timeout_graceful_shutdown=3, timeout_keep_alive=30, h11_max_incomplete_event_size=65536,
-                http="h11", ws="none",
-            )
-        )  # fmt: skip
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         report(f"serving {', '.join(engines)} at http://{shown}:{port}; Ctrl-C stops")
         try:
-            server.run(sockets=[listening])
+            server_of(service).run(sockets=[listening])
         finally:
             service.close()
         return 0

@@ -92,7 +92,7 @@ class Service:
         """What a request starts from: a memory, or nothing; whoever reads on must fork it.
 
         Raises:
-            ApiError: 409 for a memory whose file is damaged.
+            ApiError: 409 for a memory whose file is damaged, or of other weights.
         """
         if memory is None:
             return State(engine.session())
@@ -100,7 +100,9 @@ class Service:
             return await asyncio.to_thread(self.memories.state, memory)
         except (ValueError, OSError):
             raise ApiError(
-                409, "the file of this memory is damaged: upload another one, or delete it", param="memory"
+                409,
+                "the file of this memory is damaged, or of another checkpoint: upload another, or delete it",
+                param="memory",
             ) from None
 
     async def commit(self, memory: Memory, state: State) -> None:

@@ -68,7 +68,8 @@ class Decoding:
         if self._rows is not None:
             if member.read:
                 states = row_of(self.reader, self._rows, index)
-                member.cache.store(states, len(member.read), torch.tensor([member.read]))
+                ids = torch.tensor([member.read], device=self.reader.inner.device)
+                member.cache.store(states, len(member.read), ids)
             others = [row for row in range(len(self._members)) if row != index]
             if others:
                 self._rows.batch_select_indices(torch.tensor(others))
