@@ -14,7 +14,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -52,7 +51,7 @@ class State:
 @dataclass(eq=False)
 class Memory:
     """A memory. tokens, surprise: read so far, and their mean surprise. size: of its file in bytes, 0 before
-    anything was read. turn: held by whoever changes it."""
+    anything was read. changes: how often it was written. turn: held by whoever changes it."""
 
     id: str
     owner: str
@@ -63,6 +62,7 @@ class Memory:
     surprise: float | None = None
     begun: bool = False
     deleted: bool = False
+    changes: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def shown(self) -> dict[str, Any]:
@@ -138,50 +138,57 @@ class Memories:
         Raises:
             ApiError: 403 where the key has as many as it may have, or as many bytes.
         """
+        self._check_count(owner)
+        memory = Memory("mem_" + secrets.token_hex(12), owner, model, int(time.time()))
+        state = None if source is None else self.state(source)
+        if state is not None and state.session.num_tokens:
+            self._save(memory, state)
         with self._lock:
-            own = self.all_of(owner)
-            if len(own) >= self.settings.memories:
-                raise ApiError(
-                    403,
-                    f"this key has {len(own):,} memories, as many as it may have: delete some first",
-                    code="too_many_memories",
-                )
-            memory = Memory("mem_" + secrets.token_hex(12), owner, model, int(time.time()))
-            if source is not None:
-                if source.deleted:
-                    raise _missing(source.id)
-                self._check_room(memory, source.size)
-                for name in ("tokens", "size", "surprise", "begun"):
-                    setattr(memory, name, getattr(source, name))
-                if source.size:
-                    # Files are replaced, and never written to: a copy costs nothing until one of them is.
-                    _copy(self.file(source), self.file(memory))
-            self._write_record(memory)
+            try:
+                self._check_count(owner)
+                # Last: without it there is no such memory after a crash.
+                self._write_record(memory)
+            except ApiError:
+                self.file(memory).unlink(missing_ok=True)
+                raise
             self._known[memory.id] = memory
-            if source is not None and source.id in self._held:
-                self._keep(memory, self._held[source.id])
+            if state is not None:
+                self._keep(memory, state)
         return memory
 
     def state(self, memory: Memory) -> State:
         """What a memory holds, from RAM or its file.
 
         Raises:
-            ApiError: 404 if it was deleted meanwhile. ValueError: if its file is damaged.
+            ApiError: 404 if it was deleted meanwhile, 409 if its file is damaged or of other weights.
         """
-        with self._lock:
-            if memory.deleted:
-                raise _missing(memory.id)
-            if (state := self._held.get(memory.id)) is not None:
-                self._held.move_to_end(memory.id)
-                return state
         engine = self.engines[memory.model]
-        if not memory.size:
-            return State(engine.session())
-        state = State(Session.load(self.file(memory), engine.model, engine.tokenizer), memory.begun)
-        with self._lock:
-            if not memory.deleted:
-                self._keep(memory, state)
-        return state
+        while True:
+            with self._lock:
+                if memory.deleted:
+                    raise _missing(memory.id)
+                if (state := self._held.get(memory.id)) is not None:
+                    self._held.move_to_end(memory.id)
+                    return state
+                changes = memory.changes
+            if not memory.size:
+                return State(engine.session())
+            try:
+                session = Session.load(self.file(memory), engine.model, engine.tokenizer)
+            except (ValueError, OSError):
+                if memory.deleted:
+                    continue
+                raise ApiError(
+                    409,
+                    "the file of this memory is damaged or of another checkpoint: upload one, or delete it",
+                    param="memory",
+                ) from None
+            with self._lock:
+                # What was written meanwhile must not be followed by what was there before.
+                if not memory.deleted and memory.changes == changes:
+                    state = State(session, memory.begun)
+                    self._keep(memory, state)
+                    return state
 
     def commit(self, memory: Memory, state: State) -> None:
         """Have a memory hold another state, on the disk when this returns.
@@ -190,20 +197,12 @@ class Memories:
             ApiError: 403 if the key has no room for it, 404 if it was deleted meanwhile; 507 if the disk has
                 none. The memory then holds what it held.
         """
-        # A header comes on top; what is known of the file before is the better guess.
-        self._check_room(memory, max(state.session.state_bytes, memory.size))
-        try:
-            state.session.save(self.file(memory), {BEGUN: "begun"} if state.begun else {})
-        except OSError as error:
-            raise ApiError(
-                507, f"the memory could not be written ({error.strerror or 'no room'}); it is unchanged"
-            ) from None
+        self._save(memory, state)
         with self._lock:
             if memory.deleted:
                 self.file(memory).unlink(missing_ok=True)
                 raise _missing(memory.id)
-            memory.tokens, memory.surprise = state.session.num_tokens, state.session.mean_surprise
-            memory.size, memory.begun = self.file(memory).stat().st_size, state.begun
+            memory.changes += 1
             self._keep(memory, state)
 
     def accept(self, memory: Memory, path: Path) -> State:
@@ -238,6 +237,27 @@ class Memories:
 
     def _record(self, id: str) -> Path:
         return self.settings.folder / f"{id}.json"
+
+    def _save(self, memory: Memory, state: State) -> None:
+        """Write a state to a memory's file, and note what it holds; errors as of `commit`."""
+        # A header comes on top; what is known of the file before is the better guess.
+        self._check_room(memory, max(state.session.state_bytes, memory.size))
+        try:
+            state.session.save(self.file(memory), {BEGUN: "begun"} if state.begun else {})
+        except OSError as error:
+            raise ApiError(
+                507, f"the memory could not be written ({error.strerror or 'no room'}); it is unchanged"
+            ) from None
+        memory.tokens, memory.surprise = state.session.num_tokens, state.session.mean_surprise
+        memory.size, memory.begun = self.file(memory).stat().st_size, state.begun
+
+    def _check_count(self, owner: str) -> None:
+        if len(own := self.all_of(owner)) >= self.settings.memories:
+            raise ApiError(
+                403,
+                f"this key has {len(own):,} memories, as many as it may have: delete some first",
+                code="too_many_memories",
+            )
 
     def _check_room(self, memory: Memory, size: int) -> None:
         used = sum(other.size for other in self.all_of(memory.owner) if other is not memory)
@@ -309,13 +329,6 @@ class Memories:
 
 def _missing(id: str) -> ApiError:
     return ApiError(404, f"there is no memory {id[:40]!r}", param="memory", code="memory_not_found")
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _flush(folder: Path) -> None:

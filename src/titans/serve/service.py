@@ -89,21 +89,10 @@ class Service:
             self._active -= 1
 
     async def state(self, memory: Memory | None, engine: Engine) -> State:
-        """What a request starts from: a memory, or nothing; whoever reads on must fork it.
-
-        Raises:
-            ApiError: 409 for a memory whose file is damaged, or of other weights.
-        """
+        """What a request starts from: a memory, or nothing; whoever reads on must fork it."""
         if memory is None:
             return State(engine.session())
-        try:
-            return await asyncio.to_thread(self.memories.state, memory)
-        except (ValueError, OSError):
-            raise ApiError(
-                409,
-                "the file of this memory is damaged, or of another checkpoint: upload another, or delete it",
-                param="memory",
-            ) from None
+        return await asyncio.to_thread(self.memories.state, memory)
 
     async def commit(self, memory: Memory, state: State) -> None:
         """`Memories.commit`, to its end even if the client hangs up meanwhile."""
