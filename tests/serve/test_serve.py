@@ -30,7 +30,7 @@ from titans.stream.turns import Turns
 from .servers import Server, engines, running
 
 KEY, OTHER = "sk-first", "sk-second"
-BOOK = "All the world's a stage, and all the men and women merely players. " * 12
+BOOK = "All the world's a stage, and all the men and women merely players. " * 5
 
 
 @pytest.fixture(scope="module")
@@ -88,33 +88,33 @@ def assert_same(found: Session, expected: Session) -> None:
 
 
 def test_texts_of_many_clients_are_what_a_session_gives_each(server: Server, client: openai.OpenAI) -> None:
-    prompts = [BOOK[: 5 + 13 * n] for n in range(6)]
+    prompts = [BOOK[: 5 + 13 * n] for n in range(4)]
     expected = []
     for prompt in prompts:
         session = session_of(server, "bytes")
         session.feed(prompt)
-        expected.append(session.generate(max_new_tokens=12, do_sample=False))
+        expected.append(session.generate(max_new_tokens=8, do_sample=False))
 
     def ask(prompt: str) -> Any:
-        return client.completions.create(model="bytes", prompt=prompt, max_tokens=12, temperature=0)
+        return client.completions.create(model="bytes", prompt=prompt, max_tokens=8, temperature=0)
 
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(ask, prompts))
-    assert [answer.choices[0].text for answer in found] == expected and len(set(expected)) > 3
+    assert [answer.choices[0].text for answer in found] == expected and len(set(expected)) > 2
     for prompt, answer in zip(prompts, found, strict=True):
-        assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == 12
+        assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == 8
         assert answer.choices[0].finish_reason == "length" and answer.object == "text_completion"
     # Several prompts at once, and streamed.
-    both = client.completions.create(model="bytes", prompt=prompts[:3], max_tokens=12, temperature=0)
-    assert [choice.text for choice in both.choices] == expected[:3]
+    both = client.completions.create(model="bytes", prompt=prompts[:2], max_tokens=8, temperature=0)
+    assert [choice.text for choice in both.choices] == expected[:2]
     parts = list(
         client.completions.create(
-            model="bytes", prompt=prompts[4], max_tokens=12, temperature=0, stream=True,
+            model="bytes", prompt=prompts[3], max_tokens=8, temperature=0, stream=True,
             stream_options={"include_usage": True},
         )
     )  # fmt: skip
-    assert "".join(part.choices[0].text for part in parts if part.choices) == expected[4]
-    assert parts[-1].usage.total_tokens == len(prompts[4]) + 12
+    assert "".join(part.choices[0].text for part in parts if part.choices) == expected[3]
+    assert parts[-1].usage.total_tokens == len(prompts[3]) + 8
 
 
 def test_a_seed_gives_what_transformers_choose_with_it(server: Server, client: openai.OpenAI) -> None:
@@ -123,10 +123,10 @@ def test_a_seed_gives_what_transformers_choose_with_it(server: Server, client: o
     session.feed("Hello")
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        expected = session.generate(max_new_tokens=20, do_sample=True, top_k=0, **options)
+        expected = session.generate(max_new_tokens=9, do_sample=True, top_k=0, **options)
     ask = client.completions.create
     found = [
-        ask(model="bytes", prompt="Hello", max_tokens=20, seed=seed, n=n, **options)
+        ask(model="bytes", prompt="Hello", max_tokens=9, seed=seed, n=n, **options)
         for seed, n in ((7, 1), (6, 2), (8, 1))
     ]
     texts = [[choice.text for choice in answer.choices] for answer in found]
@@ -154,9 +154,8 @@ def test_probabilities_are_the_models(server: Server, client: openai.OpenAI) -> 
     assert entries[0].logprob == pytest.approx(entries[0].top_logprobs[0].logprob)
 
 
-@pytest.mark.parametrize("stream", [False, True])
 def test_a_conversation_remembers_what_was_read_many_turns_ago(
-    stream: bool, server: Server, client: openai.OpenAI, tmp_path: Path
+    server: Server, client: openai.OpenAI, tmp_path: Path
 ) -> None:
     memory, conversation = new_memory(server, "chat"), conversation_of(server, "chat")
     status, found = server.call("POST", f"/v1/memories/{memory}/read", {"text": BOOK}, KEY)
@@ -164,7 +163,7 @@ def test_a_conversation_remembers_what_was_read_many_turns_ago(
     conversation.session.feed(BOOK)
     assert found["surprise"] == pytest.approx(conversation.session.mean_surprise)
 
-    def ask(message: str, **more: Any) -> str:
+    def ask(message: str, stream: bool = False, **more: Any) -> str:
         messages: Any = [{"role": "user", "content": message}]
         answer: Any = client.chat.completions.create(
             model="chat", messages=messages, temperature=0, max_tokens=8, stream=stream,
@@ -175,19 +174,20 @@ def test_a_conversation_remembers_what_was_read_many_turns_ago(
             return answer.choices[0].message.content
         return "".join(part.choices[0].delta.content or "" for part in answer)
 
-    for turn in range(3):
-        assert ask(f"Line {turn}?") == said(conversation, f"Line {turn}?")
+    for turn in range(4):
+        assert ask(f"Line {turn}?", stream=turn % 2 == 0) == said(conversation, f"Line {turn}?")
     # This one leaves no trace.
     before = server.call("GET", f"/v1/memories/{memory}", key=KEY)[1]
     assert ask("Secret?", remember=False) == said(conversation.fork(), "Secret?")
     assert server.call("GET", f"/v1/memories/{memory}", key=KEY)[1] == before
-    assert ask("And now?") == said(conversation, "And now?")
+    expected = said(conversation, "And now?")
+    assert ask("And now?") == expected
     assert_same(saved_session(server, "chat", memory, tmp_path / "memory"), conversation.session)
     # Without what was read the answers are others.
     forgetful = conversation_of(server, "chat")
-    for turn in range(3):
+    for turn in range(4):
         said(forgetful, f"Line {turn}?")
-    assert said(forgetful, "And now?") != said(conversation.fork(), "And now?")
+    assert said(forgetful, "And now?") != expected
 
 
 def test_without_a_memory_the_whole_conversation_is_sent_and_gives_the_same(
@@ -195,9 +195,9 @@ def test_without_a_memory_the_whole_conversation_is_sent_and_gives_the_same(
 ) -> None:
     for model in ("chat", "bytes"):
         memory, messages = new_memory(server, model), []
-        for turn in range(3):
+        for turn in range(2):
             messages.append({"role": "user", "content": f"Line {turn}?"})
-            options: Any = dict(model=model, temperature=0, max_tokens=9)
+            options: Any = dict(model=model, temperature=0, max_tokens=6)
             whole = client.chat.completions.create(messages=messages, **options)
             alone = client.chat.completions.create(
                 messages=messages[-1:], **options, extra_body={"memory": memory}
@@ -244,11 +244,11 @@ def test_curl_has_a_memory_read_files_and_forks_it(server: Server, tmp_path: Pat
     read = json.loads(curl(f"/v1/memories/{memory}/read", "-F", f"file=@{page}"))
     assert read["tokens"] == len("One & two\na b c\n") and read["read"]["bytes"] == read["tokens"]
     text = tmp_path / "notes.md"
-    text.write_text("Naïve 😀 " * 100)
+    text.write_text("Naïve 😀 " * 60)
     shown = curl(f"/v1/memories/{memory}/read?stream=true&detail=true", "-N", "-F", f"file=@{text}")
     events = [json.loads(line[6:]) for line in shown.splitlines() if line.startswith("data: {")]
     assert shown.rstrip().endswith("data: [DONE]") and events[-1]["read"]["tokens"] == len(text.read_bytes())
-    assert len(events) > 4 and [e["bytes"] for e in events[:-1]] == sorted(e["bytes"] for e in events[:-1])
+    assert len(events) > 3 and [e["bytes"] for e in events[:-1]] == sorted(e["bytes"] for e in events[:-1])
     session = session_of(server, "bytes")
     session.feed("One & two\na b c\n")
     expected = session.feed(text.read_bytes(), collect_surprise=True)
@@ -346,12 +346,12 @@ def test_a_token_waits_for_one_piece_of_a_text_and_no_more(server: Server) -> No
 
     async def both() -> None:
         await asyncio.gather(
-            engine.read(reading, torch.zeros(15 * PIECE, dtype=torch.int64), lambda _: order.append("piece")),
+            engine.read(reading, torch.zeros(8 * PIECE, dtype=torch.int64), lambda _: order.append("piece")),
             engine.generate(generating, Chooser(0), answer, lambda *_: order.append("token")),
         )
 
     asyncio.run(both())
-    assert order.count("piece") == 15 and order.count("token") == 6 and reading.num_tokens == 15 * PIECE
+    assert order.count("piece") == 8 and order.count("token") == 6 and reading.num_tokens == 8 * PIECE
     begin = order.index("token")
     assert order[begin:][:11] == ["token", "piece"] * 5 + ["token"], order
 

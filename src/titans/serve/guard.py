@@ -45,6 +45,10 @@ async def json_body(request: Request) -> bytes:
     return await request.body()
 
 
+class _NobodyListens(Exception):
+    """An answer could not be sent."""
+
+
 class Guard:
     """Checks a request before the application sees it, and notes how it ended.
 
@@ -74,7 +78,7 @@ class Guard:
             try:
                 await send(message)
             except Exception as error:  # what a broken connection raises is the server's own affair
-                raise ClientDisconnect from error
+                raise _NobodyListens from error
 
         try:
             self._check_origin(scope)
@@ -84,7 +88,7 @@ class Guard:
         except ApiError as error:
             if not status:
                 await _answer(error)(scope, receive, noting)
-        except ClientDisconnect:
+        except (ClientDisconnect, _NobodyListens):
             known["gone"] = True
         except Exception as error:
             # A message may quote a text: the log has the place alone.
