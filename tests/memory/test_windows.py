@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from titans.evaluate.hostile import hostile_cases, stressed_memory
+from titans.evaluate.stress import perturbation_growth, state_bound
 from titans.hf import TitansCache
-from titans.memory import BACKENDS, DotProduct, InnerProblem, LaCT, MemoryNetwork, MomentumRule, Omega, Yaad
+from titans.memory import (
+    BACKENDS,
+    Atlas,
+    DotProduct,
+    InnerProblem,
+    LaCT,
+    MemoryNetwork,
+    MomentumRule,
+    Omega,
+    Yaad,
+)
 from titans.memory.rules.orthogonal import orthogonalized
 from titans.nn import NeuralMemory
 
@@ -127,6 +139,34 @@ def test_orthogonalised_steps_keep_directions_and_never_exceed_one():
     singular = torch.linalg.svdvals(orthogonalized(step, 1.0, 8))
     assert (singular < 1 + 1e-12).all() and (singular > 0.5).all()
     assert (orthogonalized(0 * step, 1.0, 8) == 0).all()
+
+
+class Quintic(Atlas):
+    """With the iteration of Muon, which is not monotone."""
+
+    def orthogonalized(self, step: torch.Tensor) -> torch.Tensor:
+        x = step / (step.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+        for _ in range(5):
+            square = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        return x
+
+
+STABLE = dict(normalize_step=True, length_floor=1.0, row_limit=8.0)
+
+
+@pytest.mark.parametrize("rule", [Omega(**STABLE), Atlas(**STABLE), Quintic(**STABLE)])
+def test_a_small_change_grows_with_no_rule_but_the_quintic(rule):
+    memory = stressed_memory(8, 1, 16, rule=rule)
+    found = perturbation_growth(memory, hostile_cases(memory, 512, gates=[("all at max", "0")]))
+    if isinstance(rule, Quintic):
+        assert found.weights.max() > 1e6
+        return
+    assert found.weights.max() <= 1
+    bound = state_bound(memory)
+    assert (found.longest_weights.amax(0) <= torch.tensor(bound.weights)).all()
+    assert (found.longest_momentum.amax(0) <= torch.tensor(bound.momentum)).all()
+    assert found.longest_weights.max() > 1
 
 
 @pytest.mark.parametrize("rule", [{"name": "omega", "window": 5}, {"name": "atlas", "window": 5}, "lact"])
