@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,6 +21,7 @@ from titans.hf import GraftedForCausalLM
 from titans.hf.graft.feature_cache import FeatureCache, Unit, write_features
 from titans.train.graft.loop import HeldOutText
 from titans.train.graft.meta import MetaTraining, fit_adaptation
+from titans.train.graft.run import fit_graft
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import AdaptationTraining, ThroughTraining
 from titans.train.graft.through import ThroughModel, fit_through
@@ -157,6 +159,24 @@ def test_a_branch_learns_to_recall_beyond_the_window(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
 
 
+@torch.no_grad()
+def test_segments_are_read_as_parts_of_their_texts(tmp_path: Path) -> None:
+    grafted = branched(small_base(), adaptation=True)
+    grafted.residual["0"].memory.output.weight.normal_(std=0.3)
+    texts = [torch.tensor([*text_of(seed)[:length]]) for seed, length in enumerate((61, 30, 90))]
+    settings = ThroughTraining(rows=2, tokens=20, held_out_tokens=20)
+    training = ThroughModel(grafted, texts, {"a": texts[0]}, tmp_path, settings)
+    whole = [grafted(ids[None]).logits[0] for ids in texts]
+    for step in range(6):
+        expected = []
+        for one in training.segments.at(step):
+            part = slice(one.begin, one.begin + 20)
+            labels = texts[one.text][one.begin + 1 : one.begin + 21]
+            expected.append(F.cross_entropy(whole[one.text][part], labels))
+        loss, _ = training.loss(step)
+        torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-4)
+
+
 def test_training_through_the_base_resumes_to_the_bit(tmp_path: Path) -> None:
     settings = ThroughTraining(
         steps=6, rows=2, tokens=24, held_out_tokens=60, evaluate_every=3, save_every=2, branch_rate=0.03,
@@ -206,5 +226,9 @@ def test_training_through_the_base_resumes_to_the_bit(tmp_path: Path) -> None:
         fit_through(
             branched(small_base(), residual=None), texts, held_out, tmp_path / "no", training=settings
         )
+    both = branched(small_base(), adaptation=True, association=True)
+    for fit, given in ((fit_graft, (None, None)), (fit_adaptation, (None,))):
+        with pytest.raises(ValueError, match="residual branches change what is cached"):
+            fit(both, *given, tmp_path / "no")
     with pytest.raises(ValueError, match="rows=0: give a whole number of at least 1"):
         fit_through(made(), texts, held_out, tmp_path / "no", training=ThroughTraining(rows=0))

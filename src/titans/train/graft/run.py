@@ -53,6 +53,8 @@ def fit_graft(
     tokenizer = grafted.tokenizer if tokenizer is None else tokenizer
     if (association := grafted.association) is None:
         raise ValueError("this graft has no association: make it with titans.graft(…, association=True)")
+    if grafted.residual is not None:
+        raise ValueError("residual branches change what is cached: train the association without them")
     if tokenizer is None:
         raise ValueError("tokenizer: the graft has none; give the base's own")
     training = training or GraftTraining()
