@@ -69,7 +69,8 @@ def send(port: int, content: bytes) -> int:
                 answer += part
             head, _, body = answer.partition(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head.lower())
-            while length is None or len(body) < int(length[1]):
+            # A stream ends with an empty chunk.
+            while len(body) < int(length[1]) if length else not body.endswith(b"\r\n0\r\n\r\n"):
                 if not (part := connection.recv(65536)):
                     break
                 body += part

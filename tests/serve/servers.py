@@ -113,4 +113,5 @@ def running(folder: Path, models: dict[str, Engine], **settings: Any) -> Iterato
         server.should_exit = True
         thread.join()
         listening.close()
+        service.parsers.shutdown()
         service.memories.close()

@@ -28,7 +28,7 @@ from titans.stream.text import token_ids
 from titans.stream.tokenizer import leading_tokens
 from titans.stream.turns import end_tokens
 
-_DEFAULT_COMPLETION = 16
+_DEFAULT_COMPLETION, _MOST_ANSWERS = 16, 64
 # A text of so many characters is cut into tokens by another thread.
 _LONG = 10_000
 
@@ -256,10 +256,14 @@ class _Completions(_Task):
             service, request, body, CompletionShape(service_id("cmpl"), body.logprobs is not None)
         )
         self.shape.tokenizer = self.engine.tokenizer
-        if not 0 < len(body.prompts) <= 64 or (
-            len(body.prompts) > 1 and self.memory is not None and body.remember is not False
-        ):
-            raise ApiError(400, "prompt: give 1 to 64, and one with a memory that remembers", param="prompt")
+        prompts, remembers = len(body.prompts), self.memory is not None and body.remember is not False
+        if not 0 < prompts * (body.n or 1) <= _MOST_ANSWERS or (prompts > 1 and remembers):
+            raise ApiError(
+                400,
+                f"prompt: give at least one, for up to {_MOST_ANSWERS} answers, and one alone with a memory "
+                "that remembers",
+                param="prompt",
+            )
 
     async def prompts(self, state: State) -> list[Tensor]:
         found = [await self._ids(prompt) for prompt in self.body.prompts]

@@ -159,7 +159,10 @@ class _Reading:
         async with AsyncExitStack() as stack:
             stack.callback(self.discard)
             stack.enter_context(self.service.admitted())
-            text = await asyncio.to_thread(text_of, self._source, about["name"], about["type"])
+            parsed = asyncio.get_running_loop().run_in_executor(
+                self.service.parsers, text_of, self._source, about["name"], about["type"]
+            )
+            text = await self.deadline.wait(parsed)
             await self.deadline.wait(memory.turn.acquire())
             stack.callback(memory.turn.release)
             state = await self.service.state(memory, engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -48,12 +49,15 @@ class Service:
         self.settings, self.engines = settings, dict(engines)
         self.turns = {name: Turns(engine.tokenizer) for name, engine in engines.items()}
         self.memories, self.metrics = Memories(settings, self.engines), Metrics()
+        # Uploads are parsed by two at a time: slow ones must not take the threads that all others need.
+        self.parsers = ThreadPoolExecutor(2, "parser")
         self.started, self._active = int(time.time()), 0
 
     def close(self) -> None:
         """End all engines and let go of the folder."""
         for engine in self.engines.values():
             engine.close()
+        self.parsers.shutdown(wait=False, cancel_futures=True)
         self.memories.close()
 
     def engine(self, model: str | None, memory: Memory | None = None) -> Engine:
