@@ -107,9 +107,9 @@ def test_autocast_changes_no_bit(backend, options):
 @pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_long_constant_stream_in_float32(backend, depth):
-    """One token repeated 600 times at slow gates: finite, and near the float64 run."""
+    """One token repeated 300 times at slow gates: finite, and near the float64 run."""
     problem = make_problem(batch=1, heads=1, time=1, depth=depth, head_dim=4, chunk_size=16, norm=False)
-    problem = problem.change(**{name: problem.leaves[name].expand(-1, 600, -1, -1) for name in TOKENS})
+    problem = problem.change(**{name: problem.leaves[name].expand(-1, 300, -1, -1) for name in TOKENS})
     slow = zip(GATES, (7e-7, 0.9, 1e-3), strict=True)
     problem = problem.change(**{name: torch.full_like(problem.leaves[name], x) for name, x in slow})
     with torch.no_grad():
