@@ -64,7 +64,7 @@ ORDER = {
         """,
     "titans.nn.blocks": """
         settings protocol
-        attention lmm mac mag mal window
+        attention hope lmm mac mag mal window
         __init__
         """,
     "titans.nn.memory": """
@@ -72,7 +72,7 @@ ORDER = {
         learner
         layer
         __init__
-        caching tnt
+        caching continuum self_modifying tnt
         """,
     "titans.nn.memory.caching": """
         checkpoints

@@ -24,12 +24,14 @@ from transformers import PreTrainedTokenizerBase
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.state_file import StateFile, open_state_file, write_state_file
-from titans.nn.blocks import BLOCKS, has_memory
+from titans.nn.blocks import has_memory
 from titans.stream import Session, describe_memory, feed_together, fingerprint
 from titans.stream import session as session_module
 from titans.stream import together as together_module
 
-MEMORIES = sorted(filter(has_memory, BLOCKS))
+from .variants import VARIANTS
+
+MEMORIES = sorted(filter(has_memory, VARIANTS))
 
 
 def small_model(variant: str = "mac", seed: int = 0, **overrides: object) -> TitansForCausalLM:
@@ -69,7 +71,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "PIECE_LENGTH", 16)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -> None:
     model, ids = small_model(variant), some_ids(60)
     with torch.no_grad():
@@ -87,7 +89,7 @@ def test_how_the_text_is_cut_does_not_matter(variant: str, short_pieces: None) -
             torch.testing.assert_close(torch.cat(surprises), each)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=12)
 @given(
     parts=st.lists(st.tuples(st.integers(0, 19), st.sampled_from(["on", "saved", "forked"])), max_size=6),
@@ -119,7 +121,7 @@ def test_any_splits_saves_and_forks_give_what_one_call_gives(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_forked_and_untouched_sessions_go_on_alike(variant: str, tmp_path: Path) -> None:
     model = small_model(variant).train()
     session = Session(model)
@@ -372,7 +374,7 @@ def test_the_mean_surprise_is_that_of_all_that_was_fed_also_from_a_file(tmp_path
         Session.load(tmp_path / "memory", session.model)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_sessions_fed_together_equal_each_alone(variant: str, short_pieces: None, monkeypatch) -> None:
     """Whatever they have read before, and of whatever lengths their texts are."""
     monkeypatch.setattr(together_module, "PIECE_LENGTH", 16)

@@ -10,11 +10,12 @@ from titans.evaluate import bits_per_byte, keep_memory_only, score
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.memory import MemoryState
 from titans.nn import NeuralMemory
-from titans.nn.blocks import BLOCKS, has_memory
+from titans.nn.blocks import has_memory
 
+from ..variants import VARIANTS
 from .models import small_model, some_ids
 
-MEMORIES = sorted(filter(has_memory, BLOCKS))
+MEMORIES = sorted(filter(has_memory, VARIANTS))
 
 
 def memories(cache: TitansCache) -> list[MemoryState]:
@@ -58,7 +59,7 @@ def test_a_frozen_evaluation_keeps_what_persistent_tokens_wrote() -> None:
         bits_per_byte(small_model("transformer"), documents, freeze_memory=True)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("count", [32, 30])
 def test_only_the_memory_is_kept(variant: str, count: int) -> None:
     model = small_model(variant, memory={"form": {"row_limit": 0.5}})

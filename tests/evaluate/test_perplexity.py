@@ -12,8 +12,8 @@ from torch import Tensor
 
 from titans.evaluate import bits_per_byte, perplexity, score
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.nn.blocks import BLOCKS
 
+from ..variants import VARIANTS
 from .models import small_model, some_ids
 
 LENGTHS = [33, 1, 50, 2, 17]
@@ -26,7 +26,7 @@ def losses_in_one_call(model: TitansForCausalLM, ids: np.ndarray) -> Tensor:
     return F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("batch_size", "piece_length"), [(1, 2048), (3, 7), (8, 16)])
 def test_total_and_ranges(
     variant: str, batch_size: int, piece_length: int, monkeypatch: pytest.MonkeyPatch
@@ -65,7 +65,7 @@ def test_a_context_length_starts_afresh() -> None:
     assert result.nats_per_token == pytest.approx(torch.cat(parts).mean().item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_score_goes_on_where_the_cache_stands(variant: str) -> None:
     model, ids = small_model(variant).train(), some_ids(60)
     cache = TitansCache(model.config)

@@ -9,12 +9,13 @@ import pytest
 from safetensors.torch import load_file
 
 from titans.experiments import recipe
-from titans.nn.blocks import BLOCKS
 from titans.train import FactSettings
 from titans.train.recipe import check
 
+from ..variants import VARIANTS
 
-@pytest.mark.parametrize("variant", BLOCKS)
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("plain", [False, True])
 def test_stages_are_settings_that_train(variant, plain, tmp_path):
     planned = recipe.stages(variant, tmp_path, plain)
@@ -27,7 +28,7 @@ def test_stages_are_settings_that_train(variant, plain, tmp_path):
         assert after.config == before.config
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_stages_on_a_gpu_go_on_from_each_other_and_end_as_without_one(variant, tmp_path):
     planned, plain = (recipe.stages(variant, tmp_path, plain, gpu=True) for plain in (False, True))
     for stage in (*planned, *plain):

@@ -17,12 +17,12 @@ from titans.hf import TitansCache, TitansConfig, state_file
 from titans.hf.configuration import TitansMemoryConfig
 from titans.hf.state_file import open_state_file
 from titans.nn import FORMS
-from titans.nn.blocks import BLOCKS
 
+from ..variants import VARIANTS
 from .models import assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
-MODELS = {variant: small_model(variant) for variant in BLOCKS}
-every_variant = pytest.mark.parametrize("variant", BLOCKS)
+MODELS = {variant: small_model(variant) for variant in VARIANTS}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 TEXT, MORE = random_ids(3, 17), random_ids(3, 9, seed=1)
 
 

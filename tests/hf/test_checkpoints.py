@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from titans.hf import PRESETS, TitansConfig, TitansForCausalLM, TitansModel
-from titans.nn.blocks import BLOCKS
 
+from ..variants import VARIANTS
 from .models import logits_of, random_ids, small_config, small_model
 
 IDS = random_ids(2, 20)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("dtype", "tied"), [(torch.float32, True), (torch.bfloat16, False), (torch.float64, True)]
 )
@@ -41,7 +41,7 @@ def test_a_checkpoint_gives_the_same_weights_to_the_bit(variant, dtype, tied, tm
     torch.testing.assert_close(logits, logits_of(model, IDS))
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_missing_tensor_is_initialised_and_no_other_is_touched(variant, tmp_path):
     model = small_model(variant).float()
     model.save_pretrained(tmp_path)

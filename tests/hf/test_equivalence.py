@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
-from titans.nn.blocks import BLOCKS
 from titans.state import map_state
 
+from ..variants import VARIANTS
 from .models import (
     CHUNK,
     LAYERS,
@@ -30,8 +30,8 @@ from .models import (
     small_model,
 )
 
-pytestmark = pytest.mark.parametrize("variant", BLOCKS)
-MODELS = {variant: small_model(variant) for variant in BLOCKS}
+pytestmark = pytest.mark.parametrize("variant", VARIANTS)
+MODELS = {variant: small_model(variant) for variant in VARIANTS}
 
 
 def bounded(variant):

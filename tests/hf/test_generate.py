@@ -7,12 +7,12 @@ import torch
 
 from titans import Session
 from titans.hf import TitansCache, generation
-from titans.nn.blocks import BLOCKS
 
+from ..variants import VARIANTS
 from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
 
-pytestmark = pytest.mark.parametrize("variant", BLOCKS)
-MODELS = {variant: small_model(variant) for variant in BLOCKS}
+pytestmark = pytest.mark.parametrize("variant", VARIANTS)
+MODELS = {variant: small_model(variant) for variant in VARIANTS}
 
 
 def greedy(model, ids, count, **kwargs):

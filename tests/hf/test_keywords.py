@@ -9,13 +9,13 @@ from transformers import DataCollatorWithFlattening
 
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache
-from titans.nn.blocks import BLOCKS
 
+from ..variants import VARIANTS
 from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
 
-MODELS = {variant: small_model(variant) for variant in BLOCKS}
+MODELS = {variant: small_model(variant) for variant in VARIANTS}
 adapters = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-every_variant = pytest.mark.parametrize("variant", BLOCKS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @every_variant

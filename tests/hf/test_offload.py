@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from titans.evaluate import keep_memory_only
-from titans.nn.blocks import BLOCKS
 from titans.stream import Session
 
+from ..variants import VARIANTS
 from .models import random_ids, small_model
 
-CASES = [(variant, "cpu", {}) for variant in sorted(BLOCKS)]
+CASES = [(variant, "cpu", {}) for variant in sorted(VARIANTS)]
 CASES += [("mac", "disk", {}), ("lmm", "cpu", dict(memory=dict(local_chunk_sizes=[2], shard_length=8)))]
 
 

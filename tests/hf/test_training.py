@@ -7,12 +7,12 @@ import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.nn.blocks import BLOCKS
 from titans.state import map_state
 
+from ..variants import VARIANTS
 from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
-pytestmark = pytest.mark.parametrize("variant", BLOCKS)
+pytestmark = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def cross_entropy(logits, labels):

@@ -13,10 +13,12 @@ from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
 from titans.memory import MemoryState
 from titans.nn import BlockContext, NeuralMemory
-from titans.nn.blocks import BLOCKS, has_memory
+from titans.nn.blocks import has_memory
 from titans.stream.saved import find_states
 
-MEMORIES = sorted(filter(has_memory, BLOCKS))
+from ..variants import VARIANTS
+
+MEMORIES = sorted(filter(has_memory, VARIANTS))
 
 
 def small_model(variant: str) -> TitansForCausalLM:

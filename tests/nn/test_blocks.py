@@ -13,6 +13,7 @@ from titans.memory import MemoryState, memory_read
 from titans.nn import BlockContext, MemoryTrace, NeuralMemory
 from titans.nn.blocks import BLOCKS, BlockSettings, has_memory
 from titans.nn.combine import MemoryGate, MemorySum
+from titans.nn.memory.self_modifying import SelfModifyingState
 from titans.nn.packing import Packed
 
 from ..tolerances import FLOAT64, assert_close
@@ -31,9 +32,11 @@ SETTINGS = BlockSettings(
     memory_expansion=2,
     rope_theta=100.0,
     norm_eps=1e-6,
+    periods=(CHUNK, 6),
 )
 every_block = pytest.mark.parametrize("variant", BLOCKS)
-with_memory = pytest.mark.parametrize("variant", [*filter(has_memory, BLOCKS)])
+# Those in which the memory is one `NeuralMemory`.
+with_one_memory = pytest.mark.parametrize("variant", [v for v in BLOCKS if has_memory(v) and v != "hope"])
 FEATURES = dict(memory_depth=1, memory_options=dict(features="sin", feature_size=7, start="sharp"))
 # Every block, and those with a memory also on features of their keys.
 BLOCKS_AND_FEATURES = [(v, {}) for v in BLOCKS] + [(v, FEATURES) for v in filter(has_memory, BLOCKS)]
@@ -125,7 +128,7 @@ def test_a_state_is_a_value(variant):
     assert_same_states(same, state)
 
 
-@with_memory
+@with_one_memory
 def test_a_trace_has_every_token_once_however_the_text_is_cut(variant):
     block, x = block_of(variant), tokens(2, 13, HIDDEN)
     _, last, whole = traced(block, x)
@@ -146,7 +149,7 @@ def test_a_trace_has_every_token_once_however_the_text_is_cut(variant):
     assert_close(whole.weight_norm.square(), squared, FLOAT64, "norm of the fast weights")
 
 
-@with_memory
+@with_one_memory
 def test_a_memory_that_reads_the_same_again_is_less_surprised(variant):
     """With gates wide open: the second of two equal stretches is the smaller surprise."""
     block = block_of(variant, memory_options=dict(form=dict(max_step_size=1.0)))
@@ -189,6 +192,8 @@ def learned(state) -> list[Tensor]:
     found = list(getattr(state, "snapshot", ()))
     for memory in memories(state):
         found += [*memory.weights, *memory.momentum, *memory.anchor]
+    for part in pytree.tree_leaves(state, is_leaf=lambda part: isinstance(part, SelfModifyingState)):
+        found += [part.weights, part.anchor] if isinstance(part, SelfModifyingState) else []
     return found
 
 

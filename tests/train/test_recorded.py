@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from titans.hf import TitansConfig, TitansForCausalLM
 from titans.memory import assume_aligned, checks
 from titans.nn import NeuralMemory
-from titans.nn.blocks import BLOCKS, has_memory
+from titans.nn.blocks import has_memory
 from titans.state import map_state
 from titans.train import FactSettings, TitansTrainer, TrainingRun, TrainSettings
 from titans.train.recorded import RecordedStep
+
+from ..variants import VARIANTS
 
 Make = Callable[..., TrainSettings]
 
@@ -87,7 +89,7 @@ def test_replayed_steps_are_the_steps(
         torch.testing.assert_close(replayed, eager, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", sorted(BLOCKS))
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_a_step_can_be_recorded_because_it_looks_at_no_value(
     monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:

@@ -42,6 +42,8 @@ def memory_sentence(config: dict[str, Any]) -> str:
     parts.append(f"{config['num_attention_heads']} heads of {shape}")
     if sizes := memory["local_chunk_sizes"]:
         parts.append(f"each with {len(sizes)} local memor{'ies' if len(sizes) > 1 else 'y'}")
+    if config["variant"] == "hope":
+        parts.append("a chain of them after memories that modify themselves")
     if caching := memory.get("caching"):
         parts.append(f"a checkpoint every {caching['every']} tokens, kept {_KEPT[caching['keep']]}")
     return ", ".join(parts)

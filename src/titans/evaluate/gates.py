@@ -58,7 +58,8 @@ def gate_statistics(
         One entry per memory layer, in order; none for a model without a memory.
 
     Raises:
-        ValueError: for documents without a token, or foreign token ids.
+        ValueError: for documents without a token, foreign token ids, or a variant with several memories in a
+            layer.
     """
     texts = [token_ids(ids, None, model.config.vocab_size) for ids in documents]
     total = sum(map(len, texts))
@@ -67,6 +68,11 @@ def gate_statistics(
     memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
     if not memories:
         return []
+    if len(memories) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"a layer of variant {model.config.variant!r} has several memories, and a trace of one: measure the "
+            "gates of a model of another variant"
+        )
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in memories]
     done, length = 0, model.config.chunk_size
     with reading(model):

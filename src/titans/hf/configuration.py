@@ -27,9 +27,12 @@ _LIBRARY_KEYS = {
     "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
     "output_attentions", "per_layer_config", "tokenizer_class", "torch_dtype", "use_cache",
 }  # fmt: skip
+# Fields of a memory that say when its parts are updated, and what is kept.
+_SCHEDULES = ("local_chunk_sizes", "shard_length", "caching", "periods")
 # How the library names the kind of a layer, for the parts of it that want to know.
 _LAYER_TYPES = {
     "lmm": "linear_attention",
+    "hope": "linear_attention",
     "transformer": "full_attention",
     "window": "sliding_attention",
 }
@@ -62,6 +65,8 @@ class TitansMemoryConfig(PreTrainedConfig):
         shard_length: tokens of a shard; needed with local memories, a multiple of their chunks.
         caching: {"every": 512, "keep": "log"} to keep checkpoints of the memory along the text and read them,
             too, see `CachedMemory`; `keep` may be "linear". None for none.
+        periods: of "hope", in tokens: after how many each memory of its continuum is updated, one for each;
+            None for 4, 16 and 64 chunks.
 
     Raises:
         ValueError: for an unknown field or a value outside its domain, named `memory.FIELD`.
@@ -82,6 +87,7 @@ class TitansMemoryConfig(PreTrainedConfig):
     local_chunk_sizes: list[int] | None = None
     shard_length: int | None = None
     caching: Any = None
+    periods: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown(kwargs, TitansMemoryConfig)
@@ -128,6 +134,10 @@ class TitansMemoryConfig(PreTrainedConfig):
             raise ValueError(
                 f"memory.half_lives={self.half_lives!r}: give two numbers above 0, the shorter one first"
             )
+        if self.periods is not None and not (
+            self.periods and all(type(n) is int and n > 0 for n in self.periods)
+        ):
+            raise ValueError(f"memory.periods={self.periods!r}: give whole numbers of at least 1, or None")
         sizes, shard = self.local_chunk_sizes, self.shard_length
         if (sizes is None) is not (shard is None):
             raise ValueError(
@@ -165,7 +175,7 @@ class TitansMemoryConfig(PreTrainedConfig):
                 name: getattr(self, name)
                 for name in ("features", "feature_size", "conv_kernel", "combination")
             },
-            **{name: getattr(self, name) for name in ("local_chunk_sizes", "shard_length", "caching")},
+            **{name: getattr(self, name) for name in _SCHEDULES},
         }
 
 
@@ -174,8 +184,8 @@ class TitansConfig(PreTrainedConfig):
     """Sizes and choices of a Titans model; unknown fields are an error.
 
     Args:
-        variant: "mac", "mag", "mal", "lmm", or a baseline without a memory: "transformer", or "window", whose
-            attention sees a window.
+        variant: "mac", "mag", "mal", "lmm", "hope", or a baseline without a memory: "transformer", or
+            "window", whose attention sees a window.
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in any language model.
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: fast matrices of a head's memory, 1 for a linear one, and the hidden
@@ -292,6 +302,12 @@ class TitansConfig(PreTrainedConfig):
                 "learns is one matrix on the features; give memory_depth=1, or memory.features='identity'"
             )
         caching, sizes = self.memory.caching, self.memory.local_chunk_sizes
+        if self.variant == "hope" and (caching is not None or sizes is not None):
+            name = "local_chunk_sizes" if caching is None else "caching"
+            raise ValueError(
+                f"memory.{name}={getattr(self.memory, name)!r} with variant='hope': its memories have no "
+                "such schedule; give None, or another variant"
+            )
         if caching is not None and (reason := Caching.of(caching).refuses(self.chunk_size, sizes)):
             raise ValueError(f"memory.{reason}")
         if self.variant == "mac" and sizes is not None:
@@ -327,6 +343,7 @@ class TitansConfig(PreTrainedConfig):
             local_chunk_sizes=None if local is None else tuple(local),
             shard_length=self.memory.shard_length,
             caching=None if self.memory.caching is None else Caching.of(self.memory.caching),
+            periods=None if self.memory.periods is None else tuple(self.memory.periods),
         )
 
     def state_fields(self) -> dict[str, Any]:

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
-from titans.state import flatten_alike
 from titans.stream.model import reading
 from titans.stream.reader import initial_states
+from titans.stream.rows import stacked
 from titans.stream.text import token_ids
 
 PASSAGE_LENGTH = 1024
@@ -144,9 +143,7 @@ def _stream(
 def _views(model: TitansForCausalLM, passage: Tensor, views: list[TitansCache]) -> Tensor:
     """The passage's losses (views, n) from several memories, NaN at its first token."""
     together = TitansCache(model.config)
-    leaves, structure = flatten_alike([view.states for view in views])
-    states = [torch.cat(each) for each in zip(*leaves, strict=True)]
-    together.store(pytree.tree_unflatten(states, structure), 0)
+    together.store(stacked([view.states for view in views]), 0)
     rows = passage.expand(len(views), -1)
     losses = torch.full(rows.shape, torch.nan)
     if len(passage) > 1:

@@ -46,10 +46,10 @@ def side_by_side(reader: StateReader, caches: Sequence[Any]) -> Any:
     if isinstance(reader, GraftReader):
         windows = windows_together([state.window for (state,) in states])
         # What else a graft holds has one size for all rows.
-        rest = _stacked([replace(state, window=None) for (state,) in states])
+        rest = stacked([replace(state, window=None) for (state,) in states])
         joined.store((replace(rest, window=windows),), 0)
     else:
-        joined.store(_stacked(states), 0)
+        joined.store(stacked(states), 0)
     return joined
 
 
@@ -72,7 +72,7 @@ def row_of(reader: StateReader, cache: Any, row: int) -> tuple[Any, ...]:
     return tuple(pytree.tree_map(alone, cache.states, is_leaf=has_own_size))
 
 
-def _stacked(states: Sequence[Any]) -> Any:
+def stacked(states: Sequence[Any]) -> Any:
     """Rows of several states; whoever holds fewer slots than another has empty ones after them."""
     leaves, structure = flatten_alike(states)
 

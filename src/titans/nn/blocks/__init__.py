@@ -6,6 +6,7 @@ memory alone. Norms and residuals are the block's own, the SwiGLU that follows i
 """
 
 from titans.nn.blocks.attention import AttentionBlock
+from titans.nn.blocks.hope import HopeBlock
 from titans.nn.blocks.lmm import LMMBlock
 from titans.nn.blocks.mac import MACBlock
 from titans.nn.blocks.mag import MAGBlock
@@ -19,6 +20,7 @@ BLOCKS = {
     "mag": MAGBlock,
     "mal": MALBlock,
     "lmm": LMMBlock,
+    "hope": HopeBlock,
     "transformer": AttentionBlock,
     "window": WindowBlock,
 }

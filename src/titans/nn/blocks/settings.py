@@ -22,6 +22,7 @@ class BlockSettings:
     local_chunk_sizes, shard_length: those of a `TNTMemory`, whose global memory's chunks chunk_size then are;
         None for a `NeuralMemory`.
     caching: that of a `CachedMemory`, None for none.
+    periods: of Hope's continuum of memories, in tokens; None for those of its block.
     """
 
     hidden_size: int
@@ -41,17 +42,16 @@ class BlockSettings:
     local_chunk_sizes: tuple[int, ...] | None = None
     shard_length: int | None = None
     caching: Caching | None = None
+    periods: tuple[int, ...] | None = None
+
+    def sizes(self, chunk_size: int) -> tuple[int, int, int, int, int, int]:
+        """The sizes of a `NeuralMemory`, in its order, with chunks of so many tokens."""
+        heads = self.num_heads, self.head_dim
+        return self.hidden_size, *heads, self.memory_depth, self.memory_expansion, chunk_size
 
     def memory(self) -> NeuralMemory:
         """A memory of these sizes."""
-        sizes = (
-            self.hidden_size,
-            self.num_heads,
-            self.head_dim,
-            self.memory_depth,
-            self.memory_expansion,
-            self.chunk_size,
-        )
+        sizes = self.sizes(self.chunk_size)
         options: dict[str, Any] = {"conv_kernel": self.conv_kernel, **self.memory_options}
         if self.caching is not None:
             if reason := self.caching.refuses(self.chunk_size, self.local_chunk_sizes):
