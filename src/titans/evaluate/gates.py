@@ -70,8 +70,8 @@ def gate_statistics(
         return []
     if len(memories) != model.config.num_hidden_layers:
         raise ValueError(
-            f"a layer of variant {model.config.variant!r} has several memories, and a trace of one: measure the "
-            "gates of a model of another variant"
+            f"a layer of variant {model.config.variant!r} has several memories, and a trace of one: measure "
+            "the gates of a model of another variant"
         )
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in memories]
     done, length = 0, model.config.chunk_size
