@@ -31,7 +31,7 @@ from . import naive_windows as naive
 from .problems import assert_same, everything, make_problem, parts
 from .test_family import NAIVE, page
 
-RAGGED = dict(mask="random", reset="last", position="apart", time=14, chunk_size=3, initial_momentum=True)
+RAGGED = dict(mask="random", reset="last", position="apart", time=11, chunk_size=3, initial_momentum=True)
 GATED = dict(gated=True, depth=3, activation="silu", expansion=2)
 CORNERS = {
     "omega": dict(rule="omega", window=4, normalize_step=True),
@@ -48,19 +48,20 @@ CORNERS = {
 
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner(corner):
-    """Also cut, and read one token at a time."""
+    """In calls of any length; where all tokens are real, also of one token each."""
     problem = make_problem(**RAGGED, **CORNERS[corner])
     expected = everything(problem, "reference")
     assert_same(everything(problem, "chunkwise", (2, 2, 7)), expected, FLOAT64)
-    plain = make_problem(time=9, chunk_size=4, position="same", seed=3, batch=1, **CORNERS[corner])
-    whole = everything(plain, "chunkwise")
-    assert_same(everything(plain, "chunkwise", range(1, 9)), whole, FLOAT64)
+    if corner in ("omega", "atlas", "lact, swiglu"):
+        plain = make_problem(time=7, chunk_size=3, position="same", seed=3, batch=1, **CORNERS[corner])
+        whole = everything(plain, "chunkwise")
+        assert_same(everything(plain, "chunkwise", range(1, 7)), whole, FLOAT64)
 
 
-@pytest.mark.parametrize("corner", ["omega", "atlas", "lact, swiglu"])
+@pytest.mark.parametrize("corner", ["omega, longer than chunks", "lact, swiglu"])
 def test_gradcheck(corner):
     problem = make_problem(
-        batch=1, heads=1, time=4, chunk_size=3, closed_gates=False, head_dim=2, **CORNERS[corner]
+        batch=1, heads=1, time=3, chunk_size=2, closed_gates=False, head_dim=2, **CORNERS[corner]
     ).require_grad()
 
     def function(*leaves):

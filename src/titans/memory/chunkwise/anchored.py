@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.chunkwise.chunk import key_pass
-from titans.memory.chunkwise.formed import layer_gates, rows_last
+from titans.memory.chunkwise.formed import in_groups, layer_gates, rows_last
 from titans.memory.chunkwise.groups import Marks, Slow, Tokens, begin_chunk, end_chunk
 from titans.memory.chunkwise.windows import multiplied, over_windows, seen_by_chunk, step_sizes
 from titans.memory.inner import InnerProblem
@@ -25,8 +25,17 @@ def scan_anchored_chunks(
 ) -> tuple[Tensor, Tensor, MemoryState]:
     """Reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the state after them.
 
-    Plain torch throughout: a scan of large chunks has few of them, so autograd may keep all it likes.
+    Plain torch throughout: a scan of large chunks has few of them, so autograd may keep all it likes. But a
+    rule that reads its anchor can have any chunks, and its steps at their ends take much to keep.
     """
+    if inner.rule.reads_anchor:
+        return in_groups(_scan, inner, tokens, marks, slow, state)
+    return _scan(inner, tokens, marks, slow, state)
+
+
+def _scan(
+    inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
     net = inner.network
     written = None if marks.filled is None else marks.filled.unsqueeze(1)
     if tokens.forget.shape[1] == net.depth:

@@ -13,7 +13,7 @@ does. Shapes: rows = batch · heads; tokens (rows, width, features); weights (ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from titans.memory.inner import InnerProblem
 from titans.memory.rules import ChunkCoefficients
 from titans.memory.rules.window import Window
 from titans.memory.state import MemoryState
+
+Run = Callable[[InnerProblem, Tokens, Marks, Slow, MemoryState], tuple[Tensor, Tensor, MemoryState]]
 
 
 def layer_gates(inner: InnerProblem, tokens: Tokens) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -48,6 +50,14 @@ def scan_formed_chunks(
     inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
 ) -> tuple[Tensor, Tensor, MemoryState]:
     """Reads (chunks, rows, width, head_dim), surprise (chunks, rows, width), and the state after them."""
+    return in_groups(_scan_group, inner, tokens, marks, slow, state)
+
+
+def in_groups(
+    run: Run, inner: InnerProblem, tokens: Tokens, marks: Marks, slow: Slow, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
+    """What `run` makes of all chunks. Where autograd follows, √chunks of them at a time: it keeps the states
+    between these groups, and the backward runs each again."""
     leaves = pytree.tree_leaves((tokens, slow, state))
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     num_chunks = tokens.keys.shape[0]
@@ -57,11 +67,9 @@ def scan_formed_chunks(
         group = slice(start, start + size)
         arguments = inner, Tokens(*(x[group] for x in tokens)), marks.at(group), slow, state
         if needs_grad:
-            read, surprise, state = checkpoint(
-                _scan_group, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
+            read, surprise, state = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            read, surprise, state = _scan_group(*arguments)
+            read, surprise, state = run(*arguments)
         reads.append(read)
         surprises.append(surprise)
     return torch.cat(reads), torch.cat(surprises).detach(), state
