@@ -44,5 +44,5 @@ def refuses_parts(problem: ScanProblem) -> str | None:
     if type(inner.rule) is not MomentumRule:
         return f"it knows the update rule MomentumRule, and not {type(inner.rule).__name__}; {_REMEDY}"
     if problem.forgets_by_row:
-        return f"it knows one forget gate for each layer, not one for each row of the weights; {_REMEDY}"
+        return f"it knows one forget gate for each layer, and not one for each row of weights; {_REMEDY}"
     return None
