@@ -45,7 +45,7 @@ def registries() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("page", "blocks"),
-    [("give-a-model-a-memory", 8), ("extend", 10), ("options", 2), ("graft", 1), ("family", 18)],
+    [("give-a-model-a-memory", 8), ("extend", 10), ("options", 2), ("graft", 1), ("family", 19)],
 )
 def test_a_page_prints_what_it_shows(
     page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -101,7 +101,7 @@ class Serve(ModelOptions):
             raise UsageError("models: none given; name at least one")
         names = [path.name for path in self.models]
         if double := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"models: two are called {double!r}: clients could not tell them apart")
+            raise UsageError(f"models: two are called {double!r}: rename one, because clients choose by name")
         if not 0 <= self.port < 65536:
             raise UsageError(f"port={self.port}: give a whole number from 0 to 65535")
         for name in (

@@ -1,4 +1,4 @@
-"""What a client is told when a request cannot be met, in the form of OpenAI's errors."""
+"""The answer to a request that cannot be met, in the form of OpenAI's errors."""
 
 from __future__ import annotations
 

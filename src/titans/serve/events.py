@@ -67,7 +67,7 @@ class EventStream(Response):
             await part(json.dumps(error.body()))
             return
         except Exception:
-            # Who listens is told; the guard notes what it was.
+            # The client gets an error event; the guard logs the exception.
             await part(json.dumps(ApiError(500, "the server failed; its log says where").body()))
             raise
         await part("[DONE]")

@@ -126,7 +126,7 @@ class Memories:
         return sorted(own, key=lambda memory: (-memory.created, memory.id))
 
     def get(self, owner: str, id: str) -> Memory:
-        """A key's memory; 404 for those of others, which it cannot tell from those there are not."""
+        """A key's memory; 404 for those of others and for those that do not exist, without a difference."""
         memory = self._known.get(id) if _ID.fullmatch(id) else None
         if memory is None or memory.owner != owner:
             raise _missing(id)

@@ -103,7 +103,7 @@ class Service:
         await _to_its_end(self.memories.commit, memory, state)
 
     def gauges(self) -> Iterator[tuple[str, str, str, Labels, float]]:
-        """What metrics tell of the moment."""
+        """The state of the server at this moment, for its metrics."""
         own: list[tuple[str, str, str, Callable[[Engine], float]]] = [
             ("titans_tokens_read_total", "counter", "Tokens read.", lambda e: e.tokens_read),
             ("titans_tokens_generated_total", "counter", "Tokens generated.", lambda e: e.tokens_generated),
