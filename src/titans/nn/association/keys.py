@@ -42,10 +42,10 @@ class KeyMap(nn.Module):
         x_t = [unit(Σ_j a_j T^j v_{t−j}) ; unit(Σ_j b_j e^{m_{t−j}} v_{t−j}) ; s_1 ; s_2 ; …].
 
     v_{t−j} are the codes of the last words, j from 0 on, T turns a vector cyclically by 61 places, m is the
-    log salience of each, and s_l are unit vectors of the model's states at token t. The first part distinguishes
-    the places inside a name or number, the second says what is spoken of, and the states are similar where
-    the same is said in other words. P, a and b are learned. ‖φ‖ < 1, which keeps the delta rule stable at any
-    step size up to 1.
+    log salience of each, and s_l are unit vectors of the model's states at token t. The first part
+    distinguishes the places inside a name or number, the second says what is spoken of, and the states are
+    similar where the same is said in other words. P, a and b are learned. ‖φ‖ < 1, which keeps the delta rule
+    stable at any step size up to 1.
 
     Args:
         num_ordered, num_topic: how many words the two sums have.
