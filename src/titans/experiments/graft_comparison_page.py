@@ -137,8 +137,8 @@ def _summary(cells: Cells) -> str:
         return ""
     parts = [
         "## What the graft loses and wins",
-        f"**{graft}** beside the best of the other systems, largest differences first. Prediction: change of "
-        "the loss against the window, which is 0.",
+        f"**{graft}** beside the best of the other systems that were measured on the same, which are not all "
+        "(see the tables); largest differences first. Prediction: change of the loss against the window.",
     ]
     for title, found in (("It loses, or does no better:", losses), ("It wins:", wins)):
         if found:
