@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree as pytree
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from titans.data import byte_tokenizer
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.state_file import StateFile, open_state_file, write_state_file
+from titans.nn import NeuralMemory
 from titans.nn.blocks import has_memory
 from titans.stream import Session, describe_memory, feed_together, fingerprint
 from titans.stream import session as session_module
@@ -182,6 +183,16 @@ def test_memory_stays_constant(variant: str) -> None:
     assert seen[0].tokens == 2000 and seen[1].tokens == 10064
     assert seen[0].state_bytes == seen[1].state_bytes
     assert all(0 < layer.change < 10 for layer in seen[1].layers)
+
+
+def test_a_memory_that_begins_at_zero_has_no_relative_change() -> None:
+    model = small_model("lmm", memory_depth=1)
+    for memory in model.modules():
+        if isinstance(memory, NeuralMemory):
+            nn.init.zeros_(memory.initial_weights[0])
+    session = Session(model)
+    session.feed(some_ids(20))
+    assert {layer.change for layer in session.stats().layers} == {None}
 
 
 def test_an_interrupted_feed_ends_after_a_whole_piece(short_pieces: None) -> None:

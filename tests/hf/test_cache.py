@@ -225,7 +225,10 @@ FREE = {
     "model_type", "base_config_key", "keys_to_ignore_at_inference", "sub_configs_defaults", "memory",
 }  # fmt: skip
 FREE_OF_MEMORY = {"start", "half_lives", "model_type", "base_config_key"}
-FREE_OF_FORM = {"max_momentum", "max_step_size", "bounded_half_lives", "gates_see_keys", "gate_hidden_size"}
+FREE_OF_FORM = {
+    "max_momentum", "max_step_size", "bounded_half_lives", "gates_see_keys", "gate_hidden_size",
+    "forget_by_row",
+}  # fmt: skip
 DECIDING = TitansConfig.__annotations__.keys() - FREE
 
 

@@ -166,7 +166,7 @@ class TitansMemoryConfig(PreTrainedConfig):
     def state_fields(self) -> dict[str, Any]:
         """What decides shape and meaning of a memory's state, see `TitansConfig.state_fields`."""
         form = self.memory_form
-        names = ("activation", "residual", "norm", "decay_to_initial")
+        names = ("activation", "residual", "norm", "gated", "decay_to_initial")
         return {
             "form": {name: getattr(form, name) for name in names},
             "objective": self.objective,

@@ -32,7 +32,8 @@ class LayerStats:
     """Frobenius norms over all heads and matrices of one layer's memory, or of one memory of a graft.
 
     weight_norm, momentum_norm: of the fast weights and of their momentum. change: how far the network has
-    moved from that of a fresh session, ‖W − W_0‖ / ‖W_0‖; None where the model is not at hand.
+    moved from that of a fresh session, ‖W − W_0‖ / ‖W_0‖; None where the model is not at hand or W_0
+    is 0.
     """
 
     weight_norm: float
@@ -159,7 +160,8 @@ def stats_of(cache: TitansCache, tokens: int, model: TitansForCausalLM | None) -
     for index, (learner, fresh) in enumerate(zip(learners, carried_memories(initial), strict=True)):
         difference = [w - w_0 for w, w_0 in zip(now[index].weights, fresh.weights, strict=True)]
         base = None if learner.base is None else [gathered(weight) for weight in learner.base]
-        changes[index] = _norm(difference) / _norm(learner.network.total(fresh.weights, base))
+        length = _norm(learner.network.total(fresh.weights, base))
+        changes[index] = _norm(difference) / length if length else None
     layers = (
         LayerStats(_norm(memory.weights), _norm(memory.momentum), change)
         for memory, change in zip(now, changes, strict=True)
