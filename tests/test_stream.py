@@ -186,7 +186,7 @@ def test_memory_stays_constant(variant: str) -> None:
 
 
 def test_a_memory_that_begins_at_zero_has_no_relative_change() -> None:
-    model = small_model("lmm", memory_depth=1)
+    model = small_model("lmm", memory_depth=1, num_persistent_tokens=0)
     for memory in model.modules():
         if isinstance(memory, NeuralMemory):
             nn.init.zeros_(memory.initial_weights[0])
