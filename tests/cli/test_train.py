@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.
         (
             ["--data", "exerpt"],
             2,
-            r"corpus='exerpt' is neither a file nor .* \(excerpt, shakespeare, bible\)",
+            r"corpus='exerpt' is neither a file nor .* \(excerpt, shakespeare, bible, .*python\)",
         ),
         (["--steps", "0"], 2, r"steps=0: give a whole number of at least 1"),
         (["--resume"], 2, r"resume: there is no checkpoint in output="),

@@ -81,7 +81,7 @@ def test_the_vocabulary_can_grow():
 
 WRONG = [
     (dict(sliding_windw=3), r"sliding_windw=3 is not a field.*sliding_window"),
-    (dict(variant="mad"), r"variant='mad': choose one of \['lmm', 'mac', .*'transformer', 'window'\]"),
+    (dict(variant="mad"), r"variant='mad': choose one of \['hope', 'lmm', 'mac', .*'window'\]"),
     (dict(hidden_size="12"), "hidden_size='12': give a whole number"),
     (dict(hidden_size=12.0), "hidden_size=12.0: give a whole number"),
     (dict(hidden_size=True), "hidden_size=True: give a whole number"),
@@ -93,7 +93,7 @@ WRONG = [
     (dict(memory=dict(form={"norm": "no"})), "memory.form: norm='no': give True or False"),
     (dict(memory=dict(objective="hubr")), r"memory.objective: objective='hubr': choose one of .*huber"),
     (dict(memory=dict(objective={"name": "lp", "p": 1})), "memory.objective: p=1: give"),
-    (dict(memory=dict(rule="omega")), r"memory.rule: rule='omega': choose one of .*momentum"),
+    (dict(memory=dict(rule="alpha")), r"memory.rule: rule='alpha': choose one of .*momentum"),
     (dict(memory=dict(rule={"name": "momentum", "row": 1})), "memory.rule: rule 'momentum' has no parameter"),
     (dict(rope_theta="high"), "rope_theta='high': give a finite number"),
     (dict(head_dim=5), "head_dim=5: .*even"),

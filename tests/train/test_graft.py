@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 
@@ -15,7 +14,8 @@ from titans.data.facts_blocks import ANSWER, ANSWER_END, STATED
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.window import Window
 from titans.nn.adaptation import LinearHead
-from titans.train.graft import fit, recall
+from titans.train.checkpoint import checkpoints, read_tensors
+from titans.train.graft import recall
 from titans.train.graft.features import FeaturePlan
 from titans.train.graft.fit import AssociationTraining
 from titans.train.graft.held_out import answered, measure
@@ -251,16 +251,15 @@ def test_an_interrupted_run_continues_to_the_bit(cached, tmp_path):
     assert again == result and again.step == 6
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
-    last = [fit.checkpoints(tmp_path / name)[-1] for name in ("whole", "parts")]
+    last = [checkpoints(tmp_path / name)[-1] for name in ("whole", "parts")]
     assert last[0].name == last[1].name == "checkpoint-6"
-    mine, theirs = (fit.read_tensors(path / "optimizer.safetensors")[1] for path in last)
+    mine, theirs = (read_tensors(path / "optimizer.safetensors")[1] for path in last)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     # Each step uses other episodes.
     rows, used = TrainingRows(cached[1], QUICK.tokens_per_step, QUICK.distance, QUICK.seed), 0
     for step in range(6):
         used += rows.draw(step, used).episodes
-    about, _ = fit.read_tensors(last[1] / "association.safetensors")
-    assert json.loads(about["progress.json"])["used"] == used > 0
+    assert int(read_tensors(last[1] / "carried.safetensors")[1]["used"]) == used > 0
 
 
 def test_minutes_end_at_a_checkpoint_and_patience_ends_the_training(cached, tmp_path):
@@ -293,7 +292,7 @@ def test_what_does_not_fit_is_refused(cached, tmp_path):
     other = type(small_association(base))(HIDDEN, 256, (2,))
     with pytest.raises(ValueError, match=r"has no layer 2: it has \[0, 1\]; cache it, too"):
         AssociationTraining(other, base.head, cache, tmp_path, QUICK)
-    with pytest.raises(ValueError, match="steps=0: give at least 1"):
+    with pytest.raises(ValueError, match="steps=0: give a whole number of at least 1"):
         AssociationTraining(small_association(base), base.head, cache, tmp_path, GraftTraining(steps=0))
     for name, value in (("seed", 1.5), ("minutes", 0), ("gate_rate", -1.0), ("number_rate", float("nan"))):
         with pytest.raises(ValueError, match=f"{name}="):
@@ -303,16 +302,16 @@ def test_what_does_not_fit_is_refused(cached, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(cached, tmp_path, monkeypatch):
     base, cache = cached
     training = AssociationTraining(small_association(base), base.head, cache, tmp_path, QUICK)
-    original = AssociationTraining._loss
+    original = AssociationTraining._changes
 
     def loss(self, *arguments):
         found, text = original(self, *arguments)
         return found * (float("nan") if self.progress.step == 4 else 1.0), text
 
-    monkeypatch.setattr(AssociationTraining, "_loss", loss)
+    monkeypatch.setattr(AssociationTraining, "_changes", loss)
     with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
         training.run()
-    assert [path.name for path in fit.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
 # The plan

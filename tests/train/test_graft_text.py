@@ -19,11 +19,11 @@ from titans import graft
 from titans.data import byte_tokenizer
 from titans.hf import GraftedForCausalLM
 from titans.hf.graft.feature_cache import FeatureCache, Unit, write_features
-from titans.train.graft.loop import HeldOutText
 from titans.train.graft.meta import MetaTraining, fit_adaptation
 from titans.train.graft.run import fit_graft
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import AdaptationTraining, ThroughTraining
+from titans.train.graft.text import HeldOutText
 from titans.train.graft.through import ThroughModel, fit_through
 
 from .grafts import documents, small_base, text_of

@@ -126,6 +126,7 @@ class Graft(ModelOptions):
                 raise KeyboardInterrupt(message)
             report(message)
         else:
+            assert result.held_out is not None
             report(f"done: {_held_out(dataclasses.asdict(result.held_out))}; {self.output} holds the graft")
         if self.json:
             print(json.dumps({**dataclasses.asdict(result), "output": str(self.output)}))

@@ -13,6 +13,7 @@ from titans.train.progress import clock
 
 if TYPE_CHECKING:
     from titans.train.graft.loop import LoopResult
+    from titans.train.graft.text import HeldOutText
 
 SECONDS_BETWEEN_LINES = 10.0
 # With which an adaptation begins that is trained, unless others are given: all that training can change.
@@ -59,7 +60,8 @@ def train_on_text(
     return 0
 
 
-def _outcome(result: LoopResult) -> str:
+def _outcome(result: LoopResult[HeldOutText]) -> str:
+    assert result.untrained is not None and result.held_out is not None
     before, after = result.untrained.mean, result.held_out.mean
     if not result.best_step:
         return f"no step was better on all held-out text, so nothing changed ({before:+.2%} against the base)"
@@ -92,7 +94,7 @@ def _grafted(command: Any, model: Any, tokenizer: Any) -> Any:
 
 def _adaptation(
     command: Any, grafted: Any, tokenizer: Any, documents: Any, held_out: Any, progress: Any, lines: _Lines
-) -> LoopResult:
+) -> LoopResult[HeldOutText]:
     from titans.hf.graft.feature_cache import FeatureCache, write_features
     from titans.train.graft.features import units_without_facts
     from titans.train.graft.meta import fit_adaptation
@@ -118,7 +120,7 @@ class _Lines:
     def __call__(self, line: dict[str, Any]) -> None:
         step, steps, now = line["step"], line["steps"], time.perf_counter()
         if line["kind"] == "held out":
-            report(f"step {step}/{steps} · held-out text {line['mean']:+.2%} against the base")
+            report(f"step {step}/{steps} · held-out text {line['score']:+.2%} against the base")
             return
         if self._first is None:
             self._first = step, now

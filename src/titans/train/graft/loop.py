@@ -1,4 +1,4 @@
-"""A training that evaluates on held-out text, keeps what was best there, and resumes to the bit."""
+"""A training that evaluates on what was held out, keeps what was best there, and resumes to the bit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,33 +35,14 @@ _WEIGHTS, _BEST, _CARRIED, _PROGRESS = (
     "carried.safetensors",
     "progress",
 )
+# Evaluations by name: the best one, and the one before the training where there is one.
+HELD_OUT, UNTRAINED = "held_out", "untrained"
 _WARMUP, _LEAST_RATE, _MOST_NORM = 10, 0.1, 1.0
 _LOG_EVERY = 5
 # What may change when a run continues.
 _FREE = ("minutes", "save_every")
-
-
-@dataclass(frozen=True)
-class HeldOutText:
-    """losses: for each held-out document the mean loss of its tokens in nats. base: that of the base, in its
-    window, without a memory."""
-
-    losses: dict[str, float]
-    base: dict[str, float]
-
-    @property
-    def changes(self) -> dict[str, float]:
-        """Of each document the change against the base, as a share of its loss."""
-        return {name: loss / self.base[name] - 1 for name, loss in self.losses.items()}
-
-    @property
-    def mean(self) -> float:
-        """Mean of the changes; lower is better."""
-        return float(np.mean([*self.changes.values()]))
-
-    def harms(self, untrained: HeldOutText) -> bool:
-        """Whether any document is predicted worse than without training."""
-        return any(loss > untrained.losses[name] for name, loss in self.losses.items())
+# What an evaluation finds: a dataclass of numbers, and of dicts of numbers.
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -75,23 +55,20 @@ class _Progress:
 
 
 @dataclass(frozen=True)
-class LoopResult:
-    """step: of the end. best_step: whose weights were kept, 0 for those before the training. held_out: at
-    that step; untrained: before the training. finished: whether the training ended by itself, and not by the
-    time allowed or an interruption."""
+class LoopResult(Generic[Found]):
+    """step: of the end. best_step: whose weights were kept, 0 for those before the training. held_out: the
+    evaluation at that step, None before the first. untrained: that before the training, if there was one.
+    finished: whether the training ended by itself, and not by the time allowed or an interruption."""
 
     step: int
     best_step: int
-    held_out: HeldOutText
-    untrained: HeldOutText
+    held_out: Found | None
+    untrained: Found | None
     finished: bool
 
 
-class TrainingLoop(ABC):
-    """Trains a module in place, and leaves in it the weights that are best on held-out text.
-
-    These are those with which no held-out document is predicted worse than before the training, and of those
-    the ones with the least mean loss, relative to the base's; if there are none, the weights from before.
+class TrainingLoop(ABC, Generic[Found]):
+    """Trains a module in place, and leaves in it the weights that are best on what was held out.
 
     Args:
         module: what is trained.
@@ -101,6 +78,8 @@ class TrainingLoop(ABC):
     Raises:
         ValueError: for settings that cannot be used.
     """
+
+    found_class: ClassVar[type[Any]]
 
     def __init__(
         self, module: nn.Module, groups: Sequence[dict[str, Any]], folder: Path, settings: LoopSettings
@@ -112,6 +91,7 @@ class TrainingLoop(ABC):
         trained = {id(parameter) for group in self._groups for parameter in group["params"]}
         self._parameters = {name: p for name, p in module.named_parameters() if id(p) in trained}
         self.progress = _Progress()
+        self.found: dict[str, Found] = {}
         self.stop_requested = False
 
     @abstractmethod
@@ -119,8 +99,20 @@ class TrainingLoop(ABC):
         """The loss of a step, to be minimised, and what is reported about it."""
 
     @abstractmethod
-    def evaluate(self) -> HeldOutText:
-        """Read the held-out text."""
+    def evaluate(self) -> Found:
+        """Measure what was held out."""
+
+    @abstractmethod
+    def score(self, found: Found) -> float:
+        """Of an evaluation; lower is better."""
+
+    def is_better(self, found: Found) -> bool:
+        """Whether the weights of this evaluation are to be kept instead of the best so far."""
+        best = self.found.get(HELD_OUT)
+        return best is None or self.score(found) < self.score(best)
+
+    def before_the_first_step(self, on_log: Callable[[dict[str, Any]], None]) -> None:
+        """Called where no checkpoint is found."""
 
     @abstractmethod
     def depends_on(self) -> dict[str, Any]:
@@ -134,7 +126,7 @@ class TrainingLoop(ABC):
     def carry_on(self, tensors: dict[str, Tensor]) -> None:
         """Continue with what `carried` gave before the interruption."""
 
-    def run(self, on_log: Callable[[dict[str, Any]], None] = lambda _: None) -> LoopResult:
+    def run(self, on_log: Callable[[dict[str, Any]], None] = lambda _: None) -> LoopResult[Found]:
         """Train until the steps, the patience or the minutes are over, or Ctrl-C; then save.
 
         Raises:
@@ -147,7 +139,7 @@ class TrainingLoop(ABC):
             self._begin(on_log)
             return self._run(on_log)
 
-    def _run(self, on_log: Callable[[dict[str, Any]], None]) -> LoopResult:
+    def _run(self, on_log: Callable[[dict[str, Any]], None]) -> LoopResult[Found]:
         settings, progress, began = self.settings, self.progress, time.perf_counter()
         while progress.step < settings.steps and progress.since_best < settings.patience:
             loss, about = self._step()
@@ -185,10 +177,15 @@ class TrainingLoop(ABC):
     def _evaluate(self, on_log: Callable[[dict[str, Any]], None]) -> None:
         progress, found = self.progress, self.evaluate()
         progress.since_best += 1
-        if found.mean < self._best_found.mean and not found.harms(self._untrained):
+        if self.is_better(found):
             progress.best_step, progress.since_best = progress.step, 0
-            self._best, self._best_found = self._weights(), found
-        self._log(on_log, {"kind": "held out", **asdict(found), "mean": found.mean})
+            self._best, self.found[HELD_OUT] = self._weights(), found
+        self.report(on_log, found)
+
+    def report(self, on_log: Callable[[dict[str, Any]], None], found: Found) -> None:
+        """Log an evaluation."""
+        numbers: Any = found
+        self._log(on_log, {"kind": "held out", **asdict(numbers), "score": self.score(found)})
 
     def _log(self, on_log: Callable[[dict[str, Any]], None], line: dict[str, Any]) -> None:
         line = {"step": self.progress.step, "steps": self.settings.steps} | line
@@ -216,18 +213,19 @@ class TrainingLoop(ABC):
                     f"{fixed.get(name)!r}: give the same, or another folder"
                 )
         if not (found := checkpoints(self.folder)):
-            self._best, self._untrained = self._weights(), self.evaluate()
-            self._best_found = self._untrained
-            self._log(on_log, {"kind": "held out", **asdict(self._untrained), "mean": self._untrained.mean})
+            self._best = self._weights()
+            self.before_the_first_step(on_log)
             return
         about, weights = read_tensors(found[-1] / _WEIGHTS)
         self._load(weights)
         load_optimizer(found[-1], self.optimizer, self.module)
         self.progress = _Progress(**json.loads(about[_PROGRESS]))
         about, self._best = read_tensors(found[-1] / _BEST)
-        self._best_found, self._untrained = (
-            HeldOutText(**json.loads(about[name])) for name in ("held_out", "untrained")
-        )
+        self.found = {
+            name: self.found_class(**json.loads(about[name]))
+            for name in (HELD_OUT, UNTRAINED)
+            if name in about
+        }
         self.carry_on(read_tensors(found[-1] / _CARRIED)[1])
 
     def _load(self, weights: dict[str, Tensor]) -> None:
@@ -239,16 +237,19 @@ class TrainingLoop(ABC):
             return
         with atomic_folder(target) as folder:
             save_file(self._weights(), folder / _WEIGHTS, {_PROGRESS: json.dumps(asdict(self.progress))})
-            found = {"held_out": self._best_found, "untrained": self._untrained}
-            about = {name: json.dumps(asdict(one)) for name, one in found.items()}
-            save_file(self._best, folder / _BEST, about)
+            found: dict[str, Any] = {**self.found}
+            save_file(
+                self._best, folder / _BEST, {name: json.dumps(asdict(one)) for name, one in found.items()}
+            )
             carried = {name: value.cpu().contiguous() for name, value in self.carried().items()}
             save_file(carried, folder / _CARRIED)
             save_optimizer(folder, self.optimizer, self.module)
         delete_old(self.folder)
 
-    def _result(self, *, finished: bool) -> LoopResult:
+    def _result(self, *, finished: bool) -> LoopResult[Found]:
         if finished:
             self._load(self._best)
-        progress = self.progress
-        return LoopResult(progress.step, progress.best_step, self._best_found, self._untrained, finished)
+        progress, found = self.progress, self.found
+        return LoopResult(
+            progress.step, progress.best_step, found.get(HELD_OUT), found.get(UNTRAINED), finished
+        )

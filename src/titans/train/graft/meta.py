@@ -14,16 +14,17 @@ from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.nn.adaptation import Adaptation, LinearHead
 from titans.state import where_rows
 from titans.train.graft.carried import from_tensors, to_tensors
-from titans.train.graft.loop import HeldOutText, LoopResult, TrainingLoop
+from titans.train.graft.loop import LoopResult
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import AdaptationTraining
+from titans.train.graft.text import HeldOutText, TextTraining
 from titans.train.graft.vocabulary import label_log_probs
 
 # Tokens of held-out text that are read in one call.
 _AT_ONCE = 512
 
 
-class MetaTraining(TrainingLoop):
+class MetaTraining(TextTraining):
     """Trains an adaptation in place: what it has of step, ratio, momentum, half-life and starting weights.
 
     The loss of a step is that of the adapted predictions over a stretch of text. Gradients go through all
@@ -137,7 +138,7 @@ def fit_adaptation(
     output: Path,
     training: AdaptationTraining | None = None,
     on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> LoopResult:
+) -> LoopResult[HeldOutText]:
     """Train a graft's adaptation on cached features, and save the graft; the same call continues.
 
     At the end the adaptation has the best values by held-out text; those from before the training, where none

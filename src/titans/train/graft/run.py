@@ -12,7 +12,9 @@ from titans.hf.graft.feature_cache import FeatureCache, FeatureProgress
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.hf.graft.window import Window
 from titans.train.graft.features import FeaturePlan, FeatureSettings
-from titans.train.graft.fit import AssociationTraining, GraftResult
+from titans.train.graft.fit import AssociationTraining
+from titans.train.graft.held_out import HeldOut
+from titans.train.graft.loop import LoopResult
 from titans.train.graft.settings import GraftTraining
 
 
@@ -29,7 +31,7 @@ def fit_graft(
     on_plan: Callable[[FeaturePlan], None] = lambda _: None,
     on_features: Callable[[FeatureProgress], None] = lambda _: None,
     on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> GraftResult:
+) -> LoopResult[HeldOut]:
     """Train a graft's association, and save the graft; the same call continues what was interrupted.
 
     The base reads the documents and blocks with made-up facts once; what it computes is kept on disk. Then

@@ -5,13 +5,52 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 SETTINGS_FILE = "graft-training.json"
 
 
 @dataclass(frozen=True)
-class GraftTraining:
-    """How a graft's memory is trained on cached features."""
+class LoopSettings:
+    """How long a training takes, and when it looks at what was held out."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    evaluate_every: int = 20
+    """Steps from one evaluation on what was held out to the next."""
+    patience: int = 5
+    """Training ends after so many evaluations without a better one."""
+    save_every: int = 20
+    """Steps from one checkpoint to the next."""
+    minutes: float | None = None
+    """Stop after so many minutes, at a checkpoint; the same command continues."""
+    seed: int = 0
+    """Seed of the order and the composition of the examples."""
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)
+
+    def check(self) -> None:
+        """Refuse what cannot be trained with.
+
+        Raises:
+            ValueError: naming the first setting, its value and what it may be.
+        """
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            zero = name in self.may_be_zero
+            if type(field.default) is int:
+                if type(value) is not int or value < (0 if zero else 1):
+                    raise ValueError(f"{name}={value!r}: give a whole number of at least {0 if zero else 1}")
+            elif type(value) not in (int, float) or not 0 <= value < math.inf or not (value or zero):
+                wanted = "finite number of at least 0" if zero else "finite number above 0"
+                raise ValueError(f"{name}={value!r}: give a {wanted}")
+
+
+@dataclass(frozen=True)
+class GraftTraining(LoopSettings):
+    """How a graft's association is trained on cached features."""
 
     steps: int = 400
     """Optimizer steps."""
@@ -37,29 +76,10 @@ class GraftTraining:
     """Training ends after so many evaluations without a better one."""
     save_every: int = 25
     """Steps from one checkpoint to the next."""
-    minutes: float | None = None
-    """Stop after so many minutes, at a checkpoint; the same command continues."""
-    seed: int = 0
-    """Seed of the order and the composition of the examples."""
 
-    def check(self) -> None:
-        """Refuse what cannot be trained with.
-
-        Raises:
-            ValueError: naming the first setting, its value and what it may be.
-        """
-        whole = ("steps", "tokens_per_step", "evaluate_every", "patience", "save_every")
-        for name, value in dataclasses.asdict(self).items():
-            if value is None and name == "minutes":
-                continue
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r}: give a number")
-            if name in (*whole, "distance", "seed") and type(value) is not int:
-                raise ValueError(f"{name}={value!r}: give a whole number")
-            if name in whole and value < 1:
-                raise ValueError(f"{name}={value!r}: give at least 1")
-            if value < 0 or (value == 0 and name in ("answer_weight", "minutes")):
-                raise ValueError(f"{name}={value!r}: give a positive number")
+    may_be_zero: ClassVar[tuple[str, ...]] = (
+        "seed", "distance", "projection_rate", "gate_rate", "number_rate", "sharpness_rate", "write_price",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,48 +112,19 @@ class FeatureSettings:
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """How long a training takes, and when it looks at held-out text."""
+class TextSettings(LoopSettings):
+    """How a training reads text, and the text that is held out."""
 
-    steps: int = 200
-    """Optimizer steps."""
     rows: int = 2
     """Texts that are read side by side."""
     tokens: int = 512
     """Tokens of each text in a step; gradients go back so far, memories are carried on."""
     held_out_tokens: int = 4096
     """Tokens of each held-out document that are read in an evaluation."""
-    evaluate_every: int = 20
-    """Steps from one evaluation on held-out text to the next."""
-    patience: int = 5
-    """Training ends after so many evaluations without a better one."""
-    save_every: int = 20
-    """Steps from one checkpoint to the next."""
-    minutes: float | None = None
-    """Stop after so many minutes, at a checkpoint; the same command continues."""
-    seed: int = 0
-    """Seed of the order of the texts."""
-
-    def check(self) -> None:
-        """Refuse what cannot be trained with.
-
-        Raises:
-            ValueError: naming the first setting, its value and what it may be.
-        """
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            if type(field.default) is int:
-                least = 0 if name == "seed" else 1
-                if type(value) is not int or value < least:
-                    raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
-            elif type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}: give a positive number")
 
 
 @dataclass(frozen=True)
-class AdaptationTraining(LoopSettings):
+class AdaptationTraining(TextSettings):
     """How a graft's adaptation is trained on cached features."""
 
     number_rate: float = 0.03
@@ -145,7 +136,7 @@ class AdaptationTraining(LoopSettings):
 
 
 @dataclass(frozen=True)
-class ThroughTraining(LoopSettings):
+class ThroughTraining(TextSettings):
     """How a graft is trained through its base."""
 
     steps: int = 1000

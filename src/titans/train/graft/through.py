@@ -16,13 +16,14 @@ from titans.hf.graft.cache import GraftState
 from titans.hf.graft.lora import is_lora, without_lora
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.train.graft.carried import from_tensors, to_tensors
-from titans.train.graft.loop import HeldOutText, LoopResult, TrainingLoop
+from titans.train.graft.loop import LoopResult
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import ThroughTraining
+from titans.train.graft.text import HeldOutText, TextTraining
 from titans.train.optimizer import decayed_parameters
 
 
-class ThroughModel(TrainingLoop):
+class ThroughModel(TextTraining):
     """Trains what a graft has inside its base, in place: residual branches and low-rank changes.
 
     In each step rows of text are read on by a segment; what the window and the memories hold from before is
@@ -160,7 +161,7 @@ def fit_through(
     tokenizer: Any = None,
     training: ThroughTraining | None = None,
     on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> LoopResult:
+) -> LoopResult[HeldOutText]:
     """Train a graft's residual branches and low-rank changes through its base, and save the graft.
 
     It runs where the base is, in the base's precision; branches and low-rank changes are in float32 at least.
