@@ -136,7 +136,7 @@ def test_other_trainings(
     ("options", "reason"),
     [
         (["--graft"], "grafts the model anyway"),
-        (["--training.steps", "0"], "steps=0: give at least 1"),
+        (["--training.steps", "0"], "steps=0: give a whole number of at least 1"),
         (["--cached.block-tokens", "10"], "block_tokens=10: give a whole number of at least 64"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--association", "wings=2"], "association has no setting 'wings'"),

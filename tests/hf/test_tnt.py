@@ -66,10 +66,9 @@ def test_a_cache_is_saved_copied_and_reordered(variant, tmp_path):
         assert f"was written with memory.{field}={old!r}, the model has {new!r}" in str(refusal.value)
 
 
-@every_variant
-def test_a_short_training_lowers_the_loss(variant):
+def test_a_short_training_lowers_the_loss():
     torch.manual_seed(0)
-    model = TitansForCausalLM(small_config(variant, **TNT)).train()
+    model = TitansForCausalLM(small_config("mag", **TNT)).train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     # Nine symbols, again and again, from somewhere: what comes next stands a period back.
     begins = torch.randint(9, (25, 4, 1), generator=torch.Generator().manual_seed(0))

@@ -14,13 +14,12 @@ from ..tolerances import FLOAT32, assert_close
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 
 
-@pytest.mark.parametrize(("resets", "features"), [(False, "identity"), (True, "sin")])
-def test_a_compiled_layer_is_the_layer(resets, features):
+def test_a_compiled_layer_is_the_layer():
     torch.manual_seed(0)
-    depth = 2 if features == "identity" else 1
-    layer = NeuralMemory(16, 1, head_dim=16, depth=depth, chunk_size=4, features=features)
+    # The scan is one operator to the compiler, whatever its network; features are traced.
+    layer = NeuralMemory(16, 1, head_dim=16, depth=1, chunk_size=4, features="sin")
     x = torch.randn(2, 9, 16)
-    flags = {"mask": torch.rand(2, 9) > 0.2, "reset": torch.rand(2, 9) > 0.8} if resets else {}
+    flags = {"mask": torch.rand(2, 9) > 0.2, "reset": torch.rand(2, 9) > 0.8}
     found = []
     for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         _, state = run(x)
@@ -30,8 +29,8 @@ def test_a_compiled_layer_is_the_layer(resets, features):
         assert_close(b, a, FLOAT32, name)
 
 
-# With local memories it is MAG.
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mal", "tnt"])
+# With local memories it is MAG. Together they have every part that LMM and MAL have.
+@pytest.mark.parametrize("variant", ["mac", "tnt"])
 def test_a_compiled_model_is_the_model(variant):
     torch._dynamo.reset()
     sizes = dict(num_hidden_layers=1)
