@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from titans.cli.errors import UsageError
+from titans.cli.graft_report import Progress, finish, interruptible
 from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_run_folder
 from titans.cli.terminal import report
@@ -24,8 +23,6 @@ from titans.train.graft.settings import (
     ThroughTraining,
 )
 from titans.train.progress import clock
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -94,12 +91,12 @@ class Graft(ModelOptions):
         if self.train != "association":
             from titans.cli.graft_text import train_on_text
 
-            return train_on_text(self, documents, held_out, _Progress())
+            return train_on_text(self, documents, held_out)
         model, tokenizer = self.open_model(self.checkpoint)
         from titans.train.graft.run import fit_graft
 
-        progress = _Progress()
-        try:
+        progress = Progress(_step, _held_out)
+        with interruptible():
             result = fit_graft(
                 self._grafted(model, tokenizer),
                 documents,
@@ -113,23 +110,7 @@ class Graft(ModelOptions):
                 on_features=progress.features,
                 on_log=progress.training,
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; what was computed is kept: the same command goes on"
-            ) from None
-        if not result.finished:
-            message = (
-                f"stopped after step {result.step} of {self.training.steps}, which is saved: the same "
-                "command goes on"
-            )
-            if self.training.minutes is None:
-                raise KeyboardInterrupt(message)
-            report(message)
-        else:
-            assert result.held_out is not None
-            report(f"done: {_held_out(dataclasses.asdict(result.held_out))}; {self.output} holds the graft")
-        if self.json:
-            print(json.dumps({**dataclasses.asdict(result), "output": str(self.output)}))
+        finish(self, self.training, result, lambda: _outcome(result))
         return 0
 
     def _documents(self) -> tuple[list[Any] | None, list[Any] | None]:
@@ -163,46 +144,17 @@ class Graft(ModelOptions):
         )
 
 
-class _Progress:
-    """A line on stderr now and then."""
+def _step(line: dict[str, Any]) -> list[str]:
+    return [
+        f"loss {line['loss']:+.4f}",
+        f"text {line['text']:+.4f} nats",
+        f"{line['tokens_per_second']:,.0f} tokens/s",
+    ]
 
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._first: tuple[int, float] | None = None
 
-    def _is_time(self) -> bool:
-        now = time.perf_counter()
-        if now - self._last < SECONDS_BETWEEN_LINES:
-            return False
-        self._last = now
-        return True
-
-    def features(self, progress: Any) -> None:
-        if progress.done == progress.units or self._is_time():
-            report(
-                f"features {progress.tokens / progress.total:.0%} · {progress.rate:,.0f} tokens/s · "
-                f"{clock(progress.seconds_left)} left"
-            )
-
-    def training(self, line: dict[str, Any]) -> None:
-        step, steps = line["step"], line["steps"]
-        if line["kind"] == "held out":
-            report(f"step {step}/{steps} · {_held_out(line)}")
-            return
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = step, now
-        if not self._is_time() and step < steps:
-            return
-        parts = [
-            f"step {step}/{steps}",
-            f"loss {line['loss']:+.4f}",
-            f"text {line['text']:+.4f} nats",
-            f"{line['tokens_per_second']:,.0f} tokens/s",
-        ]
-        if (done := step - self._first[0]) > 0:
-            parts.append(f"{clock((now - self._first[1]) / done * (steps - step))} left")
-        report(" · ".join(parts))
+def _outcome(result: Any) -> str:
+    assert result.held_out is not None
+    return _held_out(dataclasses.asdict(result.held_out))
 
 
 def _held_out(found: dict[str, Any]) -> str:

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import time
 from typing import TYPE_CHECKING, Any
 
 from titans.cli.errors import UsageError
-from titans.cli.terminal import report
-from titans.train.progress import clock
+from titans.cli.graft_report import Progress, finish, interruptible
 
 if TYPE_CHECKING:
     from titans.train.graft.loop import LoopResult
     from titans.train.graft.text import HeldOutText
 
-SECONDS_BETWEEN_LINES = 10.0
 # With which an adaptation begins that is trained, unless others are given: all that training can change.
 TRAINABLE = {"learned_start": True, "half_life": 200_000.0, "momentum": 0.05}
 
 
-def train_on_text(
-    command: Any, documents: list[Any] | None, held_out: list[Any] | None, progress: Any
-) -> int:
+def train_on_text(command: Any, documents: list[Any] | None, held_out: list[Any] | None) -> int:
     """Train and save, reporting to stderr."""
     settings = command.meta if command.train == "adaptation" else command.inside
     model, tokenizer = command.open_model(command.checkpoint)
-    grafted, lines = _grafted(command, model, tokenizer), _Lines()
-    try:
+    grafted, progress = _grafted(command, model, tokenizer), Progress(_step, _held_out)
+    with interruptible():
         if command.train == "adaptation":
-            result = _adaptation(command, grafted, tokenizer, documents, held_out, progress, lines)
+            result = _adaptation(command, grafted, tokenizer, documents, held_out, progress)
         else:
             if documents is None or held_out is None:
                 raise UsageError("data: none given; training through the model reads texts")
@@ -42,22 +35,18 @@ def train_on_text(
                 command.output,
                 tokenizer=tokenizer,
                 training=command.inside,
-                on_log=lines,
+                on_log=progress.training,
             )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; what was computed is kept: the same command goes on") from None
-    if not result.finished:
-        message = (
-            f"stopped after step {result.step} of {settings.steps}, which is saved: the same command goes on"
-        )
-        if settings.minutes is None:
-            raise KeyboardInterrupt(message)
-        report(message)
-    else:
-        report(f"done: {_outcome(result)}; {command.output} holds the graft")
-    if command.json:
-        print(json.dumps({**dataclasses.asdict(result), "output": str(command.output)}))
+    finish(command, settings, result, lambda: _outcome(result))
     return 0
+
+
+def _step(line: dict[str, Any]) -> list[str]:
+    return [f"loss {line['loss']:.4f}"]
+
+
+def _held_out(line: dict[str, Any]) -> str:
+    return f"held-out text {line['score']:+.2%} against the base"
 
 
 def _outcome(result: LoopResult[HeldOutText]) -> str:
@@ -93,7 +82,7 @@ def _grafted(command: Any, model: Any, tokenizer: Any) -> Any:
 
 
 def _adaptation(
-    command: Any, grafted: Any, tokenizer: Any, documents: Any, held_out: Any, progress: Any, lines: _Lines
+    command: Any, grafted: Any, tokenizer: Any, documents: Any, held_out: Any, progress: Progress
 ) -> LoopResult[HeldOutText]:
     from titans.hf.graft.feature_cache import FeatureCache, write_features
     from titans.train.graft.features import units_without_facts
@@ -107,27 +96,4 @@ def _adaptation(
         cache = write_features(grafted._windowed, units, folder, (), progress.features)
     if grafted.tokenizer is None:
         grafted.tokenizer = tokenizer
-    return fit_adaptation(grafted, cache, command.output, command.meta, lines)
-
-
-class _Lines:
-    """A line on stderr now and then."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._first: tuple[int, float] | None = None
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        step, steps, now = line["step"], line["steps"], time.perf_counter()
-        if line["kind"] == "held out":
-            report(f"step {step}/{steps} · held-out text {line['score']:+.2%} against the base")
-            return
-        if self._first is None:
-            self._first = step, now
-        if now - self._last < SECONDS_BETWEEN_LINES and step < steps:
-            return
-        self._last = now
-        parts = [f"step {step}/{steps}", f"loss {line['loss']:.4f}"]
-        if (done := step - self._first[0]) > 0:
-            parts.append(f"{clock((now - self._first[1]) / done * (steps - step))} left")
-        report(" · ".join(parts))
+    return fit_adaptation(grafted, cache, command.output, command.meta, progress.training)
