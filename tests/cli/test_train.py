@@ -135,6 +135,8 @@ def test_options_that_do_not_parse_exit_with_2(
 def test_help_and_version_need_no_torch() -> None:
     program = (
         "import sys, titans.cli\n"
+        "assert titans.cli.main(['--help']) == titans.cli.main(['eval', '-h']) == 0\n"
+        "assert 'tyro' not in sys.modules\n"
         "assert titans.cli.main(['train', '--help']) == titans.cli.main(['--version']) == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -142,6 +144,7 @@ def test_help_and_version_need_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Example: titans train" in done.stdout and "titans 0." in done.stdout
+    assert done.stdout.count("eval needle") == 2 and done.stdout.count("  memorize  ") == 1
     for option in ("--carry-memory", "--config FIELD=VALUE", "--resume", "--config-file"):
         assert option in done.stdout
 

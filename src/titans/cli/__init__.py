@@ -12,19 +12,20 @@ from titans.cli.errors import UsageError
 from titans.cli.terminal import any_letter_is_shown, report
 from titans.cli.threads import Watch, choose_threads
 
+# What answers each command, and what `titans --help` says of it, which loads none of them.
 _COMMANDS = {
-    "train": ("titans.cli.train", "Train"),
-    "graft": ("titans.cli.graft", "Graft"),
-    "generate": ("titans.cli.generate", "Generate"),
-    "chat": ("titans.cli.chat", "Chat"),
-    "serve": ("titans.cli.serve", "Serve"),
-    "memorize": ("titans.cli.memorize", "Memorize"),
-    "inspect": ("titans.cli.inspect", "Inspect"),
-    "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity"),
-    "eval needle": ("titans.cli.needle", "EvalNeedle"),
-    "info": ("titans.cli.info", "Info"),
-    "bench": ("titans.cli.bench", "Bench"),
-    "demo": ("titans.cli.demo", "Demo"),
+    "train": ("titans.cli.train", "Train", "Train a model."),
+    "graft": ("titans.cli.graft", "Graft", "Give a pretrained model a memory."),
+    "generate": ("titans.cli.generate", "Generate", "Continue a prompt, or what a memory has read."),
+    "chat": ("titans.cli.chat", "Chat", "Talk with a model, and have it read texts in between."),
+    "serve": ("titans.cli.serve", "Serve", "Answer OpenAI's API over HTTP, with memories that clients name."),
+    "memorize": ("titans.cli.memorize", "Memorize", "Read files into a memory, and save it."),
+    "inspect": ("titans.cli.inspect", "Inspect", "Show where a memory helped, token by token."),
+    "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity", "Measure how well a model predicts."),
+    "eval needle": ("titans.cli.needle", "EvalNeedle", "Measure what a model recalls from long texts."),
+    "info": ("titans.cli.info", "Info", "Say what a model, a graft or a memory file contains."),
+    "bench": ("titans.cli.bench", "Bench", "Measure the speed of a model and of the machine."),
+    "demo": ("titans.cli.demo", "Demo", "Have a pretrained model read a play with a memory and without."),
 }
 _SUITES = [name.removeprefix("eval ") for name in _COMMANDS if name.startswith("eval ")]
 
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"titans {__version__}")
         return 0
+    group, rest = ("eval", arguments[1:]) if arguments[:1] == ["eval"] else ("", arguments)
+    if rest in ([], ["-h"], ["--help"]):
+        (print if rest else report)(_overview(group))
+        return 0 if rest else 2
     try:
         others = Watch()
         command = _parse(arguments)
@@ -72,41 +77,42 @@ def _complain(error: BaseException, otherwise: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Any:
-    import tyro
-
-    arguments = _with_checkpoint_first(arguments)
-    if arguments[:1] == ["eval"] and (len(arguments) == 1 or arguments[1].startswith("-")):
-        return tyro.extras.subcommand_cli_from_dict(
-            {suite: _command(f"eval {suite}") for suite in _SUITES},
-            args=arguments[1:],
-            prog="titans eval",
-            description=_measure.__doc__,
+def _overview(group: str) -> str:
+    """A line for each command; group: of this one's, such as eval, or of all where it is empty."""
+    lines = [
+        f"  {name:<17}{summary}" for name, (_, _, summary) in _COMMANDS.items() if name.startswith(group)
+    ]
+    usage = " ".join(word for word in ("titans", group, "COMMAND") if word)
+    return "\n".join(
+        (
+            f"usage: {usage} ...",
+            "",
+            "Sequence models whose long-term memory learns while it reads.",
+            "",
+            *lines,
+            "",
+            f"{usage} --help describes a command and its options.",
         )
-    words = 2 if arguments[:1] == ["eval"] else 1
-    name, options = " ".join(arguments[:words]), arguments[words:]
-    if name in _COMMANDS:
-        from titans.cli.train import defaults_of
-
-        return tyro.cli(
-            _command(name),
-            args=options,
-            prog=f"titans {name}",
-            default=defaults_of(options) if name == "train" else None,
-        )
-    if words == 2:
-        raise UsageError(f"eval {arguments[1]}: choose one of {', '.join(_SUITES)}")
-    commands = {name: _command(name) for name in _COMMANDS if " " not in name}
-    return tyro.extras.subcommand_cli_from_dict(
-        {**commands, "eval": _measure},
-        args=arguments,
-        prog="titans",
-        description="Sequence models whose long-term memory learns while it reads.",
     )
 
 
-def _measure() -> None:
-    """Measure a model: how well it predicts, and what it remembers."""
+def _parse(arguments: list[str]) -> Any:
+    arguments = _with_checkpoint_first(arguments)
+    words = 2 if arguments[:1] == ["eval"] else 1
+    name, options = " ".join(arguments[:words]), arguments[words:]
+    if name not in _COMMANDS:
+        known = _SUITES if words == 2 else [name for name in _COMMANDS if " " not in name] + ["eval"]
+        raise UsageError(f"{name}: choose one of {', '.join(known)}")
+    import tyro
+
+    from titans.cli.train import defaults_of
+
+    return tyro.cli(
+        _command(name),
+        args=options,
+        prog=f"titans {name}",
+        default=defaults_of(options) if name == "train" else None,
+    )
 
 
 def _with_checkpoint_first(arguments: list[str]) -> list[str]:
@@ -121,5 +127,5 @@ def _with_checkpoint_first(arguments: list[str]) -> list[str]:
 
 def _command(name: str) -> Any:
     # A command loads its own file alone.
-    module, cls = _COMMANDS[name]
+    module, cls, _ = _COMMANDS[name]
     return getattr(import_module(module), cls)
