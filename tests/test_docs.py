@@ -17,7 +17,8 @@ from titans.nn import BLOCKS, FEATURES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"\]\(([^)#\s]+)")
+FENCED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 NAMED = re.compile(r"\b(?:docs|examples)/[\w/.-]+\.(?:md|py|png|json|html)\b")
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
 
@@ -45,7 +46,13 @@ def registries() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("page", "blocks"),
-    [("give-a-model-a-memory", 8), ("extend", 10), ("options", 2), ("graft", 1), ("family", 19)],
+    [
+        ("guides/read", 8),
+        ("guides/extend", 10),
+        ("guides/graft", 1),
+        ("how/family", 19),
+        ("reference/options", 2),
+    ],
 )
 def test_a_page_prints_what_it_shows(
     page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,13 +64,24 @@ def test_a_page_prints_what_it_shows(
         assert printed == shown
 
 
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as mkdocs and GitHub name them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def is_there(page: Path, path: str, anchor: str) -> bool:
+    target = page.parent / path if path else page
+    return target.exists() and (not anchor or target.suffix != ".md" or anchor in anchors(target))
+
+
 def test_every_link_and_every_named_page_is_there() -> None:
-    pages = [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "src").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "src").rglob("*.md")]
     missing = [
-        f"{page.relative_to(ROOT)}: {link}"
+        f"{page.relative_to(ROOT)}: {path}#{anchor}"
         for page in pages
-        for link in LINK.findall(page.read_text())
-        if "://" not in link and not (page.parent / link).exists()
+        for path, anchor in LINK.findall(FENCED.sub("`", page.read_text()))
+        if "://" not in path and not is_there(page, path, anchor)
     ]
     for file in [*pages, *(ROOT / "src").rglob("*.py")]:
         named = set(NAMED.findall(file.read_text()))

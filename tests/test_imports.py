@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "titans"
 
 # What stands in each folder, lowest first. A line may import from the lines above it, not from its own.
-# `__init__` is the folder's own file; where it is not named it stands last. docs/structure.md explains.
+# `__init__` is the folder's own file; where it is not named it stands last. See docs/guides/structure.md.
 ORDER = {
     "titans": """
         state

@@ -25,7 +25,7 @@ HEAD_DIM = 64
 
 
 def floating_operations(case: Case) -> float:
-    """Operations of the algorithm (docs/speed.md), for a product or a scan, forward, or with backward."""
+    """Operations of the algorithm (docs/how/speed.md), for a product or a scan, forward, or with backward."""
     if case["kind"] == "product":
         batch, rows, depth, columns = case["shape"]
         return 2.0 * batch * rows * depth * columns

@@ -96,7 +96,7 @@ def sin_features(d: int, chunk: int) -> int:
     [({}, two_layers), (dict(memory_depth=1, memory={"features": "sin"}), sin_features)],
 )
 def test_operations_are_those_of_the_formula(fields: dict[str, Any], formula: Any) -> None:
-    # docs/speed.md and docs/maths.md; what is decayed to, and the products of gates, are about.
+    # docs/how/speed.md and docs/how/maths.md; what is decayed to, and the products of gates, are about.
     layer = operations(num_hidden_layers=2, **fields)["reading"] - operations(**fields)["reading"]
     heads, d, chunk = 2, 16, 16
     # Of queries, keys and values, four tokens wide.

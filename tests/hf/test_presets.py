@@ -23,7 +23,7 @@ PAPER = {
 
 
 def parts(config: TitansConfig) -> dict[str, int]:
-    """The closed formula of docs/parameters.md, part by part, for the whole model."""
+    """The closed formula of docs/reference/parameters.md, part by part, for the whole model."""
     d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads, dim, width = (
         config.num_attention_heads,

@@ -1,4 +1,4 @@
-"""Attention in a model's layers reads what section 4 of the paper and docs/attention.md state."""
+"""Attention in a model's layers reads what section 4 of the paper and docs/how/attention.md state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/family.md: each system's setting computes what the reference op of flash-linear-attention computes.
+"""docs/how/family.md: each setting computes what the reference op of flash-linear-attention computes.
 
 Where no code is published: what the equations of the paper give (naive.py).
 

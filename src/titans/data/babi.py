@@ -2,7 +2,7 @@
 
 Results are not comparable with those published for bAbI. Tests use bAbI's words. Training uses other words,
 drawn anew for every story, because a model memorises a short list. Its places and things are made up: words
-of the text would teach a memory to write every word (docs/decisions/recall.md).
+of the text would teach a memory to write every word (docs/how/recall.md).
 """
 
 from __future__ import annotations

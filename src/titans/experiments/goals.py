@@ -75,7 +75,7 @@ class Goals(Experiment):
             "A recall goal is reached if the best of the models reaches it. A token is a byte; % with 95 % "
             "interval, in italics where attention may reach some of the facts. A model of a commit: by the "
             "recipe of then. Each experiment's page has all its figures; attempts at the missed goals: "
-            "[decisions/recall.md](../decisions/recall.md).",
+            "[how a small model learns to recall](../how/recall.md).",
         ]
         for title, reached in (("Missed", False), ("Not decided", None), ("Reached", True)):
             rows = [

@@ -1,4 +1,4 @@
-"""A sliding window and a memory for pretrained models of transformers (docs/graft.md)."""
+"""A sliding window and a memory for pretrained models of transformers (docs/guides/graft.md)."""
 
 from titans.hf.graft.cache import GraftCache
 from titans.hf.graft.configuration import GraftConfig

@@ -5,7 +5,8 @@ any weight moves, and the weights after token t are a weighted sum of them (`rul
 Reading with these is, per layer, two products with the chunk-start matrices and one attention-like pair; no
 per-token weights exist.
 The backward forms every product with a weight-sized operand itself and in place, because passes over weights
-are what a chunk's time goes to; autograd differentiates only what is token-sized. Derivation: docs/maths.md.
+are what a chunk's time goes to; autograd differentiates only what is token-sized.
+Derivation: docs/how/maths.md.
 
 Shapes: rows = batch · heads; tokens (rows, width, features); weights (rows, out, in).
 """

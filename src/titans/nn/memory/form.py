@@ -158,7 +158,7 @@ class MemoryForm:
         chunk_size.
 
         With the latter and normalised steps a chunk that repeats one token corrects its error at most once in
-        each layer (docs/decisions/memory.md). Steps that are not normalised have no such bound at depth 2.
+        each layer (docs/how/stability.md). Steps that are not normalised have no such bound at depth 2.
         """
         if self.max_step_size is not None:
             return self.max_step_size
@@ -169,10 +169,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
-# stable: cannot blow up, whatever it reads (docs/decisions/memory.md).
+# stable: cannot blow up, whatever it reads (docs/how/stability.md).
 # paper: equations 12 to 15 and the network of the camera-ready, with nothing added for stability; a gate of
 #   momentum that reaches 1 would allow no step at all.
-# recall: the models in the zoo (docs/decisions/recall.md); stronger writes, gates that see what to write.
+# recall: the models in the zoo (docs/how/recall.md); stronger writes, gates that see what to write.
 FORMS: dict[str, MemoryForm] = {
     "stable": MemoryForm(),
     "paper": MemoryForm(

@@ -24,7 +24,7 @@ from titans.nn.norm import ReadNorm
 from titans.nn.packing import Packed
 from titans.state import map_state, register_state, where_rows
 
-# Measured: docs/decisions/memory.md.
+# Measured: docs/how/stability.md.
 HALF_LIVES = (1024.0, 1e6)
 STARTS = ("random", "induction", "sharp")
 # Starts in which a key sees the token before the one that its value sees.
@@ -84,7 +84,7 @@ class NeuralMemory(Learner):
         hidden_size: width of input and output.
         num_heads, head_dim: each head has a memory of its own.
         depth: weight matrices of a head's network; 1 is a linear memory, the default by measurement
-            (docs/decisions/memory.md).
+            (docs/how/stability.md).
         expansion: hidden width of that network divided by head_dim, at depth 2 and more.
         chunk_size: tokens that share one set of gradient weights.
         features: the feature map of queries and keys, a name in `FEATURES` ("identity", "sin", "product",

@@ -63,7 +63,7 @@ def native_bfloat16_scan(problem: ScanProblem) -> tuple[Tensor, MemoryState, Ten
     """`native_scan`, the operands of float32 matrix products being rounded to bfloat16.
 
     Sums, state, gates and everything that is not a matrix product stay in float32, and so does a single token
-    without autograd. In float64 nothing is rounded. The error: docs/speed.md.
+    without autograd. In float64 nothing is rounded. The error: docs/how/speed.md.
     """
     return _scan(problem, narrow=True)
 

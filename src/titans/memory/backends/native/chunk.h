@@ -1,4 +1,4 @@
-// One chunk of one head, forward: the algorithm of chunkwise/chunk.py (derivation in docs/maths.md) on matrices
+// One chunk of one head, forward: the algorithm of chunkwise/chunk.py (derivation in docs/how/maths.md) on matrices
 // that stay in the core's own cache. Token matrices are (features, slots); the copies that stand on the right of
 // a product with a weight-shaped result are (slots, features). Weights are (out, in), rows padded to vectors.
 #pragma once

@@ -1,4 +1,4 @@
-// The weights after each token of a chunk as sums over the chunk (rules/rule.py, docs/maths.md), and their backward.
+// The weights after each token of a chunk as sums over the chunk (rules/rule.py, docs/how/maths.md), and their backward.
 // Products of gates in double precision and as running products: a gate of exactly 0 is nothing special, and
 // nothing is ever divided by one.
 #pragma once
