@@ -77,11 +77,11 @@ def test_a_folder_is_loaded_and_an_unknown_name_is_refused(tmp_path):
 def test_a_graft_has_a_name_and_finds_its_base_by_name(tmp_path, monkeypatch):
     base = tmp_path / "cache" / "base"
     small_causal_lm("llama").save_pretrained(base)
-    grafted = titans.graft(titans.load(base)[0], window=32)
-    grafted.config.origin["name"] = "smollm2-135m"
-    grafted.save_pretrained(tmp_path / "grafts" / "titans-some-graft")
     monkeypatch.setattr("titans.zoo.by_name.MODELS", tmp_path)
     monkeypatch.setattr("titans.zoo.smollm.smollm_folder", lambda: base)
+    grafted = titans.graft(titans.load("smollm2-135m")[0], window=32)
+    assert grafted.config.origin["name"] == "smollm2-135m"
+    grafted.save_pretrained(tmp_path / "grafts" / "titans-some-graft")
     assert zoo.names() == [] and zoo.graft_names() == ["titans-some-graft"]
     ids = torch.arange(70)[None]
     assert torch.equal(titans.load("titans-some-graft")[0](ids).logits, grafted(ids).logits)

@@ -19,7 +19,7 @@ SMALL = [
     "--window", "32", "--cached.episodes", "16", "--cached.held-out-episodes", "4", "--cached.block-tokens",
     "192", "--cached.facts", "1", "--cached.text-tokens", "3000", "--cached.document-tokens", "600",
     "--training.tokens-per-step", "400", "--training.evaluate-every", "2", "--training.save-every", "1",
-    "--threads", "1",
+    "--meta.steps", "2", "--meta.tokens", "64", "--meta.held-out-tokens", "128", "--threads", "1",
 ]  # fmt: skip
 
 
@@ -46,7 +46,8 @@ def test_a_graft_is_trained_interrupted_continued_and_opened(
         r"features: [\d,]+ tokens, 0\.\d\d GB in .*features; about \d+:\d\d on this machine", err
     )
     assert re.search(
-        r"titans: stopped after step \d+ of 300, which is saved: the same command goes on\n$", err
+        r"titans: association: stopped after step \d+ of 300, which is saved: the same command goes on\n$",
+        err,
     )
     assert not (output / "model.safetensors").exists()
     features = {path: path.stat().st_mtime_ns for path in (output / "features").glob("*.safetensors")}
@@ -56,7 +57,8 @@ def test_a_graft_is_trained_interrupted_continued_and_opened(
     assert main(command(base, output, *steps, "--training.minutes", "0.0001", "--json")) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert result["step"] == reached + 1 and not result["finished"]
+    assert result["association"]["step"] == reached + 1 and not result["association"]["finished"]
+    assert "adaptation" not in result and not (output / "adaptation").exists()
     assert {path: path.stat().st_mtime_ns for path in features} == features
     assert main(command(base, output, "--training.steps", "4")) == 1
     assert "was begun with steps=300, now it is 4: give the same" in capsys.readouterr().err
@@ -66,33 +68,29 @@ def test_a_trained_graft_reads(base: Path, tmp_path: Path, capsys: pytest.Captur
     output = tmp_path / "grafted"
     assert main(command(base, output, "--training.steps", "2", "--json")) == 0
     out, err = capsys.readouterr()
-    result = json.loads(out)
-    assert result["finished"] and result["step"] == 2 and {*result["held_out"]["recall"]} == {
-        "facts-held-out", "facts-new-wording",
-    }  # fmt: skip
+    found = json.loads(out)
+    assert all(found[name]["finished"] and found[name]["step"] == 2 for name in ("association", "adaptation"))
+    assert {*found["association"]["held_out"]["recall"]} == {"facts-held-out", "facts-new-wording"}
     lines = err.splitlines()
     assert any(re.match(r"features 100% · [\d,]+ tokens/s · 0:00 left", line) for line in lines)
-    assert any(re.match(r"step 2/2 · loss [+-]\d\.\d{4} · text [+-]\d\.\d{4} nats · [\d,]+ tokens/s", line)
-               for line in lines)  # fmt: skip
-    assert re.match(r"step 2/2 · recalled \d+% of facts held out, \d+% of facts new wording · held-out text",
-                    lines[-2])  # fmt: skip
-    assert lines[-1].startswith("done: recalled") and lines[-1].endswith(f"{output} holds the graft")
+    for pattern in (
+        r"association · step 2/2 · loss [+-]\d\.\d{4} · text [+-]\d\.\d{4} nats · [\d,]+ tokens/s",
+        r"association · step 2/2 · recalled \d+% of facts held out, \d+% of facts new wording · held-out",
+        r"adaptation · step 2/2 · held-out text",
+    ):
+        assert any(re.match(pattern, line) for line in lines), pattern
+    assert re.match("association: recalled .* · held-out text", lines[-3])
+    assert re.match("adaptation: (held-out text|no step was better)", lines[-2])
+    assert lines[-1] == f"done: {output} holds the graft"
     # The same features serve another training, of this base in this window alone.
-    again = [
-        "graft",
-        str(base),
-        "--features",
-        str(output / "features"),
-        *SMALL,
-        "--training.steps",
-        "1",
-        "-o",
-    ]
+    again = ["graft", str(base), "--features", str(output / "features"), *SMALL, "--train", "association"]
+    again += ["--training.steps", "1", "-o"]
     assert main([*again, str(tmp_path / "again")]) == 0
     assert main([*again, str(tmp_path / "other"), "--window", "64"]) == 1
     assert "holds features with window=32, now it is 64" in capsys.readouterr().err
     grafted, tokenizer = titans.load(output)
     assert grafted.association is not None and grafted.association.state_mean.any()
+    assert grafted.adaptation is not None and grafted.adaptation.start_bias is not None
     session = titans.Session(grafted, tokenizer)
     session.feed("the name of the ship is stated here. " * 3)
     assert session.generate(max_new_tokens=2, do_sample=False) is not None
@@ -101,7 +99,7 @@ def test_a_trained_graft_reads(base: Path, tmp_path: Path, capsys: pytest.Captur
 def test_documents_that_are_held_out_are_left_out_of_the_data(base: Path, tmp_path: Path) -> None:
     documents, held_out = Graft(
         checkpoint=base, output=tmp_path, data=("excerpt", "python/argparse.py"), held_out=("excerpt/*-5",)
-    )._documents()
+    )._documents("both")
     assert documents is not None and held_out is not None
     names = [document.name for document in documents]
     assert len(names) == 5 and "argparse.py" in names[:2]
@@ -110,8 +108,8 @@ def test_documents_that_are_held_out_are_left_out_of_the_data(base: Path, tmp_pa
 
 
 @pytest.mark.parametrize("options", [
-    ["--train", "adaptation", "--meta.tokens", "64", "--meta.steps", "2", "--meta.held-out-tokens", "128"],
-    ["--train", "inside", "--inside.tokens", "16", "--inside.steps", "2", "--inside.held-out-tokens", "64",
+    ["--train", "adaptation"],
+    ["--inside.tokens", "16", "--inside.steps", "2", "--inside.held-out-tokens", "64",
      "--inside.rows", "2", "--residual", "num_heads=1", "head_dim=8", "layers=[1]", "--lora", "rank=2"],
 ])  # fmt: skip
 def test_other_trainings(
@@ -120,11 +118,12 @@ def test_other_trainings(
     output = tmp_path / "grafted"
     assert main(command(base, output, "--json", *options)) == 0
     out, err = capsys.readouterr()
-    result = json.loads(out)
+    (name, result), _ = json.loads(out).items()
     assert result["finished"] and result["step"] == 2
-    assert "step 0/2 · held-out text " in err and f"{output} holds the graft" in err.splitlines()[-1]
+    assert f"{name} · step 0/2 · held-out text " in err
+    assert err.splitlines()[-1] == f"done: {output} holds the graft"
     grafted, _ = titans.load(output)
-    if "inside" in options:
+    if name == "inside":
         assert (
             [*grafted.residual] == ["1"] and grafted.config.lora["rank"] == 2 and grafted.adaptation is None
         )
@@ -140,6 +139,11 @@ def test_other_trainings(
         (["--cached.block-tokens", "10"], "block_tokens=10: give a whole number of at least 64"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--association", "wings=2"], "association has no setting 'wings'"),
+        (
+            ["--train", "adaptation", "--association", "feature_size=9"],
+            "--train adaptation has none",
+        ),
+        (["--lora", "rank=2", "--association", "feature_size=9"], "a graft for --train inside has none"),
         (["--held-out", "excerpt", "--cached.document-tokens", "100"], "document_tokens=100"),
     ],
 )
@@ -158,5 +162,10 @@ def test_another_models_folder_is_not_replaced(
     assert main(["graft", str(base), "--output", str(tmp_path / "out")]) == 2
     assert "data: none given; name texts, or the folder of features" in capsys.readouterr().err
     titans.graft(titans.load(base)[0], window=32).save_pretrained(tmp_path / "plain")
-    assert main(command(tmp_path / "plain", tmp_path / "out")) == 1
+    assert main(command(tmp_path / "plain", tmp_path / "out", "--train", "association")) == 1
     assert "this graft has no association" in capsys.readouterr().err
+    # Found before the model is opened.
+    (tmp_path / "plain" / "model.safetensors").unlink()
+    for options in (["--train", "inside"], ["--lora", "rank=2"]):
+        assert main(["graft", str(tmp_path / "plain"), "-o", str(tmp_path / "out"), *options]) == 2
+        assert "data: none given; training through the model reads texts" in capsys.readouterr().err

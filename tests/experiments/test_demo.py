@@ -47,6 +47,10 @@ def test_the_demo_writes_what_it_found(
     assert "read 1,500 of the 1,500 tokens of King Lear" in error and "lowered the loss by" in error
     # Two layers, two heads of eight keys and values, in four bytes.
     assert numbers["cache_bytes"] == len(BOOK) * 2 * 2 * 2 * 8 * 4
+    # It ends with the page, and three lines.
+    *_, page, read, gained, recalled = error.rstrip().splitlines()
+    assert "report.html" in page and read.startswith("SmolLM2-135M read") and "the loss" in gained
+    assert recalled.startswith("Of 6 facts")
     files = {path.name for path in (tmp_path / "demo").iterdir()}
     assert files == {"report.html", "report.png", "demo.json"}
     assert "Howl" in (tmp_path / "demo" / "report.html").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.hf.grafts import VOCAB, assert_near, random_ids, small_base
 
 from titans.hf.graft import feature_cache
@@ -66,14 +67,8 @@ def test_parts_flags_and_what_a_unit_is_about_are_kept(tmp_path):
     assert torch.equal(one["questions"].states[0], parts["questions"].states[0])
     with pytest.raises(ValueError, match=r"has no layer 0: it has \[1\]; cache it, too"):
         FeatureCache(tmp_path, [0])
-    stored = sum(tensor.nbytes for tensor in _tensors(path).values())
+    stored = sum(tensor.nbytes for tensor in load_file(path).values())
     assert stored == units()[1].tokens * bytes_per_token(16, [1])
-
-
-def _tensors(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_an_interrupted_run_continues_and_reads_nothing_twice(tmp_path, monkeypatch):
@@ -127,11 +122,28 @@ def test_bad_requests_and_files_are_refused(tmp_path):
     cache = write_features(base_of(), units(1), tmp_path, [1])
     path = cache.files("text")[0]
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read"):
-        cache.load(path)
+    for read in (cache.load, cache.shape, cache.about):
+        with pytest.raises(ValueError, match=r"cannot be read .*: remove it, and cache again"):
+            read(path)
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         write_features(base_of(), units(1), tmp_path, [1])
+
+
+def test_no_nan_gets_in_or_out(tmp_path):
+    base, cache = base_of(), write_features(base_of(), units(1), tmp_path, [1])
+    path = cache.files("text")[0]
+    tensors = load_file(path)
+    tensors["text.state.1"][0, 3, 5] = torch.nan
+    save_file(tensors, path)
+    assert FeatureCache(tmp_path, ()).load(path), "what is not read does not matter"
+    with pytest.raises(ValueError, match=r"holds NaN or infinite values \(text\.state\.1\): remove it"):
+        cache.load(path)
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[int(random_ids(2, 9)[1, 4])] = torch.nan
+    with pytest.raises(ValueError, match=r"the base computes NaN .* of facts, which begins with the tokens"):
+        write_features(base, units(1), tmp_path / "other", [1])
+    assert not [*(tmp_path / "other").glob("*.safetensors")]
 
 
 def test_states_that_float16_cannot_hold_are_refused(tmp_path):

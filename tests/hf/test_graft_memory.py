@@ -264,6 +264,12 @@ def no_space(tensors: Any, path: Path, metadata: Any) -> None:
     raise SafetensorError("No space left on device")
 
 
+def no_words(config: Any, folder: str) -> None:
+    Path(folder, "config.json").write_text("{")
+    # As the package tokenizers does.
+    raise Exception("No space left on device")
+
+
 def test_a_folder_holds_the_memory_and_finds_its_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +297,14 @@ def test_a_folder_holds_the_memory_and_finds_its_base(
     with monkeypatch.context() as full, pytest.raises(OSError, match=r"could not be written .*make room"):
         full.setattr("titans.hf.weights_file.save_file", no_space)
         model.save_pretrained(tmp_path / "graft")
+    with (
+        monkeypatch.context() as full,
+        pytest.raises(OSError, match=r"graft could not be written .*: make room"),
+    ):
+        full.setattr(type(model.config), "save_pretrained", no_words)
+        model.save_pretrained(tmp_path / "graft")
     assert (tmp_path / "graft" / "model.safetensors").read_bytes() == before
+    assert not [*(tmp_path / "graft").glob(".*")]
     wrong = small_base(seed=1)
     for given, message in (
         ({"base": wrong}, "other weights than the graft was made on"),

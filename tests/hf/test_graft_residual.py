@@ -99,7 +99,7 @@ def test_a_frozen_memory_writes_nothing() -> None:
     cache = model(ids, freeze_memory=True).past_key_values
     assert not any(layer.memory.weights[0].any() for layer in cache.state.residual)
     assert (logits_of(model, ids) - logits_of(model, ids, freeze_memory=True)).abs().max() > 0.01
-    with pytest.raises(ValueError, match="residual branches change the base's own states"):
+    with pytest.raises(ValueError, match="changes the base's own states; call read_base"):
         model(ids, output_base_logits=True)
 
 

@@ -81,6 +81,29 @@ def test_each_of_two_memories_has_its_part_of_the_gain() -> None:
     assert len(graft_content(of_one, [chr(c) for c in ids])["channels"]) == 3
 
 
+@pytest.mark.parametrize("adaptation", [False, {"step": 0.9}])
+def test_what_changes_the_base_inside_is_compared_with_the_base_alone(adaptation: Any) -> None:
+    ids = np.frombuffer(TEXT.encode(), np.uint8)[:300]
+    inside = {"layers": [0], "num_heads": 1, "head_dim": 16}
+    model = small_graft(adaptation=adaptation, residual=inside, lora={"rank": 2})
+    plain = small_graft(adaptation=False)
+    np.testing.assert_allclose(inspect_graft(model, ids).base[1:], score(plain, ids), rtol=1e-4)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("output" in name or "lora_B" in name):
+                parameter.normal_(std=0.3)
+    found = inspect_graft(model, ids, beginning=ids[:7])
+    losses, bare = (score(one, [*ids[:7], *ids])[7:] for one in (model, plain))
+    np.testing.assert_allclose(found.loss[1:], losses, rtol=1e-4)
+    np.testing.assert_allclose(found.base[1:], bare, rtol=1e-4)
+    assert np.abs(found.helped[1:]).mean() > 0.1 and found.association is None
+    with pytest.raises(ValueError, match="inspect a text from its beginning"):
+        inspect_graft(model, ids, cache=model.empty_cache())
+    with pytest.raises(ValueError, match=r"changes the base's own states; call read_base"):
+        model(torch.tensor([[1, 2]]), output_base_logits=True)
+
+
 def test_the_page_shows_the_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, text, page = tmp_path / "model", tmp_path / "text.txt", tmp_path / "page.html"
     small_causal_lm("llama", vocab_size=257).save_pretrained(folder)

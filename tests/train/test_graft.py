@@ -10,7 +10,10 @@ import pytest
 import torch
 from tests.train.grafts import HIDDEN, LAYERS, SETTINGS, small_association, small_base, small_plan
 
+from titans import graft
+from titans.data import byte_tokenizer
 from titans.data.facts_blocks import ANSWER, ANSWER_END, STATED
+from titans.hf import GraftedForCausalLM
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.window import Window
 from titans.nn.adaptation import LinearHead
@@ -21,7 +24,8 @@ from titans.train.graft.fit import AssociationTraining
 from titans.train.graft.held_out import answered, measure
 from titans.train.graft.recall import recall_after
 from titans.train.graft.rows import Stretch, TrainingRows
-from titans.train.graft.settings import GraftTraining
+from titans.train.graft.run import fit_graft
+from titans.train.graft.settings import AdaptationTraining, GraftTraining
 from titans.train.graft.vocabulary import SampledWords, label_log_probs, mixture_changes
 
 QUICK = GraftTraining(
@@ -260,6 +264,45 @@ def test_an_interrupted_run_continues_to_the_bit(cached, tmp_path):
     for step in range(6):
         used += rows.draw(step, used).episodes
     assert int(read_tensors(last[1] / "carried.safetensors")[1]["used"]) == used > 0
+
+
+def test_both_memories_are_trained_on_the_same_features_and_continue_to_the_bit(cached, tmp_path):
+    base, cache = cached
+    meta = AdaptationTraining(
+        steps=4, rows=2, tokens=48, held_out_tokens=96, evaluate_every=2, save_every=2, number_rate=0.3
+    )
+
+    def fit(output, stop=None):
+        grafted = graft(
+            base.model, byte_tokenizer(), window=32, sinks=2,
+            association=dict(layers=LAYERS, num_ordered=3, num_topic=8, feature_size=64, gate_hidden_size=8),
+            adaptation=dict(chunk_size=8, step=0.05, momentum=0.1, half_life=400.0, learned_start=True),
+        )  # fmt: skip
+
+        def on_log(name, line):
+            if (name, line["kind"], line["step"]) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return grafted, fit_graft(
+            grafted, None, None, output, features=cache.folder, training=QUICK, meta=meta, on_log=on_log
+        )
+
+    whole, results = fit(tmp_path / "whole")
+    assert {name: (one.step, one.finished) for name, one in results.items()} == {
+        "association": (6, True), "adaptation": (4, True),
+    }  # fmt: skip
+    assert whole.association.trained and results["adaptation"].best_step > 0
+    for name, step in (("association", 3), ("adaptation", 2)):
+        _, stopped = fit(tmp_path / "parts", (name, "held out", step))
+        assert [*stopped][-1] == name and stopped[name].step == step and not stopped[name].finished
+        # What is trained already is there, and the rest as before.
+        assert (tmp_path / "parts" / "model.safetensors").exists() == (name == "adaptation")
+    parts, again = fit(tmp_path / "parts")
+    assert again == results
+    loaded = GraftedForCausalLM.from_pretrained(tmp_path / "parts", base=base.model)
+    for name, value in whole.own_state_dict().items():
+        assert torch.equal(value, parts.own_state_dict()[name]), name
+        assert torch.equal(value, loaded.own_state_dict()[name]), name
 
 
 def test_minutes_end_at_a_checkpoint_and_patience_ends_the_training(cached, tmp_path):

@@ -19,7 +19,8 @@ from titans import graft
 from titans.data import byte_tokenizer
 from titans.hf import GraftedForCausalLM
 from titans.hf.graft.feature_cache import FeatureCache, Unit, write_features
-from titans.train.graft.meta import MetaTraining, fit_adaptation
+from titans.train.graft.loop import LoopResult
+from titans.train.graft.meta import MetaTraining
 from titans.train.graft.run import fit_graft
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import AdaptationTraining, ThroughTraining
@@ -62,6 +63,17 @@ META = AdaptationTraining(
 )
 
 
+def fit_adaptation(
+    grafted: GraftedForCausalLM,
+    cache: FeatureCache,
+    output: Path,
+    meta: AdaptationTraining = META,
+    **options: Any,
+) -> LoopResult[Any]:
+    given = {"trained": ["adaptation"], "features": cache.folder, "meta": meta, **options}
+    return fit_graft(grafted, None, None, output, **given)["adaptation"]
+
+
 def same(one: Any, other: Any) -> bool:
     first, second = one.own_state_dict(), other.own_state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -70,7 +82,7 @@ def same(one: Any, other: Any) -> bool:
 def test_an_adaptation_is_trained_through_its_updates(tmp_path: Path) -> None:
     base, lines = small_base(), []
     grafted, cache = features(base, tmp_path / "features")
-    result = fit_adaptation(grafted, cache, tmp_path / "out", META, lines.append)
+    result = fit_adaptation(grafted, cache, tmp_path / "out", on_log=lambda name, line: lines.append(line))
     assert result.finished and result.step == 12 and result.best_step > 0
     assert result.held_out.mean < result.untrained.mean - 0.01
     assert not result.held_out.harms(result.untrained)
@@ -89,11 +101,11 @@ def test_an_adaptation_is_trained_through_its_updates(tmp_path: Path) -> None:
     training.run(lambda line: setattr(training, "stop_requested", line["step"] == 5))
     assert training.progress.step == 5
     again, _ = features(base, tmp_path / "features")
-    assert fit_adaptation(again, cache, tmp_path / "stops", META) == result and same(again, grafted)
+    assert fit_adaptation(again, cache, tmp_path / "stops") == result and same(again, grafted)
     with pytest.raises(ValueError, match="was begun with tokens=48, now it is 24"):
         fit_adaptation(again, cache, tmp_path / "stops", AdaptationTraining(**{**vars(META), "tokens": 24}))
     with pytest.raises(ValueError, match="has no adaptation"):
-        fit_adaptation(graft(base, window=32, sinks=2, adaptation=False), cache, tmp_path / "no", META)
+        fit_adaptation(graft(base, byte_tokenizer(), window=32, adaptation=False), cache, tmp_path / "no")
 
 
 def test_what_is_no_better_on_every_held_out_text_is_not_kept(
@@ -108,7 +120,7 @@ def test_what_is_no_better_on_every_held_out_text_is_not_kept(
         "evaluate",
         lambda self: HeldOutText({"a": next(found), "b": self.progress.step / 100 + 1}, {"a": 2.0, "b": 1.0}),
     )
-    result = fit_adaptation(grafted, cache, tmp_path / "out", META)
+    result = fit_adaptation(grafted, cache, tmp_path / "out")
     assert result.best_step == 0 and result.held_out == result.untrained
     assert torch.equal(grafted.adaptation.step_logit, before) and not grafted.adaptation.start_bias.any()
 
@@ -227,8 +239,7 @@ def test_training_through_the_base_resumes_to_the_bit(tmp_path: Path) -> None:
             branched(small_base(), residual=None), texts, held_out, tmp_path / "no", training=settings
         )
     both = branched(small_base(), adaptation=True, association=True)
-    for fit, given in ((fit_graft, (None, None)), (fit_adaptation, (None,))):
-        with pytest.raises(ValueError, match="residual branches change what is cached"):
-            fit(both, *given, tmp_path / "no")
+    with pytest.raises(ValueError, match="residual branches change what is cached"):
+        fit_graft(both, None, None, tmp_path / "no")
     with pytest.raises(ValueError, match="rows=0: give a whole number of at least 1"):
         fit_through(made(), texts, held_out, tmp_path / "no", training=ThroughTraining(rows=0))

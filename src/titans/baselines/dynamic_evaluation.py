@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from titans.baselines.windowed import WindowedCache, WindowedReader
 from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.lora import sharing_weights
 from titans.hf.graft.window import WindowState
 from titans.state import map_state
 
@@ -174,10 +175,7 @@ def with_lora(model: PreTrainedModel, rank: int = 8, seed: int = 0) -> tuple[Pre
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise ImportError(f"LoRA: {error}; pip install peft", name=error.name) from None
-    # Parameters of their own around the same numbers: PEFT switches off the gradients of those it finds.
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    copied = copy.deepcopy(model, shared)
+    copied = sharing_weights(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")

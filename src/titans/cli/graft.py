@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,10 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from titans.cli.errors import UsageError
-from titans.cli.graft_report import Progress, finish, interruptible
 from titans.cli.models import ModelOptions
 from titans.cli.outputs import check_run_folder
-from titans.cli.terminal import report
 from titans.cli.train import FIELDS
 from titans.train.graft.settings import (
     SETTINGS_FILE,
@@ -22,28 +19,35 @@ from titans.train.graft.settings import (
     GraftTraining,
     ThroughTraining,
 )
-from titans.train.progress import clock
+
+# What a graft has whose memories are trained; of those that are not named, settings would be for nothing.
+_HAS = {
+    "both": ("association", "adaptation"),
+    "association": ("association", "adaptation"),
+    "adaptation": ("adaptation",),
+    "inside": ("adaptation", "residual", "lora"),
+}
 
 
 @dataclass(frozen=True)
 class Graft(ModelOptions):
-    """Give a pretrained model a memory, and train it.
+    """Give a pretrained model memories, and train them.
 
     Example: titans graft smollm2-135m --data books/ notes.txt --output grafted
 
-    By default the memory is one that recalls. The model itself does not change. It reads the texts and blocks
-    with made-up facts once, what it computes is kept on disk, and the memory is trained on that. The output
-    folder is then a graft, for `titans chat`, `memorize`, `generate`, `inspect` and `eval`. After Ctrl-C or a
-    full disk the same command goes on.
+    One memory recalls, and one learns the model's own loss. The model itself does not change. It reads the
+    texts and blocks with made-up facts once, what it computes is kept on disk, and the memories are trained
+    on that, one after the other. The output folder is then a graft, for `titans chat`, `memorize`,
+    `generate`, `inspect` and `eval`. After Ctrl-C or a full disk the same command goes on.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder of a causal model of transformers, of a graft with such a memory, or the name of a model."""
+    """Folder of a causal model of transformers, of a graft with such memories, or the name of a model."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the graft, checkpoints and metrics.jsonl."""
-    train: Literal["association", "adaptation", "inside"] = "association"
-    """What is trained: the memory that recalls; the numbers and the start of the one that learns the model's
-    own loss, also on what the model computes; or memories inside the model, through the model."""
+    train: Literal["association", "adaptation", "inside"] | None = None
+    """What is trained, if not all that the graft has: the memory that recalls; the numbers and the start of
+    the one that learns the model's own loss; or memories inside the model, through the model."""
     data: tuple[str, ...] = ()
     """Corpora to train on: text files, folders, hf:NAME, or built-in names such as shakespeare, bible or
     austen/emma. Documents are taken from each in turn until there are enough tokens. May be left out if the
@@ -59,23 +63,25 @@ class Graft(ModelOptions):
     """Settings of titans.nn.association.Association that differ from the default, such as
     feature_size=576."""
     adaptation: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
-    """Settings of titans.nn.adaptation.Adaptation; with --train inside there is none without them."""
+    """Settings of titans.nn.adaptation.Adaptation, all that differ from the default; without them one that is
+    trained has learned_start=true half_life=200000 momentum=0.05, and with --train inside there is none."""
     residual: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
-    """With --train inside: layers and settings of titans.NeuralMemory that differ from the default."""
+    """Train memories inside the model: layers and settings of titans.NeuralMemory that differ from the
+    default."""
     lora: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
-    """With --train inside: also train low-rank changes of the model's linear layers, such as rank=8."""
+    """Train low-rank changes of the model's linear layers through the model, such as rank=8."""
     cached: FeatureSettings = field(default_factory=FeatureSettings)
     """What the model reads."""
     training: GraftTraining = field(default_factory=GraftTraining)
     """How the memory that recalls is trained."""
     meta: AdaptationTraining = field(default_factory=AdaptationTraining)
-    """How --train adaptation trains."""
+    """How the memory that learns the model's own loss is trained."""
     inside: ThroughTraining = field(default_factory=ThroughTraining)
-    """How --train inside trains."""
+    """How memories inside the model and low-rank changes are trained."""
     threads: int | None = None
     """CPU threads; by default as many as there are free processors."""
     json: bool = False
-    """Print the result as one JSON object."""
+    """Print the results as one JSON object."""
 
     def run(self) -> int:
         """Cache, train and save, reporting to stderr."""
@@ -86,35 +92,35 @@ class Graft(ModelOptions):
                 settings.check()
             except ValueError as error:
                 raise UsageError(str(error)) from None
+        kind = self._kind()
+        for name in ("association", "adaptation", "residual", "lora"):
+            if getattr(self, name) and name not in _HAS[kind]:
+                raise UsageError(f"{name}: a graft for --train {kind} has none; leave it out")
         check_run_folder("output", self.output, SETTINGS_FILE)
-        documents, held_out = self._documents()
-        if self.train != "association":
-            from titans.cli.graft_text import train_on_text
+        documents, held_out = self._documents(kind)
+        from titans.cli.graft_trainings import train
 
-            return train_on_text(self, documents, held_out)
-        model, tokenizer = self.open_model(self.checkpoint)
-        from titans.train.graft.run import fit_graft
+        return train(self, kind, documents, held_out)
 
-        progress = Progress(_step, _held_out)
-        with interruptible():
-            result = fit_graft(
-                self._grafted(model, tokenizer),
-                documents,
-                held_out,
-                self.output,
-                tokenizer=tokenizer,
-                features=self.features,
-                cached=self.cached,
-                training=self.training,
-                on_plan=self._report,
-                on_features=progress.features,
-                on_log=progress.training,
-            )
-        finish(self, self.training, result, lambda: _outcome(result))
-        return 0
+    def _kind(self) -> str:
+        """What is trained; "both" is what a graft has of the two that learn from features."""
+        if self.train is not None:
+            return self.train
+        if self.residual or self.lora:
+            return "inside"
+        # Of a graft that exists its configuration decides.
+        if (self.checkpoint / "config.json").is_file():
+            from titans.zoo.checkpoint import config_fields
 
-    def _documents(self) -> tuple[list[Any] | None, list[Any] | None]:
+            fields = config_fields(self.checkpoint)
+            if fields.get("model_type") == "titans-graft" and (fields.get("residual") or fields.get("lora")):
+                return "inside"
+        return "both"
+
+    def _documents(self, kind: str) -> tuple[list[Any] | None, list[Any] | None]:
         if not self.data:
+            if kind == "inside":
+                raise UsageError("data: none given; training through the model reads texts")
             if self.features is None or not self.features.is_dir():
                 raise UsageError("data: none given; name texts, or the folder of features that are there")
             return None, None
@@ -126,41 +132,3 @@ class Graft(ModelOptions):
             texts = {document.data for document in held_out}
             return [document for document in found if document.data not in texts], held_out
         return hold_out(found)
-
-    def _grafted(self, model: Any, tokenizer: Any) -> Any:
-        from titans.hf.graft import GraftedForCausalLM, graft
-
-        if not isinstance(model, GraftedForCausalLM):
-            return graft(model, tokenizer, window=self.window, association=self.association or True)
-        if self.association:
-            raise UsageError("association: a graft's own settings cannot change; leave it out")
-        return model
-
-    def _report(self, plan: Any) -> None:
-        seconds = plan.seconds()
-        report(
-            f"features: {plan.tokens:,} tokens, {plan.bytes / 1e9:.2f} GB in "
-            f"{self.features or self.output / 'features'}; about {clock(seconds)} on this machine"
-        )
-
-
-def _step(line: dict[str, Any]) -> list[str]:
-    return [
-        f"loss {line['loss']:+.4f}",
-        f"text {line['text']:+.4f} nats",
-        f"{line['tokens_per_second']:,.0f} tokens/s",
-    ]
-
-
-def _outcome(result: Any) -> str:
-    assert result.held_out is not None
-    return _held_out(dataclasses.asdict(result.held_out))
-
-
-def _held_out(found: dict[str, Any]) -> str:
-    recall = ", ".join(
-        f"{share:.0%} of {group.replace('-', ' ')}" for group, share in found["recall"].items()
-    )
-    worst = max(found["text"].values(), default=0.0)
-    mean = sum(found["text"].values()) / max(len(found["text"]), 1)
-    return f"recalled {recall or 'nothing yet'} · held-out text {mean:+.2%}, worst {worst:+.2%}"

@@ -193,8 +193,8 @@ def table(found: GraftInspection) -> str:
 
 
 def verdict(demo: BookDemo, name: str, window: int) -> str:
-    """Four lines: what was read, what the memory gained in prediction and in recall, whichever way it fell,
-    and what it cost."""
+    """Three lines: what was read at which cost, and what the memory gained in prediction and in recall,
+    whichever way it fell."""
     found = demo.found
     last, whole = found.by_position()[-1], found.whole()
     read = f"{len(found.ids):,} of the {demo.tokens_in_book:,}"
@@ -202,13 +202,13 @@ def verdict(demo: BookDemo, name: str, window: int) -> str:
     return "\n".join(
         [
             f"{name} read {read} tokens of {TITLE}, and saw at most {window} of them at a time: "
-            f"{demo.tokens_per_second:,.0f} tokens/s.",
+            f"{demo.tokens_per_second:,.0f} tokens/s. Its state has at most {demo.state_bytes / 1e6:.1f} MB "
+            "after any text; the model's own cache of these tokens would have "
+            f"{demo.cache_bytes / 1e6:,.0f} MB.",
             f"Its memory, which learns while it reads, {_changed(whole)}, and on {place(last)} "
             f"{_changed(last)}.",
             f"Of {len(demo.answers)} facts stated before the play it recalls {right}; the model without a "
             f"memory recalls {right_without}.",
-            f"Its state has at most {demo.state_bytes / 1e6:.1f} MB after any text; the model's own cache of "
-            f"these tokens would have {demo.cache_bytes / 1e6:,.0f} MB.",
         ]
     )
 
@@ -243,7 +243,7 @@ def show(
     say(f"\n{name} reads {TITLE} ({len(play.data):,} bytes) through a window of {window} tokens")
     demo = read_book(model, tokenizer, play.data, 60 * minutes)
     lines = verdict(demo, name, window)
-    say(f"\n{table(demo.found)}\n\n{answers_table(demo)}\n\n{lines}")
+    say(f"\n{table(demo.found)}\n\n{answers_table(demo)}")
     folder.mkdir(parents=True, exist_ok=True)
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
@@ -261,3 +261,4 @@ def show(
     }
     (folder / "demo.json").write_text(json.dumps(numbers, indent=1))
     say(f"\nThe page, where every token has the colour of its gain: {folder / 'report.html'} ({machine})")
+    say(lines)

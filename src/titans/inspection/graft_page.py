@@ -25,7 +25,7 @@ def graft_content(found: GraftInspection, texts: Sequence[str]) -> dict[str, Any
         "numbers": [("tokens", f"{len(found.ids):,}"), _number("all", found.whole())]
         + [_number(place(part), part) for part in found.by_position()],
         "numbers_meaning": "Change of the mean loss by the memory, and the mean loss in nats per token "
-        "without and with it; less is better. Both are of one pass: the base and its window are the same.",
+        "without and with it; less is better. Both have the same base and the same window.",
         "how_to_read": f"Click a passage to go there; its figure is the mean over {WINDOW} tokens. Below "
         "are the coloured text and the losses by position.",
         "channels": [

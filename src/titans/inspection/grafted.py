@@ -94,7 +94,10 @@ class GraftInspection:
 
 
 class GraftReading:
-    """Reads a text once, piece by piece, at constant memory; both losses come from the same hidden states.
+    """Reads a text piece by piece, at constant memory.
+
+    Both losses come from the same hidden states. Where the graft changes these inside its base, the base
+    reads the text once more, without the changes.
 
     cache: what was read; it changes with every piece.
 
@@ -103,7 +106,7 @@ class GraftReading:
         beginning: ids that are read before the text and not shown, such as a tokenizer puts there.
 
     Raises:
-        ValueError: for a graft without a memory.
+        ValueError: for a graft without a memory, or a cache of one that changes its base inside.
     """
 
     def __init__(
@@ -111,8 +114,14 @@ class GraftReading:
     ) -> None:
         if not model.config.has_memory:
             raise ValueError("this graft has no memory to inspect: make it with adaptation=True")
+        inside, self._window = model.config.changes_base, None
+        if inside and cache is not None:
+            raise ValueError(
+                "cache: what this graft's base alone would hold in its window is not in a memory; inspect a "
+                "text from its beginning"
+            )
         self._names = ["loss", "base"]
-        if model.config.adaptation is not None and model.config.association is not None:
+        if model.config.adaptation is not None and model.config.association is not None and not inside:
             self._names.append("association")
         self.model = model
         self.cache = model.empty_cache() if cache is None else cache.clone()
@@ -123,25 +132,31 @@ class GraftReading:
             with reading(model):
                 ids = torch.tensor([first], device=model.device)
                 model(ids, past_key_values=self.cache, logits_to_keep=1)
+                if inside:
+                    _, self._window = model.read_base(ids)
 
     def read(self, ids: Tensor) -> GraftInspection:
         """Read on: (n,) int64 ids; the logits of all of them are held, once for each loss."""
+        config, given = self.model.config, ids[None].to(self.model.device)
         with reading(self.model):
             output = self.model(
-                ids[None].to(self.model.device),
+                given,
                 past_key_values=self.cache,
                 output_surprise=True,
-                output_base_logits=True,
+                output_base_logits=not config.changes_base,
             )
-        found = {"loss": output.logits, "base": output.base_logits, "association": output.association_logits}
+            base_logits = output.base_logits
+            if base_logits is None:
+                base_logits, self._window = self.model.read_base(given, self._window)
+        found = {"loss": output.logits, "base": base_logits, "association": output.association_logits}
         losses = {}
         for name in self._names:
             logits = torch.cat([self._before[name], found[name][0].float().cpu()])
             losses[name] = F.cross_entropy(logits[:-1], ids, reduction="none")
             self._before[name] = logits[-1:].clone()
-        if self.model.config.association is None:
+        if config.adaptation is not None and config.association is None:
             # The loss that the adaptation learned from: exact where logits are rounded to half precision.
-            base, loss = losses["base"], output.surprises[0][0, :, 0].float().cpu()
+            base, loss = losses["base"], output.surprises[-1][0, :, 0].float().cpu()
             losses["loss"] = torch.where(base.isnan(), base, loss)
         return GraftInspection(ids.numpy(), **{name: loss.numpy() for name, loss in losses.items()})
 

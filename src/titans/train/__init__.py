@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: settings in; model, checkpoints, metrics and curves in a folder out.
 
-`fit_graft` trains the association of a graft instead, on cached features of its base.
+`fit_graft` trains the memories of a graft instead, on cached features of its base.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 # Loaded on first use: the command line needs the settings alone to answer --help.
 _HOME = {
+    "AdaptationTraining": "titans.train.graft.settings",
     "FactSettings": "titans.train.settings",
     "FeatureSettings": "titans.train.graft.settings",
     "GraftTraining": "titans.train.graft.settings",
@@ -24,6 +25,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptationTraining",
     "FactSettings",
     "FeatureSettings",
     "GraftTraining",
@@ -39,7 +41,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from titans.train.graft.run import fit_graft
-    from titans.train.graft.settings import FeatureSettings, GraftTraining
+    from titans.train.graft.settings import AdaptationTraining, FeatureSettings, GraftTraining
     from titans.train.recipe import Interrupted, TrainingRun, TrainResult, train
     from titans.train.settings import FactSettings, TrainSettings
     from titans.train.trainer import NonFiniteError, TitansTrainer

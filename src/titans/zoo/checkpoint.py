@@ -86,7 +86,7 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     Raises:
         ValueError: naming the file that is missing, damaged or does not fit the others.
     """
-    folder = folder_of(folder)
+    given, folder = folder, folder_of(folder)
     if not folder.is_dir():
         raise ValueError(
             f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train` or "
@@ -99,6 +99,9 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     from transformers import AutoModelForCausalLM
 
     model = _load_model(folder, AutoModelForCausalLM)
+    if folder != given:
+        # A graft names its base by it, and is then read on other machines, too.
+        model.name_or_path = str(given)
     return model, _load_tokenizer(folder, model.config.get_text_config(decoder=True).vocab_size)
 
 

@@ -114,6 +114,11 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         """Whether the graft has a memory that learns during reading."""
         return bool(self.memories)
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base's own states differ in the graft, by residual branches or low-rank changes."""
+        return getattr(self, "residual", None) is not None or self.lora is not None
+
     def state_fields(self) -> dict[str, Any]:
         """The fields that must be equal for one graft to continue from another's state."""
         found = {

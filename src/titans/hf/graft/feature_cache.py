@@ -21,7 +21,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,13 +196,13 @@ class FeatureCache:
         Raises:
             ValueError: if it is damaged.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                left_out = {f"state.{layer}" for layer in self.key["layers"] if layer not in self.layers}
-                names = [name for name in file.keys() if name.partition(".")[2] not in left_out]  # noqa: SIM118
-                found = {name: file.get_slice(name)[rows, tokens] for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): remove it, and cache again") from None
+        with _opened(path) as file:
+            left_out = {f"state.{layer}" for layer in self.key["layers"] if layer not in self.layers}
+            names = [name for name in file.keys() if name.partition(".")[2] not in left_out]  # noqa: SIM118
+            found = {name: file.get_slice(name)[rows, tokens] for name in names}
+        for name, value in found.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{path} holds NaN or infinite values ({name}): remove it, and cache again")
         return {
             part: Features(
                 tuple(found[f"{part}.state.{layer}"] for layer in self.layers),
@@ -214,16 +215,25 @@ class FeatureCache:
         }
 
     def shape(self, path: Path) -> tuple[int, int]:
-        """Rows and tokens of each part of a file, whose parts are alike."""
-        with safe_open(path, "pt") as file:
+        """Rows and tokens of each part of a file, whose parts are alike; ValueError if it is damaged."""
+        with _opened(path) as file:
             name = next(name for name in file.keys() if name.endswith(".ids"))  # noqa: SIM118
             rows, tokens = file.get_slice(name).get_shape()
         return int(rows), int(tokens)
 
     def about(self, path: Path) -> str:
-        """What the caller wrote about this unit."""
-        with safe_open(path, "pt") as file:
+        """What the caller wrote about this unit; ValueError if the file is damaged."""
+        with _opened(path) as file:
             return (file.metadata() or {}).get("about", "")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and cache again") from None
 
 
 def _key_of(base: WindowedBase) -> dict[str, Any]:
@@ -247,6 +257,11 @@ def _read(base: WindowedBase, unit: Unit, layers: Sequence[int]) -> dict[str, Te
         found = {f"state.{layer}": state for layer, state in zip(layers, states, strict=True)}
         found["hidden"] = hidden
         for name, value in found.items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"the base computes NaN or infinite values ({name} of {unit.group}, which begins with "
+                    f"the tokens {ids[0, :8].tolist()}): load it in float32, or leave that text out"
+                )
             narrow = value.to(torch.float16)
             if not narrow.isfinite().all():
                 raise ValueError(f"{name} of the base exceeds float16's range: choose other layers")
@@ -284,7 +299,7 @@ def _index_of(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and cache again") from None
-    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+    if not isinstance(index, dict) or index.get("format") != _FORMAT or not {"key", "units"} <= index.keys():
         raise ValueError(f"{path} is of another format: give an empty folder")
     return index
 
@@ -302,5 +317,12 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     temporary = folder / f".{_INDEX}.part"
-    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    temporary.replace(folder / _INDEX)
+    try:
+        temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        temporary.replace(folder / _INDEX)
+    except OSError as error:
+        raise OSError(
+            f"{folder / _INDEX} could not be written ({error}): make room and start again, which continues"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

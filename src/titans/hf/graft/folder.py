@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,7 +45,7 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
 
         Raises:
             ValueError: for push_to_hub=True.
-            OSError: if a file cannot be written; a file of weights that was there before is left.
+            OSError: if a file cannot be written; what was there before is left.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True is not supported: save the graft, and upload the folder")
@@ -53,13 +54,23 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
-        write_weights(folder / _WEIGHTS, self.own_state_dict(state_dict))
         if self.tokenizer is not None:
             self.config.vocabulary = vocabulary_name(self.tokenizer)
-        self.config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".graft-") as scratch:
+            try:
+                for part in (self.config, self.generation_config, self.tokenizer):
+                    if part is not None:
+                        part.save_pretrained(scratch)
+            except Exception as error:
+                # The package tokenizers has no error of its own for a full disk.
+                if type(error) is not Exception and not isinstance(error, OSError):
+                    raise
+                raise OSError(f"{folder} could not be written ({error}): make room") from None
+            write_weights(folder / _WEIGHTS, self.own_state_dict(state_dict))
+            for file in [path for path in Path(scratch).rglob("*") if path.is_file()]:
+                place = folder / file.relative_to(scratch)
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
 
     @classmethod
     def from_pretrained(
@@ -128,4 +139,7 @@ def _load_base(name: str | Path | None, options: dict[str, Any]) -> PreTrainedMo
         return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **known)
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the base {str(name)!r} cannot be loaded ({reason}): give it as base=…") from None
+        raise ValueError(
+            f"the base {str(name)!r} cannot be loaded ({reason}): give it as base=…, or open the graft with "
+            "titans.load, which knows the library's own names"
+        ) from None

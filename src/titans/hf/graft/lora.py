@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,11 +42,21 @@ def lora_settings(given: Any) -> dict[str, Any]:
     return {**settings, "targets": targets if isinstance(targets, str) else list(targets)}
 
 
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose parameters and buffers are the same numbers in memory.
+
+    Layers of the copy can be replaced, frozen or moved to another device, and the model stays what it is.
+    """
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
 def add_lora(base: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     """Add adapters to a base, in place, that change nothing until they are trained; float32 at least.
 
     Raises:
-        ValueError: if peft is missing, or no layer has such a name.
+        ValueError: if peft is missing, no layer has such a name, or the head has.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -61,6 +72,11 @@ def add_lora(base: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"lora has targets={settings['targets']!r}: {reason}") from None
+    if hasattr(base.get_output_embeddings(), "lora_A"):
+        raise ValueError(
+            f"lora has targets={settings['targets']!r}, and with them the head, whose rows memories read: "
+            "leave it out"
+        )
     for name, parameter in base.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

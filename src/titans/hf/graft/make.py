@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.configuration import GraftConfig, memory_settings, origin_of
+from titans.hf.graft.lora import is_lora
 from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.hf.graft.window import Window
@@ -31,7 +32,7 @@ def graft(
 
     Args:
         model: a causal LM of transformers with rotary positions. It becomes part of the graft, its parameters
-            frozen.
+            frozen; with `lora` it stays as it is, and the graft has a copy that shares its weights.
         tokenizer: saved with the graft.
         window: tokens that attention sees: a token's own block of window / 2 tokens, and the previous block.
             In a text of at most this many tokens a graft without memories gives the model's own logits.
@@ -44,8 +45,7 @@ def graft(
             `layers` and settings of `titans.NeuralMemory` as a dict. They add 0 until they are trained
             through the model.
         lora: low-rank changes of the model's linear layers, by peft; `rank` (8), `alpha` (16) and `targets`
-            ("all-linear", or names) as a dict. They are 0 until they are trained, and change the model in
-            place.
+            ("all-linear", or names) as a dict. They are 0 until they are trained.
         others: memories that were added to `MEMORIES`, by name.
 
     Returns a model in evaluation mode, for `titans.Session`, `generate` and the call with ids.
@@ -60,6 +60,11 @@ def graft(
         )
     if isinstance(model, GraftedForCausalLM) or model.config.model_type == "titans":
         raise ValueError(f"model is a {type(model).__name__}, which has a memory of its own")
+    if adapted := next((name for name, _ in model.named_parameters() if is_lora(name)), None):
+        raise ValueError(
+            f"model is a {type(model).__name__} with adapters in its layers ({adapted}): merge them into it "
+            "first, or load it anew"
+        )
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise ValueError(
@@ -88,7 +93,7 @@ def graft(
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Refuse a tokenizer without the tokens that stand in the model's folder, if it has one that says."""
-    path = Path(model.name_or_path or "no folder") / "tokenizer.json"
+    path = Path(model.config.name_or_path or "no folder") / "tokenizer.json"
     try:
         known = json.loads(path.read_bytes())["model"]["vocab"]
     except (OSError, ValueError, LookupError, TypeError):

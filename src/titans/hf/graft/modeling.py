@@ -16,7 +16,7 @@ from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.cache import GraftCache, GraftState
 from titans.hf.graft.configuration import GraftConfig, check_origin
 from titans.hf.graft.folder import GraftFolder
-from titans.hf.graft.lora import add_lora, is_lora
+from titans.hf.graft.lora import add_lora, is_lora, sharing_weights, without_lora
 from titans.hf.graft.memories import MEMORIES, Call, Found, GraftMemory, Inside
 from titans.hf.graft.window import Window, WindowState
 from titans.hf.keywords import check_keywords, check_targets, check_tokens, documents_of, real_tokens
@@ -53,8 +53,8 @@ class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[mis
     Made by `titans.graft`. The base is part of it, frozen, and is never saved with it.
 
     Args:
-        base: its parameters are frozen; otherwise it is unchanged and can still be used alone, unless the
-            configuration has `lora`, which changes its layers in place.
+        base: its parameters are frozen; otherwise it is unchanged and can still be used alone. With `lora` in
+            the configuration nothing of it changes: the graft has a copy that shares its weights.
 
     Raises:
         ValueError: for a base that cannot be grafted, or that is not the one in the configuration.
@@ -85,6 +85,8 @@ class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[mis
             made = None if settings is None else kind.make(config.hidden_size, config.vocab_size, settings)
             setattr(self, name, made)
         # Whatever is refused, the base is unchanged.
+        if config.lora is not None:
+            base = sharing_weights(base)
         windowed = WindowedBase(base, window)
         for name in config.memories:
             if layers := getattr(getattr(self, name), "layers", ()):
@@ -152,6 +154,21 @@ class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[mis
         }
         return GraftState(self._windowed.initial_state(rows), states)
 
+    def read_base(self, ids: Tensor, window: WindowState | None = None) -> tuple[Tensor, WindowState]:
+        """What the base alone predicts in its window, without anything that the graft adds.
+
+        Args:
+            ids: (batch, time) int64.
+            window: after the tokens before these; None at the start of a text.
+
+        Returns logits (batch, time, vocab_size) and the window after these tokens.
+        """
+        if window is None:
+            window = self._windowed.initial_state(len(ids))
+        with without_lora(self.base):
+            hidden, window = self._windowed.read(ids, window)
+        return self._windowed.head.logits(hidden), window
+
     @torch.no_grad()
     def whiten(self, ids: Tensor) -> None:
         """Set the mean and covariance of the memories' inputs from ids (n,) of any text, n > 2.
@@ -211,10 +228,10 @@ class GraftedForCausalLM(GraftFolder, StateGenerationMixin):  # type: ignore[mis
         check_targets(labels, logits_to_keep, x)
         if freeze_memory and not self.config.has_memory:
             raise ValueError("freeze_memory=True: this graft has no memory that learns; leave it out")
-        if output_base_logits and self.residual is not None:
+        if output_base_logits and self.config.changes_base:
             raise ValueError(
-                "output_base_logits=True: residual branches change the base's own states; read the text with "
-                "a graft without them, too"
+                "output_base_logits=True: this graft changes the base's own states; call read_base(ids, "
+                "window), too"
             )
         if (cache := past_key_values) is not None:
             self.check_cache(cache)

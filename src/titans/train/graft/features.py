@@ -36,7 +36,7 @@ class FeaturePlan:
 
     Args:
         documents: of which training sees parts. held_out: other documents, for evaluation.
-        layers: of the base, whose states are kept.
+        layers: of the base, whose states an association reads; None for documents alone, without facts.
 
     Raises:
         ValueError: for settings, a tokenizer or documents that cannot be used.
@@ -48,13 +48,13 @@ class FeaturePlan:
         tokenizer: Any,
         documents: Sequence[Document],
         held_out: Sequence[Document],
-        layers: Sequence[int],
+        layers: Sequence[int] | None,
         settings: FeatureSettings | None = None,
         seed: int = 0,
     ) -> None:
         settings = settings or FeatureSettings()
         settings.check()
-        self.base, self.layers, self.settings = base, tuple(layers), settings
+        self.base, self.layers, self.settings = base, tuple(layers or ()), settings
         found = [*text_units(tokenizer, documents, "text", settings, settings.text_tokens)]
         others = [*text_units(tokenizer, held_out, "text-held-out", settings, 4 * settings.document_tokens)]
         if not found or not others:
@@ -62,6 +62,10 @@ class FeaturePlan:
                 f"{'data' if not found else 'held-out data'} has no text of {2 * settings.block_tokens} "
                 "tokens: give longer documents"
             )
+        texts = [[unit for _, unit in part] for part in (found, others)]
+        if layers is None:
+            self.units = _mixed(texts)
+            return
         # Facts stand in the documents that training reads, and are of their words.
         documents = [*dict.fromkeys(document for document, _ in found)]
         train, test = (
@@ -72,7 +76,6 @@ class FeaturePlan:
         unseen = fact_units(
             "facts-new-wording", test, settings.held_out_episodes, seed, held_out=True, held_out_wording=True
         )
-        texts = ([unit for _, unit in part] for part in (found, others))
         self.units = _mixed([facts, *texts, seen, [*unseen]])
 
     @property
@@ -110,27 +113,6 @@ class FeaturePlan:
                 "make room, or cache fewer episodes or less text"
             )
         return write_features(self.base, self.units, folder, self.layers, progress)
-
-
-def units_without_facts(
-    tokenizer: Any, documents: Sequence[Document], held_out: Sequence[Document], settings: FeatureSettings
-) -> list[Unit]:
-    """Parts of documents for training and for evaluation, without facts.
-
-    Raises:
-        ValueError: if either has no text of two blocks.
-    """
-    most = settings.text_tokens, 4 * settings.document_tokens
-    groups = (("text", documents, most[0]), ("text-held-out", held_out, most[1]))
-    found = {group: [unit for _, unit in text_units(tokenizer, texts, group, settings, count)]
-             for group, texts, count in groups}  # fmt: skip
-    for group, units in found.items():
-        if not units:
-            raise ValueError(
-                f"{'data' if group == 'text' else 'held-out data'} has no text of "
-                f"{2 * settings.block_tokens} tokens: give longer documents"
-            )
-    return _mixed([*found.values()])
 
 
 def text_units(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from titans.hf.graft.feature_cache import FeatureCache
 from titans.nn.adaptation import LinearHead
 from titans.nn.association import Association, AssociationRead, AssociationState
 from titans.state import flatten_alike, map_state
+from titans.train.graft.carried import from_tensors, to_tensors
 from titans.train.graft.held_out import HeldOut, changes_at, measure
 from titans.train.graft.loop import LoopResult, TrainingLoop
 from titans.train.graft.rows import Stretch, TrainingRows
@@ -97,16 +97,13 @@ class AssociationTraining(TrainingLoop[HeldOut]):
 
     def carried(self) -> dict[str, Tensor]:
         """The memories, and how many episodes were drawn."""
-        tensors = {"used": torch.tensor(self._used)}
-        if self._memories is not None:
-            tensors |= {part.name: getattr(self._memories, part.name) for part in fields(self._memories)}
-        return tensors
+        memories = {} if self._memories is None else to_tensors(self._memories)
+        return {"used": torch.tensor(self._used), **memories}
 
     def carry_on(self, tensors: dict[str, Tensor]) -> None:
         self._used = int(tensors.pop("used"))
         if tensors:
-            parts = {name: value.to(self.device) for name, value in tensors.items()}
-            self._memories = AssociationState(**parts)
+            self._memories = from_tensors(tensors, self.association.initial_state(1))
 
     @torch.no_grad()
     def _read_before(self, step: int) -> AssociationState:

@@ -24,6 +24,7 @@ from titans.train.checkpoint import (
     read_tensors,
     save_optimizer,
     write_json,
+    writing,
 )
 from titans.train.graft.settings import SETTINGS_FILE, LoopSettings
 from titans.train.interrupt import stops_on_interrupt
@@ -189,7 +190,8 @@ class TrainingLoop(ABC, Generic[Found]):
 
     def _log(self, on_log: Callable[[dict[str, Any]], None], line: dict[str, Any]) -> None:
         line = {"step": self.progress.step, "steps": self.settings.steps} | line
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         on_log(line)
 
@@ -204,7 +206,8 @@ class TrainingLoop(ABC, Generic[Found]):
         fixed = json.loads(json.dumps({**fixed, **self.depends_on()}))
         path = self.folder / SETTINGS_FILE
         if not path.exists():
-            write_json(path, fixed)
+            with writing(path):
+                write_json(path, fixed)
         known = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted(fixed.keys() | known.keys()):
             if known.get(name) != fixed.get(name):

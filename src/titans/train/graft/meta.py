@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 
 from titans.hf.graft.feature_cache import FeatureCache, Features
-from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.nn.adaptation import Adaptation, LinearHead
 from titans.state import where_rows
 from titans.train.graft.carried import from_tensors, to_tensors
-from titans.train.graft.loop import LoopResult
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import AdaptationTraining
 from titans.train.graft.text import HeldOutText, TextTraining
@@ -130,32 +127,3 @@ def _base_losses(head: LinearHead, part: Features) -> Tensor:
     labels = part.ids[:, 1:].to(device)
     found = label_log_probs(head, hidden.flatten(0, 1), normaliser.flatten(), labels.flatten())
     return -found.view(labels.shape)
-
-
-def fit_adaptation(
-    grafted: GraftedForCausalLM,
-    cache: FeatureCache,
-    output: Path,
-    training: AdaptationTraining | None = None,
-    on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> LoopResult[HeldOutText]:
-    """Train a graft's adaptation on cached features, and save the graft; the same call continues.
-
-    At the end the adaptation has the best values by held-out text; those from before the training, where none
-    were better on every held-out document.
-
-    Raises:
-        ValueError: for a graft without an adaptation, features of another base, or a folder of another
-            training.
-        FloatingPointError: if a loss is not finite.
-        OSError: if a folder cannot be written.
-    """
-    if (adaptation := grafted.adaptation) is None:
-        raise ValueError("this graft has no adaptation: make it with titans.graft(…, adaptation=True)")
-    if grafted.residual is not None:
-        raise ValueError("residual branches change what is cached: train this graft through the model")
-    cache.check_base(grafted._windowed)
-    result = MetaTraining(adaptation, grafted._windowed.head, cache, output, training).run(on_log)
-    if result.finished:
-        grafted.save_pretrained(output)
-    return result

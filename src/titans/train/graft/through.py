@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titans.data import Document, encode_document, leading_tokens
 from titans.hf.graft.cache import GraftState
-from titans.hf.graft.lora import is_lora, without_lora
+from titans.hf.graft.lora import is_lora
 from titans.hf.graft.modeling import GraftedForCausalLM
 from titans.train.graft.carried import from_tensors, to_tensors
 from titans.train.graft.loop import LoopResult
@@ -127,14 +127,11 @@ class ThroughModel(TextTraining):
     @torch.no_grad()
     def _base_loss(self, ids: Tensor) -> float:
         """Of the base in its window, without anything that a graft adds."""
-        windowed, total = self.grafted._windowed, 0.0
-        ids, state = ids.to(self.grafted.device), windowed.initial_state(1)
-        with without_lora(self.grafted.base):
-            for begin in range(0, len(ids) - 1, self.settings.tokens):
-                labels = ids[begin + 1 : begin + self.settings.tokens + 1]
-                hidden, state = windowed.read(ids[None, begin : begin + len(labels)], state)
-                logits = windowed.head.logits(hidden[0])
-                total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        ids, window, total = ids.to(self.grafted.device), None, 0.0
+        for begin in range(0, len(ids) - 1, self.settings.tokens):
+            labels = ids[begin + 1 : begin + self.settings.tokens + 1]
+            logits, window = self.grafted.read_base(ids[None, begin : begin + len(labels)], window)
+            total += float(F.cross_entropy(logits[0].float(), labels, reduction="sum"))
         return total / (len(ids) - 1)
 
     def carried(self) -> dict[str, Tensor]:
