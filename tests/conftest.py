@@ -1,5 +1,6 @@
 """What holds for the whole suite: the import of Triton, the search of hypothesis, the report of skips."""
 
+import gc
 import os
 from collections import Counter
 from contextlib import suppress
@@ -20,6 +21,10 @@ del os.environ["TRITON_INTERPRET"]
 # Commands choose threads for a process that has yet to load torch; called from a test they leave them alone.
 import torch  # noqa: F401
 
+# The objects of libraries stay until the end. To search them for garbage while they are loaded, and again and
+# again afterwards, takes up to a tenth of the time.
+gc.disable()
+
 # No test depends on time, and every run tries the same examples, so that a red test stays red.
 settings.register_profile(
     "titans",
@@ -30,6 +35,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("titans")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -214,10 +215,14 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-IMPORTS = {
-    module: set(imports(path.read_text(), module, is_package=path.name == "__init__.py"))
-    for module, path in MODULES.items()
-}
+
+
+@cache
+def all_imports() -> dict[str, set[str]]:
+    return {
+        module: set(imports(path.read_text(), module, is_package=path.name == "__init__.py"))
+        for module, path in MODULES.items()
+    }
 
 
 def test_every_file_has_its_place() -> None:
@@ -234,7 +239,7 @@ def test_every_import_points_downward() -> None:
     wrong = [
         f"{module} imports {imported}: {reason}"
         for module in sorted(known - {"titans"})
-        for imported in sorted(IMPORTS[module])
+        for imported in sorted(all_imports()[module])
         if (reason := violation(module, imported, known))
     ]
     assert not wrong, "\n".join(wrong)
@@ -247,7 +252,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
             ".".join(place(i, known)).removesuffix(".__init__") for i in found if i.startswith("titans.")
         }
         - {module, "titans"}
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         if module != "titans"
     }
     try:
