@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,8 +31,7 @@ from titans.stream import Session
 from .conftest import CtrlC
 
 ACT_3, ACT_4 = (document.data for document in load_corpus("excerpt")[2:4])
-ACT_4 = ACT_4[:6400]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ACT_4 = ACT_4[:4500]
 
 
 def save_model(folder: Path, *, seed: int = 0, **overrides: Any) -> TitansForCausalLM:
@@ -79,40 +75,33 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return call
 
 
-def test_read_save_go_on_and_describe(
-    run: Callable[..., Any], model_folder: Path, book: Path, tmp_path: Path
-) -> None:
-    """The steps of a user; one of them in a process of its own, as it is started from a shell."""
-    other = tmp_path / "noise.bin"
-    other.write_bytes(np.random.default_rng(0).bytes(3000))
+def test_read_save_go_on_and_describe(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
+    book, other = tmp_path / "book.txt", tmp_path / "noise.bin"
+    other.write_bytes(np.random.default_rng(0).bytes(1000))
+    book.write_bytes(ACT_4[:2000])
     memory = tmp_path / "book.memory"
     code, out, err = run("memorize", model_folder, book, other, "-o", memory, "--json")
     assert code == 0, err
     summary = json.loads(out)
-    assert summary["tokens"] == len(ACT_4) + 3000
+    assert summary["tokens"] == 3000
     assert summary["peak"]["file"] in (str(book), str(other)) and summary["peak"]["excerpt"]
     assert set(summary["files"]) == {str(book), str(other)}
     assert "tokens/s" in err and "surprise: mean" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.memory", "noise.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.memory", "book.txt", "noise.bin"]
 
     session = Session(TitansForCausalLM.from_pretrained(model_folder), byte_tokenizer())
-    session.feed(ACT_4 + other.read_bytes())
+    session.feed(book.read_bytes() + other.read_bytes())
     longer = tmp_path / "longer.memory"
     options = ("--prompt", "PROSPERO:", "--max-new-tokens", 30, "--greedy")
-    command = ["generate", model_folder, "--memory", memory, *options, "--save-memory", longer]
-    done = subprocess.run(
-        [sys.executable, "-m", "titans", *map(str, command)],
-        capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("threads: OMP_NUM_THREADS=1\n")
+    code, out, err = run("generate", model_folder, "--memory", memory, *options, "--save-memory", longer)
+    assert code == 0, err
     session.feed("PROSPERO:")
     expected = session.generate(max_new_tokens=30, do_sample=False)
-    assert done.stdout.rstrip("\n").startswith(expected) and len(set(expected)) > 1
+    assert out.rstrip("\n").startswith(expected) and len(set(expected)) > 1
 
     code, out, err = run("info", longer, "--json")
     about = json.loads(out)
-    assert about["tokens"] == len(ACT_4) + 3000 + len("PROSPERO:") + 30
+    assert about["tokens"] == 3000 + len("PROSPERO:") + 30
     assert about["variant"] == "mac" and len(about["layers"]) == 2
     assert code == 0 and "norms of the memories" in err
 
@@ -121,8 +110,8 @@ def test_a_memory_grows_by_what_is_read_next(
     run: Callable[..., Any], model_folder: Path, tmp_path: Path
 ) -> None:
     first, second, both = (tmp_path / name for name in ("first", "second", "both"))
-    first.write_bytes(ACT_4[:3000])
-    second.write_bytes(ACT_4[3000:6001])
+    first.write_bytes(ACT_4[:1000])
+    second.write_bytes(ACT_4[1000:2001])
     for name, *rest in (("a", first), ("b", second, "--memory", tmp_path / "a"), ("c", first, second)):
         assert run("memorize", model_folder, *rest, "-o", tmp_path / name)[0] == 0
     tensors, expected = load_file(tmp_path / "b"), load_file(tmp_path / "c")
@@ -134,7 +123,7 @@ def test_a_memory_grows_by_what_is_read_next(
 def test_state_and_file_do_not_grow(run: Callable[..., Any], model_folder: Path, tmp_path: Path) -> None:
     sizes = set()
     # At the same place in a segment: where one begins, equal tensors are stored once.
-    for count in (2000, 2000 + 60 * 64):
+    for count in (700, 700 + 20 * 64):
         text = tmp_path / f"{count}.txt"
         text.write_bytes((ACT_3 + ACT_4)[:count])
         code, out, _ = run("memorize", model_folder, text, "-o", tmp_path / "memory", "--json")
@@ -226,14 +215,14 @@ def test_info_knows_the_preset(
 ) -> None:
     model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="mag"))
     model.save_pretrained(tmp_path)
+    monkeypatch.setattr("titans.cli.info.SAMPLE_TOKENS", 64)
     code, out, err = run("info", tmp_path, "--json")
     about = json.loads(out)
     assert code == 0 and (about["preset"], about["variant"]) == ("tiny", "mag")
     assert about["parameters"] == sum(p.numel() for p in model.parameters())
-    assert f"{about['parameters']:,}" in err and "gates over 2,048 tokens of excerpt" in err
-    monkeypatch.setattr("titans.cli.info.SAMPLE_TOKENS", 64)
-    code, out, err = run("info", tmp_path)
-    assert (code, out) == (0, "") and "gates over 64 tokens of excerpt" in err
+    assert f"{about['parameters']:,}" in err and "gates over 64 tokens of excerpt" in err
+    code, out, _ = run("info", tmp_path)
+    assert (code, out) == (0, "")
 
 
 def test_info_reports_the_gates(

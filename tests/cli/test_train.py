@@ -3,10 +3,8 @@ from __future__ import annotations
 import io
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,8 @@ from titans.cli.errors import UsageError
 from titans.cli.train import Train, defaults_of
 from titans.train import FactSettings
 from titans.train.progress import ProgressLine
+
+from .conftest import CtrlC
 
 SMALL = [
     "--config", "hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=2",
@@ -50,20 +50,14 @@ def test_train_reports_progress_on_stderr_and_prints_its_result_as_json(
     )
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ctrl_c_when: CtrlC
+) -> None:
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "titans", *command(output, "--steps", "100000", "--log-every", "1")],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 100
-    while not (output / "metrics.jsonl").is_file() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=100)
-    assert process.returncode == 130, message
+    with ctrl_c_when((output / "metrics.jsonl").is_file):
+        code = main(command(output, "--steps", "100000", "--log-every", "1"))
+    message = capsys.readouterr().err
+    assert code == 130, message
     step = int(re.search(r"^titans: interrupted after step (\d+) of 100000; .*--resume$", message, re.M)[1])  # type: ignore[index]
     assert "Traceback" not in message
     assert [path.name for path in output.iterdir() if "checkpoint" in path.name] == [f"checkpoint-{step}"]
