@@ -11,7 +11,7 @@ import torch
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
 from titans.nn.blocks import BLOCKS
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "parameters.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "parameters.md"
 NOMINAL = {"170m": 170e6, "340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
 # layers, width, intermediate width, heads, peak learning rate
 PAPER = {

@@ -1,8 +1,7 @@
-"""docs/how/family.md: each setting computes what the reference op of flash-linear-attention computes.
+"""docs/how/family.md and the pages after it: each setting computes what a reference op or a loop computes.
 
-Where no code is published: what the equations of the paper give (naive.py).
-
-The ops' files are executed one by one, because to import the package takes Triton and a GPU's driver.
+The ops are those of flash-linear-attention; where no code is published, they are naive.py's. The ops' files
+are executed one by one, because to import the package takes Triton and a GPU's driver.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from . import naive
 EQUAL, SINGLE = 1e-14, 1e-6
 # Of two layers behind a LayerNorm, whose roundings 48 updates amplify.
 NAIVE = 1e-12
-PAGE = Path(__file__).parents[2] / "docs" / "family.md"
+HOW = Path(__file__).parents[2] / "docs" / "how"
+PAGES = [HOW / f"{name}.md" for name in ("family", "miras", "windows", "caching")]
 
 
 def fla(name: str, replace: tuple[tuple[str, str], ...] = (), double: bool = True, **known: Any) -> Any:
@@ -49,15 +49,20 @@ def fla(name: str, replace: tuple[tuple[str, str], ...] = (), double: bool = Tru
 
 @functools.cache
 def page() -> dict[str, list[dict[str, Any]]]:
-    """The names known after each block of the page, by heading."""
+    """The names known after each block of the pages, by heading."""
     found: dict[str, list[dict[str, Any]]] = {}
     names: dict[str, Any] = {}
-    for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE):
-        heading = section.partition("\n")[0]
-        for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-            exec(compile(code, f"{PAGE}: {heading}", "exec"), names)
-            found.setdefault(heading, []).append(dict(names))
+    for page in PAGES:
+        for section in re.split(r"^## ", page.read_text(), flags=re.MULTILINE):
+            heading = section.partition("\n")[0]
+            for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+                exec(compile(code, f"{page}: {heading}", "exec"), names)
+                found.setdefault(heading, []).append(dict(names))
     return found
+
+
+def test_every_block_of_the_pages_runs():
+    assert sum(map(len, page().values())) == 19
 
 
 def same(reads: Tensor, state: MemoryState, op: tuple[Tensor, Tensor], tolerance: float) -> None:

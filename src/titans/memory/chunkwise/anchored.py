@@ -2,7 +2,7 @@
 
 What is written is the same as ever, and so is the state. But no token reads what its own chunk has written,
 so nothing here grows with the square of the chunk: a chunk is one pass of all its keys and one of all its
-queries at the anchor, and one product for each weight that moves. Derivation: docs/how/maths.md.
+queries at the anchor, and one product for each weight that moves. Derivation: docs/how/schedules.md.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ start and in the errors before t (`rules.ChunkCoefficients`). So the errors of a
 
     e_t + Σ_{j<t} steps[t−1, j] (k_j · k_t) e_j = (W_{t−1} k_t without what the block has written) − v_t,
 
-a unit lower triangular system, and nothing weight-sized exists per token. Derivation: docs/how/maths.md.
+a unit lower triangular system, and nothing weight-sized exists per token. Derivation: docs/how/schedules.md.
 This is the gated delta rule (arXiv 2412.06464), whose blocks are computed so in arXiv 2406.06484,
 with momentum.
 

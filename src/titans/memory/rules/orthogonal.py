@@ -20,7 +20,7 @@ def orthogonalized(step: Tensor, floor: float, iterations: int) -> Tensor:
     X ← step / √(‖step‖² + floor²), and `iterations` times X ← 1.5 X − 0.5 X Xᵀ X, which never makes a
     singular value larger than 1, nor changes their order. It multiplies small ones by 1.5 each time, and so
     a disturbance by at most 1.5^iterations / floor. The quintic of Muon is faster and not monotone: updates
-    with it amplify a disturbance from chunk to chunk (docs/how/family.md).
+    with it amplify a disturbance from chunk to chunk (docs/how/windows.md).
     """
     square = step.square().sum((-2, -1), keepdim=True) + floor**2
     x = step * torch.rsqrt(square)
