@@ -24,7 +24,8 @@ ORDER = {
         hf
         stream
         data
-        train zoo evaluate baselines
+        baselines
+        train zoo evaluate
         inspection
         experiments
         serve
@@ -65,7 +66,7 @@ ORDER = {
         """,
     "titans.nn.blocks": """
         settings protocol
-        attention hope lmm mac mag mal window
+        attention hope lmm lstm mac mag mal rwkv7 window
         __init__
         """,
     "titans.nn.memory": """

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
-from titans.nn.blocks import BLOCKS
+
+from ..variants import VARIANTS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "parameters.md"
+# The blocks that the formula of the document covers.
+FORMULA = [*VARIANTS, "hope"]
 NOMINAL = {"170m": 170e6, "340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
 # layers, width, intermediate width, heads, peak learning rate
 PAPER = {
@@ -83,7 +86,7 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", FORMULA)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_the_parameters_of_the_formula(preset, variant):
     config = TitansConfig.from_preset(preset, variant=variant)
@@ -98,7 +101,7 @@ def test_the_formula_holds_with_local_memories(variant):
     assert count(config) == sum(parts(config).values())
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", FORMULA)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,7 +121,7 @@ def test_the_formula_holds_for_any_sizes(variant, changes):
 
 def test_the_table_of_sizes_is_true():
     rows = {(variant, size): cells for size, variant, *cells in table("Sizes")}
-    assert rows.keys() == {(variant, size) for variant in BLOCKS for size in NOMINAL}
+    assert rows.keys() == {(variant, size) for variant in FORMULA for size in NOMINAL}
     for (variant, size), (exact, nominal, distance) in rows.items():
         expected = count(TitansConfig.from_preset(size, variant=variant))
         assert number(exact) == expected
@@ -145,7 +148,7 @@ def test_the_paper_sizes_are_the_papers(preset):
     assert (config.vocab_size, config.memory.conv_kernel, config.head_dim) == (32000, 4, 64)
 
 
-@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("variant", FORMULA)
 def test_tiny_is_about_a_million(variant):
     config = TitansConfig.from_preset("tiny", variant=variant)
     assert config.vocab_size == 256 and 0.5e6 <= count(config) <= 1.6e6

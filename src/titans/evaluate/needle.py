@@ -97,7 +97,7 @@ def attention_reach(config: Any) -> float:
     if not isinstance(config, TitansConfig):
         return math.inf if config is None else causal_cache.attention_reach(config)
     variant = config.variant
-    if variant == "lmm":
+    if variant in ("lmm", "lstm", "rwkv7"):
         return 0
     if variant == "mac":
         return config.segment_length

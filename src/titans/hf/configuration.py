@@ -33,6 +33,8 @@ _SCHEDULES = ("local_chunk_sizes", "shard_length", "caching", "periods")
 _LAYER_TYPES = {
     "lmm": "linear_attention",
     "hope": "linear_attention",
+    "lstm": "linear_attention",
+    "rwkv7": "linear_attention",
     "transformer": "full_attention",
     "window": "sliding_attention",
 }
@@ -184,8 +186,8 @@ class TitansConfig(PreTrainedConfig):
     """Sizes and choices of a Titans model; unknown fields are an error.
 
     Args:
-        variant: "mac", "mag", "mal", "lmm", "hope", or a baseline without a memory: "transformer", or
-            "window", whose attention sees a window.
+        variant: "mac", "mag", "mal", "lmm", "hope", or a baseline without a memory: "transformer", "window",
+            whose attention sees a window, "lstm" or "rwkv7".
         vocab_size, hidden_size, intermediate_size, num_hidden_layers: as in any language model.
         num_attention_heads, head_dim: heads of the attention and of the memory.
         memory_depth, memory_expansion: fast matrices of a head's memory, 1 for a linear one, and the hidden

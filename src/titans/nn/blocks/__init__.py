@@ -8,10 +8,12 @@ memory alone. Norms and residuals are the block's own, the SwiGLU that follows i
 from titans.nn.blocks.attention import AttentionBlock
 from titans.nn.blocks.hope import HopeBlock
 from titans.nn.blocks.lmm import LMMBlock
+from titans.nn.blocks.lstm import LSTMBlock
 from titans.nn.blocks.mac import MACBlock
 from titans.nn.blocks.mag import MAGBlock
 from titans.nn.blocks.mal import MALBlock
 from titans.nn.blocks.protocol import Block, BlockResult
+from titans.nn.blocks.rwkv7 import RWKV7Block
 from titans.nn.blocks.settings import BlockSettings
 from titans.nn.blocks.window import WindowBlock
 
@@ -23,6 +25,8 @@ BLOCKS = {
     "hope": HopeBlock,
     "transformer": AttentionBlock,
     "window": WindowBlock,
+    "lstm": LSTMBlock,
+    "rwkv7": RWKV7Block,
 }
 
 
