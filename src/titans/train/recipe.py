@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
+from titans.baselines.systems import system, system_config
 from titans.data import is_corpus, load_corpus, load_tokenizer
-from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig, TitansForCausalLM
+from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig
 from titans.train.checkpoint import (
     alone_in,
     checkpoints,
@@ -59,19 +60,29 @@ class TrainResult:
     elapsed: float
 
 
-def model_config(settings: TrainSettings, vocab_size: int) -> TitansConfig:
-    """The configuration that a run's preset, variant and changed fields describe.
+def model_config(settings: TrainSettings, vocab_size: int) -> PreTrainedConfig:
+    """The configuration that a run's preset and variant, or its system, and its changed fields describe.
 
     Raises:
-        ValueError: for an unknown preset, variant or field, or a value outside its domain.
+        ValueError: for an unknown preset, variant, system or field, or a value outside its domain.
     """
     if "vocab_size" in settings.config:
         raise ValueError("config sets vocab_size, which the tokenizer decides: remove it")
     if "variant" in settings.config:
         raise ValueError("config sets variant, which is a setting of its own: set that instead")
+    if settings.model is not None:
+        return system_config(settings.model, settings.parameters, vocab_size, settings.config)
     return TitansConfig.from_preset(
         settings.preset, variant=settings.variant, vocab_size=vocab_size, **settings.config
     )
+
+
+def make_model(settings: TrainSettings, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a run's configuration, with random weights."""
+    if settings.model is not None:
+        return system(settings.model).build(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def check_depth(config: TitansConfig, folder: Path) -> None:
@@ -98,7 +109,9 @@ def check(settings: TrainSettings) -> None:
     """
     settings.check()
     config = model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
-    if (
+    if not isinstance(config, TitansConfig):
+        _check_other(settings)
+    elif (
         config.memory.local_chunk_sizes
         and settings.sequence_length <= config.chunk_size
         and not settings.carry_memory
@@ -111,6 +124,7 @@ def check(settings: TrainSettings) -> None:
     if settings.cuda_graph:
         if not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and there is none: leave it out")
+        assert isinstance(config, TitansConfig), "others have been refused"
         whole = math.lcm(config.chunk_size, config.segment_length, config.memory.shard_length or 1)
         if settings.sequence_length % whole:
             raise ValueError(
@@ -138,6 +152,22 @@ def check(settings: TrainSettings) -> None:
         raise ValueError(f"output={str(settings.output)!r} is a file: give a folder")
 
 
+def _check_other(settings: TrainSettings) -> None:
+    """Refuse what only a model of this library can do.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    asked = {
+        "carry_memory": settings.carry_memory,
+        "cuda_graph": settings.cuda_graph,
+        "facts.write_cost": settings.facts.write_cost > 0,
+        "start_from": settings.start_from is not None,
+    }
+    if wrong := [name for name, given in asked.items() if given]:
+        raise ValueError(f"{wrong[0]} with model={settings.model!r}, which is no Titans model: leave it out")
+
+
 def _newest(settings: TrainSettings) -> Path | None:
     """The checkpoint to go on from, of settings that have been checked."""
     return checkpoints(settings.output)[-1] if settings.resume else None
@@ -161,8 +191,9 @@ class TrainingRun:
         self.examples = make_examples(settings, self.tokenizer)
         config = model_config(settings, len(self.tokenizer))
         set_seed(settings.seed)
-        self.model = TitansForCausalLM(config)
+        self.model = make_model(settings, config)
         if settings.start_from is not None:
+            assert isinstance(config, TitansConfig), "others have been refused"
             check_depth(config, settings.start_from)
             load_weights(self.model, settings.start_from)
         if settings.gradient_checkpointing:
@@ -173,7 +204,8 @@ class TrainingRun:
         """The run in one line: model, data, steps, output folder."""
         settings, examples = self.settings, self.examples
         held_out = ", ".join(examples.held_out_names[:3]) + (" …" if len(examples.held_out_names) > 3 else "")
-        size = f"{settings.preset} {settings.variant}, {self.num_parameters / 1e6:.2f} M parameters"
+        name = f"{settings.preset} {settings.variant}" if settings.model is None else settings.model
+        size = f"{name}, {self.num_parameters / 1e6:.2f} M parameters"
         data = (
             f"{settings.data}: {examples.num_train_documents} documents, {examples.num_train_tokens:,} tokens"
         )

@@ -14,8 +14,8 @@ DTYPES = ("float32", "tfloat32", "bfloat16")
 SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
 _FIXED = (
-    "data", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size", "sequence_length",
-    "carry_memory", "in_order", "seed", "facts", "start_from",
+    "data", "model", "parameters", "preset", "variant", "config", "tokenizer", "hold_out", "batch_size",
+    "sequence_length", "carry_memory", "in_order", "seed", "facts", "start_from",
 )  # fmt: skip
 # Flat names of before the facts had settings of their own.
 _FACTS_WERE = {"fact_spacing": "spacing", "fact_distance": "distance", "facts_alike": "alike"} | {
@@ -53,6 +53,11 @@ class TrainSettings:
     """Corpus: a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare, bible."""
     output: Path = Path("run")
     """Folder of the run: model, tokenizer, checkpoints, metrics.jsonl, curves.png."""
+    model: str | None = None
+    """A system to compare with, in place of preset and variant: a name in `titans.baselines.systems`, such as
+    transformer, mamba2, gated-deltanet or lmm."""
+    parameters: str = "1M"
+    """Size of that system, to 2 %: such as 350k, 1M or 16M."""
     preset: str = "tiny"
     """Size of the model: tiny, small, 170m, 340m, 760m, 1.3b."""
     variant: str = "mac"
@@ -142,7 +147,7 @@ class TrainSettings:
             raise ValueError(f"dtype={self.dtype!r}: choose one of {list(DTYPES)}")
         if self.hold_out == 1:
             raise ValueError("hold_out=1 leaves nothing to train on: give a fraction below 1")
-        if self.carry_memory and not _has_memory(self.variant):
+        if self.carry_memory and self.model is None and not _has_memory(self.variant):
             raise ValueError(
                 f"carry_memory with variant={self.variant!r}: it has no memory; choose mac, mag, mal or lmm"
             )
@@ -161,7 +166,8 @@ class TrainSettings:
 
         values = dataclasses.asdict(self)
         # Written down, so that a run goes on unchanged when the library's default changes.
-        values["config"] = {"memory_depth": TitansConfig.memory_depth, **self.config}
+        if self.model is None:
+            values["config"] = {"memory_depth": TitansConfig.memory_depth, **self.config}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def check_resumes(self, folder: Path) -> None:
@@ -216,7 +222,7 @@ def of_a_run(saved: dict[str, Any]) -> dict[str, Any]:
         ValueError: for a setting that no run can have any more.
     """
     values = current_form(saved)
-    if isinstance(config := values.get("config", {}), dict):
+    if isinstance(config := values.get("config", {}), dict) and values.get("model") is None:
         # The depth has been written down since the default changed.
         values["config"] = {"memory_depth": 2, **config}
     return values

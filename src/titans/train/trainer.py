@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from transformers import (
     DefaultFlowCallback,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -42,7 +43,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class TitansTrainer(Trainer):
-    """Trains a Titans model on examples of `titans.data`.
+    """Trains a Titans model, or another causal LM of transformers, on examples of `titans.data`.
 
     The loss is the mean cross-entropy over the real targets of a step. With `carry_memory` what the model has
     read in one step is where the next one starts, cut off from the gradient, except in rows marked `restart`.
@@ -64,7 +65,7 @@ class TitansTrainer(Trainer):
 
     def __init__(
         self,
-        model: TitansForCausalLM,
+        model: PreTrainedModel,
         args: TrainingArguments,
         train_dataset: EpochAfterEpoch,
         held_out: HeldOut | None,
@@ -81,8 +82,9 @@ class TitansTrainer(Trainer):
         log_every: int = 10,
         save_extras: Callable[[Path], None] | None = None,
     ) -> None:
-        if carry_memory and not model.config.has_memory:
-            raise ValueError(f"carry_memory=True: variant {model.config.variant!r} has no memory")
+        if carry_memory and not getattr(model.config, "has_memory", False):
+            kind = getattr(model.config, "variant", model.config.model_type)
+            raise ValueError(f"carry_memory=True: {kind!r} has no memory")
         super().__init__(
             model,
             args,
@@ -94,7 +96,7 @@ class TitansTrainer(Trainer):
         self.remove_callback(DefaultFlowCallback)
         self.remove_callback(PrinterCallback)
         # The library wraps, and types as optional, what it was given.
-        self._network = model
+        self._network: Any = model
         self._folder = Path(str(args.output_dir))
         self._adamw, self._schedule = optimizers
         self.held_out = held_out
@@ -165,16 +167,8 @@ class TitansTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None]:
         """(loss to minimise, mean cross-entropy to report, logits, detached states after the step)."""
         read, targets = _read_columns(inputs), inputs["labels"][:, 1:].flatten()
-        output = model(
-            input_ids=read["input_ids"],
-            attention_mask=read["attention_mask"] if masked else None,
-            use_cache=False,
-            memory_states=states,
-            restart=restart,
-            return_memory_states=self.carry_memory,
-            output_trace=self.write_cost > 0,
-        )
-        logits, states = output.logits, output.memory_states
+        output = model(**self._arguments(read, states, restart, masked))
+        logits, states = output.logits, getattr(output, "memory_states", None)
         each = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
         weights = (targets >= 0).to(each.dtype)
         reported = each.detach().sum() / weights.sum()
@@ -186,6 +180,21 @@ class TitansTrainer(Trainer):
             cost = write_cost(output.traces, self.write_cost_reach, tokens, read.get("facts"))
             loss = loss + self.write_cost * cost.to(loss.device)
         return loss, reported, logits, map_state(Tensor.detach, states) if self.carry_memory else None
+
+    def _arguments(
+        self, read: dict[str, Tensor], states: tuple[Any, ...] | None, restart: Tensor | None, masked: bool
+    ) -> dict[str, Any]:
+        """What the model is called with; others than Titans need no mask, as padding is on the right."""
+        plain = {"input_ids": read["input_ids"], "use_cache": False}
+        if not isinstance(self._network, TitansForCausalLM):
+            return plain
+        return plain | {
+            "attention_mask": read["attention_mask"] if masked else None,
+            "memory_states": states,
+            "restart": restart,
+            "return_memory_states": self.carry_memory,
+            "output_trace": self.write_cost > 0,
+        }
 
     def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:
         """Record a step's loss, if it is finite, and its states."""
@@ -330,7 +339,7 @@ def _read_columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**read, "input_ids": read["input_ids"] * read["attention_mask"]}
 
 
-def load_weights(model: TitansForCausalLM, folder: Path) -> None:
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Read the weights of a model of the same shapes; chunk sizes, which shape none, may be others.
 
     Raises:

@@ -6,6 +6,9 @@ transformers. `titans train --model NAME --parameters 1M` trains it.
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,13 @@ def system_config(
 ) -> PreTrainedConfig:
     """The configuration of a system of so many parameters, such as "1M", to 2 %; see `System.sized`."""
     count = parse_parameters(parameters) if isinstance(parameters, str) else parameters
-    return system(name).sized(count, vocab_size, changes=changes)
+    return copy.deepcopy(_sized(name, count, vocab_size, json.dumps(changes or {}, sort_keys=True)))
+
+
+@functools.lru_cache
+def _sized(name: str, parameters: int, vocab_size: int, changes: str) -> PreTrainedConfig:
+    """`System.sized`, which builds a dozen models without storage, once for every process."""
+    return system(name).sized(parameters, vocab_size, changes=json.loads(changes))
 
 
 def load_system(name: str, folder: Path) -> PreTrainedModel:

@@ -65,8 +65,9 @@ def without_attention(model: PreTrainedModel) -> None:
         return
     module = sys.modules[type(model).__module__]
     for name, function in [*vars(module).items()]:
-        original = getattr(function, "__wrapped__", None)
-        if getattr(original, "__module__", None) == module.__name__ and original.__name__ == name:
+        original: Any = getattr(function, "__wrapped__", None)
+        own = getattr(original, "__module__", None) == module.__name__
+        if own and original.__name__ == name:
             setattr(module, name, original)
 
 

@@ -12,6 +12,8 @@ from transformers.models.mamba import modeling_mamba
 
 from titans.baselines.systems.system import Sizes, System
 
+# The library's own function, also after `with_fast_gradient`.
+REFERENCE = modeling_mamba.mamba_selective_scan
 # They have no MLP, and twice as many layers in its place. Their inner size is the state's.
 _COMMON: dict[str, Any] = dict(
     tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None, expand=2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, RecurrentGemmaConfig
 
-from titans.baselines.systems.system import HEAD_DIM, Sizes, System
+from titans.baselines.systems.system import Sizes, System
 from titans.stream.causal import Read
 from titans.stream.model import reading
 
@@ -23,7 +23,6 @@ def recurrent_gemma(sizes: Sizes) -> RecurrentGemmaConfig:
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
-        head_dim=HEAD_DIM,
         lru_width=sizes.width,
         attention_window_size=sizes.window,
         pad_token_id=None,

@@ -75,4 +75,5 @@ class _RememberingLSTM(nn.LSTM):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         with torch.no_grad():
-            self.bias_ih_l0[self.hidden_size : 2 * self.hidden_size] = 1.0
+            _, forget, *_ = self.get_parameter("bias_ih_l0").chunk(4)
+            forget.fill_(1.0)
