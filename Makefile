@@ -1,5 +1,6 @@
 # `make demo` has a pretrained model read a play with a memory and without, `make test` checks everything, `make bench`
-# compares speed with others'. Each builds .venv by itself when it is missing or older than what it is built from.
+# compares speed with others', `make docs` builds the documentation site into site/. Each builds .venv by itself when it
+# is missing or older than what it is built from.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ PEERS := .venv-peers
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m titans demo
@@ -20,6 +21,10 @@ test: lint
 bench: $(STAMP) $(PEERS)/.built
 	$(BIN)/python benchmarks/speed --peers $(PEERS)/bin/python $(BENCH)
 
+# Strict: a broken link, a missing anchor or a page outside of the navigation fails.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,7 +35,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(PEERS) demo dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(PEERS) demo dist site .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed into an environment of its own, which only these two variables can pin.
@@ -42,6 +47,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
+
+.venv/.docs: $(STAMP)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q -e '.[docs]'
 	@touch $@
 
 # The package that others measure themselves by, away from ours, because it brings a dozen of its own.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import titans
 from titans.baselines import BASELINES
+from titans.data import byte_tokenizer
 from titans.memory import OBJECTIVES, UPDATE_RULES
 from titans.nn import BLOCKS, FEATURES
 
@@ -47,7 +52,10 @@ def registries() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("page", "blocks"),
     [
+        ("start/first-memory", 5),
+        ("start/first-training", 1),
         ("guides/read", 8),
+        ("guides/library", 1),
         ("guides/extend", 10),
         ("guides/graft", 1),
         ("reference/options", 2),
@@ -61,6 +69,18 @@ def test_a_page_prints_what_it_shows(
     assert len(found) == blocks
     for shown, printed in found:
         assert printed == shown
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small model in place of SmolLM2, whose answer tests/test_zoo.py looks at."""
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    small = titans.graft(LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None)), window=64)
+    monkeypatch.setattr(titans, "load", lambda name: (small, byte_tokenizer()))
+    assert len(outputs(ROOT / "README.md")) == 3
+    assert Path("stage.memory").exists()
 
 
 def anchors(page: Path) -> set[str]:
@@ -100,3 +120,19 @@ def test_pages_are_short() -> None:
     limits = {ROOT / "README.md": 800, **dict.fromkeys(pages, 1500)}
     long = {str(page): words(page) for page, limit in limits.items() if words(page) > limit}
     assert not long, f"longer than allowed, outside of code: {long}"
+
+
+GENERATED = [page for page in sorted(DOCS.glob("reference/*.md")) if "\n::: " in page.read_text()]
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.stem)
+def test_the_reference_has_every_public_name(page: Path) -> None:
+    """A page that names a module shows what is exported and has a docstring; all else is named on its own."""
+    named = set(re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
+    module = import_module("titans" if page.stem == "titans" else f"titans.{page.stem}")
+    for name in set(module.__all__) - {"__version__"}:
+        value = getattr(module, name)
+        documented = inspect.isclass(value) or inspect.isfunction(value)
+        assert not documented or value.__doc__, f"{name} has no docstring"
+        whole = module.__name__ in named and documented
+        assert whole or f"{module.__name__}.{name}" in named, f"{page.name} does not show {name}"

@@ -34,3 +34,12 @@ def test_train_minimal_learns(run) -> None:
     out = run("train_minimal.py", "12")
     before, after = map(float, re.findall(r"held out ([\d.]+) bits/byte", out))
     assert after < before - 1
+
+
+def test_memory_step_by_step(run, tmp_path: Path) -> None:
+    out = run("memory_step_by_step.py", str(tmp_path / "steps.png"))
+    known, unknown = map(
+        float, re.search(r"answer .* ([\d.]+) with the memory, ([\d.]+) without", out).groups()
+    )
+    assert known > 0.9 > 0.3 > unknown
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
