@@ -8,10 +8,10 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from titans.data import byte_tokenizer
 from titans.stream.turns import Turns
 
 from ..models import small_causal_lm
+from . import processes
 
 END = 257
 TEMPLATE = (
@@ -35,7 +36,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|s|>assistant\n{% endif %}"
 )
 SYSTEM = "<|s|>system\nBe brief.<|e|>\n"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
 
 
 def chat_tokenizer(template: str | None = TEMPLATE, bos: str | None = None) -> PreTrainedTokenizerFast:
@@ -159,7 +159,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return call
 
 
-def test_through_a_pipe(folder: Path, tmp_path: Path, talk: Talk) -> None:
+def test_line_by_line(folder: Path, tmp_path: Path, talk: Talk) -> None:
     book, memory = tmp_path / "a book.txt", tmp_path / "talk.memory"
     book.write_text("All the world's a stage. " * 20)
     lines = f"""\
@@ -175,12 +175,8 @@ Two?
 /forget
 /stats
 """
-    done = subprocess.run(
-        [sys.executable, "-m", "titans", *arguments(folder)],
-        input=lines, capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
-    )  # fmt: skip
-    out, err = done.stdout, done.stderr
-    assert done.returncode == 0 and "Traceback" not in err, err
+    out, err = talk(folder, lines)
+    assert "Traceback" not in err
     model, tokenizer = titans.load(folder)
     conversation = Conversation(Session(model, tokenizer), Turns(tokenizer))
     conversation.session.feed(book.read_text())
@@ -208,16 +204,18 @@ Two?
         assert message in err, message
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_nothing_more_is_asked_when_nobody_reads_the_answers(folder: Path) -> None:
-    command = [sys.executable, "-m", "titans", "chat", str(folder), "--max-new-tokens", "2"]
-    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as chat:
-        assert chat.stdin and chat.stdout and chat.stderr
-        chat.stdout.close()
-        chat.stdin.write("Hello\n" * 20)
-        chat.stdin.close()
-        assert "pipe" not in chat.stderr.read()
-    assert chat.returncode == 1
+    (stdin, questions), (answers, stdout), (errors, stderr) = os.pipe(), os.pipe(), os.pipe()
+    ends = dict(stdin=stdin, stdout=stdout, stderr=stderr)
+    chat = processes.start("chat", folder, "--max-new-tokens", 2, **ends)
+    for end in (*ends.values(), answers):
+        os.close(end)
+    os.write(questions, b"Hello\n" * 20)
+    os.close(questions)
+    with open(errors) as written:
+        assert "pipe" not in written.read()
+    assert processes.ended(chat) == 1
 
 
 @pytest.mark.parametrize("name", ["titans-lmm-tiny"])
@@ -237,15 +235,7 @@ class Terminal:
 
     def __init__(self, *command: str) -> None:
         self.own, other = pty.openpty()
-        # Where the tests run in the background, the shell has the commands of these ignore the signal.
-        program = (
-            "import signal, sys; from titans.cli import main; "
-            "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, *command], stdin=other, stdout=other, stderr=other,
-            env=ENVIRONMENT, start_new_session=True, close_fds=True,
-        )  # fmt: skip
+        self.process = processes.start(*command, stdin=other, stdout=other, stderr=other)
         os.close(other)
         self.shown = ""
 
@@ -256,7 +246,8 @@ class Terminal:
         """What is shown up to a pattern, which is then forgotten."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < end, f"{pattern!r} did not come: {self.shown!r}"
+            if time.monotonic() > end:
+                raise TimeoutError(f"{pattern!r} did not come: {self.shown!r}")
             if select.select([self.own], [], [], 0.5)[0]:
                 try:
                     self.shown += os.read(self.own, 4096).decode(errors="replace")
@@ -268,17 +259,17 @@ class Terminal:
     def interrupt(self, pattern: str) -> str:
         """Ctrl-C until a pattern is shown: Python may not see one just before it waits for a line."""
         for _ in range(20):
-            self.process.send_signal(signal.SIGINT)
-            try:
+            os.kill(self.process, signal.SIGINT)
+            with suppress(TimeoutError):
                 return self.wait_for(pattern, 1.5)
-            except AssertionError:
-                assert self.process.poll() is None, f"it ended before {pattern!r}: {self.shown!r}"
         raise AssertionError(f"{pattern!r} did not come: {self.shown!r}")
 
 
-def test_in_a_terminal(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
     endless = tmp_path / "endless.txt"
-    endless.write_text("All the world's a stage. " * 400_000)
+    endless.write_text("All the world's a stage. " * 40_000)
     model = chat_model(0.0, max_position_embeddings=10**6)
     with torch.no_grad():
         # It writes the control character that clears a screen now and then, and never ends.
@@ -300,13 +291,14 @@ def test_in_a_terminal(tmp_path: Path) -> None:
         terminal.type("/switch b\n")
         terminal.wait_for("b> ")
         terminal.type(f"/read {endless}\n")
-        time.sleep(1)
+        time.sleep(0.5)
         terminal.interrupt(r"stopped; [\d,]+ tokens are read")
         terminal.wait_for("b> ")
         terminal.type("\x04")
-        terminal.process.wait(60)
-        assert terminal.process.returncode == 0
+        assert processes.ended(terminal.process) == 0
+        terminal.process = 0
     finally:
-        terminal.process.kill()
-        terminal.process.wait()
+        if terminal.process:
+            os.kill(terminal.process, signal.SIGKILL)
+            processes.ended(terminal.process)
         os.close(terminal.own)

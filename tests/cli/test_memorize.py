@@ -23,6 +23,7 @@ from titans.hf.state_file import open_state_file
 from titans.stream import Session
 
 from ..checkpoints import save_byte_model
+from . import processes
 
 TEXT = b"\n".join(document.data for document in load_corpus("excerpt"))
 
@@ -31,18 +32,6 @@ TEXT = b"\n".join(document.data for document in load_corpus("excerpt"))
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: dict[str, Any] = dict(variant="mag", chunk_size=16, sliding_window=16, initializer_range=0.2)
     return save_byte_model(tmp_path_factory.mktemp("checkpoint"), **sizes)
-
-
-def started(*arguments: object) -> int:
-    """The number of a process that memorizes: a copy of this one, since a new one first loads libraries."""
-    if process := os.fork():
-        return process
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        code = main(["memorize", *map(str, arguments)])
-    finally:
-        os._exit(code)
 
 
 def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -85,7 +74,6 @@ def uncut(
     return path, json.loads(out.getvalue())
 
 
-# One thread, which reads; those of the tests' own machinery hold nothing that it needs.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_reading_goes_on_to_the_very_same_memory(
     model_folder: Path,
@@ -100,13 +88,12 @@ def test_a_killed_reading_goes_on_to_the_very_same_memory(
         return capsys.readouterr()
 
     cut, (whole, wanted) = tmp_path / "cut.memory", uncut
-    process = started(model_folder, *texts, "-o", cut, "--save-every", 60_000)
+    process = processes.start("memorize", model_folder, *texts, "-o", cut, "--save-every", 60_000)
     deadline = time.monotonic() + 100
     while not cut.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process, signal.SIGKILL)
-    ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    assert ended == -signal.SIGKILL, "it had ended before it could be killed"
+    assert processes.ended(process) == -signal.SIGKILL, "it had ended before it could be killed"
     model = TitansForCausalLM.from_pretrained(model_folder)
     held = Session.load(cut, model, byte_tokenizer()).num_tokens
     assert 60_000 <= held < 140_000
