@@ -10,3 +10,6 @@ from __future__ import annotations
 from titans.nn.blocks import BLOCKS
 
 VARIANTS = [variant for variant in BLOCKS if variant not in ("hope", "lstm", "rwkv7")]
+# For what is the same code whatever the variant: a memory read in segments, one next to a window, and a state
+# that grows. That a text may be cut anywhere is tested with all.
+DIFFERENT = ["mac", "mag", "transformer"]

@@ -18,11 +18,12 @@ from titans.hf.configuration import TitansMemoryConfig
 from titans.hf.state_file import open_state_file
 from titans.nn import FORMS
 
-from ..variants import VARIANTS
+from ..variants import DIFFERENT, VARIANTS
 from .models import assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
 MODELS = {variant: small_model(variant) for variant in VARIANTS}
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+different = pytest.mark.parametrize("variant", DIFFERENT)
 TEXT, MORE = random_ids(3, 17), random_ids(3, 9, seed=1)
 
 
@@ -146,7 +147,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         TitansCache.load(tmp_path / "nothing", cache.config)
 
 
-@every_variant
+@different
 def test_a_damaged_file_is_refused(variant, tmp_path):
     model, path = MODELS[variant], tmp_path / "memory"
     filled_cache(model, TEXT).save(path)
@@ -297,7 +298,7 @@ DAMAGES = {
 }
 
 
-@every_variant
+@different
 @pytest.mark.parametrize("number", range(len(DAMAGES)), ids=DAMAGES)
 def test_wrong_tensors_are_refused_whichever_it_is(variant, number, tmp_path):
     """Each damage in a third of the tensors, and each tensor with a third of the damages."""
@@ -313,7 +314,7 @@ def test_wrong_tensors_are_refused_whichever_it_is(variant, number, tmp_path):
             TitansCache.load(path, model.config)
 
 
-@every_variant
+@different
 def test_numbers_no_model_could_have_written_are_refused(variant, tmp_path):
     model, path = MODELS[variant], tmp_path / "memory"
     filled_cache(model, TEXT).save(path)

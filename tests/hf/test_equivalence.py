@@ -15,7 +15,7 @@ from titans.hf import TitansCache, TitansForCausalLM
 from titans.nn import NeuralMemory
 from titans.state import map_state
 
-from ..variants import VARIANTS
+from ..variants import DIFFERENT, VARIANTS
 from .models import (
     CHUNK,
     LAYERS,
@@ -30,7 +30,8 @@ from .models import (
     small_model,
 )
 
-pytestmark = pytest.mark.parametrize("variant", VARIANTS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+different = pytest.mark.parametrize("variant", DIFFERENT)
 MODELS = {variant: small_model(variant) for variant in VARIANTS}
 
 
@@ -43,6 +44,7 @@ def bounded(variant):
     return shapes[0] == shapes[1]
 
 
+@every_variant
 def test_a_token_changes_nothing_before_it_and_something_from_it_on(variant):
     model, ids = MODELS[variant], random_ids(1, 30)
     before = logits_of(model, ids)
@@ -55,10 +57,11 @@ def test_a_token_changes_nothing_before_it_and_something_from_it_on(variant):
         assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
 
-@settings(max_examples=10)
+@every_variant
+@settings(max_examples=4)
 @example([1] * 33)
 @example([0, 33])
-@given(st.lists(st.integers(0, 12), max_size=6))
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6))
 def test_any_split_gives_what_one_call_gives(variant, lengths):
     model, ids = MODELS[variant], random_ids(2, 33)
     cache, parts, begin = TitansCache(model.config), [], 0
@@ -86,7 +89,8 @@ L, R = [False] * 6 + [True] * 5, [True] * 4 + [False] * 7
 MIDDLE = [True] * 3 + [False] * 6 + [True] * 2
 
 
-@settings(max_examples=10)
+@every_variant
+@settings(max_examples=4)
 @example([[L, [True] * 11]], False)
 @example([[R, [True] * 11], [[True], [True]], [[True] * 9, [False] * 9]], True)
 @example([[MIDDLE, L, R], [R, MIDDLE, [False] * 11], [[True], [False], [True]]], True)
@@ -110,6 +114,7 @@ def test_a_padded_row_equals_the_row_alone(variant, calls, mask_covers_all):
         assert_near(torch.cat(logits), logits_of(model, torch.cat(text)[None])[0])
 
 
+@every_variant
 def test_rows_do_not_see_each_other(variant):
     model, ids = MODELS[variant], random_ids(3, 20)
     together = logits_of(model, ids)
@@ -119,6 +124,7 @@ def test_rows_do_not_see_each_other(variant):
     assert torch.equal(logits_of(model, other)[0], together[0])
 
 
+@different
 def test_without_a_mask_the_padding_id_is_a_token_like_any_other(variant):
     model = small_model(variant, pad_token_id=0, eos_token_id=1)
     ids = random_ids(1, 12)
@@ -130,6 +136,7 @@ def test_without_a_mask_the_padding_id_is_a_token_like_any_other(variant):
         assert_near(model(ids, attention_mask=mask).logits[:, 4:], alone)
 
 
+@different
 def test_embeddings_are_read_like_ids(variant):
     model, ids = MODELS[variant], random_ids(2, 13)
     with torch.no_grad():
@@ -137,6 +144,7 @@ def test_embeddings_are_read_like_ids(variant):
     assert torch.equal(given_embeddings, logits_of(model, ids))
 
 
+@every_variant
 def test_an_early_token_matters_beyond_the_reach_of_attention(variant):
     """And only through what was learned: with writing and data-dependent gates off, nothing passes."""
     model, ids = small_model(variant), random_ids(1, 80)
@@ -160,6 +168,7 @@ def test_an_early_token_matters_beyond_the_reach_of_attention(variant):
     assert memories and still[:, :reach].max() > 1e-4 and not still[:, late].any()
 
 
+@every_variant
 def test_scores_depend_on_distances_alone_ten_million_tokens_in(variant):
     if not bounded(variant):
         pytest.skip("what it has read would not fit into any computer")
@@ -179,6 +188,7 @@ def test_scores_depend_on_distances_alone_ten_million_tokens_in(variant):
         assert (read_from(10**7 // period * period + 1) - near).abs().max() > 1e-3, "phases must matter"
 
 
+@different
 def test_shapes_alone_are_enough_and_a_batch_may_be_empty(variant):
     """On the meta device, in FakeTensorMode, and for no rows at all."""
     with torch.device("meta"):

@@ -122,16 +122,17 @@ def test_padded_rows_are_read_as_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["both", "residual", "window"])
 def test_generate_is_the_loop_without_a_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titans.hf.generation.PREFILL_LENGTH", 5)
-    model, rows = MODELS[name], [random_ids(n, seed=n) for n in (14, 3, 8)]
+    # From beyond the window, and from far within it to beyond.
+    model, count, rows = MODELS[name], WINDOW + 4, [random_ids(n, seed=n) for n in (14, 3, 8)]
     alone = []
     for row in rows:
-        for _ in range(2 * WINDOW):
+        for _ in range(count):
             row = torch.cat([row, logits_of(model, row[None])[0, -1:].argmax(-1)])
-        alone.append(row[-2 * WINDOW :])
+        alone.append(row[-count:])
     assert len({*torch.stack(alone).flatten().tolist()}) > 5, "the texts must not be all alike"
     ids = torch.stack([torch.cat([row.new_zeros(14 - len(row)), row]) for row in rows])
     mask = torch.stack([torch.arange(14) >= 14 - len(row) for row in rows]).long()
-    options = dict(max_new_tokens=2 * WINDOW, attention_mask=mask, pad_token_id=0)
+    options = dict(max_new_tokens=count, attention_mask=mask, pad_token_id=0)
     assert torch.equal(model.generate(ids, do_sample=False, **options)[:, 14:], torch.stack(alone))
     # A row that ends is padded, which is not read, and the others go on.
     end, cache = int(alone[0][3]), model.empty_cache()

@@ -20,15 +20,16 @@ LOCAL = dict(local_chunk_sizes=[2, 4], shard_length=8)
 TNT = dict(chunk_size=9, memory=LOCAL)
 VARIANTS = ("lmm", "mag", "mal")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+# For what the variants share.
+one_variant = pytest.mark.parametrize("variant", ["mag"])
 MODELS = {variant: small_model(variant, **TNT) for variant in VARIANTS}
 
 
 @every_variant
-@pytest.mark.parametrize("lengths", [[1] * 33, [5, 20, 8]])
-def test_token_by_token_is_one_call(variant, lengths):
+def test_token_by_token_is_one_call_and_pieces_too(variant):
     model, ids, cache, parts = MODELS[variant], random_ids(2, 33), TitansCache(MODELS[variant].config), []
     with torch.no_grad():
-        for piece in ids.split(lengths, 1):
+        for piece in ids.split([1] * 10 + [5, 11, 7], 1):
             parts.append(model(piece, past_key_values=cache).logits)
     assert_near(torch.cat(parts, 1), logits_of(model, ids))
 
@@ -43,7 +44,7 @@ def test_a_padded_row_is_the_row_alone(variant):
         assert_near(logits[row, mask[row]], logits_of(model, ids[row, mask[row]][None])[0])
 
 
-@every_variant
+@one_variant
 def test_a_cache_is_saved_copied_and_reordered(variant, tmp_path):
     model, ids = MODELS[variant], random_ids(2, 21)
     cache = filled_cache(model, ids)
@@ -68,13 +69,13 @@ def test_a_cache_is_saved_copied_and_reordered(variant, tmp_path):
 
 def test_a_short_training_lowers_the_loss():
     torch.manual_seed(0)
-    model = TitansForCausalLM(small_config("mag", **TNT)).train()
+    model = TitansForCausalLM(small_config("mag", num_hidden_layers=1, **TNT)).train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     # Nine symbols, again and again, from somewhere: what comes next stands a period back.
-    begins = torch.randint(9, (25, 4, 1), generator=torch.Generator().manual_seed(0))
+    begins = torch.randint(9, (20, 4, 1), generator=torch.Generator().manual_seed(0))
     losses = []
     for begin in begins:
-        loss = model((begin + torch.arange(40)) % 9, labels=(begin + torch.arange(40)) % 9).loss
+        loss = model((begin + torch.arange(30)) % 9, labels=(begin + torch.arange(30)) % 9).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,7 +84,7 @@ def test_a_short_training_lowers_the_loss():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@every_variant
+@one_variant
 def test_gradient_checkpointing_gives_the_same_gradients(variant):
     model, ids = small_model(variant, **TNT).train(), random_ids(2, 19)
     found = []
@@ -97,7 +98,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant):
         assert_near(a, b)
 
 
-@every_variant
+@one_variant
 def test_another_checkpoint_goes_on_with_finer_chunks(variant, tmp_path):
     MODELS[variant].save_pretrained(tmp_path)
     finer = TitansForCausalLM.from_pretrained(
@@ -112,7 +113,7 @@ def test_another_checkpoint_goes_on_with_finer_chunks(variant, tmp_path):
     assert [m.chunk_size for m in learners] == [9, 1, 2] * LAYERS
 
 
-@every_variant
+@one_variant
 def test_sessions_fed_together_equal_each_alone(variant):
     """At lengths where a local chunk is at its end and the global one is not, and the other way round."""
     model, texts = MODELS[variant], [random_ids(n, seed=n) for n in (5, 9, 10, 17, 19)]
@@ -126,7 +127,7 @@ def test_sessions_fed_together_equal_each_alone(variant):
         assert_near(*logits)
 
 
-@every_variant
+@one_variant
 def test_instruments_look_at_the_global_memory(variant, tmp_path):
     model, ids = small_model(variant, **TNT).float(), random_ids(24)
     session = Session(model)

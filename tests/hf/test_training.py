@@ -9,10 +9,11 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 from titans.hf import TitansCache, TitansForCausalLM
 from titans.state import map_state
 
-from ..variants import VARIANTS
+from ..variants import DIFFERENT, VARIANTS
 from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
-pytestmark = pytest.mark.parametrize("variant", VARIANTS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+different = pytest.mark.parametrize("variant", DIFFERENT)
 
 
 def cross_entropy(logits, labels):
@@ -50,6 +51,7 @@ def assert_same_gradients(actual, expected):
         assert_near(actual[1][name], gradient, 1e-8 * max(1.0, gradient.abs().max().item()))
 
 
+@different
 def test_the_output_holds_what_was_asked_for_in_the_librarys_order(variant):
     model, ids = small_model(variant), random_ids(2, 17)
     labels = ids.clone()
@@ -70,6 +72,7 @@ def test_the_output_holds_what_was_asked_for_in_the_librarys_order(variant):
     assert torch.equal(model.lm_head(base.last_hidden_state), output.logits)
 
 
+@every_variant
 def test_carried_states_give_the_loss_and_the_gradients_of_one_call(variant):
     model, ids = small_model(variant).train(), random_ids(2, 25)
     whole = loss_and_gradients(model, segments_loss(model, ids, []))
@@ -77,6 +80,7 @@ def test_carried_states_give_the_loss_and_the_gradients_of_one_call(variant):
     assert_same_gradients(loss_and_gradients(model, segments_loss(model, ids, [7, 8, 16])), whole)
 
 
+@different
 def test_a_detached_state_cuts_the_gradient_and_nothing_else(variant):
     model, ids = small_model(variant).train(), random_ids(1, 20)
     embeddings = model.get_input_embeddings()(ids[:, :10]).detach().requires_grad_()
@@ -90,6 +94,7 @@ def test_a_detached_state_cuts_the_gradient_and_nothing_else(variant):
         assert bool(gradient.any()) is not detach
 
 
+@every_variant
 def test_rows_that_restart_are_fresh_rows(variant):
     model = small_model(variant).train()
     first, second = random_ids(3, 11), random_ids(3, 9, seed=1)
@@ -106,6 +111,7 @@ def test_rows_that_restart_are_fresh_rows(variant):
         assert_near(got[row : row + 1], logits_of(model, kept)[:, 11:])
 
 
+@different
 @pytest.mark.parametrize("cuts", [[], [9]], ids=["one call", "carried"])
 def test_gradient_checkpointing_changes_no_gradient(variant, cuts):
     model, ids = small_model(variant).train(), random_ids(2, 20)
@@ -119,6 +125,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, cuts):
     assert_same_gradients(again, plain)
 
 
+@different
 def test_reentrant_checkpointing_is_refused(variant):
     model = small_model(variant)
     for enable in (model.gradient_checkpointing_enable, model.activation_checkpointing_enable):
@@ -129,6 +136,7 @@ def test_reentrant_checkpointing_is_refused(variant):
     assert not model.is_activation_checkpointing
 
 
+@different
 def test_contradictory_arguments_are_refused(variant):
     model, ids = small_model(variant, chunk_size=4), random_ids(2, 6)
     cache = filled_cache(model, ids)
@@ -175,6 +183,7 @@ def test_contradictory_arguments_are_refused(variant):
     assert all(now is then for now, then in zip(cache.states, before, strict=True))
 
 
+@different
 def test_bfloat16_and_autocast_stay_near_float32(variant):
     model, ids = small_model(variant).float(), random_ids(2, 30)
     expected = logits_of(model, ids)
@@ -188,6 +197,7 @@ def test_bfloat16_and_autocast_stay_near_float32(variant):
         assert error < 0.2
 
 
+@different
 def test_gradients_do_not_depend_on_what_stands_in_the_padding(variant):
     model, ids = small_model(variant).train(), random_ids(2, 12)
     mask = torch.ones(2, 12, dtype=torch.int64)
@@ -206,6 +216,7 @@ def test_gradients_do_not_depend_on_what_stands_in_the_padding(variant):
     assert_same_gradients(run(torch.nan), run(0.0))
 
 
+@pytest.mark.parametrize("variant", ["mac"])
 def test_the_trainer_learns_a_repeated_sequence(variant, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
