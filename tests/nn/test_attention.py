@@ -65,7 +65,7 @@ def compare(layer, leaves, outputs, state, expected, expected_state):
 counts = st.sampled_from([None, 0, 1, 3])
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(plan=plans, window=st.integers(1, 6), num=counts, begin=st.booleans(), seed=st.integers(0, 999))
 # The gradient of a slice that begins at an odd number.
 @example(plan=[([0], 0), ([5], 0)], window=6, num=None, begin=False, seed=0)
@@ -85,7 +85,7 @@ def test_window_is_the_plain_loop(plan, window, num, begin, seed):
     compare(layer, [*rows, persistent], outputs, state, [y for y, _ in made], expected_state)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(plan=plans, begin=st.booleans(), seed=st.integers(0, 999))
 def test_full_is_the_plain_loop(plan, begin, seed):
     layer = randomised(FullAttention(HIDDEN, HEADS, DIM), seed)
@@ -111,7 +111,7 @@ def with_stale_slots(state, start, begun):
     return pytree.tree_map(lambda leaf: torch.where(stale, torch.nan, leaf), state)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(plan=plans, length=st.integers(1, 6), num=counts, use_fresh=st.booleans(), seed=st.integers(0, 999))
 def test_segment_is_the_plain_loop(plan, length, num, use_fresh, seed):
     layer = randomised(SegmentAttention(HIDDEN, HEADS, DIM, length), seed)

@@ -58,17 +58,14 @@ def assert_same_states(actual, expected):
         assert_close(a.detach(), b.detach(), FLOAT64, "state")
 
 
-flags = st.lists(st.lists(st.booleans(), min_size=14, max_size=14), min_size=2, max_size=2)
-
-
 @every_form
-@settings(max_examples=15)
-@given(mask=flags, reset=flags, cuts=st.lists(st.integers(0, 14), max_size=4), seed=st.integers(0, 99))
-def test_any_split_with_masks_and_resets_is_one_call(form, mask, reset, cuts, seed):
+@settings(max_examples=5)
+@given(cuts=st.lists(st.integers(0, 14), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_any_split_with_masks_and_resets_is_one_call(form, cuts, seed):
     """And one call is every row's stretches between resets, alone, without their masked tokens."""
-    layer, x = layer_of(form), tokens(2, 14, HIDDEN, seed=seed)
-    mask, persistent = torch.tensor(mask), tokens(2, HIDDEN, seed=5)
-    reset = torch.tensor(reset) & (torch.rand(2, 14, generator=torch.Generator().manual_seed(seed)) < 0.4)
+    layer, x, persistent = layer_of(form), tokens(2, 14, HIDDEN, seed=seed), tokens(2, HIDDEN, seed=5)
+    drawn = torch.rand(2, 2, 14, generator=torch.Generator().manual_seed(seed))
+    mask, reset = drawn[0] < 0.7, drawn[1] < 0.2
     x = x.masked_fill(~mask[..., None], torch.nan)
     whole, state = layer(x, mask=mask, reset=reset, persistent=persistent)
     assert whole.isfinite().all() and not whole[~mask].any()

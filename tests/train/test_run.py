@@ -204,7 +204,7 @@ def test_two_trainings_do_not_share_a_folder(settings: Make) -> None:
 
 @pytest.mark.parametrize("variant", ["mag", "mal", "lmm", "transformer"])
 def test_every_variant_trains(settings: Make, variant: str) -> None:
-    result = train(settings(variant=variant, steps=6, carry_memory=variant in ("mal", "lmm")))
+    result = train(settings(variant=variant, steps=4, carry_memory=variant in ("mal", "lmm")))
     assert result.losses[-1][1] < result.losses[0][1]
 
 
