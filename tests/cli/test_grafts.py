@@ -34,9 +34,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grafted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder; what it is made on is named in it."""
     folder = tmp_path_factory.mktemp("graft")
-    titans.graft(titans.load(base)[0], window=32, adaptation={"chunk_size": 16, "step": 0.9}).save_pretrained(
-        folder
-    )
+    titans.graft(
+        titans.load(base)[0], window=32, adaptation={"chunk_size": 16, "warm_up": 0}
+    ).save_pretrained(folder)
     return folder
 
 

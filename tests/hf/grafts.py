@@ -29,7 +29,7 @@ from titans.hf import GraftedForCausalLM
 VOCAB, WINDOW, BLOCK, SINKS, CHUNK = 53, 12, 6, 2, 5
 # What cutting a text changes in float64; Gemma 2's attention has a softmax in float32.
 SAME = {"gemma2": 1e-5}
-LEARNING: dict[str, Any] = dict(chunk_size=CHUNK, step=0.9, momentum=0.3, half_life=40.0)
+LEARNING: dict[str, Any] = dict(chunk_size=CHUNK, step=0.9, momentum=0.3, half_life=40.0, warm_up=9)
 INSIDE: dict[str, Any] = dict(layers=[0, 1], num_heads=2, head_dim=8, chunk_size=4, half_lives=(20.0, 50.0))
 RECALLING: dict[str, Any] = dict(layers=(0, 1), num_ordered=2, num_topic=3, feature_size=20, half_life=30.0)
 _SIZES: dict[str, Any] = dict(

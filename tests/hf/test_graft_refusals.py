@@ -173,6 +173,9 @@ def test_a_configuration_is_checked_where_it_is_read(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**saved, **change}))
         with pytest.raises(ValueError, match=message):
             GraftedForCausalLM.from_pretrained(tmp_path, base=base)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list, no object"):
+        GraftedForCausalLM.from_pretrained(tmp_path, base=base)
     with pytest.raises(ValueError, match="states no base"):
         GraftedForCausalLM(GraftConfig(), base)
     (tmp_path / "config.json").write_text(json.dumps(saved))

@@ -22,7 +22,9 @@ EXACT = dict(rtol=1e-10, atol=1e-11)
 def make(**options: object) -> Adaptation:
     """An adaptation with every part there is, at steps that change predictions visibly."""
     torch.manual_seed(0)
-    everything = dict(chunk_size=CHUNK, step=0.6, half_life=40.0, momentum=0.3, learned_start=True)
+    everything = dict(
+        chunk_size=CHUNK, step=0.6, half_life=40.0, momentum=0.3, warm_up=10, learned_start=True
+    )
     layer = Adaptation(D, V, 1.5, **(everything | options)).double()  # type: ignore[arg-type]
     layer.whiten(torch.randn(200, D) @ torch.randn(D, D))
     if layer.start_weight is not None:
@@ -84,6 +86,7 @@ def oracle(layer: Adaptation, hidden: Tensor, ids: Tensor, head: LinearHead) -> 
             values = torch.linalg.svdvals(x[chunk] * curved.sqrt()[:, None])
             ratio = layer.log_ratio.exp() / (layer.row_variance * D)
             theta = 2 * torch.sigmoid(layer.step_logit)
+            theta = theta * (min(t / layer.warm_up, 1) if layer.warm_up else 1)
             theta = theta / (ratio * (values**16).sum() ** (1 / 8) + layer.chunk_size / 2)
             scales = (ratio * theta, theta)
             slow = [eta * s - (1 - eta) * r * g for s, r, g in zip(slow, scales, gradients, strict=True)]
@@ -114,7 +117,9 @@ def assert_same(a: object, b: object, **tolerance: float) -> None:
         torch.testing.assert_close(one, other, **(tolerance or EXACT))
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.0, "half_life": None, "learned_start": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.0, "half_life": None, "warm_up": 0, "learned_start": False}]
+)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_token_by_token_with_autograd(options: dict, softcap: float | None) -> None:
     layer, (hidden, ids), linear = make(**options), text(), head(softcap=softcap)
@@ -255,7 +260,9 @@ def test_no_text_makes_it_unstable(chunk_size: int, stream: str) -> None:
     torch.manual_seed(3)
     time, dim, vocab = 16 * chunk_size, 16, 50
     linear = LinearHead(torch.randn(vocab, dim, dtype=torch.float64) * 3)
-    layer = Adaptation(dim, vocab, linear.row_variance(), chunk_size=chunk_size, step=0.999).double()
+    layer = Adaptation(
+        dim, vocab, linear.row_variance(), chunk_size=chunk_size, step=0.999, warm_up=0
+    ).double()
     few = {"same": 1, "pair": 2, "wrong": 1, "random": time}[stream]
     hidden = torch.randn(few, dim, dtype=torch.float64).repeat(-(-time // few), 1)[None, :time]
     if stream == "wrong":  # the likeliest word never comes, and two rare ones do in turn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -15,6 +16,7 @@ from titans.data import byte_tokenizer
 from titans.data.facts_blocks import ANSWER, ANSWER_END, STATED
 from titans.hf import GraftedForCausalLM
 from titans.hf.graft.base import WindowedBase
+from titans.hf.graft.feature_cache import FeatureCache
 from titans.hf.graft.window import Window
 from titans.nn.adaptation import LinearHead
 from titans.train.checkpoint import checkpoints, read_tensors
@@ -276,7 +278,7 @@ def test_both_memories_are_trained_on_the_same_features_and_continue_to_the_bit(
         grafted = graft(
             base.model, byte_tokenizer(), window=32, sinks=2,
             association=dict(layers=LAYERS, num_ordered=3, num_topic=8, feature_size=64, gate_hidden_size=8),
-            adaptation=dict(chunk_size=8, step=0.05, momentum=0.1, half_life=400.0, learned_start=True),
+            adaptation=dict(chunk_size=8, step=0.05, momentum=0.1, warm_up=0, learned_start=True),
         )  # fmt: skip
 
         def on_log(name, line):
@@ -335,6 +337,13 @@ def test_what_does_not_fit_is_refused(cached, tmp_path):
     other = type(small_association(base))(HIDDEN, 256, (2,))
     with pytest.raises(ValueError, match=r"has no layer 2: it has \[0, 1\]; cache it, too"):
         AssociationTraining(other, base.head, cache, tmp_path, QUICK)
+    index = json.loads((cache.folder / "index.json").read_text())
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "index.json").write_text(json.dumps({**index, "units": []}))
+    with pytest.raises(ValueError, match="none holds no features of facts: finish caching"):
+        AssociationTraining(
+            small_association(base), base.head, FeatureCache(tmp_path / "none"), tmp_path, QUICK
+        )
     with pytest.raises(ValueError, match="steps=0: give a whole number of at least 1"):
         AssociationTraining(small_association(base), base.head, cache, tmp_path, GraftTraining(steps=0))
     for name, value in (("seed", 1.5), ("minutes", 0), ("gate_rate", -1.0), ("number_rate", float("nan"))):

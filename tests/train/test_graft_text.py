@@ -48,7 +48,7 @@ def test_rows_read_texts_from_their_beginnings() -> None:
 
 def features(base: LlamaForCausalLM, folder: Path) -> tuple[GraftedForCausalLM, FeatureCache]:
     """Of texts that repeat their words; a graft whose adaptation begins with a step that is too small."""
-    settings = dict(chunk_size=8, step=0.02, momentum=0.1, half_life=400.0, learned_start=True)
+    settings = dict(chunk_size=8, step=0.02, momentum=0.1, half_life=400.0, warm_up=0, learned_start=True)
     grafted = graft(base, byte_tokenizer(), window=32, sinks=2, adaptation=settings)
     units = []
     for group, seeds in (("text", range(6)), ("text-held-out", (100, 101))):

@@ -89,6 +89,8 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         Raises:
             ValueError: for a field that is not known or outside its domain.
         """
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"config.json holds a {type(config_dict).__name__}, no object: restore the file")
         # The library would set them afterwards, unseen by any check, and drop those that it does not know.
         changes = {name: kwargs.pop(name) for name in fields() if name in kwargs}
         found = super().from_dict({**config_dict, **changes}, **kwargs)

@@ -181,6 +181,12 @@ class FeatureCache:
                 f"{self.folder} lacks {missing} of {len(self._units)} files: finish caching first"
             )
 
+    def check_groups(self, *groups: str) -> None:
+        """ValueError, naming the first of these groups of which there is no complete file."""
+        for group in groups:
+            if not self.files(group):
+                raise ValueError(f"{self.folder} holds no features of {group}: finish caching")
+
     def groups(self) -> list[str]:
         """Names of the kinds of units."""
         return list(dict.fromkeys(entry["group"] for entry in self._units))

@@ -42,7 +42,9 @@ class Adaptation(nn.Module):
     curvature stays below 2/θ. This would be certain if κ_t bounded the curvature at every prediction, but
     that bound is far larger than what text reaches. κ_t is the maximum over the predictions between the
     present one and the label, and tests check the distance on hostile streams. λ is computed as
-    (Σ λ_i⁸)^⅛ ≥ λ over all eigenvalues, from three products of C × C matrices.
+    (Σ λ_i⁸)^⅛ ≥ λ over all eigenvalues, from three products of C × C matrices. After t < warm_up
+    tokens θ is t / warm_up of that: the first lines of a text, such as a list of persons, may teach what
+    misleads in the next.
 
     Args:
         hidden_size: d. vocab_size: that of the head.
@@ -51,6 +53,7 @@ class Adaptation(nn.Module):
         step: s at first. ratio: how fast the matrix learns compared with the bias, at first.
         half_life: tokens after which half is forgotten, at first; None for no forgetting.
         momentum: η at first, in [0, 1).
+        warm_up: tokens of a text during which the step grows to its full size; 0 for none.
         learned_start: whether there are W_0 and b_0, zeros at first, to be trained through the updates.
 
     The mean and A are buffers, 0 and the identity until `whiten` is called.
@@ -70,10 +73,11 @@ class Adaptation(nn.Module):
         ratio: float = 3.0,
         half_life: float | None = None,
         momentum: float = 0.0,
+        warm_up: int = 512,
         learned_start: bool = False,
     ) -> None:
         super().__init__()
-        sizes = dict(hidden_size=hidden_size, vocab_size=vocab_size, chunk_size=chunk_size)
+        sizes = dict(hidden_size=hidden_size, vocab_size=vocab_size, chunk_size=chunk_size, warm_up=warm_up)
         numbers = dict(row_variance=row_variance, step=step, ratio=ratio, momentum=momentum)
         for name, value in {**numbers, **({} if half_life is None else {"half_life": half_life})}.items():
             if type(value) not in (int, float):
@@ -90,12 +94,13 @@ class Adaptation(nn.Module):
             ("ratio", 0 < ratio < math.inf, "positive"),
             ("half_life", half_life is None or 0 < half_life < math.inf, "positive, or None"),
             ("momentum", 0 <= momentum < 1, "in [0, 1)"),
+            ("warm_up", warm_up >= 0, "at least 0"),
         )
         for name, holds, rule in limits:
             if not holds:
                 raise ValueError(f"{name} must be {rule}, not {locals()[name]}")
         self.hidden_size, self.vocab_size, self.chunk_size = hidden_size, vocab_size, chunk_size
-        self.row_variance = float(row_variance)
+        self.row_variance, self.warm_up = float(row_variance), warm_up
         self.step_logit = nn.Parameter(torch.tensor(_logit(step)))
         self.log_ratio = nn.Parameter(torch.tensor(math.log(ratio)))
         self.log_half_life = None if half_life is None else nn.Parameter(torch.tensor(math.log(half_life)))
@@ -270,6 +275,8 @@ class Adaptation(nn.Module):
         scale = self.log_ratio.to(wide).exp() / (self.hidden_size * self.row_variance)
         bound = scale * _largest_eigenvalue(gram) + self.chunk_size / 2
         step = 2 * torch.sigmoid(self.step_logit.to(wide)) / bound
+        if self.warm_up:
+            step = step * (state.position.to(wide) / self.warm_up).clamp_max(1)
         changes = (
             -(step * scale)[:, None, None] * weight_gradient,
             -step[:, None] * state.bias_gradient,

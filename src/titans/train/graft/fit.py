@@ -58,6 +58,7 @@ class AssociationTraining(TrainingLoop[HeldOut]):
         settings = settings or GraftTraining()
         super().__init__(association, _parameter_groups(association, settings), folder, settings)
         cache = FeatureCache(cache.folder, association.layers)
+        cache.check_groups("facts", "text", "facts-held-out", "text-held-out")
         if not association.state_mean.any():
             association.whiten(_some_states(cache))
         self.association, self.head, self.cache = association, head, cache

@@ -55,9 +55,7 @@ class MetaTraining(TextTraining):
         self.device = adaptation.mean.device
         self.cache = FeatureCache(cache.folder, ())
         self.texts, self.held_out = (self.cache.files(group) for group in ("text", "text-held-out"))
-        for group, files in (("text", self.texts), ("text-held-out", self.held_out)):
-            if not files:
-                raise ValueError(f"{cache.folder} holds no features of {group}: finish caching")
+        cache.check_groups("text", "text-held-out")
         lengths = [self.cache.shape(path)[1] for path in self.texts]
         self.segments = Segments(lengths, settings.rows, settings.tokens, settings.seed)
         self._state = adaptation.initial_state(settings.rows)
