@@ -1,4 +1,4 @@
-"""A training loop of one's own: plain PyTorch, consecutive segments, the memory carried from step to step.
+"""A small MAG, trained by a loop of one's own: plain PyTorch, consecutive segments, the memory carried along.
 
     python examples/train_minimal.py [STEPS]
 
@@ -44,7 +44,7 @@ def main(steps: int = 40) -> None:
     loader = DataLoader(dataset, batch_size=BATCH_ROWS)  # in order: the rows go on from step to step
 
     config = TitansConfig.from_preset(
-        "tiny", num_hidden_layers=2, hidden_size=64, intermediate_size=176, head_dim=32
+        "tiny", variant="mag", num_hidden_layers=2, hidden_size=64, intermediate_size=176, head_dim=32
     )
     model = TitansForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)

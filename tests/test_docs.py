@@ -49,18 +49,40 @@ def registries() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    ("page", "blocks"),
-    [
-        ("start/first-memory", 5),
-        ("start/first-training", 1),
-        ("guides/read", 8),
-        ("guides/library", 1),
-        ("guides/extend", 10),
-        ("guides/graft", 1),
-        ("reference/options", 2),
-    ],
-)
+# Pages whose blocks run here, and how many they have.
+RUN = {
+    "start/first-memory": 5,
+    "start/first-training": 1,
+    "guides/read": 8,
+    "guides/library": 1,
+    "guides/extend": 10,
+    "guides/graft": 1,
+    "reference/options": 2,
+}
+# tests/memory/test_family.py runs these.
+FAMILY = {"how/family", "how/miras", "how/windows", "how/caching"}
+# Lines of the library's source, and code that needs a server or another package.
+QUOTED, FOREIGN = {"how/questions"}, {"guides/serve", "guides/from-titans-pytorch"}
+
+
+def test_every_block_is_run_somewhere() -> None:
+    pages = {
+        str(page.relative_to(DOCS).with_suffix(""))
+        for page in DOCS.rglob("*.md")
+        if page.parent.name != "notebook" and BLOCK.search(page.read_text())
+    }
+    assert pages == set(RUN) | FAMILY | QUOTED | FOREIGN
+    memory = ROOT / "src/titans/memory"
+    source = (memory / "reference.py").read_text() + (memory / "rules/rule.py").read_text()
+    quoted = [code for code, _ in BLOCK.findall((DOCS / "how/questions.md").read_text())]
+    lines = {line.strip() for code in quoted for line in code.splitlines()}
+    assert {line for line in lines if line not in source} == {"y, state = memory(x, state)"}
+    for page in FOREIGN:
+        for code, _ in BLOCK.findall((DOCS / f"{page}.md").read_text()):
+            compile(code, page, "exec")
+
+
+@pytest.mark.parametrize(("page", "blocks"), RUN.items())
 def test_a_page_prints_what_it_shows(
     page: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
