@@ -178,7 +178,13 @@ def test_a_configuration_is_checked_where_it_is_read(tmp_path: Path) -> None:
         GraftedForCausalLM.from_pretrained(tmp_path, base=base)
     with pytest.raises(ValueError, match="states no base"):
         GraftedForCausalLM(GraftConfig(), base)
+    # A graft from before the adaptation had a warm-up has none.
+    assert learning.pop("warm_up") == 512
     (tmp_path / "config.json").write_text(json.dumps(saved))
+    old = GraftedForCausalLM.from_pretrained(tmp_path, base=base)
+    assert old.adaptation.warm_up == 0 and old.config.adaptation["warm_up"] == 0
+    new = GraftedForCausalLM.from_pretrained(tmp_path, base=base, adaptation=learning)
+    assert new.adaptation.warm_up == 512
     for kind in (GraftedForCausalLM, AutoModelForCausalLM):
         assert kind.from_pretrained(tmp_path, base=base, window=6)._windowed.window.size == 6
         with pytest.raises(ValueError, match="window=7: give an even number"):

@@ -91,9 +91,14 @@ class GraftConfig(PreTrainedConfig):  # type: ignore[misc]
         """
         if not isinstance(config_dict, Mapping):
             raise ValueError(f"config.json holds a {type(config_dict).__name__}, no object: restore the file")
+        saved = {
+            name: kind.from_saved(settings)
+            for name, kind in MEMORIES.items()
+            if isinstance(settings := config_dict.get(name), Mapping)
+        }
         # The library would set them afterwards, unseen by any check, and drop those that it does not know.
         changes = {name: kwargs.pop(name) for name in fields() if name in kwargs}
-        found = super().from_dict({**config_dict, **changes}, **kwargs)
+        found = super().from_dict({**config_dict, **saved, **changes}, **kwargs)
         if not kwargs.get("return_unused_kwargs", False):
             unused = {name: value for name, value in kwargs.items() if not hasattr(found, name)}
             refuse_unknown(unused, GraftConfig, fields())

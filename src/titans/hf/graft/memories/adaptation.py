@@ -28,6 +28,10 @@ class AdaptationMemory(GraftMemory):
         return {"row_variance": base.head.row_variance()}
 
     @classmethod
+    def from_saved(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"warm_up": 0, **settings}
+
+    @classmethod
     def state_fields(cls, settings: Mapping[str, Any] | None) -> dict[str, Any]:
         chunk_size = None if settings is None else settings.get("chunk_size")
         return {cls.name: settings is not None, "chunk_size": chunk_size}

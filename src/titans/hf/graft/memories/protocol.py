@@ -97,6 +97,11 @@ class GraftMemory(ABC):
         return {}
 
     @classmethod
+    def from_saved(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Settings of a saved graft, with those that were not known when it was saved as they were then."""
+        return settings
+
+    @classmethod
     def make(cls, hidden_size: int, vocab_size: int, settings: Mapping[str, Any]) -> nn.Module:
         """The module; ValueError for a setting outside its domain."""
         return cls.module_type(hidden_size, vocab_size, **settings)
