@@ -23,6 +23,7 @@ _COMMANDS = {
     "inspect": ("titans.cli.inspect", "Inspect", "Show where a memory helped, token by token."),
     "eval perplexity": ("titans.cli.perplexity", "EvalPerplexity", "Measure how well a model predicts."),
     "eval needle": ("titans.cli.needle", "EvalNeedle", "Measure what a model recalls from long texts."),
+    "reproduce": ("titans.cli.reproduce", "Reproduce", "Test what the paper claims, table by table."),
     "info": ("titans.cli.info", "Info", "Say what a model, a graft or a memory file contains."),
     "bench": ("titans.cli.bench", "Bench", "Measure the speed of a model and of the machine."),
     "demo": ("titans.cli.demo", "Demo", "Have a pretrained model read a play with a memory and without."),

@@ -68,6 +68,11 @@ class Experiment(ABC):
     # Processor seconds for a unit of the cells' costs, where that is known.
     unit: ClassVar[float | None] = None
 
+    @property
+    def command(self) -> str:
+        """What measures it, as its page says."""
+        return f"python -m titans.experiments {self.name}"
+
     @abstractmethod
     def cells(self, request: Request) -> list[Cell]:
         """All cells that the request asks for, in the order in which they are to be measured."""
@@ -190,7 +195,7 @@ def write_page(experiment: Experiment, results: Results) -> str:
     """The page of what is known so far, written with its pictures to the folder of the results."""
     folder = results.path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"`python -m titans.experiments {experiment.name}`"
+    command = f"`{experiment.command}`"
     if results.budget == "quick":
         command = f"**A quick run, not a result**: {command[:-1]} --budget quick`"
     about = f"{command}{', ' + results.about() if results.cells else ''}."

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from titans.evaluate.needle import wilson
 
 # Student's t for a 95 % interval of the mean of so many values.
-_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -27,5 +27,5 @@ def interval(values: Sequence[float], digits: int = 1) -> str:
     """Mean over seeds and its 95 % interval, Student's t."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "–"
-    half = _T.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    half = T_95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"

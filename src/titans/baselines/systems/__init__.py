@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from titans.baselines.systems import attention, delta, mamba, recurrent_gemma, titans
 from titans.baselines.systems.system import (
@@ -60,6 +61,7 @@ def _sized(name: str, parameters: int, vocab_size: int, changes: str) -> PreTrai
 
 def load_system(name: str, folder: Path) -> PreTrainedModel:
     """A trained system from the folder of its run, in evaluation mode."""
+    logging.disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )

@@ -32,10 +32,10 @@ def recurrent_gemma(sizes: Sizes) -> RecurrentGemmaConfig:
 
 
 class _Ids:
-    """What a `RereadingReader` has read: the ids themselves."""
+    """What a `RereadingReader` has read: the ids themselves. config: of its model."""
 
-    def __init__(self) -> None:
-        self.ids = torch.zeros(0, 0, dtype=torch.int64)
+    def __init__(self, config: Any) -> None:
+        self.config, self.ids = config, torch.zeros(0, 0, dtype=torch.int64)
 
     @property
     def num_columns(self) -> int:
@@ -46,10 +46,17 @@ class _Ids:
         return len(self.ids) or -1
 
     def nbytes(self) -> int:
-        return self.ids.nbytes
+        """Bytes of the states that the model itself would keep, in float32."""
+        c, kinds = self.config, self.config.layers_block_type
+        attention = sum("attention" in kind and "linear" not in kind for kind in kinds)
+        keys_values = 2 * min(c.attention_window_size, self.num_columns) * c.hidden_size
+        # The recurrence's, and the convolution's last tokens.
+        recurrent = c.lru_width * c.conv1d_width
+        numbers = attention * keys_values + (len(kinds) - attention) * recurrent
+        return 4 * len(self.ids) * numbers
 
     def clone(self) -> _Ids:
-        other = _Ids()
+        other = _Ids(self.config)
         other.ids = self.ids
         return other
 
@@ -73,7 +80,7 @@ class RereadingReader:
 
     def start(self) -> Any:
         """An empty cache."""
-        return _Ids()
+        return _Ids(self.model.config)
 
     def check_room(self, num_tokens: int) -> None:
         """Any number of tokens."""

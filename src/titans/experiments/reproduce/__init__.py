@@ -1,0 +1,1 @@
+"""`titans reproduce`: what the paper claims, tested against every system it names."""

@@ -1,0 +1,104 @@
+"""Table 2: what does each system recall from long texts? And figure 6: stories in books."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from titans.data import byte_tokenizer
+from titans.evaluate.needle import needle_table
+from titans.experiments.reproduce.claims import Claim
+from titans.experiments.reproduce.recipe import QUICK, Recipe, Trained, Variant, variants
+from titans.experiments.reproduce.table import Column, PaperTable, comparisons, mean_of
+from titans.experiments.results import Numbers
+from titans.experiments.runner import Request
+from titans.experiments.trained import haystack
+from titans.train import FactSettings
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)
+# Facts are stated and asked for within a row, most answers counting as ten bytes of text.
+FACTS = FactSettings(spacing=100.0, distance=384, alike=0.25, answer_weight=10.0)
+FULL = Recipe(length=512, batch_size=8, steps=600, search_steps=150, facts=FACTS)
+SHORT = replace(QUICK, length=256, batch_size=4, facts=FACTS)
+
+
+class Needles(PaperTable):
+    """A cell for each system and seed. All lengths are longer than a row of the training."""
+
+    name = "paper-needles"
+    title = "Needles in a haystack: table 2"
+    heading = "The paper's table 2 (S-NIAH), one byte a token, the haystack the Bible"
+    systems = variants(
+        "lmm", "ttt-linear", "mamba2", "deltanet", "mac", "mag", "mal", "gated-deltanet", "lmm-linear",
+        "transformer", "window", "lstm", "momentum-deltanet", "ttt-mlp", "rwkv7", "recurrent-gemma",
+    )  # fmt: skip
+    quick_systems = variants("lmm", "ttt-linear", "mamba2", "deltanet", "mac", "mag", "mal")
+    full, quick = FULL, SHORT
+    tasks = ("passkey", "number", "word")
+    lengths, quick_lengths = (2048, 4096, 8192, 16384), (512,)
+    columns = (
+        *(Column(task, task, 0) for task in tasks),
+        Column("mean, %", "mean", 1),
+        Column("at the longest, %", "longest", 1),
+        Column("validation, bits per byte", "validation", 3),
+    )
+
+    def reading(self, request: Request, variant: Variant, parameters: str) -> float:
+        lengths, samples = self._asked(request)
+        tokens = len(self.tasks) * len(DEPTHS) * samples * sum(lengths)
+        return self.recipe(request).seconds(variant.system, parameters, tokens // 2)
+
+    def _asked(self, request: Request) -> tuple[tuple[int, ...], int]:
+        """Lengths, and texts for each task, length and depth."""
+        return (self.quick_lengths, 1) if request.quick else (self.lengths, 8)
+
+    def models(self, request: Request) -> Path:
+        """Needles and stories are asked of the same models."""
+        return request.work / "models" / "needles"
+
+    def read(self, made: Trained, request: Request, seed: int) -> Numbers:
+        lengths, samples = self._asked(request)
+        found: Numbers = {}
+        for task in self.tasks:
+            for length in lengths:
+                cells = needle_table(
+                    made.reader, byte_tokenizer(), task, [length], DEPTHS, haystack=haystack(),
+                    samples=samples, batch_size=min(samples, 4), piece_length=length, seed=seed,
+                )  # fmt: skip
+                found[f"{task} {length}"] = [sum(c.correct for c in cells), sum(c.samples for c in cells)]
+        longest = {name: share for name, share in found.items() if name.endswith(f" {lengths[-1]}")}
+        means = {task: mean_of(found, task) for task in self.tasks}
+        return found | means | {"mean": mean_of(found, ""), "longest": mean_of(longest, "")}
+
+    def claims(self) -> list[Claim]:
+        better = {"lmm": ["ttt-linear", "mamba2", "deltanet"]}
+        better |= {hybrid: ["lmm", "ttt-linear", "mamba2", "deltanet"] for hybrid in ("mac", "mag", "mal")}
+        return comparisons("needles", "S-NIAH", better, "recalls more", "mean")
+
+
+class Stories(Needles):
+    """The same models asked about people and things in stories whose sentences are spread over a book."""
+
+    name = "paper-babi-long"
+    title = "Reasoning over facts in a book: figure 6"
+    heading = "The paper's figure 6 (BABILong), stories after bAbI's tasks 1 to 3, one byte a token"
+    systems = variants("mac", "mamba2", "recurrent-gemma", "transformer", "lmm", "gated-deltanet", "rwkv7")
+    quick_systems = variants("mac", "mamba2", "lmm")
+    tasks = ("qa1", "qa2", "qa3")
+    lengths, quick_lengths = (2048, 8192, 32768, 131072), (2048,)
+    columns = (*(Column(task, task, 0) for task in tasks), *Needles.columns[3:])
+
+    def claims(self) -> list[Claim]:
+        source = "arXiv 2501.00663, figure 6, fine-tuned"
+        small = [
+            Claim(
+                f"Titans (MAC) answers more than {name} at the longest length", source, "mac", than, "longest"
+            )
+            for than, name in (("mamba2", "Mamba"), ("recurrent-gemma", "RecurrentGemma"))
+        ]
+        large = ("RMT", "Llama 3.1 8B with retrieval", "GPT-4", "Qwen2.5 72B", "Llama 3.1 70B")
+        reason = "needs weights or training that cannot be had here"
+        return [
+            *small,
+            *(Claim(f"Titans (MAC) answers more than {name}", source, unavailable=reason) for name in large),
+        ]

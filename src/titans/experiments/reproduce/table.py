@@ -1,0 +1,224 @@
+"""A table of the paper as an experiment: systems trained by one recipe, figures, and verdicts on claims."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from titans.baselines.systems import SYSTEMS
+from titans.experiments.reproduce.claims import Claim, Verdict, decide, figure, paper
+from titans.experiments.reproduce.recipe import QUICK, Recipe, Trained, Variant, trained
+from titans.experiments.results import Numbers, Results
+from titans.experiments.runner import Cell, Experiment, Progress, Request
+from titans.experiments.tables import interval, markdown
+
+SEEDS = 3
+
+
+class Column(NamedTuple):
+    """A column of a table of figures: its title, the number it shows, and of what precision."""
+
+    title: str
+    key: str
+    digits: int = 2
+
+
+class Trial(NamedTuple):
+    """What a cell measures."""
+
+    variant: Variant
+    parameters: str
+
+
+class PaperTable(Experiment):
+    """What one table of the paper claims, tested.
+
+    heading: which table it is. full, quick: the recipes of the two budgets. systems: what is compared, the
+    most decisive first; quick_systems: in a quick run. decisive: how many of them are also measured at sizes
+    other than the first; None for all. columns: what the table of figures shows.
+    """
+
+    unit = 1.0
+    heading: ClassVar[str]
+    columns: ClassVar[Sequence[Column]]
+    systems: ClassVar[Sequence[Variant]]
+    quick_systems: ClassVar[Sequence[Variant] | None] = None
+    decisive: ClassVar[int | None] = None
+    full: ClassVar[Recipe] = Recipe()
+    quick: ClassVar[Recipe] = QUICK
+
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        """recipe: in place of that of the budget."""
+        self.given = recipe
+
+    @property
+    def short(self) -> str:
+        """Its name in the command."""
+        return self.name.removeprefix("paper-")
+
+    @property
+    def command(self) -> str:
+        return f"titans reproduce {self.short}"
+
+    def recipe(self, request: Request) -> Recipe:
+        return self.given or (self.quick if request.quick else self.full)
+
+    def cells(self, request: Request) -> list[Cell]:
+        recipe = self.recipe(request)
+        chosen = self.quick_systems if request.quick and self.quick_systems else self.systems
+        return [
+            Cell(
+                f"{variant.label}, {size}, seed {seed}",
+                Trial(variant, size),
+                seed,
+                cost=recipe.seconds(variant.system, size) + self.reading(request, variant, size),
+            )
+            for seed in range(request.seeds or (1 if request.quick else SEEDS))
+            for number, size in enumerate(recipe.parameters)
+            for variant in (chosen[: self.decisive] if number else chosen)
+        ]
+
+    def reading(self, request: Request, variant: Variant, parameters: str) -> float:
+        """Processor seconds of the measurement after the training, for the plan."""
+        return 0.0
+
+    def measure(self, cell: Cell, request: Request, progress: Progress) -> Numbers:
+        trial: Trial = cell.settings
+        recipe = self.recipe(request)
+        made = trained(trial.variant, trial.parameters, cell.seed, recipe, self.models(request), progress)
+        if made is None:
+            return {"diverged": True}
+        return made.numbers | self.read(made, request, cell.seed)
+
+    def models(self, request: Request) -> Path:
+        """The folder of trained models; tables with one recipe share them."""
+        return request.work / "models" / self.short
+
+    def read(self, made: Trained, request: Request, seed: int) -> Numbers:
+        """What is measured of a trained system."""
+        return {}
+
+    @abstractmethod
+    def claims(self) -> list[Claim]:
+        """What the paper claims here, or how it cannot be tested."""
+
+    def verdicts(self, results: Results) -> list[Verdict]:
+        """The verdict on each claim, for each size that is measured."""
+        found = []
+        sizes = sorted({size for _, size, _ in map(parts, results.cells)}) or [""]
+        for claim in self.claims():
+            for size in sizes[:1] if claim.unavailable else sizes:
+                named = claim if len(sizes) == 1 else replace(claim, text=f"{claim.text}, {size}")
+                values = values_of(results, claim.key, size)
+                found.append(decide(named, values, results.budget == "quick"))
+        return found
+
+    def table(self, results: Results) -> str:
+        head = ["system", "parameters", "seeds", *(column.title for column in self.columns)]
+        rows = []
+        for label, size in dict.fromkeys(parts(name)[:2] for name in results.cells):
+            cells = [results.cells[name] for name in results.cells if parts(name)[:2] == (label, size)]
+            good = [cell for cell in cells if "diverged" not in cell]
+            figures = [
+                interval([cell[c.key] for cell in good if c.key in cell], c.digits) for c in self.columns
+            ]
+            lost = len(cells) - len(good)
+            count = f"{len(good)} ({lost} diverged)" if lost else f"{len(good)}"
+            counted = f"{good[0]['parameters']:,}" if good and "parameters" in good[0] else size
+            rows.append([title(label), counted, count, *figures])
+        shown = [markdown(head, rows)] if rows else []
+        return "\n\n".join(
+            [self.about(results), *shown, "## Verdicts", verdict_table(self.verdicts(results))]
+        )
+
+    def about(self, results: Results) -> str:
+        """The conditions, in sentences."""
+        recipe = self.given or (self.quick if results.budget == "quick" else self.full)
+        rates = ", ".join(f"{rate:g}" for rate in recipe.rates)
+        return (
+            f"{self.heading}. Every system has the same parameters to 2 %, read the same {recipe.steps:,} × "
+            f"{recipe.batch_size} × {recipe.length} bytes of `{recipe.data}` and had a learning rate of "
+            f"{rates}, chosen after {recipe.search_steps:,} steps on validation documents. Mean over seeds ± "
+            "half the 95 % interval (Student's t)."
+        )
+
+
+def parts(cell: str) -> tuple[str, str, int]:
+    """Label, size and seed of a cell's name."""
+    label, size, seed = cell.rsplit(", ", 2)
+    return label, size, int(seed.removeprefix("seed "))
+
+
+def values_of(results: Results, key: str, size: str) -> dict[str, dict[int, float]]:
+    """Label → seed → number, of the cells of one size that have it."""
+    found: dict[str, dict[int, float]] = {}
+    for name, cell in results.cells.items():
+        label, of, seed = parts(name)
+        if of == size and key in cell:
+            found.setdefault(label, {})[seed] = cell[key]
+    return found
+
+
+def title(label: str) -> str:
+    """A system's title, or the label itself."""
+    return SYSTEMS[label].title if label in SYSTEMS else label
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Claims, both the paper's figures and ours, the difference, the verdict."""
+    rows = []
+    for v in verdicts:
+        paper = "–" if v.claim.figures is None else " / ".join(f"{x:.4g}" for x in v.claim.figures)
+        ours = "–" if v.ours is None else " / ".join(f"{x:.4g}" for x in v.ours)
+        half = "" if v.half is None else f" ± {v.half:.2g}"
+        difference = "–" if v.difference is None else f"{v.difference:+.3g}{half}"
+        word = f"{v.word} ({v.reason})" if v.reason else v.word
+        rows.append([v.claim.text, v.claim.source, paper, ours, difference, word])
+    return markdown(["claim", "source", "the paper's", "ours", "difference", "verdict"], rows)
+
+
+def comparisons(
+    table: str,
+    group: str,
+    pairs: Mapping[str, Sequence[str]],
+    what: str,
+    key: str,
+    *,
+    column: str | None = None,
+    lower: bool = False,
+) -> list[Claim]:
+    """A claim for each pair of rows of a table: the first is better than the second.
+
+    Args:
+        what: the claim's verb, such as "predicts text better". column: of the paper's figures; None for their
+            mean.
+    """
+    source = f"{paper(table)['source']}, {group}"
+    return [
+        Claim(
+            f"{title(better)} {what} than {title(than)}",
+            source,
+            better,
+            than,
+            key,
+            lower,
+            (figure(table, group, better, column), figure(table, group, than, column)),
+        )
+        for better, others in pairs.items()
+        for than in others
+    ]
+
+
+def unavailable(table: str, group: str, names: Sequence[str], reason: str) -> list[Claim]:
+    """Rows of a table that nothing here stands for."""
+    source = f"{paper(table)['source']}, {group}"
+    return [Claim(f"{name}: its row", source, unavailable=reason) for name in names]
+
+
+def mean_of(numbers: Mapping[str, Any], prefix: str) -> float:
+    """The mean of all shares [right, asked] whose names begin so, in %."""
+    shares = [right / asked for name, (right, asked) in numbers.items() if name.startswith(prefix)]
+    return 100 * sum(shares) / len(shares)
