@@ -68,7 +68,7 @@ def problem(anchored=False, **call) -> Problem:
     return Anchored(**vars(made)) if anchored else made
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     call=calls,
     stretch=stretches,

@@ -89,7 +89,7 @@ def test_any_call_and_split(rule):
     rule, and so most examples have that.
     """
 
-    @settings(max_examples=60 if rule == "momentum" else 6)
+    @settings(max_examples=40 if rule == "momentum" else 4)
     @given(
         call=calls,
         stretch=stretches,

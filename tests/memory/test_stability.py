@@ -32,7 +32,7 @@ WORST_GATES = [("all at max", "0"), ("all at max", "1 as a chunk starts"), ("swi
 def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last, objective):
     memory = stressed_memory(8, depth, chunk_size, last=last)
     memory = replace(memory, inner=replace(memory.inner, objective=objective))
-    tokens = 4096 if objective == SquaredError() else 1024
+    tokens = 2048 if objective == SquaredError() else 1024
     growth = perturbation_growth(memory, hostile_cases(memory, tokens, gates=WORST_GATES))
     assert growth.weights.max() < GROWTH_LIMIT
     assert growth.first_key.max() < GROWTH_LIMIT
@@ -43,8 +43,9 @@ def test_small_changes_stay_small_and_the_state_bounded(depth, chunk_size, last,
     assert growth.longest_weights[:, -1].max() > 1
 
 
-@pytest.mark.parametrize("chunk_size", [1, 16])
-@pytest.mark.parametrize("features", ["sin", "product", "swiglu"])
+@pytest.mark.parametrize(
+    ("features", "chunk_size"), [("sin", 1), ("sin", 16), ("product", 16), ("swiglu", 16)]
+)
 def test_memories_of_features_are_as_stable_as_linear_ones(features, chunk_size):
     """On keys that go through the map, and on any features no longer than 1."""
     through_map = stressed_memory(8, 1, chunk_size, features=features, feature_size=32)

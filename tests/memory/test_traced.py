@@ -45,7 +45,7 @@ def test_the_operator_takes_an_objectives_numbers_and_a_gate_for_each_row(monkey
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at every tensor's
-@every_option
+@pytest.mark.parametrize("options", [OPTIONS["everything"], OPTIONS["no token"]])
 def test_what_is_promised_of_operators(options, monkeypatch):
     calls, operator = [], torch.ops.titans.scan
 
