@@ -54,6 +54,16 @@ def small_model(variant: str, seed: int = 1, **overrides: Any) -> TitansForCausa
     return model
 
 
+class _Models(dict[str, TitansForCausalLM]):
+    def __missing__(self, variant: str) -> TitansForCausalLM:
+        model = self[variant] = small_model(variant)
+        return model
+
+
+# One of each variant, made when a test first asks for it. No test changes them.
+MODELS = _Models()
+
+
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 

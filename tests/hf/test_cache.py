@@ -19,9 +19,8 @@ from titans.hf.state_file import open_state_file
 from titans.nn import FORMS
 
 from ..variants import DIFFERENT, VARIANTS
-from .models import assert_near, filled_cache, logits_of, random_ids, small_config, small_model
+from .models import MODELS, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
 
-MODELS = {variant: small_model(variant) for variant in VARIANTS}
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 different = pytest.mark.parametrize("variant", DIFFERENT)
 TEXT, MORE = random_ids(3, 17), random_ids(3, 9, seed=1)

@@ -19,6 +19,7 @@ from ..variants import DIFFERENT, VARIANTS
 from .models import (
     CHUNK,
     LAYERS,
+    MODELS,
     SEGMENT,
     VOCAB,
     WINDOW,
@@ -32,7 +33,6 @@ from .models import (
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 different = pytest.mark.parametrize("variant", DIFFERENT)
-MODELS = {variant: small_model(variant) for variant in VARIANTS}
 
 
 def bounded(variant):

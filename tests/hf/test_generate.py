@@ -9,11 +9,10 @@ from titans import Session
 from titans.hf import TitansCache, generation
 
 from ..variants import DIFFERENT, VARIANTS
-from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
+from .models import MODELS, VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 different = pytest.mark.parametrize("variant", DIFFERENT)
-MODELS = {variant: small_model(variant) for variant in VARIANTS}
 
 
 def greedy(model, ids, count, **kwargs):

@@ -11,9 +11,8 @@ from titans.data import byte_tokenizer
 from titans.hf import TitansCache
 
 from ..variants import VARIANTS
-from .models import VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
+from .models import MODELS, VOCAB, assert_near, filled_cache, logits_of, random_ids, small_model
 
-MODELS = {variant: small_model(variant) for variant in VARIANTS}
 adapters = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 

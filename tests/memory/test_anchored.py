@@ -23,7 +23,7 @@ def anchored(**call):
     return Anchored(**vars(make_problem(**call)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(call=calls, stretch=stretches)
 def test_any_call(call, stretch):
     assume(call["head_dim"] > 1 or call["row_limit"] is None)

@@ -47,7 +47,7 @@ def without_momentum(problem: Problem) -> Problem:
     return problem.change(momentum=gates.expand_as(problem.leaves["momentum"]).double())
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     call=calls,
     width=st.integers(1, 7),

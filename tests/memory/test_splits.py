@@ -13,7 +13,7 @@ from .problems import answers, assert_same, everything, make_problem, parts
 from .test_conformance import calls, splits, stretches, tame, within
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(call=calls, stretch=stretches, cuts=splits)
 def test_any_split_of_the_oracle(call, stretch, cuts):
     """Reads, state, surprise, and the gradients that flow back through the chain of calls.

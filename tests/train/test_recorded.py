@@ -97,7 +97,8 @@ def test_a_step_can_be_recorded_because_it_looks_at_no_value(
     monkeypatch.setattr(checks, "_expect_range", lambda *_: None)
     carried = has_memory(variant)
     with FakeTensorMode(allow_non_fake_inputs=True), assume_aligned():
-        model = TitansForCausalLM(TitansConfig.from_preset("tiny", variant=variant, segment_length=32))
+        config = TitansConfig.from_preset("tiny", variant=variant, segment_length=32, num_hidden_layers=1)
+        model = TitansForCausalLM(config)
         for module in model.modules():
             if isinstance(module, NeuralMemory):
                 module.backend = "chunkwise"
