@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from titans.cli.errors import UsageError
+from titans.cli.launched import is_follower, one_process_explains, quieten_torch
 from titans.cli.terminal import any_letter_is_shown, report
 from titans.cli.threads import Watch, choose_threads
 
@@ -33,7 +34,12 @@ _SUITES = [name.removeprefix("eval ") for name in _COMMANDS if name.startswith("
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 called wrongly, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    status = _main(list(sys.argv[1:] if argv is None else argv))
+    processes = sys.modules.get("titans.train.processes")
+    return status if processes is None else processes.end(status)
+
+
+def _main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         from titans import __version__
 
@@ -43,10 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest in ([], ["-h"], ["--help"]):
         (print if rest else report)(_overview(group))
         return 0 if rest else 2
+    quieten_torch()
     try:
         others = Watch()
-        command = _parse(arguments)
-        if choice := choose_threads(others, getattr(command, "threads", None)):
+        with one_process_explains():
+            command = _parse(arguments)
+        choice = choose_threads(others, getattr(command, "threads", None))
+        if choice and not is_follower():
             report(str(choice))
         with any_letter_is_shown():
             return int(command.run())

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -23,6 +23,9 @@ from titans.train.settings import (
     field_types,
     of_a_run,
 )
+
+if TYPE_CHECKING:
+    from titans.train import TrainResult
 
 
 def _parse_field(text: str) -> tuple[str, Any]:
@@ -87,7 +90,17 @@ class Train(TrainSettings):
             settings.check()
         except ValueError as error:
             raise UsageError(str(error)) from None
-        check_run_folder("output", settings.output)
+        from titans.train.processes import join
+
+        processes = join()
+        with processes.end_together():
+            check_run_folder("output", settings.output)
+            result = self._train(settings, prints=processes.is_first)
+        if self.json and processes.is_first:
+            print(json.dumps({**dataclasses.asdict(result), "output": str(result.output)}))
+        return 0
+
+    def _train(self, settings: TrainSettings, prints: bool) -> TrainResult:
         from titans.train.progress import ProgressLine
         from titans.train.recipe import TrainingRun, check
 
@@ -96,14 +109,14 @@ class Train(TrainSettings):
         except ValueError as error:
             raise UsageError(str(error)) from None
         run = TrainingRun(settings)
+        if not prints:
+            return run.run()
         report(run.summary())
         with ProgressLine(settings.steps, bytes_are_tokens=settings.tokenizer == "bytes") as progress:
             result = run.run(progress)
         held_out = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits/byte held out; "
         report(f"done: {held_out}{result.output} holds the model")
-        if self.json:
-            print(json.dumps({**dataclasses.asdict(result), "output": str(result.output)}))
-        return 0
+        return result
 
 
 def defaults_of(arguments: list[str]) -> Train | None:

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from titans.train.processes import Processes
+
 NUM_KEPT = 2
 _NAME = re.compile(r"checkpoint-\d+")
 _OPTIMIZER_FILE, _RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
@@ -102,12 +104,30 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
+    """`atomic_folder` for all processes of a run: the first makes and renames it, each writes its files."""
+    if not processes.is_first:
+        yield Path(processes.from_first(""))
+        processes.wait()
+    else:
+        with atomic_folder(target) as folder:
+            processes.from_first(str(folder))
+            yield folder
+            processes.wait()
+    # Only now may anyone rely on its name.
+    processes.wait()
+
+
 def flush(folder: Path) -> None:
-    """Write a finished temporary folder to the disk and give it and its files the usual rights."""
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
+    """Write a finished temporary folder to the disk and give it and what is in it the usual rights."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o777 & ~_umask())
+            continue
+        with path.open("rb") as opened:
             os.fsync(opened.fileno())
-        file.chmod(0o666 & ~_umask())
+        path.chmod(0o666 & ~_umask())
     folder.chmod(0o777 & ~_umask())
 
 
@@ -183,7 +203,26 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
     Raises:
         ValueError: if the file is missing, damaged or of another model.
     """
-    _, tensors = read_tensors(folder / _OPTIMIZER_FILE)
+    fill_optimizer(folder, read_optimizer(folder), optimizer, model)
+
+
+def read_optimizer(folder: Path) -> dict[str, Tensor]:
+    """What `save_optimizer` wrote, by PARAMETER/KEY.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    return read_tensors(folder / _OPTIMIZER_FILE)[1]
+
+
+def fill_optimizer(
+    folder: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> None:
+    """Give an optimizer the state in `tensors`, by PARAMETER/KEY; `folder`, where it is from, is for errors.
+
+    Raises:
+        ValueError: if it lacks a parameter of the model.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition("/")
@@ -198,7 +237,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
         }
     except KeyError as error:
         raise ValueError(
-            f"{folder / _OPTIMIZER_FILE} holds nothing for {error}: it is of another model"
+            f"the optimizer's state in {folder} holds nothing for {error}: it is of another model"
         ) from None
     optimizer.load_state_dict(described)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Subset
 
 from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
@@ -58,6 +59,25 @@ class EpochAfterEpoch(Dataset[Item]):
         if epoch != self._epoch:
             self._begin(epoch)
         return self.dataset[int(self._order[place % len(self.dataset)])]
+
+
+class Part(Dataset[Item]):
+    """Every `size`-th item of a data set, from the one numbered `rank`. All parts are of the same length:
+    items that are missing at the end are there without labels."""
+
+    def __init__(self, dataset: Dataset[Item], rank: int, size: int) -> None:
+        self._dataset, self._rank, self._size = dataset, rank, size
+        self._count = len(dataset)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return -(-self._count // self._size)
+
+    def __getitem__(self, index: int) -> Item:
+        number = index * self._size + self._rank
+        if number < self._count:
+            return self._dataset[number]
+        item = self._dataset[self._count - 1]
+        return {**item, "labels": torch.full_like(item["labels"], -100)}
 
 
 @dataclass(frozen=True)

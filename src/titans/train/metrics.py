@@ -17,14 +17,19 @@ _PENDING_FILE = "metrics_pending.json"
 class MetricsLog:
     """Collects steps and writes them as lines of metrics.jsonl; `on_log` is called with every line.
 
+    Of several processes, which all know the same figures, only one writes (`writes`) and calls.
+
     Training lines have kind "train", step, loss (nats per token, mean since the line before), learning_rate,
     grad_norm (before clipping), tokens_per_second (real tokens, without evaluations and checkpoints) and
     elapsed (seconds of the run, breaks before resuming not counted). Evaluation lines have kind "eval", step,
     loss, bits_per_byte and elapsed.
     """
 
-    def __init__(self, path: Path, on_log: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, on_log: Callable[[dict[str, Any]], None] | None = None, writes: bool = True
+    ) -> None:
         self.path = path
+        self.writes = writes
         self.on_log = on_log
         self.grad_norm = self.learning_rate = 0.0
         self._losses: list[float] = []
@@ -77,6 +82,8 @@ class MetricsLog:
         )
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.on_log is not None:
@@ -109,6 +116,8 @@ class MetricsLog:
                 f"{folder / _PENDING_FILE} is missing or damaged: delete {folder.name} to resume from an "
                 "older checkpoint"
             ) from None
+        if not self.writes:
+            return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from titans.train.examples import make_examples
 from titans.train.interrupt import stops_on_interrupt
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
 from titans.train.optimizer import make_optimizer, make_schedule
+from titans.train.parallel import ENGINES, load_weights
+from titans.train.processes import join
 from titans.train.settings import SETTINGS_FILE, TrainSettings
-from titans.train.trainer import TitansTrainer, load_weights
+from titans.train.trainer import TitansTrainer
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 
@@ -108,6 +111,13 @@ def check(settings: TrainSettings) -> None:
         ValueError: naming the field, its value and the remedy.
     """
     settings.check()
+    processes = join()
+    processes.rows(settings.batch_size)
+    if settings.cuda_graph and processes.size > 1:
+        raise ValueError(
+            f"cuda_graph with {processes.size} processes: a recorded step exchanges no gradients; "
+            "leave it out"
+        )
     config = model_config(settings, PRESETS.get(settings.preset, {}).get("vocab_size", 256))
     if not isinstance(config, TitansConfig):
         _check_other(settings)
@@ -182,6 +192,7 @@ class TrainingRun:
     """
 
     def __init__(self, settings: TrainSettings) -> None:
+        self.processes = join()
         check(settings)
         self.settings = settings
         self.checkpoint = _newest(settings)
@@ -227,7 +238,7 @@ class TrainingRun:
         output = self.settings.output
         with writing(output / SETTINGS_FILE):
             output.mkdir(parents=True, exist_ok=True)
-        with alone_in(output):
+        with self.processes.end_together(), alone_in(output) if self.processes.is_first else nullcontext():
             # Another process may have trained there since this one looked.
             check(self.settings)
             self.checkpoint = _newest(self.settings)
@@ -235,11 +246,13 @@ class TrainingRun:
 
     def _run(self, on_log: Callable[[dict[str, Any]], None] | None) -> TrainResult:
         settings = self.settings
-        with writing(settings.output / SETTINGS_FILE):
-            delete_unfinished(settings.output)
-            if self.checkpoint is None:
-                (settings.output / METRICS_FILE).unlink(missing_ok=True)
-            write_json(settings.output / SETTINGS_FILE, settings.to_json())
+        if self.processes.is_first:
+            with writing(settings.output / SETTINGS_FILE):
+                delete_unfinished(settings.output)
+                if self.checkpoint is None:
+                    (settings.output / METRICS_FILE).unlink(missing_ok=True)
+                write_json(settings.output / SETTINGS_FILE, settings.to_json())
+        self.processes.wait()
         with _quiet_library(), _products_in(settings.dtype):
             trainer = self._trainer(on_log)
             with stops_on_interrupt(trainer):
@@ -255,10 +268,11 @@ class TrainingRun:
 
     def _trainer(self, on_log: Callable[[dict[str, Any]], None] | None) -> TitansTrainer:
         settings = self.settings
+        rows = self.processes.rows(settings.batch_size)
         arguments = TrainingArguments(
             output_dir=str(settings.output),
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.batch_size,
+            per_device_train_batch_size=len(rows),
+            per_device_eval_batch_size=len(rows),
             max_steps=settings.steps,
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
@@ -271,20 +285,27 @@ class TrainingRun:
             dataloader_num_workers=2 if torch.cuda.is_available() else 0,
             dataloader_prefetch_factor=16 if torch.cuda.is_available() else None,
             use_cache=self.model.config.use_cache,
+            # A part of the model that writes rarely takes part in some steps, and not in all processes.
+            ddp_find_unused_parameters=True,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
             log_level="error",
         )
-        if arguments.world_size > 1:
-            raise ValueError(f"{arguments.world_size} processes were started: training runs in one")
+        if arguments.world_size != self.processes.size:
+            raise ValueError(
+                f"{arguments.world_size} processes were started in a way that this library does not know: "
+                "use torchrun or accelerate launch"
+            )
         # With several devices in sight the library would split each step between copies of the model.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         peak = (
             PEAK_LEARNING_RATES[settings.preset] if settings.learning_rate is None else settings.learning_rate
         )
         warmup = min(settings.steps // 10, 2000) if settings.warmup_steps is None else settings.warmup_steps
+        engine = ENGINES[settings.parallel if self.processes.size > 1 else "ddp"](self.processes)
+        engine.spread(self.model, settings.dtype == "bfloat16")
         optimizer = make_optimizer(self.model, peak, settings.weight_decay, settings.betas)
         return TitansTrainer(
             self.model,
@@ -292,7 +313,8 @@ class TrainingRun:
             self.examples.train,
             self.examples.held_out,
             (optimizer, make_schedule(optimizer, settings.steps, warmup, settings.min_learning_rate)),
-            MetricsLog(settings.output / METRICS_FILE, on_log),
+            MetricsLog(settings.output / METRICS_FILE, on_log, writes=self.processes.is_first),
+            engine,
             carry_memory=settings.carry_memory,
             answer_weight=settings.facts.answer_weight,
             write_cost=settings.facts.write_cost,
@@ -310,6 +332,10 @@ class TrainingRun:
 
     def _write_model(self, trainer: TitansTrainer) -> None:
         output = self.settings.output
+        if not self.processes.is_first:
+            trainer.save_into(output)
+            self.processes.wait()
+            return
         with (
             writing(output / "model.safetensors"),
             tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint-final.") as folder,
@@ -319,6 +345,7 @@ class TrainingRun:
             for file in Path(folder).iterdir():
                 os.replace(file, output / file.name)
             draw_curves(read_metrics(output / METRICS_FILE), output / CURVES_FILE)
+        self.processes.wait()
 
     def _result(self) -> TrainResult:
         lines = read_metrics(self.settings.output / METRICS_FILE)
@@ -356,7 +383,10 @@ def _quiet_library() -> Iterator[None]:
     verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # No block changes what another has returned in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            yield
     finally:
         library_logging.set_verbosity(verbosity)
         if bars:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+ENGINES = ("ddp", "fsdp")
 DTYPES = ("float32", "tfloat32", "bfloat16")
 SETTINGS_FILE = "training.json"
 # A checkpoint continues a run only where these agree; the others change neither the data nor the model.
@@ -69,7 +70,7 @@ class TrainSettings:
     steps: int = 300
     """Optimizer steps."""
     batch_size: int = 16
-    """Rows in a step."""
+    """Rows in a step, of all processes together."""
     sequence_length: int = 256
     """Tokens in a row."""
     carry_memory: bool = False
@@ -113,6 +114,9 @@ class TrainSettings:
     """Recompute activations in the backward pass: less memory, more time."""
     cuda_graph: bool = False
     """Record the step on a CUDA device and replay it: faster for small models. Padding is read like text."""
+    parallel: str = "ddp"
+    """With several processes (torchrun, accelerate launch): ddp, where each has the whole model; or fsdp,
+    where each has a part of the weights, gradients and optimizer state."""
     threads: int | None = None
     """CPU threads; by default PyTorch's choice."""
     resume: bool = False
@@ -156,6 +160,8 @@ class TrainSettings:
                 f"facts.answer_weight={self.facts.answer_weight} with tokenizer={self.tokenizer!r}: only of "
                 "bytes is it known which are answers; use tokenizer='bytes'"
             )
+        if self.parallel not in ENGINES:
+            raise ValueError(f"parallel={self.parallel!r}: choose one of {list(ENGINES)}")
         if self.cuda_graph and self.dtype == "bfloat16":
             raise ValueError("cuda_graph with dtype='bfloat16': choose 'float32' or 'tfloat32'")
 

@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, default_collate
 from transformers import (
     DefaultFlowCallback,
@@ -26,15 +25,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from titans.hf import TitansCache, TitansForCausalLM
+from titans.hf import TitansForCausalLM
 from titans.state import map_state
+from titans.train import carried, parallel
 from titans.train import checkpoint as files
-from titans.train.examples import EpochAfterEpoch, HeldOut
+from titans.train.examples import EpochAfterEpoch, HeldOut, Part
 from titans.train.metrics import MetricsLog
+from titans.train.processes import ALONE
 from titans.train.recorded import RecordedStep
 from titans.train.write_cost import write_cost
 
-_MEMORY_FILE = "carried_memory.safetensors"
 _STATE_FILE = "trainer_state.json"
 
 
@@ -55,6 +55,7 @@ class TitansTrainer(Trainer):
         held_out: text to evaluate on, or None.
         optimizers: the optimizer and its schedule.
         metrics: where results are written.
+        engine: how the model, which `engine.spread` has seen, is spread over the processes of the run.
         carry_memory: whether states pass from step to step.
         answer_weight: weight in the loss of labels that the examples' `answers` marks; others have 1.
         write_cost: weight of `titans.train.write_cost` in the loss. write_cost_reach: its `reach`.
@@ -71,6 +72,7 @@ class TitansTrainer(Trainer):
         held_out: HeldOut | None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
         metrics: MetricsLog,
+        engine: parallel.Whole | None = None,
         *,
         carry_memory: bool = False,
         answer_weight: float = 1.0,
@@ -107,7 +109,14 @@ class TitansTrainer(Trainer):
         self.eval_every, self.save_every, self.log_every = eval_every, save_every, log_every
         self.save_extras = save_extras
         self.stop_requested = False
+        self._engine = engine or parallel.Whole(ALONE)
+        # As for models that the library has sharded itself: it puts no DistributedDataParallel around them.
+        self.is_distributed_loading_by_transformers = self._engine.averages_gradients
+        self.processes = self._engine.processes
         self.carried: tuple[Any, ...] | None = None
+        if carry_memory:
+            # Before DistributedDataParallel looks for parameters that its results depend on.
+            model.register_forward_hook(_cut_off_states)
         self.cuda_graph = cuda_graph
         self._recorded: RecordedStep | None = None
         self._columns_carried = 0
@@ -174,12 +183,13 @@ class TitansTrainer(Trainer):
         reported = each.detach().sum() / weights.sum()
         if self.answer_weight != 1:
             weights = torch.where(inputs["answers"][:, 1:].flatten(), self.answer_weight, weights)
-        loss = (each * weights).sum() / weights.sum()
+        loss = (each * weights).sum() / weights.sum() * self.processes.share(weights.sum())
         if self.write_cost:
             tokens = read["attention_mask"].bool() if masked else None
             cost = write_cost(output.traces, self.write_cost_reach, tokens, read.get("facts"))
+            cost = cost * self.processes.share(read["attention_mask"].sum())
             loss = loss + self.write_cost * cost.to(loss.device)
-        return loss, reported, logits, map_state(Tensor.detach, states) if self.carry_memory else None
+        return loss, reported, logits, states
 
     def _arguments(
         self, read: dict[str, Tensor], states: tuple[Any, ...] | None, restart: Tensor | None, masked: bool
@@ -198,12 +208,13 @@ class TitansTrainer(Trainer):
 
     def _count(self, reported: Tensor, inputs: dict[str, Tensor], states: tuple[Any, ...] | None) -> None:
         """Record a step's loss, if it is finite, and its states."""
-        value = reported.item()
+        value = self.processes.mean(reported.item(), int((inputs["labels"][:, 1:] >= 0).sum()))
         self._refuse_non_finite(value, "loss")
         if self.carry_memory:
             self.carried = states
             self._columns_carried += inputs["input_ids"].shape[1] - 1
-        self.metrics.add_step(value, int(inputs["attention_mask"].sum()))
+        (num_tokens,) = self.processes.sums(int(inputs["attention_mask"].sum()))
+        self.metrics.add_step(value, int(num_tokens))
 
     def _before(self, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...] | None, Tensor | None]:
         """The rows' states before this step, and which rows start with an empty memory all the same."""
@@ -211,7 +222,12 @@ class TitansTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last call before the optimizer step: a bad gradient must not reach the weights.
-        norm = float(super()._get_grad_norm(model, grad_norm))
+        norm = super()._get_grad_norm(model, grad_norm)
+        for parameter in model.parameters():
+            # One that no token of the step depends on: its gradient is 0, however the rows are divided.
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self._refuse_non_finite(norm, "gradient's norm")
         self.metrics.grad_norm = norm
         self.metrics.learning_rate = self._adamw.param_groups[0]["lr"]
@@ -248,7 +264,8 @@ class TitansTrainer(Trainer):
             )
         self._network.eval()
         total, count = 0.0, 0
-        for batch in DataLoader(held_out.windows, self.args.eval_batch_size, collate_fn=default_collate):
+        windows = Part(held_out.windows, self.processes.rank, self.processes.size)
+        for batch in DataLoader(windows, self.args.eval_batch_size, collate_fn=default_collate):
             batch = self._prepare_inputs(batch)
             read, targets = _read_columns(batch), batch["labels"][:, 1:].flatten()
             logits = self._network(
@@ -257,6 +274,7 @@ class TitansTrainer(Trainer):
             total += F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum").item()
             count += int((targets != -100).sum())
         self._network.train()
+        total, count = self.processes.sums(total, count)
         loss = total / count
         bits = loss / math.log(2) * held_out.tokens_per_byte
         return {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_bits_per_byte": bits}
@@ -279,41 +297,46 @@ class TitansTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        first, target = self.processes.is_first, self._folder / f"checkpoint-{self.state.global_step}"
         with self.metrics.paused():
-            with files.atomic_folder(self._folder / f"checkpoint-{self.state.global_step}") as folder:
-                self.save_into(folder)
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_rng_state(str(folder))
+            with files.shared_folder(target, self.processes) as folder:
+                self._engine.save(folder, self._network, self._adamw)
                 if self.carried is not None:
-                    cache = TitansCache(self._network.config)
-                    cache.store(self.carried, self._columns_carried)
-                    cache.save(folder / _MEMORY_FILE)
-                self.metrics.save(folder)
-                self.state.save_to_json(str(folder / _STATE_FILE))
-            files.delete_old(self._folder)
+                    first_row = self.processes.rank * self.args.train_batch_size
+                    carried.save(folder, self._network.config, self.carried, self._columns_carried, first_row)
+                if first:
+                    self._save_extras(folder)
+                    self._save_rng_state(str(folder))
+                    self.metrics.save(folder)
+                    self.state.save_to_json(str(folder / _STATE_FILE))
+            if first:
+                files.delete_old(self._folder)
 
     def save_into(self, folder: Path) -> None:
-        """Write the model and the files that it needs to be loaded from the folder alone."""
-        # One file, whatever the size: a checkpoint is read back by name.
-        self._network.save_pretrained(folder, max_shard_size="1000GB")
+        """Write the model and the files that it needs to be loaded from the folder alone; the first process
+        writes, and all call it."""
+        self._engine.save_model(folder, self._network)
+        if self.processes.is_first:
+            self._save_extras(folder)
+
+    def _save_extras(self, folder: Path) -> None:
         if self.save_extras is not None:
             self.save_extras(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_weights(self._network, folder)
+        parallel.load_weights(self._network, folder)
         if self.carry_memory:
-            cache = TitansCache.load(folder / _MEMORY_FILE, self._network.config, self.args.device)
-            self.carried, self._columns_carried = cache.states, cache.num_columns
+            rows = self.processes.rows(self.processes.size * self.args.train_batch_size)
+            self.carried, self._columns_carried = carried.load(
+                folder, self._network.config, rows, self.args.device
+            )
         self.metrics.load(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        files.save_optimizer(Path(output_dir), self._adamw, self._network)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        files.load_optimizer(Path(checkpoint), self._adamw, self._network)
+        parallel.load_optimizer(Path(checkpoint), self._adamw, self._network)
         # The learning rate is a function of the step alone.
         schedule, step = self._schedule, self.state.global_step
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_step_count": step + 1})
@@ -330,6 +353,10 @@ class TitansTrainer(Trainer):
             files.load_random_state(Path(checkpoint))
 
 
+def _cut_off_states(model: nn.Module, arguments: Any, output: Any) -> None:
+    output.memory_states = map_state(Tensor.detach, output.memory_states)
+
+
 def _read_columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a step reads: all columns but the last, whose tokens are predicted and never read.
 
@@ -337,23 +364,6 @@ def _read_columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     read = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "facts") if name in batch}
     return {**read, "input_ids": read["input_ids"] * read["attention_mask"]}
-
-
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Read the weights of a model of the same shapes; chunk sizes, which shape none, may be others.
-
-    Raises:
-        ValueError: naming the file, if it is missing, damaged or of another model.
-    """
-    file = folder / "model.safetensors"
-    try:
-        load_model(model, str(file), device=str(model.device))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{file} is missing, damaged or of another model ({reason}): delete {folder.name} to resume from "
-            "an older checkpoint, or name another folder"
-        ) from None
 
 
 class _Flow(TrainerCallback):
@@ -378,5 +388,7 @@ class _Flow(TrainerCallback):
         if last or step % trainer.log_every == 0:
             trainer.metrics.log_training(step)
         control.should_evaluate = trainer.held_out is not None and (last or step % trainer.eval_every == 0)
-        control.should_save = last or trainer.stop_requested or step % trainer.save_every == 0
-        control.should_training_stop = last or trainer.stop_requested
+        # Whichever process was asked to stop, all do so after the same step.
+        stop = last or trainer.processes.any(trainer.stop_requested)
+        control.should_save = stop or step % trainer.save_every == 0
+        control.should_training_stop = stop
