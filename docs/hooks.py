@@ -34,29 +34,31 @@ SOURCES = {page: source for source, page in BROUGHT.items()}
 
 
 def example(path: Path) -> str:
-    """A program as a page: what its docstring says, then the code."""
-    code = path.read_text()
-    says = ast.get_docstring(ast.parse(code)) or ""
+    """A program as a page: its docstring as text, then the code."""
+    tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
+    code = "\n".join(lines[tree.body[0].end_lineno :]).strip()
     title = path.stem.replace("_", " ").capitalize()
-    return f"# {title}\n\n`{path.relative_to(ROOT)}`\n\n```text\n{says}\n```\n\n```python\n{code}```\n"
+    parts = (f"# {title}", f"`{path.relative_to(ROOT)}`", ast.get_docstring(tree), f"```python\n{code}\n```")
+    return "\n\n".join(str(part) for part in parts) + "\n"
 
 
 def on_config(config: MkDocsConfig) -> None:
     """Every `folder/*` of the navigation becomes that folder's pages, in the notebook the newest first."""
 
+    named = set(re.findall(r"[\w/.-]+\.md", str(config.nav)))
+
     def expand(entry: Any) -> Any:
         if isinstance(entry, dict):
             return {title: expand(inside) for title, inside in entry.items()}
         if isinstance(entry, list):
-            named = {page for page in entry if isinstance(page, str)}
-            return [e for page in entry for e in (folder(page, named) if is_folder(page) else [expand(page)])]
+            return [page for each in entry for page in (folder(each) if is_folder(each) else [expand(each)])]
         return entry
 
-    def is_folder(page: Any) -> bool:
-        return isinstance(page, str) and page.endswith("/*")
+    def is_folder(entry: Any) -> bool:
+        return isinstance(entry, str) and entry.endswith("/*")
 
-    def folder(page: str, named: set[str]) -> list[str]:
-        name = page.removesuffix("/*")
+    def folder(entry: str) -> list[str]:
+        name = entry.removesuffix("/*")
         stored = (str(f.relative_to(config.docs_dir)) for f in Path(config.docs_dir, name).glob("*.md"))
         pages = {*stored, *(p for p in SOURCES if p.startswith(f"{name}/") and p.endswith(".md"))}
         return sorted(pages - named, reverse=name == "notebook")

@@ -130,6 +130,13 @@ def test_every_link_and_every_named_page_is_there() -> None:
     assert not missing, "\n".join(sorted(missing))
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    named = (ROOT / "mkdocs.yml").read_text()
+    pages = [page.relative_to(DOCS) for page in DOCS.rglob("*.md")]
+    lost = [str(page) for page in pages if f"- {page.parent}/*" not in named and f"- {page}" not in named]
+    assert not lost, f"name these pages in mkdocs.yml, or move them to docs/guides: {lost}"
+
+
 def words(page: Path) -> int:
     """Outside of code; pages of results are counted without their tables."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
