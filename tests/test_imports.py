@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "titans"
 # `__init__` is the folder's own file; where it is not named it stands last. See docs/guides/structure.md.
 ORDER = {
     "titans": """
-        state
+        state state_header
+        memory_file
         memory
         nn
         hf
@@ -58,8 +59,9 @@ ORDER = {
         traced
         """,
     "titans.nn": """
-        packing norm rotary mlp kernels whitening
-        pieces
+        kernels
+        packing norm rotary whitening
+        mlp pieces
         conv combine context
         attention memory adaptation
         blocks association residual
@@ -72,6 +74,7 @@ ORDER = {
     "titans.nn.memory": """
         form features half_lives initial_weights heads
         learner
+        token
         layer
         __init__
         caching continuum self_modifying tnt
@@ -95,7 +98,7 @@ ORDER = {
         """,
     "titans.hf": """
         flat_config presets state_file weights_file offload fingerprint
-        configuration keywords state_cache
+        configuration keywords state_cache memory_sentence
         cache causal_cache
         generation layer
         modeling

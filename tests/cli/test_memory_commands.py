@@ -341,6 +341,24 @@ def test_info_of_what_has_no_gates(
         assert (code, out) == (2, "") and f"data with path={str(path)!r}" in err
 
 
+def test_info_of_a_memory_loads_no_torch(
+    run: Callable[..., Any], memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import sys; from titans.cli import main; code = main(['info', sys.argv[1], '--json']);"
+        "sys.exit(code or bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, memory], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # A file of before there were summaries is described from its tensors, with the same result.
+    for place in ("titans.cli.info", "titans.stream.saved"):
+        monkeypatch.setattr(f"{place}.read_summary", lambda path: None)
+    code, out, _ = run("info", memory, "--json")
+    assert code == 0 and json.loads(out) == json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(
     ("tokens", "text"),
     [(4, "4.0"), (64.4, "64"), (999.7, "1.0k"), (1234, "1.2k"), (1e6, "1.0M"), (4e16, "4e+04T"), (None, "∞")],

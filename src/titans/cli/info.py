@@ -15,6 +15,8 @@ import tyro
 from titans.cli.errors import UsageError
 from titans.cli.info_model import describe_graft, describe_model
 from titans.cli.terminal import printable
+from titans.memory_file import MemoryFile, read_summary
+from titans.state_header import damaged_header
 from titans.zoo.by_name import or_by_name
 from titans.zoo.checkpoint import config_fields, folder_of, load_config, load_titans
 
@@ -104,9 +106,18 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _describe_memory(path: Path) -> dict[str, Any]:
-    from titans.stream import describe_memory
+    memory = read_summary(path)
+    if memory is None:
+        from titans.stream import describe_memory
 
-    memory = describe_memory(path)
+        memory = describe_memory(path)
+    try:
+        return _memory_facts(path, memory)
+    except (KeyError, TypeError, AttributeError):
+        raise damaged_header(path) from None
+
+
+def _memory_facts(path: Path, memory: MemoryFile) -> dict[str, Any]:
     return {
         "kind": "memory",
         "path": str(path),
@@ -117,7 +128,7 @@ def _describe_memory(path: Path) -> dict[str, Any]:
         "file_bytes": path.stat().st_size,
         "fingerprint": memory.fingerprint,
         **_sizes(memory.config),
-        **_memory_parts(memory.config),
+        **_memory_parts(memory.config, memory.sentence),
         "layers": [
             {name: norm for name, norm in asdict(layer).items() if norm is not None}
             for layer in memory.stats.layers
@@ -138,15 +149,20 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _memory_parts(config: dict[str, Any]) -> dict[str, Any]:
-    """What its memory is made of, as far as it has names; nothing for a model of another kind."""
+def _memory_parts(config: dict[str, Any], sentence: str | None = None) -> dict[str, Any]:
+    """What its memory is made of, as far as it has names; nothing for a model of another kind.
+
+    sentence: `memory_sentence` of it, where that is known already.
+    """
     if (memory := config.get("memory")) is None:
         return {}
-    from titans.cli.memory_sentence import memory_sentence
+    if sentence is None:
+        from titans.hf.memory_sentence import memory_sentence
 
+        sentence = memory_sentence(config)
     rule = memory["rule"] or {"name": "momentum"}
     return {
-        "memory": memory_sentence(config),
+        "memory": sentence,
         "memory_form": memory["form"].get("name"),
         "memory_objective": memory["objective"]["name"],
         "memory_rule": rule["name"],

@@ -23,7 +23,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from titans.hf.state_file import StateFile, damaged_header, write_state_file
+from titans.hf.state_file import StateFile, write_state_file
+from titans.memory_file import saved_model
 
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 # The one number of a layer that depends on what was read.
@@ -123,7 +124,7 @@ class CausalCache:
             ValueError: for a file of another model or kind of cache, or values that no model could have
                 written.
         """
-        saved, num_columns = saved_model(file)
+        saved, num_columns = saved_model(file.header)
         for name, value in _sizes(config).items():
             if (other := saved.get(name)) != value:
                 remedy = "load it with the model it was made with"
@@ -162,21 +163,6 @@ def attention_reach(config: PreTrainedConfig) -> float:
     if not layers or not all(layer.is_sliding for layer in attention):
         return math.inf
     return sum(layer.get_max_length() for layer in attention)
-
-
-def saved_model(file: StateFile) -> tuple[dict[str, Any], int]:
-    """Type and sizes of the model that a file was written with, and how many tokens it has read.
-
-    Raises:
-        ValueError: if the header does not say.
-    """
-    try:
-        config, num_columns = json.loads(file.about["config"]), int(file.about["num_columns"])
-        if isinstance(config, dict) and 0 <= num_columns < 2**53:
-            return config, num_columns
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
-        pass
-    raise damaged_header(file.path)
 
 
 def converted(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:

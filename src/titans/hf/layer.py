@@ -17,7 +17,7 @@ from titans.hf.configuration import TitansConfig
 from titans.hf.offload import all_parameters, execution_device, is_offloaded
 from titans.nn.blocks import BLOCKS, BlockResult
 from titans.nn.context import BlockContext, MemoryTrace
-from titans.nn.mlp import SwiGLU
+from titans.nn.mlp import SwiGLU, feed_forward
 from titans.nn.norm import RMSNorm
 from titans.state import where_rows
 
@@ -63,7 +63,7 @@ class TitansLayer(GradientCheckpointingLayer):
             elif restart is not None:
                 state = where_rows(restart, self.mixer.initial_state(x.shape[0]), state)
             x, state, trace = self.mixer(x, state, context)
-            return BlockResult(x + self.mlp(self.mlp_norm(x)), state, trace)
+            return BlockResult(feed_forward(self.mlp_norm, self.mlp, x), state, trace)
 
     def initial_state(self, batch: int) -> Any:
         """The state of rows that have read nothing, wherever the parameters are kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from titans.hf.keywords import (
 )
 from titans.hf.layer import TitansLayer, TitansOutput, TitansPreTrainedModel
 from titans.nn.context import BlockContext, MemoryTrace
+from titans.nn.kernels import token
 from titans.nn.norm import RMSNorm
 from titans.nn.packing import Packed
 
@@ -140,13 +142,14 @@ class TitansModel(TitansPreTrainedModel):
         hidden_states = [rows.unpack(x)] if output_hidden_states else None
         states: list[Any] = []
         traces: list[MemoryTrace] = []
-        for index, layer in enumerate(self.layers):
-            before = None if memory_states is None else memory_states[index]
-            x, state, trace = layer(x, before, restart, context)
-            states.append(state)
-            traces += [] if trace is None else [trace.map_tokens(rows.unpack)]
-            if hidden_states is not None:
-                hidden_states.append(rows.unpack(x))
+        with nullcontext() if torch.compiler.is_compiling() else token.reading(x):
+            for index, layer in enumerate(self.layers):
+                before = None if memory_states is None else memory_states[index]
+                x, state, trace = layer(x, before, restart, context)
+                states.append(state)
+                traces += [] if trace is None else [trace.map_tokens(rows.unpack)]
+                if hidden_states is not None:
+                    hidden_states.append(rows.unpack(x))
         x = self.norm(rows.unpack(x))
 
         if past_key_values is not None:

@@ -95,11 +95,12 @@ class StateCache(Cache):
         The newest of its ids (batch, num_columns) are kept, too, if given: see `is_beginning_of`.
         """
         for layer, state in zip(self.layers, states, strict=True):
-            layer.state = map_state(Tensor.detach, state)
+            # Without autograd there is nothing to detach, and a map over states takes as long as a layer.
+            layer.state = map_state(Tensor.detach, state) if torch.is_grad_enabled() else state
         if num_columns:
             known = None if self.num_columns and self._newest_ids is None else ids
             parts = [x for x in (self._newest_ids, known) if x is not None]
-            self._newest_ids = None if known is None else torch.cat(parts, 1)[:, -NUM_NEWEST:].clone()
+            self._newest_ids = None if known is None else _newest(torch.cat(parts, 1))
         self._columns.seen += num_columns
 
     def is_beginning_of(self, ids: Tensor) -> bool:
@@ -150,14 +151,14 @@ class StateCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows held, or −1 before the first token."""
-        return -1 if self.states is None else pytree.tree_leaves(self.states)[0].shape[0]
+        first = next(pytree.tree_iter(self.layers[0].state), None)
+        return -1 if first is None else first.shape[0]
 
     def check_rows(self, batch: int) -> None:
         """Raise ValueError if what is held has another number of rows than an input."""
-        if self.batch_size not in (-1, batch):
+        if (held := self.batch_size) not in (-1, batch):
             raise ValueError(
-                f"past_key_values holds {self.batch_size} rows, the input has {batch}: repeat or select its "
-                "rows first"
+                f"past_key_values holds {held} rows, the input has {batch}: repeat or select its rows first"
             )
 
     def nbytes(self) -> int:
@@ -207,6 +208,11 @@ class StateCache(Cache):
             "newest_ids": json.dumps(None if self._newest_ids is None else self._newest_ids.tolist()),
         }
         write_state_file(Path(path), dict(named_leaves(self.states)), about)
+
+
+def _newest(ids: Tensor) -> Tensor:
+    # A copy: a view would keep a whole prompt alive.
+    return ids if ids.shape[1] <= NUM_NEWEST else ids[:, -NUM_NEWEST:].clone()
 
 
 def saved_ids(file: StateFile, rows: int, vocab_size: int) -> Tensor | None:

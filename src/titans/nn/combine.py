@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from titans.nn.kernels import token
 from titans.nn.norm import RMSNorm
 
 # The attention's weight starts small, so that a fresh block changes the residual stream little.
@@ -25,6 +26,11 @@ class MemoryGate(nn.Module):
 
     def forward(self, attention: Tensor, memory: Tensor) -> Tensor:
         """(batch, time, hidden_size) twice to the same shape."""
+        if token.allows(attention) and attention.shape == memory.shape:
+            weights = token.weights_of(attention, self.attention_norm, self.memory_norm)
+            if weights is not None and memory.dtype == attention.dtype:
+                eps = self.attention_norm.eps, self.memory_norm.eps
+                return torch.ops.titans_native.gate(attention, memory, *weights, *eps)
         return self.attention_norm(attention) * torch.sigmoid(self.memory_norm(memory))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from titans.nn.kernels import token
+from titans.nn.norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -17,3 +21,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+def feed_forward(norm: RMSNorm, mlp: SwiGLU, x: Tensor) -> Tensor:
+    """x + mlp(norm(x)), (batch, time, hidden_size)."""
+    if token.allows(x) and type(mlp) is SwiGLU and token.is_plain(mlp):
+        weights = token.weights_of(x, norm, mlp.gate_up, mlp.down)
+        if weights is not None:
+            return torch.ops.titans_native.feed_forward(x, weights[0], norm.eps, *weights[1:])
+    return x + mlp(norm(x))

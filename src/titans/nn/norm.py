@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans.nn.kernels import token
+
 # Queries and keys of less than this length are not brought to length 1. `kernels/layer.cpp` has the same.
 SHORTEST = 1e-2
 
@@ -25,6 +27,8 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, self.init)
 
     def forward(self, x: Tensor) -> Tensor:
+        if token.allows(x) and token.alike(x, self.weight):
+            return torch.ops.titans_native.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 

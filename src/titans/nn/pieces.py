@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from titans.memory.chunkwise.columns import Columns, cut
+from titans.memory.chunkwise.columns import Columns, common_phase, cut
 from titans.nn.packing import ALL_REAL, Packed
 
 # (batch,) bool, True for all rows, None for none.
@@ -48,6 +48,8 @@ def cut_pieces(
 
     position: (batch,) int64, before the stretch. reset: (batch, time) bool, of the packed rows.
     """
+    if time == 1 and reset is None and packed.lengths is None:
+        return _single(position, segment_length)
     parts = cut(position, time, segment_length, packed.real, reset)
     if isinstance(parts, Columns):
         counts, width = parts.filled.sum(-1), parts.filled.shape[-1]
@@ -63,3 +65,13 @@ def cut_pieces(
     widths = [run.width for run in segments]
     pieces = [Piece(ALL_REAL, run.begins or None, run.complete or None) for run in segments]
     return Pieces(pieces, lambda x: x.split(widths, 1), lambda y: y)
+
+
+def _single(position: Tensor, segment_length: int) -> Pieces:
+    """One token of every row: one piece, wherever the rows stand."""
+
+    def where(place: Tensor) -> Rows:
+        phase = common_phase(place, segment_length)
+        return place % segment_length == 0 if phase is None else True if phase == 0 else None
+
+    return Pieces([Piece(ALL_REAL, where(position), where(position + 1))], lambda x: [x], lambda y: y)

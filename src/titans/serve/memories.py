@@ -23,13 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titans.hf.causal_cache import saved_model
 from titans.hf.state_file import open_state_file
+from titans.memory_file import recent_tokens, saved_model, surprise_so_far
 from titans.serve.engine import Engine
 from titans.serve.errors import ApiError
 from titans.serve.settings import Settings
 from titans.stream import Session
-from titans.stream.saved import recent_tokens, surprise_so_far
 from titans.stream.turns import BEGUN
 
 _ID = re.compile(r"mem_[0-9a-f]{24}")
@@ -320,7 +319,7 @@ class Memories:
         path = self.file(memory)
         with suppress(OSError, ValueError), open_state_file(path) as file:
             memory.size = path.stat().st_size
-            _, num_columns = saved_model(file)
+            _, num_columns = saved_model(file.header)
             memory.tokens = num_columns + bool(recent_tokens(path, file.about, None))
             total, count = surprise_so_far(path, file.about)
             memory.surprise = total / count if count else None

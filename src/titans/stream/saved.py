@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +15,25 @@ from torch.utils import _pytree as pytree
 
 from titans.hf import GraftCache, TitansCache, TitansConfig, TitansForCausalLM
 from titans.hf.cache import saved_sizes
-from titans.hf.causal_cache import saved_model
 from titans.hf.fingerprint import gathered, weights_name
 from titans.hf.graft.memories import MEMORIES
+from titans.hf.memory_sentence import memory_sentence
 from titans.hf.state_file import StateFile, damaged_header, open_state_file
 from titans.memory import MemoryState
+from titans.memory_file import (
+    LayerStats,
+    MemoryFile,
+    SessionStats,
+    as_summary,
+    read_summary,
+    recent_tokens,
+    saved_model,
+    surprise_so_far,
+)
 from titans.nn import NeuralMemory, NeuralMemoryState
 from titans.state import State
 from titans.stream.model import unwrapped
 from titans.stream.reader import initial_states
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """Frobenius norms over all heads and matrices of one layer's memory, or of one memory of a graft.
-
-    weight_norm, momentum_norm: of the fast weights and of their momentum. change: how far the network has
-    moved from that of a fresh session, ‖W − W_0‖ / ‖W_0‖; None where the model is not at hand or W_0
-    is 0.
-    """
-
-    weight_norm: float
-    momentum_norm: float
-    change: float | None
-
-
-@dataclass(frozen=True)
-class SessionStats:
-    """tokens: taken in so far. state_bytes: held by all states. layers: one entry for each memory layer.
-
-    mean_surprise: of all that was fed, over tokens, layers and heads; None where nothing is known of it.
-    tokens_per_second: of what was fed in this process; None before.
-    """
-
-    tokens: int
-    state_bytes: int
-    layers: tuple[LayerStats, ...]
-    mean_surprise: float | None = None
-    tokens_per_second: float | None = None
-
-
-@dataclass(frozen=True)
-class MemoryFile:
-    """What a saved memory contains: the sizes it belongs to, the weights' fingerprint, its statistics."""
-
-    config: dict[str, Any]
-    fingerprint: str | None
-    stats: SessionStats
 
 
 def fingerprint(model: Any) -> str:
@@ -78,23 +49,24 @@ def describe_memory(path: str | Path) -> MemoryFile:
         OSError: if it cannot be read.
         ValueError: if it is damaged.
     """
+    if (found := read_summary(path)) is not None:
+        return found
     with open_state_file(path) as file:
-        config, num_columns = saved_model(file)
-        recent = recent_tokens(path, file.about, None)
+        config, num_columns = saved_model(file.header)
+        tokens = num_columns + bool(recent_tokens(path, file.about, None))
         total, count = surprise_so_far(path, file.about)
-        if "model_type" in config:
-            tensors = file.tensors().values()
-            stats = SessionStats(
-                num_columns + bool(recent), sum(t.numel() * t.element_size() for t in tensors), ()
-            )
-        else:
-            sizes = _saved_config(file)
-            stats = stats_of(TitansCache.from_file(file, sizes), num_columns + bool(recent), None)
-        return MemoryFile(
-            config,
-            file.about.get("fingerprint"),
-            replace(stats, mean_surprise=total / count if count else None),
-        )
+        stats = stats_of(TitansCache.from_file(file, _saved_config(file)), tokens, None)
+        stats = replace(stats, mean_surprise=total / count if count else None)
+        return MemoryFile(config, file.about.get("fingerprint"), stats)
+
+
+def summary_of(cache: Any, tokens: int) -> dict[str, str]:
+    """An entry of a file's header, for `describe_memory`; none where the tensors tell nothing."""
+    if not isinstance(cache, TitansCache):
+        return {}
+    fields = cache.config.state_fields()
+    sentence = memory_sentence(fields) if fields.get("memory") else None
+    return {"summary": as_summary(stats_of(cache, tokens, None), sentence)}
 
 
 def _saved_config(file: StateFile) -> TitansConfig:
@@ -103,28 +75,6 @@ def _saved_config(file: StateFile) -> TitansConfig:
         return TitansConfig(**config)
     except (TypeError, ValueError, StrictDataclassError):
         raise damaged_header(file.path) from None
-
-
-def recent_tokens(path: str | Path, about: dict[str, str], vocab_size: int | None) -> tuple[int, ...]:
-    """The last tokens a session had taken in, from a file's header; ValueError where they are no ids."""
-    try:
-        recent = json.loads(about.get("recent_tokens", "[]"))
-        if all(isinstance(t, int) and 0 <= t < (vocab_size or math.inf) for t in recent):
-            return tuple(recent)
-    except (ValueError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"{path} has a damaged header: its recent_tokens are not ids of this model")
-
-
-def surprise_so_far(path: str | Path, about: dict[str, str]) -> tuple[float, int]:
-    """The sum of a session's surprise and of how many it is, from a file's header."""
-    try:
-        total, count = json.loads(about.get("surprise", "[0.0, 0]"))
-        if isinstance(count, int) and count >= 0 and math.isfinite(float(total)):
-            return float(total), count
-    except (ValueError, TypeError, RecursionError, OverflowError):
-        pass
-    raise ValueError(f"{path} has a damaged header: its surprise must be [sum, count]")
 
 
 def find_states(kind: type[State], states: object) -> list[State]:

@@ -18,16 +18,10 @@ from torch import Tensor
 
 from titans.hf.fingerprint import same_weights, weights_sample
 from titans.hf.state_file import StateFile, damaged_header, open_state_file
+from titans.memory_file import SessionStats, recent_tokens, surprise_so_far
 from titans.stream.live import generated
 from titans.stream.reader import CausalReader, GraftReader, StateReader, TitansReader, reader_of
-from titans.stream.saved import (
-    SessionStats,
-    fingerprint,
-    graft_stats,
-    recent_tokens,
-    stats_of,
-    surprise_so_far,
-)
+from titans.stream.saved import fingerprint, graft_stats, stats_of, summary_of
 from titans.stream.text import NUM_RECENT, text_after, token_ids
 
 if TYPE_CHECKING:
@@ -327,7 +321,7 @@ class Session:
             "surprise": json.dumps([now.surprise, now.count]),
         }
         try:
-            self.reader.save(cache, Path(path), {**(about or {}), **own})
+            self.reader.save(cache, Path(path), {**(about or {}), **own, **summary_of(cache, now.num_tokens)})
         except safetensors.SafetensorError as error:
             raise OSError(
                 f"{path} could not be written ({error}): give a folder that exists and has room"

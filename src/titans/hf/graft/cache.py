@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titans.hf.causal_cache import converted, saved_model
+from titans.hf.causal_cache import converted
 from titans.hf.graft.configuration import GraftConfig
 from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.window import Window, WindowState, together
 from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
 from titans.hf.state_file import StateFile, damaged_header
+from titans.memory_file import saved_model
 from titans.state import compact, expanded, flatten_alike, map_state
 
 
@@ -119,7 +120,7 @@ class GraftCache(StateCache):
             ValueError: for a damaged file, the memory of another model, or values that no model could have
                 written; the message names which.
         """
-        saved, num_columns = saved_model(file)
+        saved, num_columns = saved_model(file.header)
         if found := first_difference(saved, config.state_fields()):
             raise ValueError(
                 f"{file.path} was written with {found.name}={found.theirs!r}, the model has {found.ours!r}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from titans.memory.inner import InnerProblem
 from titans.memory.objectives import Huber, Lp, Objective, SquaredError
 from titans.memory.problem import ScanProblem
 from titans.memory.rules import MomentumRule
@@ -32,7 +33,15 @@ def objective_switch(objective: Objective) -> ObjectiveSwitch:
 
 def refuses_parts(problem: ScanProblem) -> str | None:
     """Why a compiled backend cannot run this network, objective, update rule or forget gate, or None."""
-    inner = problem.inner
+    if reason := refuses_inner(problem.inner):
+        return reason
+    if problem.forgets_by_row:
+        return f"it knows one forget gate for each layer, and not one for each row of weights; {_REMEDY}"
+    return None
+
+
+def refuses_inner(inner: InnerProblem) -> str | None:
+    """Why a compiled backend cannot run this network, objective or update rule, or None."""
     if inner.network.gated:
         return f"it knows no gated network; {_REMEDY}"
     # Exact types: a subclass may compute something else.
@@ -43,6 +52,4 @@ def refuses_parts(problem: ScanProblem) -> str | None:
         )
     if type(inner.rule) is not MomentumRule:
         return f"it knows the update rule MomentumRule, and not {type(inner.rule).__name__}; {_REMEDY}"
-    if problem.forgets_by_row:
-        return f"it knows one forget gate for each layer, and not one for each row of weights; {_REMEDY}"
     return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.attention.attend import attend
+from titans.nn.kernels import token
 from titans.nn.packing import ALL_REAL, Packed, place, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
@@ -100,6 +101,10 @@ class SegmentAttention(nn.Module):
         """
         if x.shape[1] == 0 and state is not None:
             return x, state
+        if packed.lengths is None and (
+            found := self._next_token(x, context, persistent, state, None if fresh else start)
+        ):
+            return found
         if state is None or fresh:
             state, start = None, None
         elif start is None:
@@ -107,6 +112,30 @@ class SegmentAttention(nn.Module):
         x = packed.zero_padding(x)
         tokens = self.tokens(x, x.new_zeros(1, dtype=torch.int64) if start is None else start)
         return self.attend(tokens, context, self.fixed(persistent), state, packed)
+
+    def _next_token(
+        self,
+        x: Tensor,
+        context: Tensor,
+        persistent: Tensor | None,
+        state: SegmentState | None,
+        start: Tensor | None,
+    ) -> tuple[Tensor, SegmentState] | None:
+        """`forward` of one token of every row as one operator, or None where there is none for it.
+
+        start: None where the token is the first of its segment in every row.
+        """
+        if state is None or self.head_dim % 2 or not token.allows(x):
+            return None
+        weights = token.weights_of(x, self.query, self.key_value, self.output)
+        old = [state.context_keys, state.context_values, state.token_keys, state.token_values]
+        if weights is None or not token.alike(x, *old, persistent) or context.dtype != x.dtype:
+            return None
+        index = x.new_zeros(len(x), dtype=torch.int64) if start is None else start.contiguous()
+        y, after = torch.ops.titans_native.segment_token(
+            x.contiguous(), context.contiguous(), *weights, old, index, persistent, self.rope_theta
+        )
+        return y, SegmentState(*after)
 
     def tokens(self, x: Tensor, start: Tensor) -> SegmentTokens:
         """What does not depend on the context, of a stretch that may cross segments.

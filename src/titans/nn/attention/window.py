@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from titans.nn.attention.attend import attend
+from titans.nn.kernels import token
 from titans.nn.packing import ALL_REAL, Packed, newest, zero_padding_
 from titans.nn.rotary import apply_rotary, rotary_tables
 
@@ -70,6 +71,8 @@ class WindowAttention(nn.Module):
         x: (batch, time, hidden_size), packed rows. state: None for the start of every row. persistent:
         (num_persistent, hidden_size), already normalised, or None.
         """
+        if packed.lengths is None and (found := self._next_token(x, state, persistent)):
+            return found
         batch, time = x.shape[:2]
         x = packed.zero_padding(x)
         plain = (self.query(x) * self.head_dim**-0.5).unflatten(-1, (self.num_heads, self.head_dim))
@@ -83,6 +86,21 @@ class WindowAttention(nn.Module):
         y = self._attend_blocks(rotated, plain, keys, values, state, persistent)
         y = zero_padding_(self.output(y.flatten(-2)), packed.real)
         return y, self._next_state(keys, values, state, packed.lengths)
+
+    def _next_token(
+        self, x: Tensor, state: WindowState | None, persistent: Tensor | None
+    ) -> tuple[Tensor, WindowState] | None:
+        """`forward` of one token of every row as one operator, or None where there is none for it."""
+        if state is None or self.head_dim % 2 or not token.allows(x):
+            return None
+        weights = token.weights_of(x, self.query, self.key_value, self.output)
+        if weights is None or not token.alike(x, state.keys, state.values, persistent):
+            return None
+        y, *after = torch.ops.titans_native.window_token(
+            x.contiguous(), *weights, state.keys, state.values, state.position.contiguous(), persistent,
+            self.rope_theta,
+        )  # fmt: skip
+        return y, WindowState(*after)
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.key_value(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)

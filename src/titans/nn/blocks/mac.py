@@ -23,9 +23,10 @@ from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
 from titans.nn.memory.heads import UNIT, head_vectors
 from titans.nn.memory.layer import RECALL_STARTS, Found, NeuralMemoryState
+from titans.nn.memory.token import recall_token
 from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import Packed
-from titans.nn.pieces import cut_pieces
+from titans.nn.pieces import Piece, cut_pieces
 from titans.state import register_state, where_rows
 
 
@@ -119,6 +120,8 @@ class MACBlock(nn.Module):
         cut = cut_pieces(position, x.shape[1], packed, self.segment_length)
         if not cut.pieces:
             return BlockResult(x, state)
+        if len(cut.pieces) == 1 and packed.lengths is None and cut.pieces[0].packed.lengths is None:
+            return self._read_piece(x, state, cut.pieces[0], context)
         normed = packed.zero_padding(self.norm(x))
         own, tail = self._own(normed, state.recall_tail, position, packed)
         fixed = self.attention.fixed(self.persistent)
@@ -129,10 +132,10 @@ class MACBlock(nn.Module):
         leaves, structure = pytree.tree_flatten(own)
         for piece, *part in zip(cut.pieces, *map(cut.apart, leaves), strict=True):
             mine = pytree.tree_unflatten(part, structure)
-            now = memory.memory.weights
-            if piece.begins is not None:
-                snapshot = now if piece.begins is True else where_rows(piece.begins, now, snapshot)
-            recalled = self._recall(mine, snapshot, memory.memory.position)
+            snapshot = _snapshot(piece, memory, snapshot)
+            recalled = self._recall(
+                mine.queries, mine.prior, snapshot, memory.memory.position, mine.tokens.plain.dtype
+            )
             before = None if piece.begins is True else segment
             z, segment = self.attention.attend(mine.tokens, recalled, fixed, before, piece.packed)
             now_read = replace(context, packed=piece.packed)
@@ -146,34 +149,75 @@ class MACBlock(nn.Module):
         trace = MemoryTrace.joined(traces).map_tokens(cut.together) if traces else None
         return BlockResult(x + y, MACState(memory, snapshot, segment, tail), trace)
 
-    def _own(self, x: Tensor, recall_tail: Tensor, position: Tensor, packed: Packed) -> tuple[_Own, Tensor]:
-        """What depends on the tokens alone and not on the memory, and the convolution's new tail."""
-        projected = self.recall_query(x)
+    def _read_piece(self, x: Tensor, state: MACState, piece: Piece, context: BlockContext) -> BlockResult:
+        """`forward` of real tokens inside one segment of every row: equations 21 to 25 in turn."""
+        position = state.memory.memory.position
+        snapshot = _snapshot(piece, state.memory, state.snapshot)
+        normed = self.norm(x)
+        recalled, tail = self._recalled(normed, state.recall_tail, snapshot, position)
+        start, fresh = position % self.segment_length, piece.begins is True
+        z, segment = self.attention(normed, recalled, self.persistent, state.segment, start, fresh=fresh)
+        answers, memory, trace = self.memory(self.memory_norm(z), state.memory, context=context)
+        return BlockResult(x + self.gate(z, answers), MACState(memory, snapshot, segment, tail), trace)
+
+    def _recalled(
+        self, x: Tensor, tail: Tensor, snapshot: tuple[Tensor, ...], position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The context tokens of x, all of which recall from one snapshot, and the convolution's new tail."""
+        projections = self.recall_query, self.recall_conv, self.recall_output
+        memory = self.memory
+        if found := recall_token(memory, projections, self.recall_norm, memory.backend, x, tail, snapshot):
+            return found
+        asked, prior, tail = self._asked(x, tail, Packed())
+        return self._recall(asked, prior, snapshot, position, x.dtype), tail
+
+    def _asked(self, x: Tensor, tail: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the memory is asked for each token, what an empty one answers, and the new tail."""
         memory = self.memory
         (queries,), tail = head_vectors(
             self.recall_conv,
-            projected,
-            recall_tail,
+            self.recall_query(x),
+            tail,
             memory.network.head_dim,
             (UNIT,),
             packed,
             backend=memory.backend,
         )
         asked = memory.feature_map(queries)
-        return _Own(asked, memory.prior(asked), self.attention.tokens(x, position)), tail
+        return asked, memory.prior(asked), tail
 
-    def _recall(self, own: _Own, snapshot: tuple[Tensor, ...], position: Tensor) -> Tensor:
-        """The context tokens of a piece, (batch, time, hidden_size)."""
+    def _own(self, x: Tensor, recall_tail: Tensor, position: Tensor, packed: Packed) -> tuple[_Own, Tensor]:
+        """What depends on the tokens alone and not on the memory, and the convolution's new tail."""
+        asked, prior, tail = self._asked(x, recall_tail, packed)
+        return _Own(asked, prior, self.attention.tokens(x, position)), tail
+
+    def _recall(
+        self,
+        asked: Tensor,
+        prior: Tensor | None,
+        snapshot: tuple[Tensor, ...],
+        position: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The context tokens of a piece, (batch, time, hidden_size); asked, prior: see `_asked`."""
         reads = memory_read(
             self.memory.inner,
-            own.queries,
+            asked,
             MemoryState(snapshot, snapshot, position=position),
             norm_weight=self.memory.norm_weight,
             norm_bias=self.memory.norm_bias,
             base=self.memory.base,
         )
-        recalled = self.recall_norm(reads, own.prior).flatten(-2)
-        return self.recall_output(recalled.to(own.tokens.plain.dtype))
+        recalled = self.recall_norm(reads, prior).flatten(-2)
+        return self.recall_output(recalled.to(dtype))
+
+
+def _snapshot(piece: Piece, memory: NeuralMemoryState, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The weights that a piece recalls from: those with which its segment begins."""
+    now = memory.memory.weights
+    if piece.begins is None or piece.begins is True:
+        return before if piece.begins is None else now
+    return where_rows(piece.begins, now, before)
 
 
 @register_state

@@ -1,48 +1,13 @@
 // What surrounds a scan in a layer, each in one pass over its tokens: short convolution, SiLU and the lengths of
 // queries, keys and values before it; norm and gate of the answers after it. Vectors run along a head's features.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <optional>
-#include <vector>
+#include "vectors.h"
 
 namespace titans {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-
-constexpr double kShortest = 1e-2;  // SHORTEST of titans/nn/norm.py
-
-template <class T>
-using Vec = at::vec::Vectorized<T>;
-
-template <class T>
-T sum_of(const Vec<T>& x) {
-  T parts[Vec<T>::size()];
-  x.store(parts);
-  for (int n = Vec<T>::size() / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
-  return parts[0];
-}
-
-template <class T>
-Vec<T> sigmoid(const Vec<T>& x) {
-  return Vec<T>(T(1)) / (Vec<T>(T(1)) + x.neg().exp());
-}
-
-template <class Function>
-Tensors in_dtype_of(const Tensor& x, const Function& function) {
-  if (x.scalar_type() == at::kDouble) return function(double());
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "the native layer operators compute in float32 or float64");
-  return function(float());
-}
 
 // One head's channels of (batch, time, channels) rows, contiguous along the channels.
 template <class T>

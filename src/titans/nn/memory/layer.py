@@ -20,6 +20,7 @@ from titans.nn.memory.form import MemoryForm
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.nn.memory.learner import Learner, Stretch
+from titans.nn.memory.token import learn_token
 from titans.nn.norm import ReadNorm
 from titans.nn.packing import Packed
 from titans.state import map_state, register_state, where_rows
@@ -283,6 +284,8 @@ class NeuralMemory(Learner):
             ValueError: for a wrong shape or dtype, naming the argument.
         """
         self._check(x, state, mask, reset)
+        if mask is None and reset is None and (read := self._next_token(x, state, context)):
+            return read if context is None else (*read, None)
         given = Packed.of(mask)
         # A compiled graph cannot take a default of a dataclass that is an object: it is given.
         how = BlockContext(Packed()) if context is None else context
@@ -295,6 +298,21 @@ class NeuralMemory(Learner):
         if context is None:
             return y, state
         return y, state, None if trace is None else trace.map_tokens(given.unpack)
+
+    def _next_token(
+        self, x: Tensor, state: NeuralMemoryState | None, context: BlockContext | None
+    ) -> tuple[Tensor, NeuralMemoryState] | None:
+        """`forward` of one token of every row as one operator, or None where there is none for it."""
+        if state is None or x.shape[1] != 1 or self.state_type is not NeuralMemoryState:
+            return None
+        if context is not None and (context.trace or context.packed.lengths is not None):
+            return None
+        frozen = context is not None and context.frozen
+        projections = self.input, self.conv, self.output
+        read = learn_token(
+            self, projections, self.read_norm, self.backend, x, state.tail, state.memory, frozen
+        )
+        return None if read is None else (read[0], NeuralMemoryState(*read[1:]))
 
     def _check(
         self, x: Tensor, state: NeuralMemoryState | None, mask: Tensor | None, reset: Tensor | None

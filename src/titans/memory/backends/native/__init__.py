@@ -28,7 +28,14 @@ from titans.memory.state import MemoryState
 # Far above any useful chunk, and far below where a table's size would no longer fit its index.
 WIDEST_CHUNK = 4096
 
-__all__ = ["missing", "native_bfloat16_scan", "native_scan", "refuses", "refuses_bfloat16"]
+__all__ = [
+    "missing",
+    "native_bfloat16_scan",
+    "native_scan",
+    "operator_sizes",
+    "refuses",
+    "refuses_bfloat16",
+]
 
 
 def refuses(problem: ScanProblem) -> str | None:
@@ -82,8 +89,8 @@ def _blocks_are_faster(problem: ScanProblem) -> bool:
     return time > 1 and numbers >= 2**10 and time * numbers >= 2**17 and is_delta_rule(problem)
 
 
-def _sizes(inner: InnerProblem, narrow: bool) -> tuple[list[int], list[float]]:
-    """The inner problem as `Network` of network.h has it."""
+def operator_sizes(inner: InnerProblem, narrow: bool = False) -> tuple[list[int], list[float]]:
+    """The inner problem as `Network` of network.h has it; narrow: see `native_bfloat16_scan`."""
     net, rule = inner.network, inner.rule
     assert isinstance(rule, MomentumRule)
     hidden = net.head_dim * net.expansion
@@ -110,7 +117,7 @@ def _problem(
         return [x.contiguous() for x in tensors]
 
     return [
-        *_sizes(inner, narrow),
+        *operator_sizes(inner, narrow),
         each(tokens),
         *(None if x is None else x.contiguous() for x in (marks.filled, marks.fresh)),
         complete.contiguous(),

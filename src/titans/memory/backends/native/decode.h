@@ -110,4 +110,26 @@ void run_token(
   finish(net, 1, at.answer, query, affine, answer, at.scratch);
 }
 
+// A query answered without learning: by weights, by a base, or by their sum; either may be empty.
+template <class T>
+void read_token(
+    const Network& net, const std::vector<const T*>& weights, const std::vector<const T*>& base, Affine<T> affine,
+    const T* query, TokenBuffers<T>& at, T* answer) {
+  std::copy_n(query, net.key_dim, at.read);
+  for (int l = 0; l < net.depth; ++l) {
+    const int in = net.in(l), out = net.out(l);
+    for (int i = 0; i < out; ++i) {
+      Vector<T> sum{};
+      for (int j = 0; j < in; j += kLanes<T>) {
+        const std::ptrdiff_t here = std::ptrdiff_t(i) * in + j;
+        const Vector<T> w = load(weights.empty() ? base[l] + here : weights[l] + here);
+        sum += (weights.empty() || base.empty() ? w : w + load(base[l] + here)) * load(at.read + j);
+      }
+      at.answer[i] = sum_of<T>(sum);
+    }
+    if (l + 1 < net.depth) activate<T>(net.activation, out, at.answer, at.read, nullptr, nullptr);
+  }
+  finish(net, 1, at.answer, query, affine, answer, at.scratch);
+}
+
 }  // namespace titans

@@ -100,9 +100,15 @@ const Matrices<T>* load_base(const Problem<T>& problem, int row, const Matrices<
   return &to;
 }
 
-// A single token of every row, all of them closing their chunk or none.
 template <class T>
-void forward_token(const Problem<T>& problem, Tensors& results) {
+bool whole_vectors(const Network& net) {
+  const int vector = std::max<int>(kLanes<T>, at::vec::Vectorized<T>::size());
+  return net.head_dim % vector == 0 && net.key_dim % vector == 0;
+}
+
+// A single token of every row. `ragged`: as of `forward`.
+template <class T>
+void forward_token(const Problem<T>& problem, bool ragged, Tensors& results) {
   const Network& net = problem.net;
   const auto run_row = [&](TokenBuffers<T>& at, int row) {
     Plain<T> state;
@@ -127,6 +133,12 @@ void forward_token(const Problem<T>& problem, Tensors& results) {
         net, state, problem.affine(row), token(0), token(1), token(2), gates, problem.completes(0, row), at,
         results[0].template data_ptr<T>() + row * net.head_dim);
     results[1].template data_ptr<T>()[row] = at.surprise[0];
+    for (int l = 0; ragged && l < net.depth; ++l) {
+      const std::ptrdiff_t size = std::ptrdiff_t(net.out(l)) * net.in(l);
+      std::copy_n(
+          problem.completes(0, row) ? state.next_weights[l] : state.anchor[l], size,
+          results[2 + 2 * net.depth + l].template data_ptr<T>() + row * size);
+    }
   };
   for_rows<TokenBuffers<T>>(problem.rows, false, run_row, net);
 }
@@ -145,10 +157,9 @@ Tensors forward(const Problem<T>& problem, int group, bool keep, bool ragged) {
   for (int part = 0; part < (give_anchor ? 3 : 2); ++part)
     for (int l = 0; l < net.depth; ++l)
       results.push_back(at::empty({problem.rows, net.out(l), net.in(l)}, options));
-  const int vector = std::max<int>(kLanes<T>, at::vec::Vectorized<T>::size());
-  if (!give_anchor && !problem.filled && problem.chunks == 1 && problem.width == 1 && net.head_dim % vector == 0 &&
-      net.key_dim % vector == 0) {
-    forward_token(problem, results);
+  if (!keep && !problem.filled && !problem.fresh && problem.chunks == 1 && problem.width == 1 &&
+      whole_vectors<T>(net)) {
+    forward_token(problem, ragged, results);
     return results;
   }
   Tensors starts;
@@ -316,6 +327,30 @@ Tensors scan(
   });
 }
 
+// Queries (rows, key_dim) answered without learning. weights (rows, out, in) or none; base (heads, out, in) or none,
+// gain and bias (heads, head_dim), the heads of one text after another being the rows.
+Tensor read(
+    at::IntArrayRef sizes, at::ArrayRef<double> numbers, const Tensor& queries, at::TensorList weights,
+    at::TensorList base, const OptionalTensor& gain, const OptionalTensor& bias) {
+  const Network net = network(sizes, numbers);
+  const Tensor answers = at::empty({queries.size(0), net.head_dim}, queries.options());
+  dispatch(queries, [&](auto type) {
+    using T = decltype(type);
+    TORCH_CHECK(whole_vectors<T>(net), "read: the widths are no whole vectors");
+    const auto run_row = [&](TokenBuffers<T>& at, int row) {
+      const auto part = [&](const Tensor& x) { return x.template const_data_ptr<T>() + row % x.size(0) * x.stride(0); };
+      std::vector<const T*> own, under;
+      for (const Tensor& w : weights) own.push_back(part(w));
+      for (const Tensor& b : base) under.push_back(part(b));
+      const Affine<T> affine{gain ? part(*gain) : nullptr, bias ? part(*bias) : nullptr};
+      read_token(net, own, under, affine, part(queries), at, answers.data_ptr<T>() + std::ptrdiff_t(row) * net.head_dim);
+    };
+    for_rows<TokenBuffers<T>>(int(queries.size(0)), false, run_row, net);
+    return Tensors{};
+  });
+  return answers;
+}
+
 Tensors scan_backward(
     at::IntArrayRef sizes, at::ArrayRef<double> numbers, at::TensorList tokens, const OptionalTensor& filled,
     const OptionalTensor& fresh, const Tensor& complete, const OptionalTensor& gain, const OptionalTensor& bias,
@@ -339,6 +374,9 @@ TORCH_LIBRARY_FRAGMENT(titans_native, library) {
       "Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, Tensor[] state, "
       "bool shared, int group, bool keep, bool ragged) -> Tensor[]");
   library.def(
+      "read(int[] sizes, float[] numbers, Tensor queries, Tensor[] weights, Tensor[] base, Tensor? gain, "
+      "Tensor? bias) -> Tensor");
+  library.def(
       "scan_backward(int[] sizes, float[] numbers, Tensor[] tokens, Tensor? filled, Tensor? fresh, "
       "Tensor complete, Tensor? gain, Tensor? bias, Tensor[] initial, Tensor[] initial_momentum, Tensor[] base, "
       "Tensor[] state, bool shared, int group, Tensor[] starts, Tensor[] grads) -> Tensor[]");
@@ -346,5 +384,6 @@ TORCH_LIBRARY_FRAGMENT(titans_native, library) {
 
 TORCH_LIBRARY_IMPL(titans_native, CPU, library) {
   library.impl("scan", titans::scan);
+  library.impl("read", titans::read);
   library.impl("scan_backward", titans::scan_backward);
 }
