@@ -42,7 +42,7 @@ from titans.train.checkpoint import write_bytes
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 SOURCE = HERE.parents[1] / "src"
-PARTS = ("scan", "layer", "forms", "model")
+PARTS = ("scan", "layer", "forms", "model", "decode")
 OURS = ("titans, native", "titans, bfloat16", "titans, torch")
 PEERS = ("titans-pytorch", "titans-pytorch, sequential", "titans-pytorch, per token")
 Row = dict[str, Any]
@@ -212,6 +212,15 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
             for chunk in ((16,) if quick else (16, 64))
             for backward in (False, True)
         ]
+    if part == "decode":
+        planned = []
+        for variant in ("lmm", "mac", "mag"):
+            for kind in ("decode", "generate"):
+                model = dict(preset="small", variant=variant, memory_depth=1, kind=kind, time=1024)
+                # Of transformers' own models one is enough.
+                names = ["titans, native", *(["transformers"] if variant == "lmm" else [])]
+                planned.append((model, names, one))
+        return planned
     planned = []
     for variant in ("lmm",) if quick else ("lmm", "mac", "mag", "mal"):
         model = dict(preset="tiny" if quick else "small", variant=variant)

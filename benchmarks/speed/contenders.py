@@ -8,12 +8,14 @@ A case is a dictionary that travels to the process that times it. `kind`:
   stream   that layer reads `time` tokens in calls of 4096 or fewer, carrying its state
   train    a whole model's training step, batch 1
   prefill  a whole model reads `time` tokens into a cache
-  decode   a whole model's next token after `time` of them
+  decode   a whole model's next tokens after `time` of them, one call each
+  generate the same by transformers' `generate`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from forms import build_form
@@ -85,7 +87,7 @@ def _titans(case: Case, backend: str) -> Step:
         if case["kind"] == "stream":
             return _stream(layer, case)
         return layer_step(layer, case, lambda x: layer(x)[0])
-    return _model_step(case, case["variant"], backend)
+    return _titans_step(case, case["variant"], backend)
 
 
 def _stream(layer: torch.nn.Module, case: Case) -> Step:
@@ -104,17 +106,34 @@ def _transformer(case: Case, _: str) -> Step:
     if case["kind"] == "layer":
         layer = full_attention(case["width"], case["width"] // HEAD_DIM, HEAD_DIM)
         return layer_step(layer, case, lambda x: layer(x)[0])
-    return _model_step(case, "transformer")
+    return _titans_step(case, "transformer")
 
 
-def _model_step(case: Case, variant: str, backend: str | None = None) -> Step:
+def _llama(case: Case, _: str) -> Step:
+    """A model of transformers with the sizes of the preset: what its own decoding costs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from titans.hf import PRESETS
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: PRESETS[case["preset"]][name] for name in names}
+    longest = case["time"] + 2**14
+    return _model_step(case, LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=longest)))
+
+
+def _titans_step(case: Case, variant: str, backend: str | None = None) -> Step:
     from titans.hf import TitansConfig, TitansForCausalLM
 
-    config = TitansConfig.from_preset(case["preset"], variant=variant, memory_depth=2)
+    depth = case.get("memory_depth", 2)
+    config = TitansConfig.from_preset(case["preset"], variant=variant, memory_depth=depth)
     model = TitansForCausalLM(config)
     if backend is not None:
         run_on(backend, model)
-    ids = torch.randint(config.vocab_size, (1, case["time"]))
+    return _model_step(case, model)
+
+
+def _model_step(case: Case, model: Any) -> Step:
+    ids = torch.randint(model.config.vocab_size, (1, case["time"]))
     if case["kind"] == "train":
 
         def train() -> None:
@@ -133,6 +152,16 @@ def _model_step(case: Case, variant: str, backend: str | None = None) -> Step:
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     tokens = 16
+    if case["kind"] == "generate":
+        text = torch.cat([ids, ids[:, :1]], 1)
+
+        def generate() -> None:
+            nonlocal text
+            options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            mask = torch.ones_like(text)
+            text = model.generate(text, attention_mask=mask, past_key_values=cache, **options)
+
+        return generate
 
     def decode() -> None:
         # Each repetition goes on from the last: a cache that grows does so by a few tokens only.
@@ -188,6 +217,7 @@ CONTENDERS: dict[str, tuple[Callable[[Case, str], Step], str]] = {
     "titans, bfloat16": (_titans, "native_bfloat16"),
     "titans, torch": (_titans, "chunkwise"),
     "attention": (_transformer, ""),
+    "transformers": (_llama, ""),
     "titans-pytorch": (_peer, "default"),
     "titans-pytorch, sequential": (_peer, "sequential"),
     "titans-pytorch, per token": (_peer, "per token"),

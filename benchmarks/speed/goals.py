@@ -106,6 +106,13 @@ def goals(rows: list[Row]) -> str:
         per_token = [row["median"] / row["case"]["time"] for row in streams]
         spread = 100 * (max(per_token) / min(per_token) - 1)
         add("cost per token, 4,096 to 1,048,576 tokens: largest above smallest", 10, spread, " %", True)
+    for kind in ("decode", "generate"):
+        for variant in ("lmm", "mac", "mag"):
+            ours = _find(rows, NATIVE, kind=kind, variant=variant, memory_depth=1)
+            theirs = _find(rows, "transformers", kind=kind)
+            if ours and theirs:
+                what = f"{kind}, 8M {variant.upper()}, 1,024 tokens: of transformers' tokens/s, equal sizes"
+                add(what, 2, theirs["median"] / ours["median"], "×")
     transformer = _find(rows, "attention", kind="decode", time=1024)
     early, late = (_find(rows, NATIVE, kind="decode", variant="mac", time=t) for t in (1024, 16384))
     if early and transformer:

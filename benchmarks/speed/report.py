@@ -30,7 +30,7 @@ def _spread(row: Row) -> str:
 
 def _tokens(row: Row) -> float:
     case = row["case"]
-    return (16 if case["kind"] == "decode" else case["time"]) / row["median"]
+    return (16 if case["kind"] in ("decode", "generate") else case["time"]) / row["median"]
 
 
 def _megabytes(row: Row) -> str:
@@ -145,7 +145,7 @@ def tables(about: str, rows: list[Row]) -> str:
         ("A layer with its projections, tokens/s", ("layer",)),
         ("Memories of equal state, 4 heads of 4,096 fast weights, tokens/s", ("equal scan", "equal layer")),
         ("A layer that reads on and on, tokens/s", ("stream",)),
-        ("Whole models, tokens/s", ("train", "prefill", "decode")),
+        ("Whole models, tokens/s", ("train", "prefill", "decode", "generate")),
     ):
         if any(r["case"]["kind"] in kinds for r in rows):
             parts.append(f"### {title}\n\n{_others(rows, kinds)}")
