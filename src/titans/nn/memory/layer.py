@@ -303,7 +303,7 @@ class NeuralMemory(Learner):
         self, x: Tensor, state: NeuralMemoryState | None, context: BlockContext | None
     ) -> tuple[Tensor, NeuralMemoryState] | None:
         """`forward` of one token of every row as one operator, or None where there is none for it."""
-        if state is None or x.shape[1] != 1 or self.state_type is not NeuralMemoryState:
+        if state is None or x.shape[1] != 1 or type(self) is not NeuralMemory:
             return None
         if context is not None and (context.trace or context.packed.lengths is not None):
             return None

@@ -19,6 +19,8 @@ from titans.nn.norm import ReadNorm
 
 # No vector register is wider.
 _VECTOR_BYTES = 64
+# In the order of the operator's arguments; of the last three any may be None.
+_GATES = ("gate_weight", "gate_bias", "gate_key_weight", "gate_up_weight", "gate_down_weight")
 
 
 class _Known(NamedTuple):
@@ -62,6 +64,13 @@ def _norm_weights(norm: ReadNorm, has_base: bool, x: Tensor) -> list[Tensor | No
     return None if weights is None else [weights[0], None]
 
 
+def _slow_weights(learner: Learner) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The base, empty without one, and gain and bias of the network's norm, from where a module keeps them:
+    asking it for an attribute takes ten times as long."""
+    base = list(learner.initial_weights._parameters.values()) if learner.form.decay_to_initial else []
+    return base, [learner._parameters.get(name) for name in ("norm_weight", "norm_bias")]  # type: ignore[return-value]
+
+
 def _are_tensors(parts: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return all([type(part) is Tensor and part.dtype is dtype and part.is_cpu for part in parts])
 
@@ -92,20 +101,18 @@ def learn_token(
         return None
     if not token.is_plain(forget_gate) or not token.is_plain(step_size_gate):
         return None
-    base = learner.base or ()
+    base, affine = _slow_weights(learner)
     weights, norms = token.weights_of(x, *projections), _norm_weights(norm, bool(base), x)
-    own = learner.gate_weight, learner.gate_bias
-    optional = learner.gate_key_weight, learner.gate_up_weight, learner.gate_down_weight
-    affine = learner.norm_weight, learner.norm_bias
+    gates = [learner._parameters.get(name) for name in _GATES]
     carried = [*state.weights, *state.momentum, *(() if state.is_shared else state.anchor)]
-    if weights is None or norms is None or not token.alike(x, *own, *optional, *base, *affine, tail):
+    if weights is None or norms is None or not token.alike(x, *gates, *base, *affine, tail):
         return None
     if not _are_tensors(carried, x.dtype):
         return None
     limits = [learner.form.max_momentum, learner.max_step_size, *(forget_gate.bounds or ())]
     found, anchor = torch.ops.titans_native.memory_token(
         x, tail, state.position.contiguous(), carried, state.is_shared, *sizes,
-        learner.chunk_size, frozen, weights, *own, *optional, limits, base, *affine, *norms, norm.taught.eps,
+        learner.chunk_size, frozen, weights, *gates, limits, base, *affine, *norms, norm.taught.eps,
     )  # fmt: skip
     if not found:
         return None
@@ -137,9 +144,8 @@ def recall_token(
     """
     if (sizes := _sizes(learner, backend, x)) is None:
         return None
-    base = learner.base or ()
+    base, affine = _slow_weights(learner)
     weights, norms = token.weights_of(x, *projections), _norm_weights(norm, bool(base), x)
-    affine = learner.norm_weight, learner.norm_bias
     if weights is None or norms is None or not token.alike(x, *base, *affine, tail):
         return None
     if not _are_tensors(snapshot, x.dtype):
