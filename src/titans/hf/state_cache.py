@@ -151,7 +151,7 @@ class StateCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows held, or −1 before the first token."""
-        first = next(pytree.tree_iter(self.layers[0].state), None)
+        first = next(iter(pytree.tree_iter(self.layers[0].state)), None)
         return -1 if first is None else first.shape[0]
 
     def check_rows(self, batch: int) -> None:
