@@ -165,3 +165,14 @@ def test_the_reference_has_every_public_name(page: Path) -> None:
         assert not documented or value.__doc__, f"{name} has no docstring"
         whole = module.__name__ in named and documented
         assert whole or f"{module.__name__}.{name}" in named, f"{page.name} does not show {name}"
+
+
+def test_every_file_names_the_version() -> None:
+    version = titans.__version__
+    for name, line in {
+        "pyproject.toml": f'version = "{version}"',
+        "CITATION.cff": f"version: {version}",
+        "README.md": f"titans_ltm-{version}-py3",
+        "docs/start/install.md": f"titans_ltm-{version}-py3",
+    }.items():
+        assert line in (ROOT / name).read_text(), f"{name} has another version than titans.__version__"
