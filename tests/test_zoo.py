@@ -29,6 +29,7 @@ def test_a_model_loads_by_its_name_reads_and_is_described(name, tmp_path, monkey
     session = titans.Session(model, tokenizer)
     session.feed("The pass key is 31337. ")
     assert len(session.generate(max_new_tokens=5, do_sample=False).encode()) >= 5
+    monkeypatch.setattr("titans.cli.info.SAMPLE_TOKENS", 100)
     assert main(["info", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["variant"] == model.config.variant
     files = list((FOLDER / name).iterdir())
@@ -58,9 +59,10 @@ def test_a_graft_of_the_library_recalls_and_is_described(name):
         session.feed("\n\nThe password to the north gate is")
         return session.generate(max_new_tokens=4, do_sample=False).strip()
 
+    # bfloat16 takes half of the time.
+    model.base.bfloat16()
     assert answer(model).startswith("hawthorn")
-    # The base alone in half of the time, which bfloat16 takes.
-    assert not answer(titans.graft(model.base.bfloat16())).startswith("hawthorn")
+    assert not answer(titans.graft(model.base)).startswith("hawthorn")
 
 
 def test_a_folder_is_loaded_and_an_unknown_name_is_refused(tmp_path):
