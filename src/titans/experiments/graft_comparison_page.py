@@ -60,7 +60,8 @@ _KEEPS = {
     "dynamic Adam": "the same with Adam",
     "dynamic LoRA": "a LoRA of rank 8 in all linear layers, learned so with Adam",
     "passages": "the text; before a question BM25 (bm25s) puts the best passages of 60 words into the window",
-    "adaptation": "the untrained graft, `titans.graft(model)`: a fast matrix and bias beside the head",
+    "adaptation": "the untrained graft, `titans.graft(model)`, without a warm-up: a fast matrix and bias "
+    "beside the head",
 }
 _ABOUT_PREDICTION = (
     "Change of the loss against the window in %, by position; the change of bits per byte is the same. "
