@@ -80,6 +80,14 @@ class Train(TrainSettings):
     """Fields of TitansConfig that differ from the preset, such as chunk_size=32 memory.form=recall."""
     config_file: Path | None = None
     """YAML file with any of these settings; options on the command line win."""
+    dry_run: bool = False
+    """Print what the run needs, and stop: parameters, memory of a device, operations per token, hours."""
+    devices: int = 1
+    """For --dry-run: how many, one process each."""
+    rate: float | None = None
+    """For --dry-run: tokens per second that one device trains with."""
+    flops: float | None = None
+    """For --dry-run, in place of --rate: operations per second that one device reaches in training."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -90,6 +98,8 @@ class Train(TrainSettings):
             settings.check()
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if self.dry_run:
+            return self._plan(settings)
         from titans.train.processes import join
 
         processes = join()
@@ -98,6 +108,19 @@ class Train(TrainSettings):
             result = self._train(settings, prints=processes.is_first)
         if self.json and processes.is_first:
             print(json.dumps({**dataclasses.asdict(result), "output": str(result.output)}))
+        return 0
+
+    def _plan(self, settings: TrainSettings) -> int:
+        from titans.train.plan import plan
+
+        try:
+            found = plan(settings, self.devices, self.rate, self.flops)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if self.json:
+            print(json.dumps(dataclasses.asdict(found)))
+        else:
+            report(str(found))
         return 0
 
     def _train(self, settings: TrainSettings, prints: bool) -> TrainResult:
