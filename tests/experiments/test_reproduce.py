@@ -15,7 +15,7 @@ from titans.experiments.reproduce import language
 from titans.experiments.reproduce.catalog import TABLES
 from titans.experiments.reproduce.claims import Claim, decide
 from titans.experiments.reproduce.language import Language
-from titans.experiments.reproduce.page import write_claims
+from titans.experiments.reproduce.page import claims_page, results_of, write_claims
 from titans.experiments.reproduce.recipe import SPEEDS, Recipe
 from titans.experiments.reproduce.synthetic import Synthetic
 from titans.experiments.results import Results
@@ -95,6 +95,14 @@ def test_a_table_is_measured_resumed_and_drawn(tmp_path: Path, monkeypatch: pyte
     ) + drawn.count("not testable here (")
 
 
+def test_the_pages_of_the_docs_are_of_their_json() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    assert (folder / "claims.md").read_text() == claims_page(folder)
+    for table in TABLES.values():
+        if (path := folder / f"{table.name}.json").exists():
+            assert table.table(results_of(path)).strip() in path.with_suffix(".md").read_text()
+
+
 def test_a_synthetic_cell_learns_its_task(tmp_path: Path) -> None:
     recipe = Recipe("", ("30k",), steps=4, search_steps=2, batch_size=4, length=64, rates=(1e-3, 1e-2))
     table, request = Synthetic(recipe), Request("quick", work=tmp_path)
@@ -122,7 +130,9 @@ def test_the_command_plans_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["reproduce", "depth", "--plan", "--seeds", "2", "--output", str(tmp_path)]) == 0
     err = capsys.readouterr().err
     assert (
-        err.startswith("plan: cells × processor seconds") and "depth 4, 100k" in err and "core-hours" in err
+        err.startswith("plan: cells × processor seconds")
+        and "depth 4, 100k" in err
+        and "processor minutes" in err
     )
     assert main(["reproduce", "needles", "--seeds", "0"]) == 2
     assert "seeds=0" in capsys.readouterr().err

@@ -95,4 +95,6 @@ def planned(table: PaperTable, request: Request) -> str:
         f"  {name:42} {len(costs):4} × {sum(costs) / len(costs):8,.0f} s" for name, costs in seconds.items()
     ]
     total = sum(sum(costs) for costs in seconds.values())
-    return "\n".join(["plan: cells × processor seconds", *lines, f"  in all {total / 3600:.1f} core-hours"])
+    return "\n".join(
+        ["plan: cells × processor seconds", *lines, f"  in all {total / 60:,.0f} processor minutes"]
+    )

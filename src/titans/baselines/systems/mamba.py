@@ -63,7 +63,7 @@ def selective_scan(
     """transformers' reference of the selective scan, with a backward pass of linear time.
 
     The reference indexes the tokens of a tensor one by one, and the gradient of each index has the size of
-    the whole: 2,048 tokens took 46 s of a processor, and take 1.3 s so. Names and shapes are theirs:
+    the whole (docs/notebook/2026-11-30-systems.md). Names and shapes are theirs:
     hidden_states, dt and z (batch, channels, time), A (channels, state), B and C (batch, state, time).
     """
     if delta_bias is not None:

@@ -26,6 +26,13 @@ def write_claims(folder: Path) -> str:
     Raises:
         OSError: if the page cannot be written.
     """
+    page = claims_page(folder)
+    write_bytes(folder / FILE, page.encode())
+    return page
+
+
+def claims_page(folder: Path) -> str:
+    """The page of the results in a folder."""
     sections, count = [], Counter[str]()
     for name, table in TABLES.items():
         results = results_of(folder / f"{table.name}.json")
@@ -52,5 +59,4 @@ def write_claims(folder: Path) -> str:
             *sections,
         ]
     )
-    write_bytes(folder / FILE, (page + "\n").encode())
     return page + "\n"
