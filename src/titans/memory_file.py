@@ -74,6 +74,8 @@ def read_summary(path: str | Path) -> MemoryFile | None:
         sentence = None
         if "model_type" in config:
             stats = SessionStats(tokens, sum(entry.nbytes for entry in header.entries.values()), ())
+        elif not isinstance(config.get("variant"), str):
+            raise damaged_header(path)
         elif "summary" in header.about:
             stats, sentence = _parsed(header, tokens)
         else:

@@ -25,7 +25,6 @@ from titans.memory_file import (
     MemoryFile,
     SessionStats,
     as_summary,
-    read_summary,
     recent_tokens,
     saved_model,
     surprise_so_far,
@@ -49,19 +48,22 @@ def describe_memory(path: str | Path) -> MemoryFile:
         OSError: if it cannot be read.
         ValueError: if it is damaged.
     """
-    if (found := read_summary(path)) is not None:
-        return found
     with open_state_file(path) as file:
         config, num_columns = saved_model(file.header)
         tokens = num_columns + bool(recent_tokens(path, file.about, None))
         total, count = surprise_so_far(path, file.about)
-        stats = stats_of(TitansCache.from_file(file, _saved_config(file)), tokens, None)
+        if "model_type" in config:
+            stats = SessionStats(
+                tokens, sum(x.numel() * x.element_size() for x in file.tensors().values()), ()
+            )
+        else:
+            stats = stats_of(TitansCache.from_file(file, _saved_config(file)), tokens, None)
         stats = replace(stats, mean_surprise=total / count if count else None)
         return MemoryFile(config, file.about.get("fingerprint"), stats)
 
 
 def summary_of(cache: Any, tokens: int) -> dict[str, str]:
-    """An entry of a file's header, for `describe_memory`; none where the tensors tell nothing."""
+    """An entry of a file's header, for `read_summary`; none where the tensors tell nothing."""
     if not isinstance(cache, TitansCache):
         return {}
     fields = cache.config.state_fields()
