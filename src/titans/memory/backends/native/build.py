@@ -97,7 +97,7 @@ def _built(compiler: str, folder: Path) -> Path:
             return library
         library.unlink(missing_ok=True)
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"titans: compiling {folder.name} operators, once (about half a minute)", file=sys.stderr)
+    print(f"titans: compiling {folder.name} operators, once (about a minute)", file=sys.stderr)
     # Two processes may build at the same time: each under a name of its own, and the last one stands.
     handle, temporary = tempfile.mkstemp(dir=cache, suffix=".so")
     os.close(handle)
