@@ -254,7 +254,10 @@ std::tuple<Tensors, int64_t> memory_token(
       closed += now % chunk_size == 0;
     }
     const bool ragged = closed && closed != rows;
-    const auto of_rows = [&](const Tensor& x) { return x.expand({rows, heads, x.size(-1)}).reshape({all, x.size(-1)}); };
+    // Written out: of one head `reshape` would give every row the same place.
+    const auto of_rows = [&](const Tensor& x) {
+      return x.expand({rows, heads, x.size(-1)}).reshape({all, x.size(-1)}).contiguous();
+    };
     Tensors own = each(state, {all}), under;
     // The scan looks at no anchor that is shared, but counts on three parts.
     if (shared) own.insert(own.end(), own.begin(), own.begin() + depth);
