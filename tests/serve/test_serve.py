@@ -303,7 +303,8 @@ def test_another_key_sees_nothing_and_no_key_nothing_at_all(server: Server) -> N
     ):
         assert server.call(method, path, sent, OTHER)[0] == 404, path
         for key in (None, "", "sk-firs", "sk-firstt", "sk-first\0"):
-            status, found = server.call(method, path, sent, key)
+            # A header that no HTTP allows ends the connection, before a body may have been received.
+            status, found = server.call(method, path, None if "\0" in (key or "") else sent, key)
             assert status in (400, 401) and (status == 400 or found["error"]["code"] == "invalid_api_key")
     assert server.call("GET", f"/v1/memories/{memory}", key=KEY)[1]["tokens"] == 9
     names = [path.name for path in server.service.settings.folder.iterdir()]
