@@ -13,18 +13,9 @@ _LONGEST = 2**20
 def transformer(sizes: Sizes) -> LlamaConfig:
     """A Llama, which the paper's table has as Transformer++."""
     return LlamaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.width,
-        intermediate_size=sizes.inner,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
+        **sizes.as_a_transformer(),
         head_dim=HEAD_DIM,
         max_position_embeddings=_LONGEST,
-        tie_word_embeddings=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
 
 

@@ -16,7 +16,7 @@ def gated_deltanet(sizes: Sizes) -> Qwen3NextConfig:
     """arXiv 2412.06464."""
     layers = sizes.layers
     return Qwen3NextConfig(
-        **_common(sizes),
+        **sizes.as_a_transformer(),
         head_dim=HEAD_DIM,
         linear_key_head_dim=HEAD_DIM,
         linear_value_head_dim=HEAD_DIM,
@@ -30,26 +30,11 @@ def gated_deltanet(sizes: Sizes) -> Qwen3NextConfig:
 def kda(sizes: Sizes) -> KimiLinearConfig:
     """arXiv 2510.26692."""
     return KimiLinearConfig(
-        **_common(sizes),
+        **sizes.as_a_transformer(),
         linear_head_dim=HEAD_DIM,
         linear_num_heads=sizes.heads,
         layer_types=["linear_attention"] * sizes.layers,
         mlp_layer_types=["dense"] * sizes.layers,
-    )
-
-
-def _common(sizes: Sizes) -> dict[str, Any]:
-    return dict(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.width,
-        intermediate_size=sizes.inner,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        tie_word_embeddings=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
 
 

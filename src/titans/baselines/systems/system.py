@@ -40,6 +40,21 @@ class Sizes:
         """Heads of 32 numbers."""
         return self.width // HEAD_DIM
 
+    def as_a_transformer(self) -> dict[str, Any]:
+        """Fields of a configuration of transformers whose layers have heads and an MLP."""
+        return dict(
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
 
 @dataclass(frozen=True)
 class System:

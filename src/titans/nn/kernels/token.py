@@ -90,9 +90,7 @@ def weights_of(x: Tensor, *modules: nn.Module) -> list[Tensor] | None:
         if (
             weight is None
             or parameters.get("bias") is not None
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or "forward" in own
+            or not is_plain(module)
             or (isinstance(module, nn.Linear) and type(module) is not nn.Linear)
         ):
             return None
