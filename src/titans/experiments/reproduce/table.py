@@ -74,12 +74,17 @@ class PaperTable(Experiment):
                 f"{variant.label}, {size}, seed {seed}",
                 Trial(variant, size),
                 seed,
-                cost=recipe.seconds(variant.system, size) + self.reading(request, variant, size),
+                cost=self.cost(request, variant, size),
             )
             for seed in range(request.seeds or (1 if request.quick else SEEDS))
             for number, size in enumerate(recipe.parameters)
             for variant in (chosen[: self.decisive] if number else chosen)
         ]
+
+    def cost(self, request: Request, variant: Variant, parameters: str) -> float:
+        """Processor seconds of a cell, for the plan."""
+        training = self.recipe(request).seconds(variant.system, parameters)
+        return training + self.reading(request, variant, parameters)
 
     def reading(self, request: Request, variant: Variant, parameters: str) -> float:
         """Processor seconds of the measurement after the training, for the plan."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from titans.baselines.systems import SYSTEMS, system_config
 from titans.experiments.reproduce.claims import Claim
-from titans.experiments.reproduce.recipe import Recipe, variants
+from titans.experiments.reproduce.recipe import Recipe, Variant, variants
 from titans.experiments.reproduce.table import Column, PaperTable, Trial
 from titans.experiments.results import Numbers
 from titans.experiments.runner import Cell, Progress, Request
@@ -36,21 +36,9 @@ class Throughput(PaperTable):
         Column("longest over shortest", KEPT, 2),
     )
 
-    def cells(self, request: Request) -> list[Cell]:
+    def cost(self, request: Request, variant: Variant, parameters: str) -> float:
         tokens = sum(max(2 * length, 2048) for length in self._lengths(request))
-        recipe = self.recipe(request)
-        chosen = self.quick_systems if request.quick and self.quick_systems else self.systems
-        return [
-            Cell(
-                f"{variant.label}, {size}, seed {seed}",
-                Trial(variant, size),
-                seed,
-                cost=recipe.seconds(variant.system, size, 2 * tokens),
-            )
-            for seed in range(request.seeds or (1 if request.quick else 3))
-            for size in recipe.parameters
-            for variant in chosen
-        ]
+        return self.recipe(request).seconds(variant.system, parameters, 2 * tokens)
 
     def _lengths(self, request: Request) -> tuple[int, ...]:
         return QUICK_LENGTHS if request.quick else LENGTHS
