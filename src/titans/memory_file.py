@@ -54,7 +54,7 @@ class MemoryFile:
 
 
 def as_summary(stats: SessionStats, sentence: str | None) -> str:
-    """What `read_summary` needs and only tensors tell, as JSON for the header."""
+    """What `read_summary` needs and only tensors have, as JSON for the header."""
     layers = [asdict(replace(layer, change=None)) for layer in stats.layers]
     return json.dumps({"state_bytes": stats.state_bytes, "layers": layers, "sentence": sentence})
 

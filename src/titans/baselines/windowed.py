@@ -33,7 +33,7 @@ class WindowedCache:
         return -1 if self.window is None else len(self.window.position)
 
     def memory_nbytes(self) -> int:
-        """Bytes of what is kept besides the window."""
+        """Bytes of what is kept in addition to the window."""
         return 0
 
     def nbytes(self) -> int:

@@ -197,7 +197,7 @@ def _from_config_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"config_file={str(path)!r} holds no settings: write lines such as `steps: 300`")
     source = f"config_file={str(path)!r}"
     try:
-        # Also names of before, when facts were settings beside all others.
+        # Also names of before, when facts were settings among all others.
         values = current_form(values)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None

@@ -84,8 +84,8 @@ def make_facts(
     """Facts, each with a statement and a question; 7 of 10 groups are alike, 1 of 10 is about one name.
 
     Args:
-        words: of which names and values are made, besides made-up words, first names, digits and dates;
-            at least a hundred different ones.
+        words: of which names and values are made, as well as of made-up words, first names, digits and
+            dates; at least a hundred different ones.
         count: facts, at least 1.
         held_out: draw names and values from the half that is reserved for tests.
         held_out_wording: make sentences of the parts that are reserved for tests.

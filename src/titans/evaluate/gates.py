@@ -26,7 +26,7 @@ class LayerGates:
     half_life_at_rest: in tokens, for an input of zero; inf where nothing is ever forgotten.
     half_life_10, half_life_median, half_life_90: quantiles over the tokens of the sample.
     momentum_mean: mean of eta.
-    step_size_median: median of theta as it is applied, divided by its normalizer with `normalize_step`.
+    step_size_median: median of the applied theta, divided by its normalizer with `normalize_step`.
     write_strength_median: median of theta / (1 − eta), what a token's surprise is written with in the end.
     """
 

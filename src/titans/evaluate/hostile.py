@@ -54,7 +54,7 @@ class StressedMemory:
         return self.network.input_dim if self.features is None else self.network.head_dim
 
     def objective_inputs(self, keys: Tensor) -> Tensor | None:
-        """What the objective takes of each token besides, if anything: what an untrained layer gives it, as
+        """What else the objective takes of each token, if anything: what an untrained layer gives it, as
         (rows, time, 1, num_inputs)."""
         if not (count := num_inputs(self.inner.objective)):
             return None
@@ -157,7 +157,7 @@ def hostile_streams(
     that is too long; values go through `shorten` as in `NeuralMemory`.
 
     Args:
-        periods: in tokens, besides the chunk's.
+        periods: in tokens, in addition to the chunk's.
         key_dim: head_dim if not given.
         of_features: add what only memories of features meet: keys that resemble each other, which features
             are to distinguish, and keys shorter than 1.

@@ -61,7 +61,7 @@ _KEEPS = {
     "dynamic LoRA": "a LoRA of rank 8 in all linear layers, learned so with Adam",
     "passages": "the text; before a question BM25 (bm25s) puts the best passages of 60 words into the window",
     "adaptation": "the untrained graft, `titans.graft(model)`, without a warm-up: a fast matrix and bias "
-    "beside the head",
+    "in parallel with the head",
 }
 _ABOUT_PREDICTION = (
     "Change of the loss against the window in %, by position; the change of bits per byte is the same. "
@@ -104,7 +104,7 @@ def _systems(cells: Cells) -> str:
         rows.append([f"**{name}**", what, _size(cell.bytes) if cell else "–", _speed(cell) if cell else "–"])
     head = ["system", "keeps", f"bytes after {PLAY}", "seconds for 1K tokens"]
     about = (
-        "Bytes are those held besides the window's keys and values, which take 24 MB in float32; full "
+        "Bytes are those held in addition to the window's keys and values, which take 24 MB in float32; full "
         "attention has no window. Seconds are of float32; bfloat16 takes half on this machine."
     )
     return f"{markdown(head, rows)}\n\n{about}"
@@ -138,8 +138,9 @@ def _summary(cells: Cells) -> str:
         return ""
     parts = [
         "## What the graft loses and wins",
-        f"**{graft}** beside the best of the other systems that were measured on the same, which are not all "
-        "(see the tables); largest differences first. Prediction: change of the loss against the window.",
+        f"**{graft}** compared with the best of the other systems that were measured on the same, which "
+        "are not all (see the tables); largest differences first. Prediction: change of the loss "
+        "against the window.",
     ]
     for title, found in (("It loses, or does no better:", losses), ("It wins:", wins)):
         if found:

@@ -90,7 +90,7 @@ class System:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
 
     def nbytes(self, memory: Any) -> int:
-        """Bytes held besides the window's keys and values."""
+        """Bytes held in addition to the window's keys and values."""
         if isinstance(memory, WindowedCache):
             return memory.memory_nbytes()
         if isinstance(memory, GraftCache):

@@ -55,7 +55,7 @@ def planned() -> Iterator[list[Measured]]:
     yield [Measured("text", "induction", "4k", form) for form in most]
     yield [Measured("pairs", "", "1k", form) for form in ARMS]
     yield [Measured("mad", task, "4k", form) for task in MAD for form in most]
-    # Added after the others, and of no weight in the rule: what a preset loses whose heads stay as they are.
+    # Added after the others, and of no weight in the rule: what a preset with unchanged heads loses.
     yield [Measured("pairs", "", "equal heads", "deep")]
     yield [Measured("text", start, "equal heads", "deep") for start in ("induction", "sharp")]
 

@@ -78,7 +78,7 @@ def real_tokens(attention_mask: Tensor | None, batch: int, time: int, seen: set[
 
     Args:
         attention_mask: (batch, time), or with the columns seen before as well; 0 for padding.
-        seen: how many columns may have been seen before, besides none.
+        seen: how many columns may have been seen before; none is always possible.
 
     Raises:
         ValueError: for a mask of another shape.

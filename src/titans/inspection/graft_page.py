@@ -12,7 +12,7 @@ from titans.inspection.parts import WINDOW, channel, peaks, thinned
 
 
 def graft_content(found: GraftInspection, texts: Sequence[str]) -> dict[str, Any]:
-    """What the page shows beside its text, one of `texts` a token."""
+    """What the page shows next to its text, one of `texts` a token."""
     of_each = []
     if found.association is not None:
         for name, gain in (

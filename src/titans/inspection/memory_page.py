@@ -13,7 +13,7 @@ from titans.inspection.parts import WINDOW, channel, peaks, thinned
 
 
 def memory_content(found: Inspection, texts: Sequence[str]) -> dict[str, Any]:
-    """What the page shows beside its text, one of `texts` a token."""
+    """What the page shows next to its text, one of `texts` a token."""
     surprise = found.surprise.mean(-1)
     channels = [
         channel("surprise", surprise, "‖M(k) − v‖²", "Surprise: the error of the memories at each "

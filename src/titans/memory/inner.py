@@ -19,7 +19,7 @@ STEP_NORMALIZER_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class InnerProblem:
-    """What one head learns at test time, and how: all that a scan has to know besides its tensors.
+    """What one head learns at test time, and how: all that a scan has to know in addition to its tensors.
 
     Args:
         network: the network whose weights are learned.
@@ -61,7 +61,7 @@ class InnerProblem:
 
     def initial_state(self, weights: Sequence[Tensor]) -> MemoryState:
         """A memory that has read nothing: these weights, each (batch, heads, out, in), no momentum, and what
-        the rule carries besides. In at least float32."""
+        the rule also carries. In at least float32."""
         state = MemoryState.initial(weights)
         return replace(state, extra=self.rule.fresh_extra(state.weights))
 

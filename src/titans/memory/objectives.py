@@ -20,7 +20,7 @@ from titans.memory.registry import Registry
 class Objective(Protocol):
     """A loss per token between the memory's answer and the value it should have given.
 
-    An objective with parameters that depend on the token has two class attributes and a method besides:
+    An objective with parameters that depend on the token also has two class attributes and a method:
     `num_inputs`, how many numbers it takes for each token and head; `input_range`, between which two numbers
     they are; and `from_logits`, which maps any numbers to that range, for a layer that learns them. They
     come last in `target`, which then is (…, head_dim + num_inputs).
@@ -204,7 +204,7 @@ class Yaad(_WithThreshold):
 
 
 def num_inputs(objective: Objective) -> int:
-    """How many numbers the objective takes for each token and head besides answer and value."""
+    """How many numbers the objective takes for each token and head in addition to answer and value."""
     return getattr(objective, "num_inputs", 0)
 
 

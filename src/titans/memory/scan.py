@@ -72,7 +72,7 @@ def memory_scan(
             `initial_momentum` and position 0.
         initial: (heads, out, in) for each layer; needed with `reset`.
         initial_momentum: (heads, out, in) for each layer; zero by default.
-        initial_extra: what the rule carries besides, (heads, …) each; `UpdateRule.fresh_extra` by default.
+        initial_extra: what else the rule carries, (heads, …) each; `UpdateRule.fresh_extra` by default.
         base: (heads, out, in) for each layer: slow weights on which the fast ones are offsets. The network is
             run with their sum, so that what is forgotten decays towards `base` and not towards 0.
         objective_inputs: (batch, time, heads, num_inputs), the numbers of each token that the objective

@@ -30,7 +30,7 @@ class MemoryState:
             None, or the very tuple given as `weights`, where these are the same. Read, it is always weights.
         position: (batch,) int64, real tokens written so far. Inside a backend, where sequences and heads are
             one dimension of rows, there is none.
-        extra: what the update rule carries besides, (batch, heads, …) each; see `UpdateRule.extra_shapes`.
+        extra: what else the update rule carries, (batch, heads, …) each; see `UpdateRule.extra_shapes`.
     """
 
     _anchor: ClassVar[Weights | None]

@@ -302,7 +302,7 @@ class Memories:
                 )
             except (ValueError, TypeError, KeyError, OSError, RecursionError):
                 continue
-            # Those of models that are not served now stay as they are.
+            # Those of models that are not served now are left unchanged.
             if _ID.fullmatch(path.stem) and memory.id == path.stem and memory.model in self.engines:
                 self._look_at(memory)
                 self._known[memory.id] = memory

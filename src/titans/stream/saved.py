@@ -63,7 +63,7 @@ def describe_memory(path: str | Path) -> MemoryFile:
 
 
 def summary_of(cache: Any, tokens: int) -> dict[str, str]:
-    """An entry of a file's header, for `read_summary`; none where the tensors tell nothing."""
+    """An entry of a file's header, for `read_summary`; none where the tensors do not describe it."""
     if not isinstance(cache, TitansCache):
         return {}
     fields = cache.config.state_fields()

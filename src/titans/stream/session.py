@@ -438,7 +438,7 @@ class Session:
 def _no_number(tokens: int) -> FloatingPointError:
     return FloatingPointError(
         f"the model answers NaN to the text after token {tokens:,}: load it in another precision, or check "
-        "its weights; the session is as it was before"
+        "its weights; the session is unchanged"
     )
 
 

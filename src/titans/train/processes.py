@@ -130,7 +130,7 @@ def join() -> Processes:
     """The processes that a launcher has started, this one connected with the others; `ALONE` without one.
 
     Raises:
-        ValueError: where `accelerate launch` was told to bring an engine of its own.
+        ValueError: where `accelerate launch` is configured with an engine of its own.
     """
     global _joined
     size = int(os.environ.get("WORLD_SIZE") or 1)

@@ -55,7 +55,7 @@ def claims_page(folder: Path) -> str:
             f"Of {count.total()} claims: {counted}. Each claim compares two rows of a table of the paper. It "
             "is reproduced where the 95 % interval of the difference over at least three seeds lies on its "
             "side of 0; a quick run or fewer seeds decide nothing. `titans reproduce claims` draws this page "
-            "from the JSON files beside it.",
+            "from the JSON files next to it.",
             *sections,
         ]
     )

@@ -83,7 +83,7 @@ class Variant:
 
 
 def variants(*names: str) -> tuple[Variant, ...]:
-    """Systems as they are."""
+    """Systems with their defaults."""
     return tuple(Variant(name, name) for name in names)
 
 

@@ -102,7 +102,7 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
         if config is None:
             config = GraftConfig.from_pretrained(folder, **changes)
         elif changes:
-            raise ValueError(f"{min(changes)} is given beside config: change config")
+            raise ValueError(f"{min(changes)} is given in addition to config: change config")
         if not isinstance(base, PreTrainedModel):
             base = _load_base(base or config.origin.get("name"), kwargs)
         model = cls(config, base)

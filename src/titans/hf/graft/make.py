@@ -32,7 +32,7 @@ def graft(
 
     Args:
         model: a causal LM of transformers with rotary positions. It becomes part of the graft, its parameters
-            frozen; with `lora` it stays as it is, and the graft has a copy that shares its weights.
+            frozen; with `lora` it is unchanged, and the graft has a copy that shares its weights.
         tokenizer: saved with the graft.
         window: tokens that attention sees: a token's own block of window / 2 tokens, and the previous block.
             In a text of at most this many tokens a graft without memories gives the model's own logits.

@@ -97,7 +97,7 @@ class _Found(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What one scan is besides its tensors.
+    """What one scan is in addition to its tensors.
 
     read_before: a query is answered with the weights before its token's write. moving: some token carries
     momentum on; without, only the last token of a row determines the momentum. ends: for each block, whether

@@ -61,8 +61,8 @@ class UpdateRule:
             raise ValueError(f"length_floor={self.length_floor!r}: give a finite number of at least 0")
 
     def extra_shapes(self, weight_shapes: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
-        """Shapes, for one head, of the tensors that the rule carries from chunk to chunk besides weights and
-        momentum: `state.extra`, (batch, heads, *shape) each."""
+        """Shapes, for one head, of the tensors that the rule carries from chunk to chunk in addition to
+        weights and momentum: `state.extra`, (batch, heads, *shape) each."""
         return ()
 
     def fresh_extra(self, weights: Weights) -> tuple[Tensor, ...]:

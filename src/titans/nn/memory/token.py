@@ -24,7 +24,7 @@ _GATES = ("gate_weight", "gate_bias", "gate_key_weight", "gate_up_weight", "gate
 
 
 class _Known(NamedTuple):
-    """What the operators need of a memory besides tensors, or None where they do not know it.
+    """What the operators need of a memory in addition to tensors, or None where they do not know it.
 
     It is found once; key: what it depends on.
     """

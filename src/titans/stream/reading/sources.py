@@ -55,7 +55,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """name: the file as it was found. text: the plain file to read. num_bytes: its size."""
+    """name: the file that was found. text: the plain file to read. num_bytes: its size."""
 
     name: str
     text: Path
@@ -63,7 +63,7 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the text, as it is when this is first asked for."""
+        """SHA-256 of the text when this is first asked for."""
         with self.text.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -48,7 +48,7 @@ Found = TypeVar("Found")
 
 @dataclass
 class _Progress:
-    """What a checkpoint holds beside weights and the optimizer's state."""
+    """What a checkpoint holds in addition to weights and the optimizer's state."""
 
     step: int = 0
     best_step: int = 0
@@ -117,7 +117,7 @@ class TrainingLoop(ABC, Generic[Found]):
 
     @abstractmethod
     def depends_on(self) -> dict[str, Any]:
-        """What a checkpoint depends on beside the settings, as JSON has it."""
+        """What a checkpoint depends on in addition to the settings, as JSON has it."""
 
     @abstractmethod
     def carried(self) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ def _pair(layers: Sequence[Tensor], unused: Tensor) -> list[Tensor]:
 
 
 class _Kept(NamedTuple):
-    """What a forward leaves for the backward. weights, momentum: slots. tape: what it found out besides."""
+    """What a forward leaves for the backward. weights, momentum: slots. tape: what else it computed."""
 
     weights: list[Tensor]
     momentum: list[Tensor]
