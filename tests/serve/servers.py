@@ -1,4 +1,5 @@
-"""A server in a thread, with models so small that they answer at once, and the plainest of clients."""
+"""A server in a thread, with models so small that they answer at once, and the plainest of clients: a Titans
+model, a graft, and a causal model of transformers."""
 
 from __future__ import annotations
 
@@ -6,23 +7,31 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 import titans
+from titans.cli.conversation import Conversation
 from titans.data import byte_tokenizer
 from titans.hf import TitansConfig, TitansForCausalLM
+from titans.hf.causal_cache import CausalCache, named_leaves
 from titans.serve.engine import Engine
 from titans.serve.listening import server_of
 from titans.serve.service import Service
 from titans.serve.settings import Settings
+from titans.stream import Session
+from titans.stream.turns import Turns
 
 from ..models import small_causal_lm
 
+KEY, OTHER = "sk-first", "sk-second"
+BOOK = "All the world's a stage, and all the men and women merely players. " * 5
 END = 257
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
@@ -69,6 +78,7 @@ def engines(rows: int = 64) -> dict[str, Engine]:
     return {
         "bytes": Engine("bytes", byte_model(), byte_tokenizer(), rows),
         "chat": Engine("chat", chat, tokenizer, rows),
+        "llama": Engine("llama", small_causal_lm("llama").double(), byte_tokenizer(), rows),
     }
 
 
@@ -116,3 +126,57 @@ def running(folder: Path, models: dict[str, Engine], **settings: Any) -> Iterato
         listening.close()
         service.parsers.shutdown()
         service.memories.close()
+
+
+def session_of(server: Server, name: str) -> Session:
+    return server.service.engines[name].session()
+
+
+def conversation_of(server: Server, name: str) -> Conversation:
+    session = session_of(server, name)
+    return Conversation(session, Turns(server.service.engines[name].tokenizer))
+
+
+def said(conversation: Conversation, message: str, most: int = 8) -> str:
+    pieces: list[str] = []
+    conversation.ask(message, pieces.append, lambda: False, max_new_tokens=most, do_sample=False)
+    return "".join(pieces)
+
+
+def new_memory(server: Server, model: str, key: str = KEY, **body: Any) -> str:
+    status, found = server.call("POST", "/v1/memories", {"model": model, **body}, key)
+    assert status == 200, found
+    return str(found["id"])
+
+
+def saved_session(server: Server, name: str, id: str, path: Path) -> Session:
+    """The memory as a client downloads it."""
+    status, content = server.call("GET", f"/v1/memories/{id}/file", key=KEY)
+    assert status == 200
+    path.write_bytes(content)
+    engine = server.service.engines[name]
+    return Session.load(path, engine.model, engine.tokenizer)
+
+
+def assert_same(found: Session, expected: Session) -> None:
+    assert found.num_tokens == expected.num_tokens and found.recent == expected.recent
+    for mine, its in zip(*map(_tensors, (found, expected)), strict=True):
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, its, rtol=0, atol=1e-8)
+
+
+def wait_until(condition: Any) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come")
+
+
+def _tensors(session: Session) -> list[Any]:
+    cache = session.cache
+    return (
+        list(named_leaves(cache.held).values())
+        if isinstance(cache, CausalCache)
+        else pytree.tree_leaves(cache.states)
+    )

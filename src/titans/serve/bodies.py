@@ -6,15 +6,34 @@ client is accepted and ignored. Unknown fields are refused, so that a misspelt o
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from titans.serve.errors import ApiError
 
 _MOST_STOPS, _MOST_CHOICES = 8, 8
 Some = TypeVar("Some", bound=BaseModel)
 Text = Any
+
+
+def _refused(value: Any) -> Any:
+    """Nothing, or what says the same; anything else is not supported."""
+    if value:
+        raise ValueError("is not supported; leave it out")
+    return value
+
+
+# A field of OpenAI's that would change the answer.
+Unsupported = Annotated[Any, AfterValidator(_refused)]
 
 
 class Body(BaseModel):
@@ -42,22 +61,15 @@ class Sampling(Body):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Unsupported = None
     user: Any = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-
-    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
-    @classmethod
-    def _changes_nothing(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("is not supported; leave it out")
-        return value
 
     @field_validator("stop")
     @classmethod
@@ -83,16 +95,9 @@ class CompletionBody(Sampling):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: bool | None = None
+    echo: Unsupported = None
     best_of: int | None = None
-    suffix: str | None = None
-
-    @field_validator("echo", "suffix")
-    @classmethod
-    def _unsupported(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("is not supported; leave it out")
-        return value
+    suffix: Unsupported = None
 
     @model_validator(mode="after")
     def _one_choice_each(self) -> CompletionBody:
@@ -123,9 +128,9 @@ class MessageBody(Body):
     content: str | list[Part] | None = None
     name: str | None = None
     refusal: Any = None
-    tool_calls: list[Any] | None = Field(None, max_length=0)
-    audio: None = None
-    function_call: None = None
+    tool_calls: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
     annotations: Any = None
 
     def plain(self) -> dict[str, str]:
@@ -147,8 +152,8 @@ class ChatBody(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
-    functions: list[Any] | None = Field(None, max_length=0)
+    tools: Unsupported = None
+    functions: Unsupported = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None

@@ -165,6 +165,8 @@ class _Task:
                     1.0 if body.top_p is None else body.top_p,
                     seed,
                     self.num_likeliest(),
+                    body.presence_penalty or 0.0,
+                    body.frequency_penalty or 0.0,
                 )
                 answer = Answer(self.engine.tokenizer, recent, stops=body.stops, ends=self.ends(), most=most)
                 choices.append(_Choice(session, session, answer, chooser))

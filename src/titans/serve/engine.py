@@ -19,6 +19,7 @@ from torch import Tensor
 
 from titans.serve.answer import Answer
 from titans.serve.choosing import Chooser, Chosen
+from titans.serve.errors import ApiError
 from titans.stream import FeedResult, Session, feed_together, reader_of
 from titans.stream.decoding import Decoding
 from titans.stream.rows import can_share_calls
@@ -97,6 +98,7 @@ class Engine:
 
         Raises:
             ValueError: for more tokens than the model has positions.
+            ApiError: 500 where the model gives NaN.
         """
         session.reader.check_room(session.num_tokens + len(ids))
         if len(ids):
@@ -109,7 +111,8 @@ class Engine:
         answer: Answer,
         on_token: Callable[[Chosen, str], None] | None = None,
     ) -> None:
-        """Have a session generate until its answer is finished. Cancelled, it ends after a token."""
+        """Have a session generate until its answer is finished; errors as of `read`. Cancelled, it ends after
+        a token."""
         await self._wait_for(Generation(session, chooser, answer, on_token), self._to_generate)
 
     def close(self) -> None:
@@ -130,6 +133,8 @@ class Engine:
         except asyncio.CancelledError:
             work.cancelled = True
             raise
+        except (FloatingPointError, ValueError) as error:
+            raise ApiError(500, str(error)[:500], code="model_failed") from None
 
     def _work(self) -> None:
         while True:

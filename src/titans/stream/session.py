@@ -412,20 +412,24 @@ class Session:
                 raise _no_number(self.num_tokens)
             if found := read.surprises:
                 surprise = torch.stack([s[0].mean(-1).float() for s in found], -1)
-        self._took_in(piece, cache, surprise, time.perf_counter() - began)
+        self._now = self._after(piece, cache, surprise, time.perf_counter() - began)
         return surprise
 
     def _unread(self, piece: Tensor) -> Tensor:
         """What the model reads when (n,) ids come in: the token kept back, and all of them but the last."""
         return torch.cat([torch.tensor(self._now.recent[-1:], dtype=torch.int64), piece])[:-1]
 
-    def _took_in(self, piece: Tensor, cache: Any, surprise: Tensor | None, seconds: float) -> None:
-        """Go on from a cache that has read all but the last of (n,) new ids."""
+    def _after(self, piece: Tensor, cache: Any, surprise: Tensor | None, seconds: float) -> _Now:
+        """What the session holds after (n,) new ids, of which the cache has read all but the last.
+
+        Raises:
+            FloatingPointError: where the surprise is NaN.
+        """
         now = self._now
         total = 0.0 if surprise is None else float(surprise.sum(dtype=torch.float64))
         if math.isnan(total):
             raise _no_number(now.num_tokens)
-        self._now = _Now(
+        return _Now(
             cache=cache,
             recent=(now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:],
             surprise=now.surprise + total,

@@ -37,6 +37,7 @@ def feed_together(
         ValueError: for sessions of several models or one given twice, for another number of texts, or for a
             text that `feed` refuses; then nothing was read.
         RuntimeError: while one of them has a stream of generated text open.
+        FloatingPointError: where the model gives NaN for one of them; all are after the same piece.
     """
     if isinstance(texts, (str, bytes)):
         raise ValueError(f"texts is one {type(texts).__name__}: give a sequence with a text for each session")
@@ -105,8 +106,12 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> list[Tensor | None]:
             cache.store(row_of(reader, together, row), count, ids[[row], :count].to(reader.inner.device))
     seconds = (time.perf_counter() - began) / len(sessions)
     found: list[Tensor | None] = []
-    for row, (session, cache) in enumerate(zip(sessions, caches, strict=True)):
+    for row in range(len(sessions)):
         of_row = [s[row, : len(unread[row])].mean(-1).float() for s in surprises]
         found.append(torch.stack(of_row, -1) if of_row else None)
-        session._took_in(pieces[row], cache, found[-1], seconds)
+    # All of them or none: NaN in one text must not leave some of the others a piece ahead.
+    each = zip(sessions, pieces, caches, found, strict=True)
+    after = [session._after(piece, cache, surprise, seconds) for session, piece, cache, surprise in each]
+    for session, now in zip(sessions, after, strict=True):
+        session._now = now
     return found
