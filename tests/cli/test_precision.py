@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import titans
-from titans.cli import main, models
+from titans.cli import main
 from titans.cli.models import set_precision
+from titans.zoo import precision
 
 from ..models import small_causal_lm
 
@@ -18,7 +19,7 @@ Err = pytest.CaptureFixture[str]
 
 
 def on_a_processor(monkeypatch: pytest.MonkeyPatch, tiles: bool) -> None:
-    monkeypatch.setattr(models, "_LARGE", 0)
+    monkeypatch.setattr(precision, "_LARGE", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
 
 
@@ -56,6 +57,21 @@ def test_small_models_and_titans_models_keep_theirs(monkeypatch: pytest.MonkeyPa
     assert model.dtype == torch.float32
     with pytest.raises(ValueError, match="dtype=bfloat16: a Titans model"):
         set_precision(model, "bfloat16")
+
+
+def test_load_converts_the_base_of_a_graft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of nothing else, because another model may be trained."""
+    on_a_processor(monkeypatch, tiles=True)
+    base, grafted = tmp_path / "base", tmp_path / "grafted"
+    small_causal_lm("llama").save_pretrained(base)
+    titans.graft(titans.load(base)[0], window=32).save_pretrained(grafted)
+    assert titans.load(base)[0].dtype == torch.float32
+    assert titans.load(base, dtype="auto")[0].dtype == torch.bfloat16
+    model = titans.load(grafted)[0]
+    assert model.dtype == torch.bfloat16 and model.initial_state(1).adaptation.weight.dtype == torch.float32
+    assert titans.load(grafted, dtype="float32")[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype='float8': give one of auto, float32, bfloat16"):
+        titans.load(base, dtype="float8")
 
 
 def test_a_command_reads_in_the_precision_asked_for(tmp_path: Path, capsys: Err) -> None:

@@ -222,7 +222,7 @@ def base() -> tuple[Any, Any]:
 @cache
 def _opened(place: str | Callable[[], tuple[Any, Any]], dtype: torch.dtype) -> tuple[Any, Any]:
     """A graft by its place, or what a function loads; no system changes the model, so that all share it."""
-    model, tokenizer = load(place) if isinstance(place, str) else place()
+    model, tokenizer = load(place, dtype="float32") if isinstance(place, str) else place()
     base: Any = model.base if isinstance(model, GraftedForCausalLM) else model
     base.to(dtype)
     return model, tokenizer

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from titans.zoo.by_name import graft_names, names
 from titans.zoo.checkpoint import load_checkpoint, load_config, load_titans
+from titans.zoo.precision import Precision, set_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,19 +15,31 @@ if TYPE_CHECKING:
 __all__ = ["graft_names", "load", "load_checkpoint", "load_config", "load_titans", "names"]
 
 
-def load(name: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(name: str | Path, *, dtype: Precision | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model, ready to evaluate, and tokenizer: of a name in `names()` or `graft_names()`, "smollm2-135m", or
     a folder of `titans train`.
 
     A folder may also hold any other causal LM, as transformers' `save_pretrained` writes it, or a graft,
     whose base is found where it was, or among the downloaded models of the Hub.
 
+    Args:
+        dtype: precision of a model of transformers, or of a graft's base: "float32", "bfloat16", or "auto",
+            which on a CPU is bfloat16 for large models if the processor has matrix tiles (Intel AMX), and
+            float32 otherwise. By default "auto" for a graft, whose base is frozen, while other models, which
+            may be trained, keep the one they were saved in. Memories and Titans models are in float32.
+
     Raises:
         ImportError: without the extra `hf`; says how to install it.
-        ValueError: if there is neither, or what is there is damaged.
+        ValueError: if there is neither, or what is there is damaged; for an unknown dtype, or bfloat16 of a
+            Titans model.
     """
     try:
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError(f"titans.load: {error}; pip install 'titans-ltm[hf]'", name=error.name) from None
-    return load_checkpoint(Path(name))
+    model, tokenizer = load_checkpoint(Path(name))
+    if dtype is None and model.config.model_type == "titans-graft":
+        dtype = "auto"
+    if dtype is not None:
+        set_precision(model, dtype)
+    return model, tokenizer
