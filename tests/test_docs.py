@@ -151,6 +151,21 @@ def test_pages_are_short() -> None:
     assert not long, f"longer than allowed, outside of code: {long}"
 
 
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def test_the_summary_of_results_has_figures_of_the_pages() -> None:
+    """Each line takes its figures from the pages it links to, so that a new measurement is not forgotten."""
+    page = DOCS / "results/index.md"
+    lines = [line for line in page.read_text().splitlines() if line.startswith("- ")]
+    assert len(lines) == 5
+    for line in lines:
+        pages = [page.parent / path for path, _ in LINK.findall(line)]
+        known = set(NUMBER.findall(" ".join(page.read_text() for page in pages)))
+        lost = set(NUMBER.findall(LINK.sub("]", line))) - known
+        assert not lost, f"{lost} not in the pages that this line links to: {line}"
+
+
 GENERATED = [page for page in sorted(DOCS.glob("reference/*.md")) if "\n::: " in page.read_text()]
 
 
