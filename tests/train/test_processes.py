@@ -77,8 +77,17 @@ def test_two_processes_train_as_one_and_resume_in_any_number(settings: Make, tmp
     facts = FactSettings(spacing=60.0, distance=32, answer_weight=3.0, write_cost=0.1)
     held_out = {"hold_out": 0.2, "eval_every": 2, "eval_tokens": 72}
     cases["facts"] = {"facts": facts, "variant": "lmm", "steps": 3, **held_out}
-    # At a constant rate a run of two steps that goes on is the run of three.
-    constant = {"variant": "mal", "carry_memory": True, "min_learning_rate": 1.0, "warmup_steps": 0}
+    # At a constant rate a run of two steps that goes on is the run of three. Its documents are streamed.
+    assert isinstance(base.data, str)
+    mixture: Any = {"data": (f"{base.data}=0.7", "excerpt=0.3")}
+    cases["packed"] = {"variant": "lmm", **mixture, **held_out}
+    constant = {
+        **mixture,
+        "variant": "mal",
+        "carry_memory": True,
+        "min_learning_rate": 1.0,
+        "warmup_steps": 0,
+    }
     first = {
         engine: replace(base, output=tmp_path / f"first-{engine}", steps=2, parallel=engine, **constant)
         for engine in ("ddp", "fsdp")

@@ -65,6 +65,17 @@ FIELDS: tyro.constructors.PrimitiveConstructorSpec[dict[str, Any]] = (
 )
 
 
+CORPORA: tyro.constructors.PrimitiveConstructorSpec[str | tuple[str, ...]] = (
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="CORPUS[=WEIGHT]",
+        instance_from_str=lambda texts: texts[0] if len(texts) == 1 else tuple(texts),
+        is_instance=lambda value: isinstance(value, str | tuple),
+        str_from_instance=lambda data: [data] if isinstance(data, str) else list(data),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Train(TrainSettings):
     """Train a model.
@@ -76,6 +87,9 @@ class Train(TrainSettings):
     happened, with the options of then where no others are given.
     """
 
+    data: Annotated[str | tuple[str, ...], CORPORA]
+    """Corpus: a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare, bible.
+    Several are mixed, with weights as in books=0.3; these and hf:NAME are streamed."""
     config: Annotated[dict[str, Any], FIELDS] = field(default_factory=dict)
     """Fields of TitansConfig that differ from the preset, such as chunk_size=32 memory.form=recall."""
     config_file: Path | None = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from titans.data.batches import CarryDataset, WindowDataset
 from titans.data.corpora import is_corpus, list_corpora, load_corpus
 from titans.data.documents import Document
+from titans.data.sources import DocumentSource, open_source, weighted_corpora
 from titans.data.split import hold_out, in_turn
+from titans.data.streamed import StreamDataset
 from titans.stream.tokenizer import (
     byte_tokenizer,
     encode_document,
@@ -17,6 +19,8 @@ from titans.stream.tokenizer import (
 __all__ = [
     "CarryDataset",
     "Document",
+    "DocumentSource",
+    "StreamDataset",
     "WindowDataset",
     "byte_tokenizer",
     "encode_document",
@@ -28,4 +32,6 @@ __all__ = [
     "list_corpora",
     "load_corpus",
     "load_tokenizer",
+    "open_source",
+    "weighted_corpora",
 ]

@@ -32,6 +32,22 @@ Item = dict[str, Tensor]
 STATEMENT, ANSWER = 1, 2
 
 
+def example(tokens: np.ndarray, length: int, marks: np.ndarray | None = None) -> Item:
+    """One padded item of a piece of text, of at most length + 1 tokens."""
+    size, columns = len(tokens), length + 1
+    piece = torch.from_numpy(tokens.astype(np.int64))
+    input_ids = torch.zeros(columns, dtype=torch.int64)
+    labels = torch.full((columns,), -100, dtype=torch.int64)
+    attention_mask = torch.zeros(columns, dtype=torch.int64)
+    input_ids[:size], labels[:size], attention_mask[: size - 1] = piece, piece, 1
+    item = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    if marks is not None:
+        for name, at in (("answers", marks == ANSWER), ("facts", marks[:-1] > 0)):
+            item[name] = torch.zeros(columns, dtype=torch.bool)
+            item[name][: len(at)] = torch.from_numpy(at)
+    return item
+
+
 class _Segments:
     """The segments of all documents, numbered in reading order; their number does not depend on the epoch."""
 
@@ -78,19 +94,9 @@ class _Segments:
         tokens = self.documents[document]
         begin = segment * self.length - int(self.missing_first[document])
         inside = slice(max(begin, 0), begin + self.length + 1)
-        piece = torch.from_numpy(tokens[inside].astype(np.int64))
-        size, columns = len(piece), self.length + 1
-        input_ids = torch.zeros(columns, dtype=torch.int64)
-        labels = torch.full((columns,), -100, dtype=torch.int64)
-        attention_mask = torch.zeros(columns, dtype=torch.int64)
-        input_ids[:size], labels[:size], attention_mask[: size - 1] = piece, piece, 1
-        item = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-        if self.marks is not None:
-            marks = self.marks[document][inside]
-            for name, at in (("answers", marks == ANSWER), ("facts", marks[:-1] > 0)):
-                item[name] = torch.zeros(columns, dtype=torch.bool)
-                item[name][: len(at)] = torch.from_numpy(at)
-        return item
+        return example(
+            tokens[inside], self.length, None if self.marks is None else self.marks[document][inside]
+        )
 
 
 class WindowDataset(Dataset[Item]):

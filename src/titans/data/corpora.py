@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from titans.data.builtin import BUILTIN_CORPORA
 from titans.data.documents import Document
+from titans.data.hub import PREFIX, from_hub, from_saved_dataset, is_saved_dataset
 from titans.stream.reading.sources import SUFFIXES, files_below, read_text
 
 
@@ -19,7 +18,7 @@ def list_corpora() -> dict[str, str]:
 
 def is_corpus(source: str) -> bool:
     """Whether `load_corpus` knows where to look: no document is read, and nothing fetched."""
-    known = source.partition("/")[0] in BUILTIN_CORPORA or source.startswith("hf:")
+    known = source.partition("/")[0] in BUILTIN_CORPORA or source.startswith(PREFIX)
     return known or Path(source).exists()
 
 
@@ -52,8 +51,8 @@ def load_corpus(source: str | Path) -> list[Document]:
             raise ConnectionError(
                 f"{error}, or use the corpus 'excerpt' or files of your own, which need none"
             ) from None
-    if isinstance(source, str) and source.startswith("hf:"):
-        documents = _from_hub(source)
+    if isinstance(source, str) and source.startswith(PREFIX):
+        documents = from_hub(source)
     else:
         path = Path(source)
         if path.is_file():
@@ -63,8 +62,8 @@ def load_corpus(source: str | Path) -> list[Document]:
                 f"corpus={str(source)!r} is neither a file nor a folder nor a built-in name "
                 f"({', '.join(BUILTIN_CORPORA)}); a Hugging Face data set is written hf:NAME"
             )
-        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            documents = _from_saved_dataset(path)
+        elif is_saved_dataset(path):
+            documents = from_saved_dataset(path)
         else:
             documents = [
                 Document(file.relative_to(path).as_posix(), read_text(file)) for file in files_below(path)
@@ -84,62 +83,3 @@ def _matching(documents: list[Document], source: str, pattern: str) -> list[Docu
         known = ", ".join(document.name for document in documents[:20])
         raise ValueError(f"corpus={source!r}: no document has such a name; there are {known}, …")
     return found
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            "reading a Hugging Face data set needs the package datasets: pip install 'titans-ltm[train]'"
-        ) from error
-    return datasets
-
-
-def _from_hub(source: str) -> list[Document]:
-    parts = source.split(":")[1:]
-    if not parts[0] or len(parts) > 4:
-        raise ValueError(f"corpus={source!r} is not of the form hf:NAME[:config[:split[:column]]]")
-    name, config, split, column = (*parts, *[""] * (4 - len(parts)))
-    library = _datasets()
-    try:
-        table = library.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the library raises what its own dependencies raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        kind = ConnectionError if isinstance(error, ConnectionError) or "reach" in reason else ValueError
-        raise kind(f"corpus={source!r} could not be loaded: {reason}") from error
-    return list(_rows(table, column, label=f"{name}/{split or 'train'}", source=source))
-
-
-def _from_saved_dataset(path: Path) -> list[Document]:
-    library = _datasets()
-    try:
-        table = library.load_from_disk(str(path))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"corpus={str(path)!r} is not a data set that can be loaded: {reason}") from error
-    if isinstance(table, dict):
-        if "train" not in table:
-            splits = ", ".join(f"{path / split}" for split in table)
-            raise ValueError(
-                f"corpus={str(path)!r} has no split named train; give one of its folders: {splits}"
-            )
-        table = table["train"]
-    return list(_rows(table, "", label=path.name, source=str(path)))
-
-
-def _rows(table: Any, column: str, *, label: str, source: str) -> Iterator[Document]:
-    strings = [
-        name
-        for name, kind in table.features.items()
-        if getattr(kind, "dtype", "") in ("string", "large_string")
-    ]
-    chosen = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else "")
-    if chosen not in strings:
-        asked = f"no column of strings named {column!r}" if column else "no column named 'text'"
-        raise ValueError(
-            f"corpus={source!r} has {asked}; its columns of strings are: {', '.join(strings) or 'none'}; "
-            "choose one with hf:NAME:config:split:COLUMN, or rename it to 'text'"
-        )
-    for number, text in enumerate(table[chosen]):
-        yield Document(f"{label}/{number:08d}", (text or "").encode())

@@ -55,6 +55,11 @@ def _rank(name: str) -> tuple[bytes, str]:
     return hashlib.sha256(name.encode()).digest(), name
 
 
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether a document of a corpus that is not known as a whole is held out: about this fraction is."""
+    return int.from_bytes(_rank(name)[0][:8], "big") < fraction * 2**64
+
+
 def in_turn(corpora: Iterable[Sequence[Document]]) -> list[Document]:
     """The documents of all corpora, one of each in turn, those of a corpus in the order of a hash of their
     names: the first few are an even mixture."""

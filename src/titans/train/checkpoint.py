@@ -24,6 +24,7 @@ from titans.train.processes import Processes
 NUM_KEPT = 2
 _NAME = re.compile(r"checkpoint-\d+")
 _OPTIMIZER_FILE, _RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
+_CURSORS_FILE = "stream.safetensors"
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -240,6 +241,26 @@ def fill_optimizer(
             f"the optimizer's state in {folder} holds nothing for {error}: it is of another model"
         ) from None
     optimizer.load_state_dict(described)
+
+
+def save_cursors(folder: Path, cursors: Tensor) -> None:
+    """Write where each row of a streamed run is in its documents, as `titans.data.streamed` has it."""
+    save_file({"cursors": cursors.contiguous()}, folder / _CURSORS_FILE)
+
+
+def load_cursors(folder: Path) -> np.ndarray:
+    """What `save_cursors` wrote.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    tensors = read_tensors(folder / _CURSORS_FILE)[1]
+    if "cursors" not in tensors:
+        raise ValueError(
+            f"{folder / _CURSORS_FILE} holds no cursors: delete {folder.name} to resume from an older "
+            "checkpoint"
+        )
+    return tensors["cursors"].numpy()
 
 
 def save_random_state(folder: Path) -> None:

@@ -10,12 +10,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from titans.data import CarryDataset, Document, WindowDataset, encode_document, hold_out, load_corpus
-from titans.data.batches import ANSWER, STATEMENT, Item
-from titans.data.needles import TextWithFacts, state_facts
-from titans.data.numbered import with_numbered_lines
-from titans.data.refrains import with_refrains
+from titans.data import (
+    CarryDataset,
+    Document,
+    StreamDataset,
+    WindowDataset,
+    encode_document,
+    hold_out,
+    load_corpus,
+    weighted_corpora,
+)
+from titans.data.batches import Item
+from titans.data.sources import is_streamed
+from titans.train import insertions
 from titans.train.settings import TrainSettings
+from titans.train.streaming import streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,39 +102,49 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Examples:
-    """A run's data and its size."""
+    """A run's data and its size, which is None where it is streamed."""
 
-    train: EpochAfterEpoch
+    train: EpochAfterEpoch | StreamDataset
     held_out: HeldOut | None
-    num_train_documents: int
-    num_train_tokens: int
+    num_train_documents: int | None
+    num_train_tokens: int | None
     held_out_names: tuple[str, ...]
 
 
-def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def make_examples(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: range | None = None
+) -> Examples:
     """Load, split and encode the corpora of a run.
+
+    Args:
+        rows: which rows of every step this process reads; all by default.
 
     Raises:
         ValueError: for a corpus that cannot be read, holds nothing, or cannot be split.
         ConnectionError: when a download fails.
     """
-    documents = load_corpus(settings.data)
-    evaluation: list[Document] = []
-    if settings.eval_data is not None:
-        evaluation = load_corpus(settings.eval_data)
-    elif settings.hold_out:
+    corpora = weighted_corpora(settings.data)
+    evaluation = [] if settings.eval_data is None else load_corpus(settings.eval_data)
+    if is_streamed(corpora):
+        rows = range(settings.batch_size) if rows is None else rows
+        stream, held_out = streamed(settings, corpora, tokenizer, rows)
+        return _examples(settings, tokenizer, stream, evaluation or held_out)
+    documents = load_corpus(corpora[0].name)
+    if settings.eval_data is None and settings.hold_out:
         if len(documents) == 1:
             raise ValueError(
                 f"data={settings.data!r} is a single document, and documents are held out whole: give "
                 "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
             )
         documents, evaluation = hold_out(documents, settings.hold_out)
-    facts = settings.facts
-    unchanged = facts.spacing is None and not facts.refrains and not facts.numbered_lines
+    unchanged = insertions.are_none(settings.facts)
 
     def make_epoch(epoch: int) -> WindowDataset | CarryDataset:
-        changed, marks = _with_insertions(documents, settings, epoch)
-        tokens = _encode(tokenizer, changed)
+        generator = np.random.default_rng([settings.seed, epoch])
+        changed = [insertions.with_insertions(document, settings, generator) for document in documents]
+        tokens = _encode(tokenizer, [document for document, _ in changed])
+        found = [mark for _, mark in changed if mark is not None]
+        marks = found or None
         if settings.carry_memory or settings.in_order:
             rows = settings.batch_size
             return CarryDataset(tokens, settings.sequence_length, rows, settings.seed, marks)
@@ -138,42 +157,24 @@ def make_examples(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
         settings.steps * settings.batch_size,
         settings.seed,
     )
+    return _examples(settings, tokenizer, train, evaluation, len(documents), first.num_tokens)
+
+
+def _examples(
+    settings: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    train: EpochAfterEpoch | StreamDataset,
+    evaluation: list[Document],
+    num_documents: int | None = None,
+    num_tokens: int | None = None,
+) -> Examples:
     return Examples(
         train=train,
         held_out=_held_out(settings, tokenizer, evaluation) if evaluation else None,
-        num_train_documents=len(documents),
-        num_train_tokens=first.num_tokens,
+        num_train_documents=num_documents,
+        num_train_tokens=num_tokens,
         held_out_names=tuple(document.name for document in evaluation),
     )
-
-
-def _with_insertions(
-    documents: list[Document], settings: TrainSettings, epoch: int
-) -> tuple[list[Document], list[np.ndarray] | None]:
-    """The documents with refrains, numbered lines and facts inserted, as the settings ask for.
-
-    Also, where the loss depends on it, a mark (`STATEMENT`, `ANSWER` or 0) for each byte of each document.
-    """
-    generator, facts = np.random.default_rng([settings.seed, epoch]), settings.facts
-    changed, marks = [], []
-    for document in documents:
-        text = with_refrains(document.data, generator, facts.refrains)
-        one = TextWithFacts(with_numbered_lines(text, generator, facts.numbered_lines), [], [])
-        if facts.spacing is not None:
-            one = state_facts(
-                one.text,
-                generator,
-                facts.spacing,
-                farthest=facts.distance,
-                alike=facts.alike,
-            )
-        changed.append(Document(document.name, one.text))
-        marks.append(np.zeros(len(one.text), dtype=np.uint8))
-        for spans, mark in ((one.statements, STATEMENT), (one.answers, ANSWER)):
-            for begin, end in spans:
-                marks[-1][begin:end] = mark
-    marks_used = facts.answer_weight != 1 or facts.write_cost
-    return changed, marks if marks_used and settings.tokenizer == "bytes" else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:

@@ -75,6 +75,15 @@ class Processes:
         own = float(weight)
         return own * self.size / self.sums(own)[0]
 
+    def stacked(self, rows: Tensor) -> Tensor:
+        """The rows of all processes in order, on the CPU in each of them; each gives as many."""
+        if self.size == 1:
+            return rows
+        whole = rows.new_zeros(self.size, *rows.shape)
+        whole[self.rank] = rows
+        dist.all_reduce(whole)
+        return whole.flatten(0, 1)
+
     def any(self, flag: bool) -> bool:
         """Whether it is set in at least one process."""
         return self.sums(float(flag))[0] > 0

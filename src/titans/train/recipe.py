@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as library_logging
 
 from titans.baselines.systems import system, system_config
-from titans.data import is_corpus, load_corpus, load_tokenizer
+from titans.data import StreamDataset, is_corpus, load_corpus, load_tokenizer, weighted_corpora
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig
 from titans.train.checkpoint import (
     alone_in,
@@ -141,7 +141,7 @@ def check(settings: TrainSettings) -> None:
                 f"cuda_graph with sequence_length={settings.sequence_length}: give a multiple of {whole}, so "
                 "that every step begins with a chunk, a segment and a shard"
             )
-    for corpus in filter(None, (settings.data, settings.eval_data)):
+    for corpus in filter(None, (*(c.name for c in weighted_corpora(settings.data)), settings.eval_data)):
         if not is_corpus(corpus):
             load_corpus(corpus)  # raises, listing the known names
     found = checkpoints(settings.output)
@@ -199,7 +199,7 @@ class TrainingRun:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.tokenizer = load_tokenizer(settings.tokenizer)
-        self.examples = make_examples(settings, self.tokenizer)
+        self.examples = make_examples(settings, self.tokenizer, self.processes.rows(settings.batch_size))
         config = model_config(settings, len(self.tokenizer))
         set_seed(settings.seed)
         self.model = make_model(settings, config)
@@ -217,9 +217,9 @@ class TrainingRun:
         held_out = ", ".join(examples.held_out_names[:3]) + (" …" if len(examples.held_out_names) > 3 else "")
         name = f"{settings.preset} {settings.variant}" if settings.model is None else settings.model
         size = f"{name}, {self.num_parameters / 1e6:.2f} M parameters"
-        data = (
-            f"{settings.data}: {examples.num_train_documents} documents, {examples.num_train_tokens:,} tokens"
-        )
+        corpora = settings.data if isinstance(settings.data, str) else " ".join(settings.data)
+        amount = f"{examples.num_train_documents} documents, {examples.num_train_tokens:,} tokens"
+        data = f"{corpora}: {amount if examples.num_train_tokens is not None else 'streamed'}"
         work = f"{settings.steps} steps of {settings.batch_size} × {settings.sequence_length} tokens"
         resuming = f"; resuming from {self.checkpoint.name}" if self.checkpoint else ""
         return (
@@ -269,6 +269,8 @@ class TrainingRun:
     def _trainer(self, on_log: Callable[[dict[str, Any]], None] | None) -> TitansTrainer:
         settings = self.settings
         rows = self.processes.rows(settings.batch_size)
+        # Other processes prepare text, so that a GPU does not wait for it; a stream is read by one of them.
+        workers = 1 if isinstance(self.examples.train, StreamDataset) else 2
         arguments = TrainingArguments(
             output_dir=str(settings.output),
             per_device_train_batch_size=len(rows),
@@ -281,8 +283,7 @@ class TrainingRun:
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
-            # Other processes prepare text, so that a GPU does not wait for it.
-            dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+            dataloader_num_workers=workers if torch.cuda.is_available() else 0,
             dataloader_prefetch_factor=16 if torch.cuda.is_available() else None,
             use_cache=self.model.config.use_cache,
             # A part of the model that writes rarely takes part in some steps, and not in all processes.

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 ENGINES = ("ddp", "fsdp")
 DTYPES = ("float32", "tfloat32", "bfloat16")
@@ -50,8 +51,9 @@ class FactSettings:
 class TrainSettings:
     """What to train, on what, and how; `training.json` in every model's folder holds it."""
 
-    data: str
-    """Corpus: a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare, bible."""
+    data: str | tuple[str, ...]
+    """Corpus: a text file, a folder of them, hf:NAME, or a built-in name: excerpt, shakespeare, bible.
+    Several are mixed, with weights as in books=0.3; these and hf:NAME are streamed."""
     output: Path = Path("run")
     """Folder of the run: model, tokenizer, checkpoints, metrics.jsonl, curves.png."""
     model: str | None = None
@@ -174,7 +176,7 @@ class TrainSettings:
         # Written down, so that a run goes on unchanged when the library's default changes.
         if self.model is None:
             values["config"] = {"memory_depth": TitansConfig.memory_depth, **self.config}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     def check_resumes(self, folder: Path) -> None:
         """Whether the checkpoint in `folder` belongs to the same data and the same model.
@@ -196,6 +198,11 @@ class TrainSettings:
                     f"{name}={ours!r}, but {folder} was trained with {name}={theirs[name]!r}: resume with "
                     "the same value, or start another run in another output folder"
                 )
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
 def current_form(saved: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +256,7 @@ def field_types() -> dict[str, tuple[type, ...]]:
     return {
         name: tuple(
             get_origin(option) or option
-            for option in (get_args(hint) if type(None) in get_args(hint) else (hint,))
+            for option in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
         )
         for name, hint in hints.items()
     }

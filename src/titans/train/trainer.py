@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from titans.data import StreamDataset
 from titans.hf import TitansForCausalLM
 from titans.state import map_state
 from titans.train import carried, parallel
@@ -68,7 +69,7 @@ class TitansTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        train_dataset: EpochAfterEpoch,
+        train_dataset: EpochAfterEpoch | StreamDataset,
         held_out: HeldOut | None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
         metrics: MetricsLog,
@@ -99,6 +100,7 @@ class TitansTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The library wraps, and types as optional, what it was given.
         self._network: Any = model
+        self._examples = train_dataset
         self._folder = Path(str(args.output_dir))
         self._adamw, self._schedule = optimizers
         self.held_out = held_out
@@ -114,6 +116,8 @@ class TitansTrainer(Trainer):
         self.is_distributed_loading_by_transformers = self._engine.averages_gradients
         self.processes = self._engine.processes
         self.carried: tuple[Any, ...] | None = None
+        # Of a stream: where this process's rows are in their documents after the last step.
+        self._cursors: Tensor | None = None
         if carry_memory:
             # Before DistributedDataParallel looks for parameters that its results depend on.
             model.register_forward_hook(_cut_off_states)
@@ -213,6 +217,7 @@ class TitansTrainer(Trainer):
         if self.carry_memory:
             self.carried = states
             self._columns_carried += inputs["input_ids"].shape[1] - 1
+        self._cursors = inputs.get("cursor")
         (num_tokens,) = self.processes.sums(int(inputs["attention_mask"].sum()))
         self.metrics.add_step(value, int(num_tokens))
 
@@ -304,6 +309,10 @@ class TitansTrainer(Trainer):
                 if self.carried is not None:
                     first_row = self.processes.rank * self.args.train_batch_size
                     carried.save(folder, self._network.config, self.carried, self._columns_carried, first_row)
+                if self._cursors is not None:
+                    cursors = self.processes.stacked(self._cursors.cpu())
+                    if first:
+                        files.save_cursors(folder, cursors)
                 if first:
                     self._save_extras(folder)
                     self._save_rng_state(str(folder))
@@ -331,6 +340,9 @@ class TitansTrainer(Trainer):
             self.carried, self._columns_carried = carried.load(
                 folder, self._network.config, rows, self.args.device
             )
+        if isinstance(self._examples, StreamDataset):
+            step = files.step_of(folder)
+            self._examples.resume(step, files.load_cursors(folder))
         self.metrics.load(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
