@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from unittest import mock
 
 import pytest
@@ -127,6 +128,17 @@ def test_every_link_and_every_named_page_is_there() -> None:
     for file in [*pages, *(ROOT / "src").rglob("*.py")]:
         named = set(NAMED.findall(file.read_text()))
         missing += [f"{file.relative_to(ROOT)}: {name}" for name in named if not (ROOT / name).exists()]
+    assert not missing, "\n".join(sorted(missing))
+
+
+def test_every_part_of_the_library_that_a_page_names_is_there() -> None:
+    missing = []
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
+        for name in set(re.findall(r"`(titans(?:\.[a-zA-Z_]\w*)+)", page.read_text())):
+            try:
+                resolve_name(name)
+            except (ImportError, AttributeError):
+                missing.append(f"{page.relative_to(ROOT)}: {name}")
     assert not missing, "\n".join(sorted(missing))
 
 
