@@ -115,7 +115,7 @@ def test_the_gradient_stops_at_the_boundary_and_reaches_the_initial_weights_of_r
 
 
 def test_bits_per_byte_do_not_depend_on_how_long_tokens_are(
-    settings: Make, corpus: Path, tmp_path: Path
+    settings: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -126,6 +126,7 @@ def test_bits_per_byte_do_not_depend_on_how_long_tokens_are(
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words.train(files, trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trainer, model = trainer_of(settings(tokenizer=str(tmp_path / "words")))
     assert model.config.vocab_size == 280
     measured = trainer.evaluate()

@@ -15,6 +15,31 @@ from titans.cli.terminal import printable
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class Tokenising:
+    """Shows a corpus being tokenised, from the first call on, if there is one; use it inside `with`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._shown: ReadingProgress | None = None
+
+    def __enter__(self) -> Tokenising:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown is not None:
+            self._shown.__exit__(kind, error, trace)
+
+    def __call__(self, done: int, total: int, tokens: int) -> None:
+        """So many of so many bytes are done."""
+        if self._shown is None or self._shown.total != total:  # another corpus
+            self.__exit__(None, None, None)
+            self._shown = ReadingProgress(total, self._console)
+            self._shown.__enter__()
+        self._shown.update(done, tokens, "tokenising")
+
+
 class ReadingProgress:
     """Shows on stderr how much of `total` is done, tokens per second and the time left; use it inside
     `with`."""

@@ -138,6 +138,7 @@ class Train(TrainSettings):
         return 0
 
     def _train(self, settings: TrainSettings, prints: bool) -> TrainResult:
+        from titans.cli.progress import Tokenising
         from titans.train.progress import ProgressLine
         from titans.train.recipe import TrainingRun, check
 
@@ -145,7 +146,8 @@ class Train(TrainSettings):
             check(settings)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        run = TrainingRun(settings)
+        with Tokenising() as tokenising:  # in whichever process makes the cache
+            run = TrainingRun(settings, tokenising)
         if not prints:
             return run.run()
         report(run.summary())

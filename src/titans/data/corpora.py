@@ -22,6 +22,17 @@ def is_corpus(source: str) -> bool:
     return known or Path(source).exists()
 
 
+def text_files(source: str | Path) -> dict[str, Path]:
+    """Documents' names and the files that hold them, in the order of `load_corpus`; none where the corpus is
+    no file and no folder of them."""
+    path = Path(source)
+    if (isinstance(source, str) and source in BUILTIN_CORPORA) or is_saved_dataset(path):
+        return {}
+    if path.is_file():
+        return {path.name: path}
+    return {file.relative_to(path).as_posix(): file for file in files_below(path)} if path.is_dir() else {}
+
+
 def load_corpus(source: str | Path) -> list[Document]:
     """All documents of a corpus, in a fixed order, none of them empty.
 
@@ -55,9 +66,7 @@ def load_corpus(source: str | Path) -> list[Document]:
         documents = from_hub(source)
     else:
         path = Path(source)
-        if path.is_file():
-            documents = [Document(path.name, read_text(path))]
-        elif not path.is_dir():
+        if not path.exists():
             raise ValueError(
                 f"corpus={str(source)!r} is neither a file nor a folder nor a built-in name "
                 f"({', '.join(BUILTIN_CORPORA)}); a Hugging Face data set is written hf:NAME"
@@ -65,9 +74,7 @@ def load_corpus(source: str | Path) -> list[Document]:
         elif is_saved_dataset(path):
             documents = from_saved_dataset(path)
         else:
-            documents = [
-                Document(file.relative_to(path).as_posix(), read_text(file)) for file in files_below(path)
-            ]
+            documents = [Document(name, read_text(file)) for name, file in text_files(source).items()]
     documents = [document for document in documents if document.data]
     if not documents:
         raise ValueError(

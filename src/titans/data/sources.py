@@ -10,10 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from titans.data.corpora import is_corpus, load_corpus
+from titans.data.corpora import load_corpus, text_files
 from titans.data.documents import Document
-from titans.data.hub import PREFIX, HubStream, is_saved_dataset
-from titans.stream.reading.sources import files_below, read_text
+from titans.data.hub import PREFIX, HubStream
+from titans.stream.reading.sources import read_text
 
 
 class DocumentSource(Protocol):
@@ -75,27 +75,24 @@ def open_source(name: str) -> DocumentSource:
         ValueError: when there is no such corpus, or no text in it.
         ConnectionError: when it cannot be reached.
     """
-    path = Path(name)
     if name.startswith(PREFIX):
         return HubStream(name)
-    if path.is_dir() and not is_saved_dataset(path) and is_corpus(name):
-        return _Folder(path)
-    return _Loaded(name)
+    files = text_files(name)
+    return _Files(name, files) if files else _Loaded(name)
 
 
-class _Folder:
+class _Files:
     """Files of text; each is read when it is its turn."""
 
     num_shards = 1
 
-    def __init__(self, path: Path) -> None:
-        self.name, self._path = str(path), path
-        self._files = files_below(path)
+    def __init__(self, name: str, files: dict[str, Path]) -> None:
+        self.name, self._files = name, list(files.items())
 
     def documents(self, shard: int, seed: tuple[int, ...]) -> Iterator[Document]:
         for index in np.random.default_rng(seed).permutation(len(self._files)):
-            file = self._files[index]
-            yield Document(file.relative_to(self._path).as_posix(), read_text(file))
+            name, file = self._files[index]
+            yield Document(name, read_text(file))
 
 
 class _Loaded:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from typing import Protocol, TypeVar
 
 from titans.data.documents import Document
 
 
+class Named(Protocol):
+    """A document, tokenised or not."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Named)
+
+
 def hold_out(
-    documents: Sequence[Document], fraction: float = 0.1, names: Iterable[str] | None = None
-) -> tuple[list[Document], list[Document]]:
+    documents: Sequence[AnyDocument], fraction: float = 0.1, names: Iterable[str] | None = None
+) -> tuple[list[AnyDocument], list[AnyDocument]]:
     """Split a corpus into (training, held-out) documents; no document is cut.
 
     With `names`, exactly these are held out. Otherwise documents are ranked by a hash of their names, and the

@@ -12,16 +12,18 @@ from torch.utils.data import Dataset, Subset
 
 from titans.data import (
     CarryDataset,
-    Document,
     StreamDataset,
     WindowDataset,
     encode_document,
     hold_out,
+    is_byte_tokenizer,
     load_corpus,
     weighted_corpora,
 )
 from titans.data.batches import Item
 from titans.data.sources import is_streamed
+from titans.data.split import AnyDocument
+from titans.data.token_cache import OnTokenised, TokenisedDocument, tokenised, tokenised_corpus
 from titans.train import insertions
 from titans.train.settings import TrainSettings
 from titans.train.streaming import streamed
@@ -112,81 +114,91 @@ class Examples:
 
 
 def make_examples(
-    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: range | None = None
+    settings: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: range | None = None,
+    on_tokenised: OnTokenised | None = None,
 ) -> Examples:
     """Load, split and encode the corpora of a run.
 
     Args:
         rows: which rows of every step this process reads; all by default.
+        on_tokenised: called while a cache of tokens is made.
 
     Raises:
         ValueError: for a corpus that cannot be read, holds nothing, or cannot be split.
         ConnectionError: when a download fails.
+        OSError: when a cache of tokens cannot be written.
     """
+
+    def tokens_of(source: str) -> list[TokenisedDocument]:
+        if is_byte_tokenizer(tokenizer):
+            return [tokenised(document, tokenizer) for document in load_corpus(source)]
+        return tokenised_corpus(source, tokenizer, on_tokenised)
+
     corpora = weighted_corpora(settings.data)
-    evaluation = [] if settings.eval_data is None else load_corpus(settings.eval_data)
+    held_out = None if settings.eval_data is None else tokens_of(settings.eval_data)
     if is_streamed(corpora):
         rows = range(settings.batch_size) if rows is None else rows
-        stream, held_out = streamed(settings, corpora, tokenizer, rows)
-        return _examples(settings, tokenizer, stream, evaluation or held_out)
-    documents = load_corpus(corpora[0].name)
-    if settings.eval_data is None and settings.hold_out:
-        if len(documents) == 1:
-            raise ValueError(
-                f"data={settings.data!r} is a single document, and documents are held out whole: give "
-                "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
-            )
-        documents, evaluation = hold_out(documents, settings.hold_out)
-    unchanged = insertions.are_none(settings.facts)
+        stream, first = streamed(settings, corpora, tokenizer, rows)
+        if held_out is None:
+            held_out = [tokenised(document, tokenizer) for document in first]
+        return Examples(stream, _held_out(settings, held_out), None, None, _names(held_out))
+    source = corpora[0].name
+    if insertions.are_none(settings.facts):
+        texts, others = _split(settings, tokens_of(source))
+        whole = _dataset(settings, [text.tokens for text in texts], None)
+        count, make_epoch = len(texts), lambda epoch: whole
+    else:
+        documents, apart = _split(settings, load_corpus(source))
+        others = [tokenised(document, tokenizer) for document in apart]
+        count = len(documents)
 
-    def make_epoch(epoch: int) -> WindowDataset | CarryDataset:
-        generator = np.random.default_rng([settings.seed, epoch])
-        changed = [insertions.with_insertions(document, settings, generator) for document in documents]
-        tokens = _encode(tokenizer, [document for document, _ in changed])
-        found = [mark for _, mark in changed if mark is not None]
-        marks = found or None
-        if settings.carry_memory or settings.in_order:
-            rows = settings.batch_size
-            return CarryDataset(tokens, settings.sequence_length, rows, settings.seed, marks)
-        return WindowDataset(tokens, settings.sequence_length, settings.seed, marks)
+        # Every epoch inserts new facts, so that the model cannot memorise them in its parameters.
+        def make_epoch(epoch: int) -> WindowDataset | CarryDataset:
+            generator = np.random.default_rng([settings.seed, epoch])
+            changed = [insertions.with_insertions(document, settings, generator) for document in documents]
+            tokens = [encode_document(tokenizer, text.data, text.name) for text, _ in changed]
+            marks = [mark for _, mark in changed if mark is not None]
+            return _dataset(settings, tokens, marks or None)
 
-    first = make_epoch(0)
-    # Every epoch inserts new facts, so that the model cannot memorise them in its parameters.
-    train = EpochAfterEpoch(
-        lambda epoch: first if unchanged or epoch == 0 else make_epoch(epoch),
-        settings.steps * settings.batch_size,
-        settings.seed,
-    )
-    return _examples(settings, tokenizer, train, evaluation, len(documents), first.num_tokens)
+    train = EpochAfterEpoch(make_epoch, settings.steps * settings.batch_size, settings.seed)
+    held_out = others if held_out is None else held_out
+    size = train.dataset.num_tokens
+    return Examples(train, _held_out(settings, held_out), count, size, _names(held_out))
 
 
-def _examples(
-    settings: TrainSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    train: EpochAfterEpoch | StreamDataset,
-    evaluation: list[Document],
-    num_documents: int | None = None,
-    num_tokens: int | None = None,
-) -> Examples:
-    return Examples(
-        train=train,
-        held_out=_held_out(settings, tokenizer, evaluation) if evaluation else None,
-        num_train_documents=num_documents,
-        num_train_tokens=num_tokens,
-        held_out_names=tuple(document.name for document in evaluation),
-    )
+def _split(
+    settings: TrainSettings, documents: list[AnyDocument]
+) -> tuple[list[AnyDocument], list[AnyDocument]]:
+    """(documents to train on, documents to evaluate on)."""
+    if settings.eval_data is not None or not settings.hold_out:
+        return documents, []
+    if len(documents) == 1:
+        raise ValueError(
+            f"data={settings.data!r} is a single document, and documents are held out whole: give "
+            "eval_data, split the text into several files, or set hold_out to 0 for no evaluation"
+        )
+    return hold_out(documents, settings.hold_out)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[np.ndarray]:
-    return [encode_document(tokenizer, document.data, document.name) for document in documents]
+def _dataset(
+    settings: TrainSettings, tokens: list[np.ndarray], marks: list[np.ndarray] | None
+) -> WindowDataset | CarryDataset:
+    if settings.carry_memory or settings.in_order:
+        return CarryDataset(tokens, settings.sequence_length, settings.batch_size, settings.seed, marks)
+    return WindowDataset(tokens, settings.sequence_length, settings.seed, marks)
 
 
-def _held_out(
-    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
-) -> HeldOut:
-    tokens = _encode(tokenizer, documents)
-    windows = WindowDataset(tokens, settings.sequence_length, seed=None)
+def _held_out(settings: TrainSettings, documents: list[TokenisedDocument]) -> HeldOut | None:
+    if not documents:
+        return None
+    windows = WindowDataset([text.tokens for text in documents], settings.sequence_length, seed=None)
     count = min(max(settings.eval_tokens // settings.sequence_length, 1), len(windows))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(int).tolist()
-    num_bytes = sum(len(document.data) for document in documents)
-    return HeldOut(Subset(windows, chosen), sum(map(len, tokens)) / num_bytes)
+    num_tokens = sum(len(text.tokens) for text in documents)
+    return HeldOut(Subset(windows, chosen), num_tokens / sum(text.num_bytes for text in documents))
+
+
+def _names(documents: list[TokenisedDocument]) -> tuple[str, ...]:
+    return tuple(document.name for document in documents)

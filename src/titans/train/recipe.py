@@ -18,6 +18,7 @@ from transformers.utils import logging as library_logging
 
 from titans.baselines.systems import system, system_config
 from titans.data import StreamDataset, is_corpus, load_corpus, load_tokenizer, weighted_corpora
+from titans.data.token_cache import OnTokenised
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig
 from titans.train.checkpoint import (
     alone_in,
@@ -186,12 +187,15 @@ def _newest(settings: TrainSettings) -> Path | None:
 class TrainingRun:
     """A run that is ready to start: data read, model built.
 
+    Args:
+        on_tokenised: called with bytes done, bytes of all and tokens so far while a cache of tokens is made.
+
     Raises:
         ValueError: for settings, data or a checkpoint that cannot be used.
         OSError: if the output folder cannot be written.
     """
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings, on_tokenised: OnTokenised | None = None) -> None:
         self.processes = join()
         check(settings)
         self.settings = settings
@@ -199,7 +203,8 @@ class TrainingRun:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.tokenizer = load_tokenizer(settings.tokenizer)
-        self.examples = make_examples(settings, self.tokenizer, self.processes.rows(settings.batch_size))
+        rows = self.processes.rows(settings.batch_size)
+        self.examples = make_examples(settings, self.tokenizer, rows, on_tokenised)
         config = model_config(settings, len(self.tokenizer))
         set_seed(settings.seed)
         self.model = make_model(settings, config)
