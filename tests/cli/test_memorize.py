@@ -23,6 +23,7 @@ from titans.hf.state_file import open_state_file
 from titans.stream import Session
 
 from ..checkpoints import save_byte_model
+from ..pdf import a_pdf
 from . import processes
 
 TEXT = b"\n".join(document.data for document in load_corpus("excerpt"))
@@ -155,31 +156,6 @@ def test_a_full_disk_leaves_the_last_good_memory(
     assert "could not be written" in err and "make room" in err
     assert memory.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["book.memory"]
-
-
-def a_pdf(*pages: str) -> bytes:
-    """The least that shows text."""
-    count = len(pages)
-    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(count))
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
-        f"<< /Type /Pages /Kids [{kids}] /Count {count} >>",
-        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    for number, text in enumerate(pages):
-        shown = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET"
-        objects += [
-            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {5 + 2 * number} 0 R "
-            "/Resources << /Font << /F1 3 0 R >> >> >>",
-            f"<< /Length {len(shown)} >>\nstream\n{shown}\nendstream",
-        ]
-    out, places = b"%PDF-1.4\n", []
-    for number, text in enumerate(objects, 1):
-        places.append(len(out))
-        out += f"{number} 0 obj\n{text}\nendobj\n".encode()
-    table = "".join(f"{place:010d} 00000 n \n" for place in places)
-    tail = f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
-    return out + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{tail}".encode()
 
 
 def test_a_folder_is_read_file_by_file_and_a_pdf_page_by_page(

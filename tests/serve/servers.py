@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -83,10 +84,14 @@ def engines(rows: int = 64) -> dict[str, Engine]:
 
 
 class Server:
-    """Where it listens, and what it serves."""
+    """Where it listens, and what it serves, where this is in the same process."""
 
-    def __init__(self, service: Service, port: int) -> None:
-        self.service, self.port, self.url = service, port, f"http://127.0.0.1:{port}"
+    service: Service
+
+    def __init__(self, port: int, service: Service | None = None) -> None:
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        if service is not None:
+            self.service = service
 
     def call(
         self, method: str, path: str, body: Any = None, key: str | None = None, **headers: str
@@ -108,23 +113,46 @@ class Server:
         return response.status, json.loads(content) if kind.startswith("application/json") else content
 
 
+def _listening() -> socket.socket:
+    listening = socket.socket()
+    # So that a client that does not read is noticed after some kilobytes.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
+    return listening
+
+
+def forked(folder: Path) -> tuple[int, Server]:
+    """The number of another process that serves the same models, and its server.
+
+    It is a copy of this process, since a new one first loads libraries for seconds.
+    """
+    listening = _listening()
+    if process := os.fork():
+        port = listening.getsockname()[1]
+        listening.close()
+        return process, Server(port)
+    try:
+        # Another number of threads would wait for those that stayed in the other process.
+        torch.set_num_threads(1)
+        server_of(Service(Settings(folder), engines())).run(sockets=[listening])
+    finally:
+        os._exit(1)
+
+
 @contextmanager
 def running(folder: Path, models: dict[str, Engine], **settings: Any) -> Iterator[Server]:
     """A server of models, until the end; the engines go on."""
     service = Service(Settings(folder, **settings), models)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    server = server_of(service)
+    listening, server = _listening(), server_of(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    listening.listen(128)
     thread.start()
     try:
-        yield Server(service, listening.getsockname()[1])
+        yield Server(listening.getsockname()[1], service)
     finally:
         server.should_exit = True
         thread.join()
         listening.close()
-        service.parsers.shutdown()
         service.memories.close()
 
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import pypdf
 import pytest
 
 from titans.serve.memories import Memories, owner_of
 from titans.serve.settings import Settings
 
+from ..pdf import a_pdf
 from .servers import (
     BOOK,
     KEY,
     OTHER,
     Server,
     assert_same,
+    forked,
     new_memory,
+    saved_session,
     session_of,
 )
 
@@ -129,7 +137,7 @@ def test_what_was_acknowledged_is_there_after_a_crash(server: Server, tmp_path: 
         assert_same(again.state(now).session, server.service.memories.state(before).session)
     assert again.held_bytes == again.state(again.get(owner_of(KEY), fork)).session.state_bytes, "one is held"
     assert {path.name for path in folder.iterdir() if path.suffix not in (".json", ".memory")} == {
-        ".lock", "mine.txt",
+        ".incoming", ".lock", "mine.txt",
     }  # fmt: skip
     assert not (folder / f"mem_{'a' * 24}.memory").exists()
     # A disk that is full leaves what was there.
@@ -145,3 +153,64 @@ def test_what_was_acknowledged_is_there_after_a_crash(server: Server, tmp_path: 
 
 def _full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_pdf_is_read_page_by_page_and_one_that_cannot_be_read_is_refused(
+    server: Server, tmp_path: Path
+) -> None:
+    memory, session = new_memory(server, "bytes"), session_of(server, "bytes")
+    session.feed("We measured it twice.\n\nIt was there.\n\n")
+    path, written = f"/v1/memories/{memory}/read", pypdf.PdfWriter()
+    written.append(io.BytesIO(a_pdf("We measured it twice.", "It was there.")))
+    for page in written.pages:
+        page.compress_content_streams()
+    written.write(plain := io.BytesIO())
+    written.encrypt("secret", algorithm="RC4-128")
+    written.write(closed := io.BytesIO())
+    status, found = server.call("POST", path, plain.getvalue(), KEY, content_type="application/pdf")
+    assert status == 200 and found["tokens"] == found["read"]["bytes"] == session.num_tokens
+    assert_same(saved_session(server, "bytes", memory, tmp_path / "memory"), session)
+    for wrong, message in (
+        (closed.getvalue(), "could not be read"), (a_pdf(""), "holds no text"), (b"%PDF-1.7 no", "could not"),
+    ):  # fmt: skip
+        # What it is called does not matter.
+        status, error = server.call("POST", path, wrong, KEY, content_type="text/plain")
+        assert status == 400 and error["error"]["code"] == "no_text" and message in error["error"]["message"]
+    assert server.call("GET", f"/v1/memories/{memory}", key=KEY)[1]["tokens"] == session.num_tokens
+    assert not list((server.service.settings.folder / ".incoming").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_server_leaves_what_was_acknowledged_and_no_text(server: Server, tmp_path: Path) -> None:
+    process, other = forked(tmp_path)
+    try:
+        memory = other.call("POST", "/v1/memories")[1]["id"]
+        assert other.call("POST", f"/v1/memories/{memory}/read", {"text": BOOK})[0] == 200
+        connection = http.client.HTTPConnection("127.0.0.1", other.port, timeout=60)
+        body = json.dumps({"text": BOOK * 1000, "stream": True})
+        connection.request("POST", f"/v1/memories/{memory}/read", body, {"content-type": "application/json"})
+        assert b"memory.read.progress" in connection.getresponse().readline()
+    finally:
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    connection.close()
+    assert list((tmp_path / ".incoming").iterdir()), "it was reading"
+    again, session = Memories(Settings(tmp_path), server.service.engines), session_of(server, "bytes")
+    session.feed(BOOK)
+    found = again.get("", memory)
+    assert found.shown()["tokens"] == len(BOOK)
+    assert_same(again.state(found).session, session)
+    assert not list((tmp_path / ".incoming").iterdir())
+    again.close()
+
+
+def test_a_full_disk_is_an_error_that_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = new_memory(server, "bytes")
+    monkeypatch.setattr("titans.serve.memory_routes._receive_file", _full)
+    for method, end in (("POST", "read"), ("PUT", "file")):
+        status, error = server.call(
+            method, f"/v1/memories/{memory}/{end}", b"x", KEY, content_type="text/plain"
+        )
+        assert status == 507 and error["error"]["code"] == "disk_full"
+    assert server.call("GET", f"/v1/memories/{memory}", key=KEY)[1]["tokens"] == 0
+    assert not list((server.service.settings.folder / ".incoming").iterdir())

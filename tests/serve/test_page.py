@@ -15,7 +15,7 @@ def test_a_file_is_read_and_a_question_asked_with_the_keyboard_alone(tmp_path: P
     models, book = engines(), tmp_path / "book.txt"
     book.write_text("All the <b>world's</b> a stage & all that. " * 30)
     with running(tmp_path / "memories", models) as server, Browser(server.url) as page:
-        page.wait_for("document.querySelectorAll('#model option').length == 2")
+        page.wait_for("document.querySelectorAll('#model option').length == 3")
         page.choose_file("#file", book)
         page.wait_for("document.querySelector('#reading-state').textContent.includes('are read')")
         text = page.value("document.querySelector('#text').textContent")

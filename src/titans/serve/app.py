@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from titans.serve import completions, memory_routes
-from titans.serve.errors import ApiError
+from titans.serve.errors import ApiError, failure_of
 from titans.serve.guard import Guard, error_response
 from titans.serve.service import Service
 
@@ -56,6 +56,11 @@ def application(service: Service) -> ASGIApp:
         response = error_response(ApiError(error.status_code, message))
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        # It is raised again after this, and the guard logs it.
+        return error_response(failure_of(error))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

@@ -21,8 +21,9 @@ from pydantic import (
 from titans.serve.errors import ApiError
 
 _MOST_STOPS, _MOST_CHOICES = 8, 8
-Some = TypeVar("Some", bound=BaseModel)
-Text = Any
+_MOST_FIELDS = 100
+Some = TypeVar("Some")
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def _refused(value: Any) -> Any:
@@ -32,6 +33,8 @@ def _refused(value: Any) -> Any:
     return value
 
 
+# One wrong entry is enough to refuse a list: errors of millions of them take minutes.
+Many = Annotated[list[Some], Field(fail_fast=True)]
 # A field of OpenAI's that would change the answer.
 Unsupported = Annotated[Any, AfterValidator(_refused)]
 
@@ -40,6 +43,14 @@ class Body(BaseModel):
     """Any body: exact types, no unknown fields, no NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        # Each unknown one is an error of its own.
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise ValueError(f"it has more than {_MOST_FIELDS} fields")
+        return value
 
 
 class StreamOptions(Body):
@@ -58,7 +69,7 @@ class Sampling(Body):
     top_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -93,7 +104,7 @@ class Sampling(Body):
 class CompletionBody(Sampling):
     """A body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Unsupported = None
     best_of: int | None = None
@@ -125,7 +136,7 @@ class MessageBody(Body):
     """One message; its content may come in parts of text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Many[Part] | None = None
     name: str | None = None
     refusal: Any = None
     tool_calls: Unsupported = None
@@ -147,7 +158,7 @@ class ResponseFormat(Body):
 class ChatBody(Sampling):
     """A body of /v1/chat/completions."""
 
-    messages: list[MessageBody] = Field(min_length=1, max_length=10_000)
+    messages: Many[MessageBody] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -158,7 +169,7 @@ class ChatBody(Sampling):
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _top_of_known(self) -> ChatBody:
@@ -182,7 +193,7 @@ class ReadBody(Body):
     detail: bool = False
 
 
-def parsed(kind: type[Some], content: bytes) -> Some:
+def parsed(kind: type[Parsed], content: bytes) -> Parsed:
     """A body from JSON; 400 naming the first field that is wrong."""
     try:
         return kind.model_validate_json(content)

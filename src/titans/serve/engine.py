@@ -98,7 +98,7 @@ class Engine:
 
         Raises:
             ValueError: for more tokens than the model has positions.
-            ApiError: 500 where the model gives NaN.
+            ApiError: 422 where the model gives NaN to the text, or to what the memory holds.
         """
         session.reader.check_room(session.num_tokens + len(ids))
         if len(ids):
@@ -134,7 +134,7 @@ class Engine:
             work.cancelled = True
             raise
         except (FloatingPointError, ValueError) as error:
-            raise ApiError(500, str(error)[:500], code="model_failed") from None
+            raise ApiError(422, str(error)[:500], code="model_failed") from None
 
     def _work(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -26,6 +27,13 @@ class ApiError(Exception):
         """What JSON says of it."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def failure_of(error: Exception) -> ApiError:
+    """What a client learns of an error that is the server's own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ApiError(507, "the server's disk is full: try again later", code="disk_full")
+    return ApiError(500, "the server failed; its log says where", code="server_error")
 
 
 def too_busy(message: str) -> ApiError:

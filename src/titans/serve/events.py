@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from titans.serve.errors import ApiError
+from titans.serve.errors import ApiError, failure_of
 
 Events = AsyncGenerator[dict[str, Any] | None, None]
 Result = TypeVar("Result")
@@ -66,9 +66,9 @@ class EventStream(Response):
         except ApiError as error:
             await part(json.dumps(error.body()))
             return
-        except Exception:
+        except Exception as error:
             # The client gets an error event; the guard logs the exception.
-            await part(json.dumps(ApiError(500, "the server failed; its log says where").body()))
+            await part(json.dumps(failure_of(error).body()))
             raise
         await part("[DONE]")
 

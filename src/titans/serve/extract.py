@@ -9,6 +9,7 @@ with 1 and a line on stderr for a file that cannot be read.
 from __future__ import annotations
 
 import html.parser
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -77,9 +78,15 @@ def _main(kind: str, source: str, target: str, seconds: str, size: str) -> int:
     )
     for name, limit in limits:
         resource.setrlimit(name, (limit, limit))
+    # A file may be the cause of any number of warnings.
+    logging.disable()
     try:
-        with open(target, "w", encoding="utf-8", errors="replace") as text:
+        with open(target, "w+", encoding="utf-8", errors="replace") as text:
             (_pdf if kind == "pdf" else _html)(Path(source), text)
+            text.seek(0)
+            if not any(line.strip() for line in text):
+                print("it holds no text", file=sys.stderr)
+                return 1
     except UnicodeDecodeError as error:
         print(f"it is not valid UTF-8 at byte {error.start}", file=sys.stderr)
         return 1

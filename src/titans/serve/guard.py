@@ -17,13 +17,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from titans.serve.errors import ApiError
+from titans.serve.errors import ApiError, failure_of
 from titans.serve.memories import owner_of
 from titans.serve.service import Service
 
 _LOCAL = ("localhost", "::1", "127.0.0.1")
 # Everybody may see these: they hold nobody's texts or memories.
 _OPEN = ("/", "/metrics", "/health")
+# Bytes a second that a body must bring on average, once it is late.
+_SLOWEST = 1024
 log = logging.getLogger("titans.serve")
 
 
@@ -97,8 +99,7 @@ class Guard:
                 _line(event="error", kind=type(error).__name__, place=f"{frame.filename}:{frame.lineno}")
             )
             if not status:
-                failure = ApiError(500, "the server failed; its log says where", code="server_error")
-                await _answer(failure)(scope, receive, noting)
+                await _answer(failure_of(error))(scope, receive, noting)
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "other")
@@ -141,10 +142,12 @@ class Guard:
             raise ApiError(403, "this server does not answer pages of other origins", code="origin")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """Receives a body up to its limit, and waits for each piece so long and no longer."""
+        """Receives a body up to its limit; no piece may take longer than `body_seconds`, nor all of them
+        together, but for a second more for each `_SLOWEST` bytes."""
         large = scope["path"].endswith(("/read", "/file"))
         limit = self.settings.body if large else self.settings.json
-        size, ended = 0, False
+        size, ended, began = 0, False, time.monotonic()
+        patience = self.settings.body_seconds
         too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="too_large")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and int(length[:20]) > limit:
@@ -155,7 +158,9 @@ class Guard:
             if ended:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self.settings.body_seconds)
+                left = began + patience + size / _SLOWEST - time.monotonic()
+                async with asyncio.timeout(min(patience, max(left, 0))):
+                    message = await receive()
             except TimeoutError:
                 raise ApiError(408, "the body did not come in time", code="timeout") from None
             size += len(message.get("body", b""))

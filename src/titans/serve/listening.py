@@ -25,10 +25,12 @@ def server_of(service: Service) -> uvicorn.Server:
 
 
 def _impatient(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which closes a connection where a request's head does not come in time."""
+    """uvicorn's protocol, which closes a connection where a request's head does not come in time, or whose
+    client does not take what is sent: whoever never reads must not hold a place for ever."""
 
     class Impatient(H11Protocol):
         _waiting: Any = None
+        _stalled: Any = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -40,7 +42,22 @@ def _impatient(seconds: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            self._moves()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            # What waits to be sent is thrown away with it.
+            self._stalled = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._moves()
+            super().resume_writing()
+
+        def _moves(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
 
         def _look(self) -> None:
             """Begin to wait where there is no request, and stop where there is one."""

@@ -14,6 +14,8 @@ import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -103,7 +105,15 @@ class Memories:
             raise ValueError(
                 f"memories={str(settings.folder)!r} is used by another server: give another folder"
             ) from None
+        # What a server that was killed has left there is text of users.
+        self._incoming = settings.folder / ".incoming"
+        shutil.rmtree(self._incoming, ignore_errors=True)
+        self._incoming.mkdir(mode=0o700, exist_ok=True)
         self._find()
+
+    def incoming(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder for a file on its way here, on the same disk."""
+        return tempfile.TemporaryDirectory(dir=self._incoming, ignore_cleanup_errors=True)
 
     def close(self) -> None:
         """Let another server use the folder."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from collections.abc import AsyncGenerator
+import os
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
-from starlette.responses import FileResponse
+from starlette.responses import StreamingResponse
 
 from titans.serve.bodies import NewMemoryBody, ReadBody, parsed
 from titans.serve.engine import Engine
@@ -78,14 +78,22 @@ def routes(service: Service) -> APIRouter:
         memory = memories.get(owner(request), id)
         if not memory.size:
             raise ApiError(409, "the memory is empty: there is no file before something is read")
-        name = f"{memory.id}.memory"
-        return FileResponse(memories.file(memory), media_type="application/octet-stream", filename=name)
+        try:
+            file = await asyncio.to_thread(memories.file(memory).open, "rb")
+        except FileNotFoundError:
+            raise ApiError(409, "the file of this memory is gone: upload one, or delete it") from None
+        # Of the file that is open now: another one may take its name meanwhile.
+        size = os.fstat(file.fileno()).st_size
+        headers = {
+            "content-length": str(size), "content-disposition": f'attachment; filename="{memory.id}.memory"'
+        }  # fmt: skip
+        return StreamingResponse(_blocks(file), media_type="application/octet-stream", headers=headers)
 
     @router.put("/{id}/file")
     async def upload(request: Request, id: str) -> dict[str, Any]:
         memory = memories.get(owner(request), id)
-        with service.admitted(), tempfile.TemporaryDirectory(prefix="titans-") as scratch:
-            path = Path(scratch) / "file"
+        with service.admitted(), memories.incoming() as folder:
+            path = Path(folder) / "file"
             await _receive_file(request, path)
             deadline = Deadline(service.settings.request_seconds)
             async with AsyncExitStack() as stack:
@@ -96,6 +104,12 @@ def routes(service: Service) -> APIRouter:
         return memory.shown()
 
     return router
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while block := file.read(_BLOCK):
+            yield block
 
 
 async def _receive_file(request: Request, path: Path) -> dict[str, str]:
@@ -130,7 +144,7 @@ class _Reading:
         self.engine: Engine = service.engine(None, memory)
         self.deadline = Deadline(service.settings.request_seconds)
         self.stream = self.detail = False
-        self._scratch = tempfile.TemporaryDirectory(prefix="titans-", ignore_cleanup_errors=True)
+        self._scratch = service.memories.incoming()
         self._source = Path(self._scratch.name) / "source"
         self._about = {"name": "", "type": "text/plain"}
 
@@ -159,9 +173,7 @@ class _Reading:
         async with AsyncExitStack() as stack:
             stack.callback(self.discard)
             stack.enter_context(self.service.admitted())
-            parsed = asyncio.get_running_loop().run_in_executor(
-                self.service.parsers, text_of, self._source, about["name"], about["type"]
-            )
+            parsed = text_of(self._source, about["name"], about["type"], self.service.parsers)
             text = await self.deadline.wait(parsed)
             await self.deadline.wait(memory.turn.acquire())
             stack.callback(memory.turn.release)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,7 +27,10 @@ class Deadline:
     async def wait(self, work: Awaitable[Result]) -> Result:
         """The result of some work; 408 if it is not there in time, and the work is cancelled."""
         try:
-            return await asyncio.wait_for(work, max(self._end - time.monotonic(), 0))
+            # Python 3.11's wait_for forgets a cancellation that comes together with the result: an answer
+            # would go on after its client has hung up.
+            async with asyncio.timeout(max(self._end - time.monotonic(), 0)):
+                return await work
         except TimeoutError:
             raise ApiError(
                 408, f"the request took longer than {self._seconds:g} seconds and was ended", code="timeout"
@@ -49,15 +51,14 @@ class Service:
         self.settings, self.engines = settings, dict(engines)
         self.turns = {name: Turns(engine.tokenizer) for name, engine in engines.items()}
         self.memories, self.metrics = Memories(settings, self.engines), Metrics()
-        # Uploads are parsed by two at a time: slow ones must not take the threads that all others need.
-        self.parsers = ThreadPoolExecutor(2, "parser")
+        # So many uploads are parsed at a time.
+        self.parsers = asyncio.Semaphore(2)
         self.started, self._active = int(time.time()), 0
 
     def close(self) -> None:
         """End all engines and let go of the folder."""
         for engine in self.engines.values():
             engine.close()
-        self.parsers.shutdown(wait=False, cancel_futures=True)
         self.memories.close()
 
     def engine(self, model: str | None, memory: Memory | None = None) -> Engine:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from titans.serve.errors import ApiError
 
 _SECONDS, _TEXT_BYTES = 60, 256 << 20
 _BLOCK = 1 << 20
+_PROGRAM = Path(__file__).with_name("extract.py")
 # Beginnings of files that are no text, and what they are.
 _REFUSED = {
     b"PK\x03\x04": "a ZIP archive, such as docx, odt and epub",
@@ -25,60 +26,64 @@ _REFUSED = {
 _NO_TEXT = "upload txt, md, html or pdf"
 
 
-def text_of(path: Path, name: str, media_type: str) -> Path:
+async def text_of(path: Path, name: str, media_type: str, parsers: asyncio.Semaphore) -> Path:
     """A file of UTF-8 text with what an uploaded file says; the file itself where it is text.
 
     Args:
         name: what it was called, for its ending alone. media_type: as the client gave it.
+        parsers: of PDF and HTML, of which so many at a time are parsed.
 
     Raises:
         ApiError: 400 for a file without text, or one that cannot be read within the limits.
     """
+    kind = await asyncio.to_thread(_checked, path, name, media_type)
+    if kind == "text":
+        return path
+    async with parsers:
+        return await _extracted(path, kind)
+
+
+def _checked(path: Path, name: str, media_type: str) -> str:
+    """Whether a file is "text", in UTF-8, or a "pdf" or "html"; errors as of `text_of`."""
     with path.open("rb") as file:
         begin = file.read(512)
     if not begin:
         raise ApiError(400, f"the file is empty: {_NO_TEXT}", param="file", code="no_text")
     ending = Path(name).suffix.lower()
     if begin.startswith(b"%PDF-"):
-        return _extracted(path, "pdf")
+        return "pdf"
     if kind := next((kind for magic, kind in _REFUSED.items() if begin.startswith(magic)), None):
         raise ApiError(400, f"the file is {kind}: {_NO_TEXT}", param="file", code="no_text")
     if b"\0" in begin:
         raise ApiError(400, f"the file holds no text: {_NO_TEXT}", param="file", code="no_text")
     if ending in (".html", ".htm", ".xhtml") or "html" in media_type:
-        return _extracted(path, "html")
+        return "html"
     _check_utf8(path)
-    return path
+    return "text"
 
 
-def _extracted(path: Path, kind: str) -> Path:
+async def _extracted(path: Path, kind: str) -> Path:
+    """The text of a file, from a process that ends when nobody waits for it any more."""
     target = path.with_name(f"{path.name}.text")
-    program = [
-        sys.executable,
-        "-I",
-        str(Path(__file__).with_name("extract.py")),
-        kind,
-        str(path),
-        str(target),
-    ]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", str(_PROGRAM), kind, str(path), str(target), str(_SECONDS), str(_TEXT_BYTES),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            [*program, str(_SECONDS), str(_TEXT_BYTES)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=3 * _SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+        async with asyncio.timeout(3 * _SECONDS):
+            said = (await process.communicate())[1]
+        lines = said.decode(errors="replace").strip().splitlines()
+        reason = "" if not process.returncode else (lines or ["it takes too long"])[-1]
+    except TimeoutError:
         reason = "it takes too long"
-    else:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = "" if not done.returncode else (lines or ["it takes too long"])[-1]
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if reason:
         raise ApiError(
             400, f"the {kind.upper()} could not be read: {reason[:300]}", param="file", code="no_text"
         )
-    with target.open("rb") as text:
-        empty = not any(line.strip() for line in text)
-    if empty:
-        raise ApiError(400, f"the {kind.upper()} holds no text", param="file", code="no_text")
     return target
 
 
