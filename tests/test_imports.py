@@ -68,6 +68,7 @@ ORDER = {
         """,
     "titans.nn.blocks": """
         settings protocol
+        mac_segments
         attention hope lmm lstm mac mag mal rwkv7 window
         __init__
         """,

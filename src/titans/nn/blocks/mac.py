@@ -9,7 +9,9 @@ so nothing leaks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from titans.memory import MemoryState, memory_read
 from titans.nn.attention.segment import SegmentAttention, SegmentState, SegmentTokens
+from titans.nn.blocks.mac_segments import read_whole, sizes_of
 from titans.nn.blocks.protocol import BlockResult
 from titans.nn.blocks.settings import BlockSettings
 from titans.nn.context import BlockContext, MemoryTrace
@@ -27,7 +30,7 @@ from titans.nn.memory.token import recall_token
 from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import Packed
 from titans.nn.pieces import Piece, cut_pieces
-from titans.state import register_state, where_rows
+from titans.state import map_state, register_state, where_rows
 
 
 @register_state
@@ -125,13 +128,26 @@ class MACBlock(nn.Module):
         normed = packed.zero_padding(self.norm(x))
         own, tail = self._own(normed, state.recall_tail, position, packed)
         fixed = self.attention.fixed(self.persistent)
+        assert fixed is not None
         memory, snapshot, segment = state.memory, state.snapshot, state.segment
         attended: list[Tensor] = []
         found: list[Found] = []
         traces: list[MemoryTrace] = []
         leaves, structure = pytree.tree_flatten(own)
-        for piece, *part in zip(cut.pieces, *map(cut.apart, leaves), strict=True):
-            mine = pytree.tree_unflatten(part, structure)
+        parts = list(zip(*map(cut.apart, leaves), strict=True))
+        done = 0
+        while done < len(parts):
+            piece, count = cut.pieces[done], _num_whole(cut.pieces[done:])
+            if count and (sizes := sizes_of(self, x, memory, context)):
+                begin = sum(len(part[0][0]) for part in parts[:done])
+                mine = map_state(lambda y, b=begin, e=begin + count * self.segment_length: y[:, b:e], own)
+                whole = read_whole(self, sizes, mine.queries, mine.prior, mine.tokens, fixed, memory)
+                attended.append(whole.attended)
+                found.append(whole.found)
+                memory, snapshot, segment = whole.memory, whole.snapshot, whole.segment
+                done += count
+                continue
+            mine = pytree.tree_unflatten(parts[done], structure)
             snapshot = _snapshot(piece, memory, snapshot)
             recalled = self._recall(
                 mine.queries, mine.prior, snapshot, memory.memory.position, mine.tokens.plain.dtype
@@ -143,6 +159,7 @@ class MACBlock(nn.Module):
             attended.append(z)
             found.append(read)
             traces += [] if trace is None else [trace]
+            done += 1
         # What a piece leaves to the next is known: the rest needs no order.
         answers = self.memory.answer(Found(*(torch.cat(parts, 1) for parts in zip(*found, strict=True))))
         y = cut.together(self.gate(torch.cat(attended, 1), answers))
@@ -210,6 +227,11 @@ class MACBlock(nn.Module):
         )
         recalled = self.recall_norm(reads, prior).flatten(-2)
         return self.recall_output(recalled.to(dtype))
+
+
+def _num_whole(pieces: Sequence[Piece]) -> int:
+    """How many of the first pieces are whole segments of every row."""
+    return sum(1 for _ in takewhile(lambda piece: piece.begins is True and piece.ends is True, pieces))
 
 
 def _snapshot(piece: Piece, memory: NeuralMemoryState, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
