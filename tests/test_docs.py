@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FENCED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
-NAMED = re.compile(r"\b(?:docs|examples)/[\w/.-]+\.(?:md|py|png|json|html)\b")
+NAMED = re.compile(r"\b(?:docs|examples|tests)/[\w/.-]+\.(?:md|py|png|json|html)\b")
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
 
 
