@@ -59,6 +59,7 @@ RUN = {
     "guides/extend": 10,
     "guides/graft": 1,
     "reference/options": 2,
+    "reference/hf": 1,
 }
 # tests/memory/test_family.py runs these.
 FAMILY = {"how/family", "how/miras", "how/windows", "how/caching"}

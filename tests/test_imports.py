@@ -103,6 +103,7 @@ ORDER = {
         cache causal_cache
         generation layer
         modeling
+        classification forecasting
         graft
         """,
     "titans.hf.graft": """

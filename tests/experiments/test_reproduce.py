@@ -9,17 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from titans.baselines.systems import SYSTEMS
 from titans.cli import main
+from titans.data import load_corpus
+from titans.data.sequences import LabelledSequence
 from titans.data.state_tracking import STATE_TRACKING
-from titans.experiments.reproduce import language
+from titans.experiments.reproduce import dna, language, needles, series
 from titans.experiments.reproduce.catalog import TABLES
 from titans.experiments.reproduce.claims import Claim, decide
 from titans.experiments.reproduce.language import Language
+from titans.experiments.reproduce.order import decided_after, most_decided_first
 from titans.experiments.reproduce.page import claims_page, results_of, write_claims
 from titans.experiments.reproduce.recipe import SPEEDS, Recipe
 from titans.experiments.reproduce.synthetic import Synthetic
-from titans.experiments.results import Results
-from titans.experiments.runner import Request, run
+from titans.experiments.reproduce.table import title
+from titans.experiments.reproduce.tasks import TaskTable
+from titans.experiments.results import Numbers, Results
+from titans.experiments.runner import Budget, Cell, Request, run
 
 TINY = Recipe(
     "excerpt", ("30k",), steps=3, search_steps=1, batch_size=2, length=24, validation=96, rates=(1e-3, 3e-3)
@@ -46,6 +52,9 @@ def test_an_interval_over_seeds_decides_a_claim() -> None:
     assert word([1.0, 1.1, 1.2], [2.0, 2.2, 2.1], quick=True) == ("not decided", "a quick run")
     assert word([1.0, 1.1], [2.0, 2.2]) == ("not decided", "2 of 3 seeds")
     assert word([1.0], []) == ("not decided", "not measured yet")
+    recall = Claim("a recalls more than b", "a table", "a", "b", "%", floor=2.0)
+    nothing = decide(recall, {"a": dict(enumerate([1.0, 1.1, 1.2])), "b": {0: 0.0, 1: 0.0, 2: 0.0}}, False)
+    assert (nothing.word, nothing.reason) == ("not decided", "neither exceeds 2")
     # Pairs of a seed: 1 ± 4.30 · 0.1 / √3.
     verdict = decide(claim, {"a": {0: 2.9, 1: 5.0, 2: 8.1}, "b": {0: 2.0, 1: 4.0, 2: 7.0}}, False)
     assert verdict.difference == pytest.approx(1.0) and verdict.half == pytest.approx(0.2483, abs=1e-4)
@@ -62,12 +71,52 @@ def test_every_claim_is_what_the_figures_of_the_paper_say_and_every_system_is_kn
             if claim.figures is not None:
                 better, than = claim.figures
                 assert (better < than) if claim.lower else (better > than), (name, claim)
-        assert {variant.system for variant in table.systems} <= SPEEDS.keys()
+        assert {variant.system for variant in table.systems} & SYSTEMS.keys() <= SPEEDS.keys()
+
+
+def test_the_first_measurements_decide_the_most_claims() -> None:
+    costs = {"idle": 1.0, "a": 1.0, "b": 1.0, "c": 10.0, "d": 4.0}
+    claims = [{"a", "c"}, {"a", "b"}, {"b", "d"}, {"a", "d"}, {"a", "missing"}]
+    order = most_decided_first(costs, claims)
+    assert order == ["a", "b", "d", "c", "idle"]
+    assert decided_after(order, claims) == [0, 1, 3, 4, 4]
+
+
+@pytest.mark.parametrize("budget", ["quick", "medium", "full"])
+def test_every_budget_measures_what_every_claim_needs(budget: Budget) -> None:
+    minutes = 0.0
+    for name, table in TABLES.items():
+        request = Request(budget)
+        cells = table.cells(request)
+        names = {cell.name for cell in cells}
+        first = table.recipe(request).parameters[0]
+        for needed in table.decided_by(request):
+            if all(one.endswith(f", {first}") for one in needed):
+                assert {f"{one}, seed 0" for one in needed} <= names, (name, needed)
+        minutes += sum(cell.cost for cell in cells) / 60
+        if budget != "full":
+            measured = {cell.name.rpartition(", seed")[0] for cell in cells}
+            assert measured == set().union(*table.decided_by(request)), name
+    # The estimate of all quick tables, for two cores in 40 minutes.
+    assert budget != "quick" or minutes < 80
+
+
+def test_needles_are_asked_of_a_trained_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play = load_corpus("excerpt")[0].data.decode()
+    monkeypatch.setattr(needles, "book", lambda length: play)
+    table = needles.Needles(TINY)
+    (lstm,) = [one for one in table.planned(Request("full")) if one.name == "lstm, 30k"]
+    cell = Cell("lstm, 30k, seed 0", lstm.settings)
+    found = table.measure(cell, Request("quick", work=tmp_path), lambda done, total: None)
+    # Three tasks, two depths, one text each.
+    assert [found[f"{task} 512"][1] for task in table.tasks] == [2, 2, 2]
+    assert found["mean"] == found["longest"] and 0 <= found["mean"] <= 100
 
 
 def test_a_table_is_measured_resumed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "OTHER_TEXTS", {"the play": "excerpt"})
-    table, request = Language(TINY), Request("quick", work=tmp_path / "work")
+    monkeypatch.setattr(Language, "_texts", lambda self, request: (1, 2048))
+    table, request = Language(TINY), Request("full", seeds=1, work=tmp_path / "work")
     chosen = ["lstm, *", "transformer, *", "transformer with a continuous cache, *"]
     run(table, request, tmp_path, only=chosen[:2])
     page = run(table, request, tmp_path, only=chosen, resume=True)
@@ -84,11 +133,12 @@ def test_a_table_is_measured_resumed_and_drawn(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in sorted((tmp_path / "work/models/language").iterdir())] == [
         "lstm-30k-seed-0", "transformer-30k-seed-0",
     ]  # fmt: skip
-    assert "titans reproduce language --budget quick" in page and "20.04 / 21.18" in page
+    assert "`titans reproduce language`" in page and "20.04 / 21.18" in page
+    assert "of 0.001, 0.003, chosen" in page and " of 3 cells the highest rate was best" in page
     assert page.count("not testable here") == 5 and "not decided (not measured yet)" in page
 
     drawn = write_claims(tmp_path)
-    assert "Budget quick, 1 seed" in drawn and "Not measured yet" in drawn
+    assert "Budget full, 1 seed" in drawn and "Not measured yet" in drawn
     assert drawn == (tmp_path / "claims.md").read_text() and "reproduced," not in drawn
     assert sum(len(table.claims()) for table in TABLES.values()) == drawn.count(
         "not decided ("
@@ -114,6 +164,39 @@ def test_a_synthetic_cell_learns_its_task(tmp_path: Path) -> None:
     assert "| Transformer |" in table.table(results)
 
 
+def test_series_and_sequences_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe("", ("30k",), steps=3, search_steps=1, batch_size=2, length=32, rates=(1e-3, 1e-2))
+    request = Request("quick", work=tmp_path)
+    day = np.sin(np.arange(900) / 24 * 2 * np.pi).astype(np.float32)[:, None]
+    monkeypatch.setattr(series, "_values", lambda name: (day, 24))
+    monkeypatch.setattr(series.SeriesTable, "_tests", lambda self, request: 4)
+    generator = np.random.default_rng(0)
+    transcripts = [
+        LabelledSequence(generator.integers(1, 5, 30 + n).astype(np.uint8), n % 2, n % 4 == 3)
+        for n in range(24)
+    ]
+    monkeypatch.setattr(dna, "sequences", lambda: transcripts)
+
+    def measured(table: TaskTable, label: str) -> Numbers:
+        (cell,) = [c for c in table.cells(request) if c.name == f"{table.tasks[0]}; {label}, 30k, seed 0"]
+        return table.measure(cell, request, lambda done, total: None)
+
+    # A day is repeated exactly.
+    assert measured(series.SeriesTable(recipe), series.NAIVE)["beijing 96"] < 1e-9
+    for table, label in (
+        (series.SeriesTable(recipe), "window"),
+        (series.SeriesTable(recipe), "DLinear"),
+        (dna.Dna(recipe), "window"),
+        (dna.Dna(recipe), dna.CNN),
+        (dna.Dna(recipe), dna.KMERS),
+    ):
+        found = measured(table, label)
+        assert 0 <= found[table.tasks[0]] <= 100 and found["parameters"] > 0, (table.name, label)
+        results = Results(tmp_path / "none.json", "quick")
+        results.cells[f"{table.tasks[0]}; {label}, 30k, seed 0"] = found
+        assert f"| {title(label)} |" in table.table(results)
+
+
 def test_states_are_tracked_as_defined() -> None:
     ids, labels = STATE_TRACKING["parity"].make(np.random.default_rng(0), 3)
     assert (labels[:, 5] == ids[:, :6].sum(1) % 2).all()
@@ -130,8 +213,9 @@ def test_the_command_plans_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["reproduce", "depth", "--plan", "--seeds", "2", "--output", str(tmp_path)]) == 0
     err = capsys.readouterr().err
     assert (
-        err.startswith("plan: cells × processor seconds")
+        err.startswith("plan: measurements in order")
         and "depth 4, 100k" in err
+        and "6 of 6 claims" in err
         and "processor minutes" in err
     )
     assert main(["reproduce", "needles", "--seeds", "0"]) == 2

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from titans.experiments.reproduce.table import PaperTable
     from titans.experiments.runner import Request
 
+# Processor seconds until the first measurement.
+START_SECONDS = 10
 Table = Literal[
     "language",
     "needles",
@@ -23,6 +25,8 @@ Table = Literal[
     "throughput",
     "synthetic",
     "babi-long",
+    "series",
+    "dna",
     "commonsense",
     "claims",
 ]
@@ -41,10 +45,11 @@ class Reproduce:
 
     table: Annotated[Table, tyro.conf.Positional]
     """Which table; claims for the page of all."""
-    budget: Literal["quick", "full"] = "quick"
-    """quick: see in minutes that it runs, which decides nothing. full: many hours, see the plan."""
+    budget: Literal["quick", "medium", "full"] = "quick"
+    """quick: see in minutes that it runs, which decides nothing. medium: some hours, for a verdict on every
+    claim, with models trained short. full: many hours, see the plan."""
     seeds: int | None = None
-    """How many seeds, from 0 on; by default 1 of a quick run and 3 of a full one."""
+    """How many seeds, from 0 on; by default 1 of a quick run, else 3."""
     resume: bool = False
     """Go on with the results in the output folder."""
     output: Path = Path("runs/reproduce")
@@ -84,17 +89,26 @@ class Reproduce:
 
 
 def planned(table: PaperTable, request: Request) -> str:
-    """The cells of a table by system, and the processor's time that they are estimated to take."""
-    from titans.experiments.reproduce.table import parts
+    """The measurements in their order, the processor's time that they are estimated to take, and after how
+    much of it how many claims have what they need."""
+    from titans.experiments.reproduce.order import decided_after
 
-    seconds: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
     for cell in table.cells(request):
-        label, size, _ = parts(cell.name.partition("; ")[2] or cell.name)
-        seconds.setdefault(f"{label}, {size}", []).append(cell.cost)
-    lines = [
-        f"  {name:42} {len(costs):4} × {sum(costs) / len(costs):8,.0f} s" for name, costs in seconds.items()
-    ]
-    total = sum(sum(costs) for costs in seconds.values())
+        costs.setdefault(cell.name.rpartition(", seed")[0], []).append(cell.cost)
+    claims = table.decided_by(request)
+    lines, minutes = [], START_SECONDS / 60
+    for (name, seconds), count in zip(costs.items(), decided_after([*costs], claims), strict=True):
+        minutes += sum(seconds) / 60
+        lines.append(
+            f"  {name:46} {len(seconds):2} × {seconds[0]:6,.0f} s  after {minutes:6,.0f} min "
+            f"{count:2} of {len(claims)} claims"
+        )
     return "\n".join(
-        ["plan: cells × processor seconds", *lines, f"  in all {total / 60:,.0f} processor minutes"]
+        [
+            "plan: measurements in order, seeds × processor seconds",
+            *lines,
+            f"  in all {minutes:,.0f} processor minutes, start included; the first run on a machine also "
+            "compiles kernels (about 2 minutes)",
+        ]
     )

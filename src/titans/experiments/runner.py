@@ -20,6 +20,7 @@ from titans.experiments.results import Numbers, Results
 from titans.train.checkpoint import write_bytes
 
 Progress = Callable[[int, int], None]
+Budget = Literal["quick", "medium", "full"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class Cell:
 class Request:
     """What is to be measured, and with what.
 
-    budget: "quick" shows in minutes that an experiment works; its numbers are no results. seeds: how many;
-    None for the experiment's own number. models: label → name in the zoo or folder, for experiments with
+    budget: "quick" shows in minutes that an experiment works; its numbers are no results. "medium" is for
+    experiments that have a smaller form of their own, and the full one for others. seeds: how many; None for
+    the experiment's own number. models: label → name in the zoo or folder, for experiments with
     trained models; None for all in the zoo. device: "cpu" or "cuda". work: a folder for what takes long to
     make and is not a result, such as trained models.
     """
 
-    budget: Literal["quick", "full"] = "full"
+    budget: Budget = "full"
     seeds: int | None = None
     models: Mapping[str, str] | None = None
     device: str = "cpu"
@@ -195,9 +197,10 @@ def write_page(experiment: Experiment, results: Results) -> str:
     """The page of what is known so far, written with its pictures to the folder of the results."""
     folder = results.path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"`{experiment.command}`"
+    budget = "" if results.budget == "full" else f" --budget {results.budget}"
+    command = f"`{experiment.command}{budget}`"
     if results.budget == "quick":
-        command = f"**A quick run, not a result**: {command[:-1]} --budget quick`"
+        command = f"**A quick run, not a result**: {command}"
     about = f"{command}{', ' + results.about() if results.cells else ''}."
     pictures = experiment.draw(results, folder)
     table = experiment.table(results)

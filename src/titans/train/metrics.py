@@ -136,13 +136,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw the loss and the held-out bits per byte over steps into a PNG."""
+    """Draw the loss and the held-out bits per byte over steps into a PNG; nothing of a single line."""
+    training = [line for line in lines if line["kind"] == "train"]
+    if len(training) < 2:
+        return
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    training = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)

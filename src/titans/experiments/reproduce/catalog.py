@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from titans.experiments.reproduce.ablation import Ablation, Depth
 from titans.experiments.reproduce.commonsense import Commonsense
+from titans.experiments.reproduce.dna import Dna
 from titans.experiments.reproduce.language import Language
 from titans.experiments.reproduce.needles import Needles, Stories
+from titans.experiments.reproduce.series import SeriesTable
 from titans.experiments.reproduce.synthetic import Synthetic
 from titans.experiments.reproduce.table import PaperTable
 from titans.experiments.reproduce.throughput import Throughput
@@ -20,6 +22,8 @@ TABLES: dict[str, PaperTable] = {
         Throughput(),
         Synthetic(),
         Stories(),
+        SeriesTable(),
+        Dna(),
         Commonsense(),
     )
 }

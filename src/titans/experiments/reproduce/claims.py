@@ -39,7 +39,8 @@ class Claim:
 
     text: in words. source: table and row. better, than: labels of what is measured. key: the number that is
     compared. lower: whether less is better. figures: the paper's two, in this order, or None where it only
-    draws them. unavailable: why it cannot be tested here; empty where it can.
+    draws them. unavailable: why it cannot be tested here; empty where it can. floor: what a system exceeds
+    that has learned anything at all; where neither does, nothing is compared.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Claim:
     lower: bool = False
     figures: tuple[float, float] | None = None
     unavailable: str = ""
+    floor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def decide(claim: Claim, values: Mapping[str, Mapping[int, float]], quick: bool)
     """The verdict on a claim.
 
     The differences of the two systems, paired by seed, have a mean with a 95 % interval (Student's t). A
-    claim is reproduced where the interval lies on its side of 0; otherwise it is not. A quick run or fewer
-    than three seeds decide nothing.
+    claim is reproduced where the interval lies on its side of 0; otherwise it is not. A quick run, fewer
+    than three seeds, or two systems that have not learned the task decide nothing.
 
     Args:
         values: label → seed → number.
@@ -88,6 +90,8 @@ def decide(claim: Claim, values: Mapping[str, Mapping[int, float]], quick: bool)
         return Verdict(word="not decided", reason="a quick run", **found)
     if half is None or len(seeds) < FEWEST_SEEDS:
         return Verdict(word="not decided", reason=f"{len(seeds)} of {FEWEST_SEEDS} seeds", **found)
+    if claim.floor is not None and max(ours) <= claim.floor:
+        return Verdict(word="not decided", reason=f"neither exceeds {claim.floor:g}", **found)
     gain = -mean if claim.lower else mean
     if gain > half:
         return Verdict(word="reproduced", **found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +16,9 @@ FILE = "claims.md"
 
 def results_of(path: Path) -> Results:
     """Results of whichever budget the file has."""
-    if path.exists() and '"budget":"quick"' in path.read_text(encoding="utf-8")[:200]:
-        return Results(path, "quick")
-    return Results(path)
+    if not path.exists():
+        return Results(path)
+    return Results(path, json.loads(path.read_text(encoding="utf-8"))["budget"])
 
 
 def write_claims(folder: Path) -> str:
@@ -54,8 +55,8 @@ def claims_page(folder: Path) -> str:
             "# What the paper claims, tested",
             f"Of {count.total()} claims: {counted}. Each claim compares two rows of a table of the paper. It "
             "is reproduced where the 95 % interval of the difference over at least three seeds lies on its "
-            "side of 0; a quick run or fewer seeds decide nothing. `titans reproduce claims` draws this page "
-            "from the JSON files next to it.",
+            "side of 0; a quick run, fewer seeds, or two systems that have not learned the task decide "
+            "nothing. `titans reproduce claims` draws this page from the JSON files next to it.",
             *sections,
         ]
     )

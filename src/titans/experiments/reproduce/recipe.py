@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ SPEEDS = {
     "transformer": 7000, "mamba": 500, "mamba2": 1300, "gated-deltanet": 1800, "kda": 320,
     "recurrent-gemma": 2400,
 }  # fmt: skip
+# Seconds for a run's data, checkpoint and model, and for a cell's own: sizes, curves, loading.
+RUN_SECONDS, CELL_SECONDS = 0.7, 3.0
+# A forward pass takes a third of a step of training.
+FORWARD = 1 / 3
+
+
+def speed(system: str, parameters: str) -> float:
+    """Tokens a second of processor time in training, by `SPEEDS`, for the plan."""
+    return SPEEDS.get(system, 2000) / (parse_parameters(parameters) / 1e6) ** 0.75
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Recipe:
     batch_size: int = 16
     length: int = 256
     validation: int = 32768
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     facts: FactSettings = field(default_factory=FactSettings)
 
     @property
@@ -53,14 +63,25 @@ class Recipe:
         """Read by a system in its training, and in the search for its learning rate."""
         return self.batch_size * self.length * (self.steps + len(self.rates) * self.search_steps)
 
-    def seconds(self, system: str, parameters: str, tokens: int | None = None) -> float:
-        """Processor seconds for the training of a system, or for so many tokens of it, by `SPEEDS`."""
-        scale = (parse_parameters(parameters) / 1e6) ** 0.75
-        return (self.tokens if tokens is None else tokens) / SPEEDS.get(system, 2000) * scale
+    @property
+    def digest(self) -> str:
+        """A short name for all of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+    def seconds(self, system: str, parameters: str) -> float:
+        """Processor seconds for the training of a system and the search for its rate, for the plan."""
+        runs = len(self.rates) + 1
+        tokens = self.tokens + FORWARD * runs * self.validation
+        return CELL_SECONDS + runs * RUN_SECONDS + tokens / speed(system, parameters)
 
 
 # Shows in minutes that a table can be made; its models are too small and too short of training to compare.
-QUICK = Recipe("shakespeare", ("100k",), steps=100, search_steps=30, batch_size=8, length=128)
+QUICK = Recipe(
+    "shakespeare", ("100k",), steps=100, search_steps=30, batch_size=8, length=128, validation=8192
+)
+# Enough seeds for a verdict on every claim in some hours; models of a million parameters that are trained
+# short of what they could learn.
+MEDIUM = Recipe(search_steps=40, batch_size=8, validation=16384)
 
 
 @dataclass(frozen=True)
@@ -127,8 +148,13 @@ def trained(
     whole, began = recipe.steps + len(recipe.rates) * recipe.search_steps, time.process_time()
     found: dict[float, float] = {}
     for number, rate in enumerate(recipe.rates):
+        # One line of metrics: a curve would take longer to draw than these steps take.
         settings = replace(
-            common, output=folder / f"rate-{rate}", steps=recipe.search_steps, learning_rate=rate
+            common,
+            output=folder / f"rate-{rate}",
+            steps=recipe.search_steps,
+            log_every=recipe.search_steps,
+            learning_rate=rate,
         )
         done = number * recipe.search_steps
         loss = _validation(settings, lambda step, done=done: progress(done + step, whole))

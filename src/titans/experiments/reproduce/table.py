@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from titans.baselines.systems import SYSTEMS
 from titans.experiments.reproduce.claims import Claim, Verdict, decide, figure, paper
-from titans.experiments.reproduce.recipe import QUICK, Recipe, Trained, Variant, trained
+from titans.experiments.reproduce.order import most_decided_first
+from titans.experiments.reproduce.recipe import MEDIUM, QUICK, Recipe, Trained, Variant, trained
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Cell, Experiment, Progress, Request
 from titans.experiments.tables import interval, markdown
@@ -33,21 +34,31 @@ class Trial(NamedTuple):
     parameters: str
 
 
+class Planned(NamedTuple):
+    """A measurement before its seeds: its name, what it measures, and its processor seconds."""
+
+    name: str
+    settings: Any
+    cost: float
+
+
 class PaperTable(Experiment):
     """What one table of the paper claims, tested.
 
-    heading: which table it is. full, quick: the recipes of the two budgets. systems: what is compared, the
-    most decisive first; quick_systems: in a quick run. decisive: how many of them are also measured at sizes
-    other than the first; None for all. columns: what the table of figures shows.
+    A full run measures every system, the others those that a claim names.
+
+    heading: which table it is. full, medium, quick: the recipes of the budgets. systems: what is compared.
+    decisive: how many of them are also measured at sizes other than the first; None for all. columns: what
+    the table of figures shows.
     """
 
     unit = 1.0
     heading: ClassVar[str]
     columns: ClassVar[Sequence[Column]]
     systems: ClassVar[Sequence[Variant]]
-    quick_systems: ClassVar[Sequence[Variant] | None] = None
     decisive: ClassVar[int | None] = None
     full: ClassVar[Recipe] = Recipe()
+    medium: ClassVar[Recipe] = MEDIUM
     quick: ClassVar[Recipe] = QUICK
 
     def __init__(self, recipe: Recipe | None = None) -> None:
@@ -64,27 +75,57 @@ class PaperTable(Experiment):
         return f"titans reproduce {self.short}"
 
     def recipe(self, request: Request) -> Recipe:
-        return self.given or (self.quick if request.quick else self.full)
+        return self.recipe_of(request.budget)
+
+    def recipe_of(self, budget: str) -> Recipe:
+        found: Recipe = self.given or getattr(self, budget)
+        return found
 
     def cells(self, request: Request) -> list[Cell]:
-        recipe = self.recipe(request)
-        chosen = self.quick_systems if request.quick and self.quick_systems else self.systems
+        """In an order that decides claims early, all seeds of a system one after another."""
+        planned, claims = self.planned(request), self.decided_by(request)
+        if request.budget != "full":
+            planned = [one for one in planned if any(one.name in needed for needed in claims)]
+        order = most_decided_first({one.name: one.cost for one in planned}, claims)
+        by_name, recipe = {one.name: one for one in planned}, self.recipe(request).digest
         return [
             Cell(
-                f"{variant.label}, {size}, seed {seed}",
-                Trial(variant, size),
+                f"{name}, seed {seed}",
+                by_name[name].settings,
                 seed,
-                cost=self.cost(request, variant, size),
+                by_name[name].cost,
+                conditions={"recipe": recipe},
             )
+            for name in order
             for seed in range(request.seeds or (1 if request.quick else SEEDS))
-            for number, size in enumerate(recipe.parameters)
-            for variant in (chosen[: self.decisive] if number else chosen)
         ]
+
+    def planned(self, request: Request) -> list[Planned]:
+        """What there is to measure."""
+        return [
+            Planned(f"{variant.label}, {size}", Trial(variant, size), self.cost(request, variant, size))
+            for number, size in enumerate(self.recipe(request).parameters)
+            for variant in (self.systems[: self.decisive] if number else self.systems)
+        ]
+
+    def decided_by(self, request: Request) -> list[set[str]]:
+        """The measurements that each claim needs, for each size."""
+        return [
+            self.needed(claim, size)
+            for claim in self.claims()
+            if not claim.unavailable
+            for size in self.recipe(request).parameters
+        ]
+
+    def needed(self, claim: Claim, size: str) -> set[str]:
+        """The measurements that a claim needs."""
+        return {f"{label}, {size}" for label in (claim.better, claim.than)}
 
     def cost(self, request: Request, variant: Variant, parameters: str) -> float:
         """Processor seconds of a cell, for the plan."""
-        training = self.recipe(request).seconds(variant.system, parameters)
-        return training + self.reading(request, variant, parameters)
+        # A reader of its own reads with a model that is trained for another cell, and does more for a token.
+        training = 0.0 if variant.reader else self.recipe(request).seconds(variant.system, parameters)
+        return training + (4 if variant.reader else 1) * self.reading(request, variant, parameters)
 
     def reading(self, request: Request, variant: Variant, parameters: str) -> float:
         """Processor seconds of the measurement after the training, for the plan."""
@@ -141,13 +182,21 @@ class PaperTable(Experiment):
 
     def about(self, results: Results) -> str:
         """The conditions, in sentences."""
-        recipe = self.given or (self.quick if results.budget == "quick" else self.full)
-        rates = ", ".join(f"{rate:g}" for rate in recipe.rates)
+        recipe = self.recipe_of(results.budget)
+        tried = {rate for cell in results.cells.values() for rate, _ in cell.get("tried", ())}
+        rates = sorted(tried or recipe.rates)
+        chosen = [cell["rate"] for cell in results.cells.values() if "rate" in cell]
+        edges = (
+            f" In {chosen.count(rates[-1])} of {len(chosen)} cells the highest rate was best, in "
+            f"{chosen.count(rates[0])} the lowest."
+            if chosen
+            else ""
+        )
         return (
             f"{self.heading}. Every system has the same parameters to 2 %, read the same {recipe.steps:,} × "
             f"{recipe.batch_size} × {recipe.length} bytes of `{recipe.data}` and had a learning rate of "
-            f"{rates}, chosen after {recipe.search_steps:,} steps on validation documents. Mean over seeds ± "
-            "half the 95 % interval (Student's t)."
+            f"{', '.join(f'{rate:g}' for rate in rates)}, chosen after {recipe.search_steps:,} steps on "
+            f"validation documents.{edges} Mean over seeds ± half the 95 % interval (Student's t)."
         )
 
 
@@ -194,12 +243,13 @@ def comparisons(
     *,
     column: str | None = None,
     lower: bool = False,
+    floor: float | None = None,
 ) -> list[Claim]:
     """A claim for each pair of rows of a table: the first is better than the second.
 
     Args:
         what: the claim's verb, such as "predicts text better". column: of the paper's figures; None for their
-            mean.
+            mean. floor: of `Claim`.
     """
     source = f"{paper(table)['source']}, {group}"
     return [
@@ -211,6 +261,7 @@ def comparisons(
             key,
             lower,
             (figure(table, group, better, column), figure(table, group, than, column)),
+            floor=floor,
         )
         for better, others in pairs.items()
         for than in others

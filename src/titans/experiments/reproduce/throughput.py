@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from titans.baselines.systems import SYSTEMS, system_config
 from titans.experiments.reproduce.claims import Claim
-from titans.experiments.reproduce.recipe import Recipe, Variant, variants
+from titans.experiments.reproduce.recipe import CELL_SECONDS, Recipe, Variant, speed, variants
 from titans.experiments.reproduce.table import Column, PaperTable, Trial
 from titans.experiments.results import Numbers
 from titans.experiments.runner import Cell, Progress, Request
@@ -28,8 +28,8 @@ class Throughput(PaperTable):
         "lmm", "transformer", "mal", "mag", "mac", "gated-deltanet", "mamba2", "window", "lmm-linear",
         "ttt-linear", "ttt-mlp", "deltanet", "lstm", "rwkv7", "recurrent-gemma",
     )  # fmt: skip
-    quick_systems = variants("lmm", "transformer", "mal", "gated-deltanet", "mamba2")
-    full, quick = Recipe(), Recipe(parameters=("100k",))
+    full = medium = Recipe()
+    quick = Recipe(parameters=("100k",))
     columns = (
         Column("tokens a second, shortest rows", SHORTEST, 0),
         Column("longest rows", LONGEST, 0),
@@ -38,7 +38,7 @@ class Throughput(PaperTable):
 
     def cost(self, request: Request, variant: Variant, parameters: str) -> float:
         tokens = sum(max(2 * length, 2048) for length in self._lengths(request))
-        return self.recipe(request).seconds(variant.system, parameters, 2 * tokens)
+        return CELL_SECONDS + 2 * tokens / speed(variant.system, parameters)
 
     def _lengths(self, request: Request) -> tuple[int, ...]:
         return QUICK_LENGTHS if request.quick else LENGTHS
