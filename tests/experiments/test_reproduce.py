@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,23 @@ def test_a_table_is_measured_resumed_and_drawn(tmp_path: Path, monkeypatch: pyte
     assert sum(len(table.claims()) for table in TABLES.values()) == drawn.count(
         "not decided ("
     ) + drawn.count("not testable here (")
+
+
+def test_a_vocabulary_is_trained_once_and_read_by_what_was_trained_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "OTHER_TEXTS", {"the play": "excerpt"})
+    monkeypatch.setattr(language, "HYBRIDS", ())
+    table = language.LanguageOfWords(replace(TINY, rates=(1e-3,), vocabulary=300))
+    request = Request("quick", work=tmp_path)
+    (one,) = [one for one in table.planned(request) if one.name == "lstm, 30k"]
+    cell = Cell("lstm, 30k, seed 0", one.settings)
+    found = table.measure(cell, request, lambda done, total: None)
+    (kept,) = (tmp_path / "models/language-bpe").glob("bpe-300-*")
+    before = (kept / "tokenizer.json").stat().st_mtime_ns
+    assert table.measure(cell, request, lambda done, total: None) == found
+    assert (kept / "tokenizer.json").stat().st_mtime_ns == before and 4 < found["carried"] < 10
+    assert "tokens of `excerpt`" in table.table(Results(tmp_path / "none.json", "quick"))
 
 
 def test_the_pages_of_the_docs_are_of_their_json() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 START_SECONDS = 10
 Table = Literal[
     "language",
+    "language-bpe",
     "needles",
     "ablation",
     "depth",
@@ -29,6 +30,7 @@ Table = Literal[
     "dna",
     "commonsense",
     "claims",
+    "questions",
 ]
 
 
@@ -44,7 +46,7 @@ class Reproduce:
     """
 
     table: Annotated[Table, tyro.conf.Positional]
-    """Which table; claims for the page of all."""
+    """Which table; claims for the page of all, questions for what else its results answer."""
     budget: Literal["quick", "medium", "full"] = "quick"
     """quick: see in minutes that it runs, which decides nothing. medium: some hours, for a verdict on every
     claim, with models trained short. full: many hours, see the plan."""
@@ -68,10 +70,12 @@ class Reproduce:
                 raise UsageError(f"{name}={value}: give a whole number of at least 1")
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output={str(self.output)!r} is a file: give a folder")
-        if self.table == "claims":
+        if self.table in ("claims", "questions"):
             from titans.experiments.reproduce.page import write_claims
+            from titans.experiments.reproduce.questions import write_questions
 
-            print(write_claims(self.output))
+            write = {"claims": write_claims, "questions": write_questions}[self.table]
+            print(write(self.output))
             return 0
         import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from titans.experiments.reproduce.ablation import Ablation, Depth
 from titans.experiments.reproduce.commonsense import Commonsense
 from titans.experiments.reproduce.dna import Dna
-from titans.experiments.reproduce.language import Language
+from titans.experiments.reproduce.language import Language, LanguageOfWords
 from titans.experiments.reproduce.needles import Needles, Stories
 from titans.experiments.reproduce.series import SeriesTable
 from titans.experiments.reproduce.synthetic import Synthetic
@@ -16,6 +16,7 @@ TABLES: dict[str, PaperTable] = {
     table.short: table
     for table in (
         Language(),
+        LanguageOfWords(),
         Needles(),
         Ablation(),
         Depth(),

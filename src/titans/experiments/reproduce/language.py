@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from titans.baselines.continuous_cache import ContinuousCache, ContinuousCacheReader
 from titans.baselines.dynamic_evaluation import DynamicEvaluationReader
-from titans.data import load_corpus
+from titans.data import encode_document, load_corpus, load_tokenizer
 from titans.evaluate import bits_per_byte
 from titans.experiments.reproduce.claims import Claim
-from titans.experiments.reproduce.recipe import Recipe, Trained, Variant, speed, variants
+from titans.experiments.reproduce.recipe import (
+    MEDIUM,
+    QUICK,
+    Recipe,
+    Trained,
+    Variant,
+    speed,
+    variants,
+)
 from titans.experiments.reproduce.table import Column, PaperTable, comparisons, unavailable
 from titans.experiments.results import Numbers
 from titans.experiments.runner import Request
@@ -74,9 +82,9 @@ class Language(PaperTable):
         return (1, 2048) if request.quick else (len(OTHER_TEXTS), 16384)
 
     def read(self, made: Trained, request: Request, seed: int) -> Numbers:
-        count, length = self._texts(request)
+        (count, length), tokenizer = self._texts(request), load_tokenizer(made.tokenizer)
         documents = [
-            (np.frombuffer(load_corpus(corpus)[0].data[:length], np.uint8), length)
+            (encode_document(tokenizer, load_corpus(corpus)[0].data[:length], corpus), length)
             for corpus in [*OTHER_TEXTS.values()][:count]
         ]
         # In one call, because two of the classes read on token by token.
@@ -103,6 +111,20 @@ class Language(PaperTable):
             *comparisons("language", "760M", better, what, "carried", column=column, lower=True),
             *unavailable("language", "760M", NOT_BUILT, NO_CLASS),
         ]
+
+
+class LanguageOfWords(Language):
+    """The same with a vocabulary of 4,096 tokens, at sizes that its embedding does not fill."""
+
+    name = "paper-language-bpe"
+    title = "Language modelling with a BPE vocabulary: table 1"
+    heading = "The paper's table 1, scaled down, with a BPE of 4,096 tokens trained on the training documents"
+    full = Recipe(parameters=("1M", "4M"), vocabulary=4096)
+    medium = replace(MEDIUM, vocabulary=4096)
+    quick = replace(QUICK, parameters=("500k",), steps=40, search_steps=10, vocabulary=4096)
+
+    def claims(self) -> list[Claim]:
+        return [claim for claim in super().claims() if not claim.unavailable]
 
 
 def state_bytes(made: Trained, tokens: int) -> int:

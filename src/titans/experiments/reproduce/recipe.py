@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from titans.baselines.systems import SYSTEMS, load_system, parse_parameters
+from titans.experiments.reproduce.vocabulary import bpe_tokenizer
 from titans.experiments.results import Numbers
 from titans.experiments.runner import Progress
 from titans.stream.reader import Reader
@@ -45,7 +46,8 @@ class Recipe:
 
     data: the corpus. parameters: sizes. steps, batch_size, length: of the training. rates: learning rates,
     of which the one with the lowest loss on validation documents after `search_steps` is taken. validation:
-    tokens of these documents. facts: of `TrainSettings`.
+    tokens of these documents. facts: of `TrainSettings`. vocabulary: tokens of a BPE that is trained on the
+    corpus; None for bytes.
     """
 
     data: str = "encyclopaedia"
@@ -57,6 +59,13 @@ class Recipe:
     validation: int = 32768
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     facts: FactSettings = field(default_factory=FactSettings)
+    vocabulary: int | None = None
+
+    def tokenizer(self, folder: Path) -> str:
+        """As `TrainSettings` has it; a folder in `folder`, where one is trained."""
+        if self.vocabulary is None:
+            return TrainSettings.tokenizer
+        return str(bpe_tokenizer(self.data, self.vocabulary, folder))
 
     @property
     def tokens(self) -> int:
@@ -110,11 +119,12 @@ def variants(*names: str) -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained system, its reader, and the numbers of its training."""
+    """A trained system, its reader, the tokenizer it reads through, and the numbers of its training."""
 
     model: PreTrainedModel
     reader: Reader
     numbers: Numbers
+    tokenizer: str = TrainSettings.tokenizer
 
 
 def trained(
@@ -126,16 +136,17 @@ def trained(
         work: a folder for trained models.
     """
     folder = work / f"{variant.folder}-{parameters}-seed-{seed}"
-    about = folder / "about.json"
+    about, tokenizer = folder / "about.json", recipe.tokenizer(work)
     how = json.loads(json.dumps([recipe.__dict__ | {"facts": vars(recipe.facts)}, dict(variant.changes)]))
     if about.is_file() and (kept := json.loads(about.read_text(encoding="utf-8")))["recipe"] == how:
-        return _loaded(variant, folder / "model", kept["numbers"])
+        return _loaded(variant, folder / "model", kept["numbers"], tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     common = TrainSettings(
         data=recipe.data,
         model=variant.system,
         parameters=parameters,
         config=dict(variant.changes),
+        tokenizer=tokenizer,
         batch_size=recipe.batch_size,
         sequence_length=recipe.length,
         facts=recipe.facts,
@@ -178,7 +189,7 @@ def trained(
         "tokens": recipe.steps * recipe.batch_size * recipe.length,
         "training_seconds": time.process_time() - began,
     }
-    made = _loaded(variant, folder / "model", numbers)
+    made = _loaded(variant, folder / "model", numbers, tokenizer)
     numbers["parameters"] = sum(p.numel() for p in made.model.parameters())
     write_json(about, {"recipe": how, "numbers": numbers})
     return made
@@ -192,6 +203,6 @@ def _validation(settings: TrainSettings, progress: Any) -> float | None:
         return None
 
 
-def _loaded(variant: Variant, folder: Path, numbers: Numbers) -> Trained:
+def _loaded(variant: Variant, folder: Path, numbers: Numbers, tokenizer: str) -> Trained:
     model = load_system(variant.system, folder)
-    return Trained(model, (variant.reader or SYSTEMS[variant.system].reader)(model), numbers)
+    return Trained(model, (variant.reader or SYSTEMS[variant.system].reader)(model), numbers, tokenizer)

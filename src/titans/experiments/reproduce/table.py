@@ -183,6 +183,7 @@ class PaperTable(Experiment):
     def about(self, results: Results) -> str:
         """The conditions, in sentences."""
         recipe = self.recipe_of(results.budget)
+        unit = "bytes" if recipe.vocabulary is None else "tokens"
         tried = {rate for cell in results.cells.values() for rate, _ in cell.get("tried", ())}
         rates = sorted(tried or recipe.rates)
         chosen = [cell["rate"] for cell in results.cells.values() if "rate" in cell]
@@ -194,7 +195,7 @@ class PaperTable(Experiment):
         )
         return (
             f"{self.heading}. Every system has the same parameters to 2 %, read the same {recipe.steps:,} × "
-            f"{recipe.batch_size} × {recipe.length} bytes of `{recipe.data}` and had a learning rate of "
+            f"{recipe.batch_size} × {recipe.length} {unit} of `{recipe.data}` and had a learning rate of "
             f"{', '.join(f'{rate:g}' for rate in rates)}, chosen after {recipe.search_steps:,} steps on "
             f"validation documents.{edges} Mean over seeds ± half the 95 % interval (Student's t)."
         )

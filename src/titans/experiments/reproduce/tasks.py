@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,11 +33,13 @@ class Learned(NamedTuple):
 class TaskTable(PaperTable):
     """A cell for each task, system and seed.
 
-    tasks: their names. untrained: labels of systems without a learning rate.
+    tasks: their names. untrained: labels of systems without a learning rate. factors: by which the rates of a
+    system are multiplied, where its best is not among those of the others.
     """
 
     tasks: ClassVar[Sequence[str]]
     untrained: ClassVar[Sequence[str]] = ()
+    factors: ClassVar[Mapping[str, float]] = {}
 
     @abstractmethod
     def learn(
@@ -82,7 +84,8 @@ class TaskTable(PaperTable):
         recipe, began = self.recipe(request), time.process_time()
         searches = learned.trial.variant.label not in self.untrained
         found: dict[float, float] = {}
-        for rate in recipe.rates if searches else ():
+        factor = self.factors.get(learned.trial.variant.label, 1.0)
+        for rate in [factor * rate for rate in recipe.rates] if searches else ():
             score = self.learn(learned, recipe, rate, recipe.search_steps, cell.seed)[1]
             if score is not None:
                 found[rate] = score
