@@ -71,7 +71,7 @@ def test_whoever_does_not_read_an_answer_loses_it_and_their_place(hasty: Server)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", hasty.port))
-        client.sendall(read_request(hasty, b"Never read. " * 1000, query="stream=true&detail=true"))
+        client.sendall(read_request(hasty, b"Never read. " * 600, query="stream=true&detail=true"))
         wait_until(lambda: hasty.service._active == 1)
         wait_until(lambda: idle(hasty))
         received = b""

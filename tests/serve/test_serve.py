@@ -126,6 +126,30 @@ def test_a_conversation_remembers_what_was_read_many_turns_ago(
     assert said(forgetful, "And now?") != expected
 
 
+def test_after_a_hundred_turns_the_memory_is_that_of_the_whole_text_read_at_once(
+    server: Server, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    """What a client does that knows OpenAI's API alone: each request has the new message and a name."""
+    memory: Any = client.post("/memories", cast_to=object, body={"model": "bytes"})
+    client.post(f"/memories/{memory['id']}/read", cast_to=object, body={"text": BOOK})
+    whole, counted = BOOK, len(BOOK)
+    for turn in range(100):
+        messages: Any = [{"role": "user", "content": f"Line {turn}?"}]
+        answer = client.chat.completions.create(
+            model="bytes", messages=messages, max_tokens=2, temperature=0.5, seed=turn,
+            extra_body={"memory": memory["id"]},
+        )  # fmt: skip
+        whole += f"Line {turn}?\n{answer.choices[0].message.content}\n"
+        assert answer.usage.prompt_tokens == len(f"Line {turn}?\n")
+        # An answer without a template ends with its line.
+        counted += answer.usage.total_tokens + 1
+    session = session_of(server, "bytes")
+    session.feed(whole)
+    assert_same(saved_session(server, "bytes", memory["id"], tmp_path / "memory"), session)
+    held: Any = client.get(f"/memories/{memory['id']}", cast_to=object)
+    assert held["tokens"] == counted == len(whole)
+
+
 def test_without_a_memory_the_whole_conversation_is_sent_and_gives_the_same(
     server: Server, client: openai.OpenAI
 ) -> None:
@@ -168,7 +192,7 @@ def test_penalties_are_subtracted_for_tokens_of_the_answer_alone(
 ) -> None:
     def expected(presence: float, frequency: float) -> str:
         ids = list(b"Hello")
-        for _ in range(30):
+        for _ in range(20):
             with torch.no_grad():
                 scores = server.service.engines["bytes"].model(torch.tensor([ids])).logits[0, -1]
             for id in set(ids[5:]):
@@ -176,10 +200,10 @@ def test_penalties_are_subtracted_for_tokens_of_the_answer_alone(
             ids.append(int(scores.argmax()))
         return bytes(ids[5:]).decode()
 
-    pairs = [(0.0, 0.0), (2.0, 0.0), (0.0, -0.5), (-2.0, 0.5)]
+    pairs = [(0.0, 0.0), (2.0, 0.0), (0.0, -2.0), (-2.0, 1.5)]
     found = [
         client.completions.create(
-            model="bytes", prompt="Hello", max_tokens=30, temperature=0, presence_penalty=presence,
+            model="bytes", prompt="Hello", max_tokens=20, temperature=0, presence_penalty=presence,
             frequency_penalty=frequency,
         ).choices[0].text
         for presence, frequency in pairs

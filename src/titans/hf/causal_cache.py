@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -98,6 +99,42 @@ class CausalCache:
         if repeats > 1 and self.held is not None:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @classmethod
+    def side_by_side(cls, caches: Sequence[CausalCache]) -> CausalCache:
+        """One cache with the rows of several that have read something, one after the other.
+
+        Keys and values of the shorter ones have zeros before them, which a mask must hide; `num_columns` is
+        that of the longest.
+
+        Raises:
+            RuntimeError: for caches that hold something else of different sizes.
+        """
+        leaves = [named_leaves(cache.held) for cache in caches]
+        joined = cls()
+        joined.num_columns = max(cache.num_columns for cache in caches)
+
+        def together(name: str, leaf: Tensor, shared: bool) -> Tensor:
+            parts = [mine[name] for mine in leaves]
+            if shared:
+                most = max(part.shape[-2] for part in parts)
+                parts = [F.pad(part, (0, 0, most - part.shape[-2], 0)) for part in parts]
+            return torch.cat(parts)
+
+        joined.held = _rebuilt(caches[0].held, together, _position(joined.num_columns))
+        return joined
+
+    def row(self, index: int, num_columns: int) -> CausalCache:
+        """One row as it would stand alone after so many tokens; nothing of the others is kept alive."""
+        alone = type(self)()
+        alone.num_columns = num_columns
+
+        def of_row(name: str, leaf: Tensor, shared: bool) -> Tensor:
+            mine = leaf[index : index + 1]
+            return (mine[..., -num_columns:, :] if shared else mine).clone()
+
+        alone.held = _rebuilt(self.held, of_row, _position(num_columns))
+        return alone
+
     def save(
         self, path: str | Path, config: PreTrainedConfig, metadata: dict[str, str] | None = None
     ) -> None:
@@ -151,7 +188,7 @@ class CausalCache:
         loaded.held = _rebuilt(
             template.held,
             lambda name, leaf, shared: converted(file.path, name, tensors[name], leaf),
-            lambda name: num_columns if name == _POSITION else None,
+            _position(num_columns),
         )
         return loaded
 
@@ -191,6 +228,11 @@ def named_leaves(held: Any) -> dict[str, Tensor]:
 
     _rebuilt(held, note)
     return found
+
+
+def _position(num_columns: int) -> Callable[[str], int | None]:
+    """For `_rebuilt`: the number of a layer that says how much was read."""
+    return lambda name: num_columns if name == _POSITION else None
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class CausalReader:
             )
         self._cache_name = found[0]
         self._takes_positions = "position_ids" in accepted
+        self._takes_mask = "attention_mask" in accepted
         self._keeps_logits = "logits_to_keep" in accepted
         if self.inner not in _TRIED:
             _TRIED[self.inner] = self._try_out()
@@ -119,6 +120,52 @@ class CausalReader:
                     found[0] = logits
         return Read(torch.cat(found, 1))
 
+    def read_one_each(self, ids: Tensor, cache: CausalCache, lengths: Sequence[int]) -> Tensor:
+        """Read one token of each of several texts: ids (rows, 1), to a cache of `side_by_side`.
+
+        lengths: how much each has read. Returns logits (rows, 1, vocab_size). See `can_read_side_by_side`.
+        """
+        self.check_room(max(lengths) + 1)
+        have = torch.tensor(lengths, device=self.device)[:, None]
+        mask = None
+        if self._takes_mask and min(lengths) < cache.num_columns:
+            columns = torch.arange(cache.num_columns + 1, device=self.device)
+            mask = (columns >= cache.num_columns - have).long()
+        with reading(self.inner):
+            return self._call(
+                ids.to(self.device), cache, False, have if self._takes_positions else None, mask
+            )
+
+    def can_read_side_by_side(self) -> bool:
+        """Whether texts of different lengths may be read by `read_one_each`: found by a short trial, once."""
+        if self.inner not in _TRIED_SIDE_BY_SIDE:
+            _TRIED_SIDE_BY_SIDE[self.inner] = self._try_side_by_side()
+        return _TRIED_SIDE_BY_SIDE[self.inner]
+
+    def _try_side_by_side(self) -> bool:
+        lengths, caches, expected = [_TRIAL_LENGTH - 2, _TRIAL_LENGTH], [], []
+        ids = (7 * torch.arange(2 * _TRIAL_LENGTH, device=self.device) + 1).remainder(self.vocab_size)
+        ids = ids.view(2, -1)
+        more = ids[:, :2].flip(0)
+        try:
+            for row, length in enumerate(lengths):
+                cache = self.start()
+                self.read(ids[[row], :length], cache)
+                caches.append(cache.clone())
+                with reading(self.inner):
+                    alone = [self._call(token, cache, False) for token in more[[row]].split(1, 1)]
+                expected.append(torch.cat(alone, 1))
+            together = CausalCache.side_by_side(caches)
+            found = [
+                self.read_one_each(more[:, [n]], together, [length + n for length in lengths])
+                for n in range(more.shape[1])
+            ]
+            together.row(0, lengths[0] + more.shape[1])
+        # What a model raises that was not made for this is of any kind.
+        except (ValueError, RuntimeError, TypeError, AttributeError, LookupError):
+            return False
+        return not _difference(torch.cat(found, 1), torch.cat(expected))
+
     def check_room(self, num_tokens: int) -> None:
         limit = self.most_tokens
         if limit is not None and num_tokens > limit:
@@ -148,13 +195,23 @@ class CausalReader:
         self.read(torch.zeros(1, 1, dtype=torch.int64), template)
         return CausalCache.from_file(file, self.inner.config, template)
 
-    def _call(self, ids: Tensor, cache: CausalCache, all_logits: bool) -> Tensor:
+    def _call(
+        self,
+        ids: Tensor,
+        cache: CausalCache,
+        all_logits: bool,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         begin, count = cache.num_columns, ids.shape[1]
         kwargs: dict[str, Any] = {} if cache.held is None else {self._cache_name: cache.held}
         if self._takes_positions:
             # Some models count from 0 in every call otherwise.
-            positions = torch.arange(begin, begin + count, device=ids.device)
-            kwargs["position_ids"] = positions.expand(len(ids), -1)
+            if positions is None:
+                positions = torch.arange(begin, begin + count, device=ids.device).expand(len(ids), -1)
+            kwargs["position_ids"] = positions
+        if mask is not None:
+            kwargs["attention_mask"] = mask
         if self._keeps_logits:
             kwargs["logits_to_keep"] = 0 if all_logits else 1
         output = self.model(input_ids=ids, use_cache=True, **kwargs)
@@ -196,6 +253,8 @@ class CausalReader:
 
 # Whether a model reads several tokens with a filled cache as it would in one call.
 _TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Whether it reads a token of each of several texts of different lengths as it would read each alone.
+_TRIED_SIDE_BY_SIDE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _difference(logits: Tensor, whole: Tensor) -> str:

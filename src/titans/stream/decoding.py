@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from titans.hf.causal_cache import CausalCache
+from titans.stream.causal import CausalReader
 from titans.stream.reader import StateReader
-from titans.stream.rows import can_share_calls, row_of, side_by_side
+from titans.stream.rows import row_of, side_by_side
 from titans.stream.session import Session
+
+# Texts of a causal model are read side by side where the longest is not longer than so many times the
+# shortest and so many tokens more: the shorter ones are padded.
+_TIMES_LONGER, _LONGER = 2, 256
 
 
 @dataclass(eq=False)
 class _Member:
-    """A session that generates. cache: as it was when the session joined, or what it has read since where
-    rows are not shared. read, new: ids that were read and chosen since."""
+    """A session that generates. read, new: ids that were read and chosen since it joined."""
 
     session: Session
-    cache: Any
     read: list[int] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
 
@@ -29,7 +33,9 @@ class Decoding:
     """Sessions join and leave between tokens; each gets the tokens that it would get alone, up to the
     rounding of the model's kernels. While it is a member, a session takes in nothing else.
 
-    Titans models and grafts read one token of every member in one call, other models in one call for each.
+    Titans models and grafts read one token of every member in one call. Causal models of transformers do for
+    members whose lengths are alike, if a trial shows that this changes nothing, and read one member after
+    the other if not.
 
     Args:
         reader: that of all sessions.
@@ -37,14 +43,17 @@ class Decoding:
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        self._members: list[_Member] = []
-        # The states of all members, in their order.
-        self._rows: Any = None
+        # Those of a group are read in one call.
+        self._groups: list[tuple[_Rows, list[_Member]]] = []
 
     @property
     def sessions(self) -> list[Session]:
         """The members, in the order of the rows of `step`."""
         return [member.session for member in self._members]
+
+    @property
+    def _members(self) -> list[_Member]:
+        return [member for _, members in self._groups for member in members]
 
     def join(self, session: Session) -> None:
         """Have a session generate from now on.
@@ -55,48 +64,130 @@ class Decoding:
         """
         if session.reader.inner is not self.reader.inner:
             raise ValueError("session is of another model: sessions of one model generate together")
-        member = _Member(session, session._begin_stream())
-        self._members.append(member)
-        if can_share_calls(self.reader):
-            caches = [member.cache] if self._rows is None else [self._rows, member.cache]
-            self._rows = side_by_side(self.reader, caches)
+        cache = session._begin_stream()
+        for rows, members in self._groups:
+            if rows.takes(cache):
+                rows.join(cache)
+                members.append(_Member(session))
+                return
+        self._groups.append((_rows_of(self.reader, cache), [_Member(session)]))
 
     def leave(self, session: Session) -> None:
         """Let a session go on alone, with all tokens that were chosen for it."""
-        index = self.sessions.index(session)
-        member = self._members[index]
-        if self._rows is not None:
-            if member.read:
-                states = row_of(self.reader, self._rows, index)
-                ids = torch.tensor([member.read], device=self.reader.inner.device)
-                member.cache.store(states, len(member.read), ids)
-            others = [row for row in range(len(self._members)) if row != index]
-            if others:
-                self._rows.batch_select_indices(torch.tensor(others))
-            else:
-                self._rows = None
-        del self._members[index]
-        session._end_stream(member.cache, tuple(member.new))
+        for rows, members in self._groups:
+            for index, member in enumerate(members):
+                if member.session is session:
+                    cache = rows.leave(index, member.read)
+                    del members[index]
+                    self._groups = [group for group in self._groups if group[1]]
+                    session._end_stream(cache, tuple(member.new))
+                    return
+        raise ValueError("session does not generate: it never joined, or has left")
 
     def step(self) -> Tensor:
         """The logits of the token after the last one of each member, (members, vocab_size); `choose` comes
         next."""
-        last = [member.new[-1] if member.new else member.session.recent[-1] for member in self._members]
-        ids = torch.tensor(last)[:, None]
-        if self._rows is not None:
-            assert isinstance(self.reader, StateReader)
-            logits = self.reader.read(ids, self._rows).logits
-        else:
-            found = [
-                self.reader.read(ids[[row]], member.cache).logits for row, member in enumerate(self._members)
-            ]
-            logits = torch.cat(found)
-        for member, token in zip(self._members, last, strict=True):
-            member.read.append(token)
-        assert logits is not None
-        return logits[:, -1]
+        found = []
+        for rows, members in self._groups:
+            last = [member.new[-1] if member.new else member.session.recent[-1] for member in members]
+            found.append(rows.read(torch.tensor(last)[:, None])[:, -1])
+            for member, token in zip(members, last, strict=True):
+                member.read.append(token)
+        return torch.cat(found)
 
     def choose(self, tokens: Sequence[int]) -> None:
         """Continue each member with a token."""
         for member, token in zip(self._members, tokens, strict=True):
             member.new.append(token)
+
+
+class _Rows(Protocol):
+    """What several texts have left in a model, each a row."""
+
+    def takes(self, cache: Any) -> bool:
+        """Whether a text may join."""
+
+    def join(self, cache: Any) -> None:
+        """Have it be the last row."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read ids (rows, 1); the logits (rows, 1, vocab_size)."""
+
+    def leave(self, index: int, read: list[int]) -> Any:
+        """Remove a row, and return its cache; read: the ids it has read since it joined."""
+
+
+def _rows_of(reader: Any, cache: Any) -> _Rows:
+    return _StateRows(reader, cache) if isinstance(reader, StateReader) else _CausalRows(reader, cache)
+
+
+class _StateRows:
+    """Of a Titans model or a graft, which know padding: of any lengths."""
+
+    def __init__(self, reader: StateReader, cache: Any) -> None:
+        self.reader, self.caches = reader, [cache]
+        # The states of all rows.
+        self.rows = side_by_side(reader, [cache])
+
+    def takes(self, cache: Any) -> bool:
+        return True
+
+    def join(self, cache: Any) -> None:
+        self.caches.append(cache)
+        self.rows = side_by_side(self.reader, [self.rows, cache])
+
+    def read(self, ids: Tensor) -> Tensor:
+        logits = self.reader.read(ids, self.rows).logits
+        assert logits is not None
+        return logits
+
+    def leave(self, index: int, read: list[int]) -> Any:
+        cache = self.caches.pop(index)
+        if read:
+            ids = torch.tensor([read], device=self.reader.inner.device)
+            cache.store(row_of(self.reader, self.rows, index), len(read), ids)
+        if self.caches:
+            self.rows.batch_select_indices(_others(index, len(self.caches) + 1))
+        return cache
+
+
+class _CausalRows:
+    """Of a causal model of transformers: of lengths that are alike, or one alone."""
+
+    def __init__(self, reader: CausalReader, cache: CausalCache) -> None:
+        self.reader, self.cache, self.lengths = reader, cache, [cache.num_columns]
+
+    def takes(self, cache: CausalCache) -> bool:
+        lengths = [*self.lengths, cache.num_columns]
+        alike = max(lengths) <= _TIMES_LONGER * min(lengths) + _LONGER
+        # A text of one token has left nothing yet.
+        return alike and min(lengths) > 0 and self.reader.can_read_side_by_side()
+
+    def join(self, cache: CausalCache) -> None:
+        self.cache = CausalCache.side_by_side([self.cache, cache])
+        self.lengths.append(cache.num_columns)
+
+    def read(self, ids: Tensor) -> Tensor:
+        if len(self.lengths) > 1:
+            logits = self.reader.read_one_each(ids, self.cache, self.lengths)
+        else:
+            logits = self.reader.read(ids, self.cache).logits
+        self.lengths = [length + 1 for length in self.lengths]
+        assert logits is not None
+        return logits
+
+    def leave(self, index: int, read: list[int]) -> CausalCache:
+        if len(self.lengths) == 1:
+            return self.cache
+        cache = self.cache.row(index, self.lengths[index])
+        others = _others(index, len(self.lengths))
+        del self.lengths[index]
+        if len(others) == 1:
+            self.cache = self.cache.row(int(others), self.lengths[0])
+        else:
+            self.cache.batch_select_indices(others)
+        return cache
+
+
+def _others(index: int, count: int) -> Tensor:
+    return torch.tensor([row for row in range(count) if row != index])
