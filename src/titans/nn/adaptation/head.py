@@ -77,8 +77,9 @@ class LinearHead:
 
     def moments(self, hidden: Tensor, probs: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         wide = probs.dtype
-        rows = probs * self.scale
-        squares = rows * self.scale
+        # A product with 1 would pass over two more tensors of the size of the vocabulary for each token.
+        rows = probs if self.scale == 1.0 else probs * self.scale
+        squares = probs if self.scale == 1.0 else rows * self.scale
         if self.softcap is not None:
             slopes = self._slopes(self.logits(hidden) if logits is None else logits, wide)
             rows, squares = rows * slopes, squares * slopes.square()

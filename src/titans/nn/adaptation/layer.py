@@ -228,7 +228,7 @@ class Adaptation(nn.Module):
                 hidden[:, part], ids[:, part], real[:, part], head, state, column, frozen
             )
             if stop > kept_from:
-                logits.append(some[:, max(kept_from - start, 0) :])
+                logits.append(some[:, max(kept_from - start, 0) :].to(hidden.dtype))
             losses.append(loss)
         found, lost = torch.cat(logits, 1), torch.cat(losses, 1)
         if any(shift):
@@ -268,6 +268,11 @@ class Adaptation(nn.Module):
     def _update(self, state: AdaptationState, rows: Tensor) -> AdaptationState:
         """End a chunk in the rows (batch,) that begin the next."""
         wide = state.bias.dtype
+        every = bool(rows.all())
+
+        def begun(new: Tensor, old: Tensor) -> Tensor:
+            return new if every else torch.where(rows.view(-1, *[1] * (old.dim() - 1)), new, old)
+
         weight_gradient = state.errors.transpose(1, 2) @ state.inputs
         # The eigenvalues of Σ κ x xᵀ that are not 0 are those of its Gram matrix.
         gram = state.inputs @ state.inputs.transpose(1, 2)
@@ -285,23 +290,19 @@ class Adaptation(nn.Module):
         if self.momentum_logit is not None:
             eta = torch.sigmoid(self.momentum_logit.to(wide))
             changes = tuple(eta * s + (1 - eta) * c for s, c in zip(momentum, changes, strict=True))
-            momentum = tuple(
-                torch.where(rows.view(-1, *[1] * (s.dim() - 1)), c, s)
-                for s, c in zip(momentum, changes, strict=True)
-            )
+            momentum = tuple(begun(c, s) for s, c in zip(momentum, changes, strict=True))
         left = 1.0
         if self.log_half_life is not None:
             left = torch.exp2(-self.chunk_size * (-self.log_half_life.to(wide)).exp())
-        flat, cube = rows[:, None], rows[:, None, None]
         return replace(
             state,
-            weight=torch.where(cube, left * state.weight + changes[0], state.weight),
-            bias=torch.where(flat, left * state.bias + changes[1], state.bias),
+            weight=begun(left * state.weight + changes[0], state.weight),
+            bias=begun(left * state.bias + changes[1], state.bias),
             momentum=momentum,
-            inputs=torch.where(cube, 0, state.inputs),
-            errors=torch.where(cube, 0, state.errors),
-            curvatures=torch.where(flat, 0, state.curvatures),
-            bias_gradient=torch.where(flat, 0, state.bias_gradient),
+            inputs=begun(torch.zeros_like(state.inputs), state.inputs),
+            errors=begun(torch.zeros_like(state.errors), state.errors),
+            curvatures=begun(torch.zeros_like(state.curvatures), state.curvatures),
+            bias_gradient=begun(torch.zeros_like(state.bias_gradient), state.bias_gradient),
         )
 
     def _predict(
@@ -342,12 +343,14 @@ class Adaptation(nn.Module):
             awaits=torch.where(count > 0, 0 if frozen else 1, state.awaits),
         )
         if frozen:
-            return logits.to(hidden.dtype), losses, state
+            return logits, losses, state
         probs = log_probs.exp()
         mean, trace = head.moments(given, probs, raw)
         error = mean[:, :-1] - head.row(given[:, :-1], labels, wide)
         curved = curvature(trace[:, :-1], error)
-        in_logits = torch.where(labelled[..., None], _minus_one_at(probs[:, :-1], labels[..., None]), 0)
+        # Σ over the labelled tokens of p minus one at the label, as a product: no tensor as large as the logits.
+        counted = labelled.to(wide)
+        in_logits = (counted[:, None] @ probs[:, :-1])[:, 0].scatter_add(1, labels, -counted)
 
         def written(old: Tensor, new: Tensor, real: Tensor) -> Tensor:
             """The chunk's tensor `old` with `new` in the places of this segment, where real."""
@@ -360,12 +363,12 @@ class Adaptation(nn.Module):
             inputs=written(state.inputs, features, real),
             errors=written(state.errors, error, labelled),
             curvatures=written(state.curvatures, curved, labelled),
-            bias_gradient=state.bias_gradient + in_logits.sum(1),
+            bias_gradient=state.bias_gradient + in_logits,
             mean=torch.where(some, mean.take_along_dim(last, 1)[:, 0], state.mean),
             trace=torch.where(count > 0, trace.take_along_dim(last[..., 0], 1)[:, 0], state.trace),
             position=state.position + count,
         )
-        return logits.to(hidden.dtype), losses, state
+        return logits, losses, state
 
     def _features(self, hidden: Tensor) -> Tensor:
         centred = (hidden - self.mean.to(hidden.dtype)) @ self.whitening.to(hidden.dtype).T
