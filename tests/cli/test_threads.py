@@ -79,6 +79,36 @@ def test_threads_for_the_processors_that_are_free(
     assert choice.threads == chosen and reason in str(choice)
 
 
+@pytest.mark.parametrize(
+    ("group", "limit", "usage"),
+    [
+        ("0::/box\n", {"box/cpu.max": "300000 100000"}, ("box/cpu.stat", "usage_usec {us}\nuser_usec 1\n")),
+        (
+            "1:cpu,cpuacct:/box\n",
+            {"cpu/box/cpu.cfs_quota_us": "300000", "cpu/box/cpu.cfs_period_us": "100000"},
+            ("cpu/box/cpuacct.usage", "{us}000\n"),
+        ),
+    ],
+)
+@pytest.mark.parametrize(("by_group", "chosen"), [(3.0, 1), (1.5, 2), (1.2, 3)])
+def test_others_of_the_same_control_group_share_its_limit(
+    group: str, limit: dict[str, str], usage: tuple[str, str], by_group: float, chosen: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of 8 processors all are free, and the group may use 3: in one second it uses `by_group`, we 1 of it."""
+    file, text = usage
+    clock, own = iter([10.0, 11.0, 11.0]), iter([7.0, 8.0])
+    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(threads, "_processors", lambda: set(range(8)))
+    monkeypatch.setattr(threads, "_used_by_this_process", lambda: next(own))
+    watch = Watch(machine(tmp_path, 8, 5.0, group=group, files={**limit, file: text.format(us=40_000_000)}))
+    after = text.format(us=40_000_000 + round(by_group * 1e6))
+    machine(tmp_path, 8, 5.0 + by_group / 8, group=group, files={file: after})
+    choice = watch.choose()
+    assert choice.threads == chosen
+    assert ("of the 3 processors that its control group grants" in str(choice)) == (chosen < 3)
+
+
 def test_a_command_says_its_choice_first_and_leaves_the_environment_to_the_user() -> None:
     """Two commands in one process, before and after torch is loaded."""
     program = (

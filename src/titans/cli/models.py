@@ -63,7 +63,7 @@ def open_session(model: Any, tokenizer: PreTrainedTokenizerBase, memory: Path | 
 
 def set_precision(model: Any, precision: Precision) -> None:
     """Convert a model as `titans.zoo.precision` does, and say what auto chose, if it changed anything."""
-    from titans.zoo.precision import set_precision as convert
+    from titans.zoo import precision as of_zoo
 
-    if choice := convert(model, precision):
+    if choice := of_zoo.set_precision(model, precision):
         report(f"precision: {choice}; --dtype sets another")

@@ -35,6 +35,20 @@ class Choice:
         return f"threads: {number}{self.reason}"
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What was used until now, in seconds of a processor; None where the system does not say.
+
+    at: the clock. processors: of those that this process may use. own: by this process. groups: by each
+    of the control groups that limit it.
+    """
+
+    at: float
+    processors: float | None
+    own: float
+    groups: tuple[float | None, ...]
+
+
 class Watch:
     """Looks at what other programs compute, from its construction until `choose`.
 
@@ -45,30 +59,48 @@ class Watch:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._processors = _processors()
-        self._began = time.monotonic(), self._used(), _used_by_this_process()
+        self._limits = _limits(root)
+        self._then = self._look()
 
     def choose(self) -> Choice:
         """The number of threads for the processors this process may use and that others leave free."""
-        count, quota = len(self._processors), cpu_quota(self._root)
-        granted = min(count, quota)
-        taken = self._taken_by_others()
+        count = len(self._processors)
+        time.sleep(max(0.0, _LEAST_SECONDS - (time.monotonic() - self._then.at)))
+        now = self._look()
+        taken = self._taken_by_others(now)
         free = floor(count - taken + _TOLERATED)
-        threads = max(1, min(floor(granted), free))
+        left, limit, shared = self._left_of_limits(now)
+        threads = max(1, min(floor(left), free))
         if threads == count:
             return Choice(None, f"for {count} free processors as many as PyTorch chooses")
-        if granted < count and floor(granted) <= free:
-            return Choice(threads, f"for {granted:g} of {count} processors that this process is granted")
-        busy = f"because other programs use {taken:.1f} of {count} processors"
-        return Choice(threads, f"{busy}; {NUMBER} sets another number")
+        other = f"; {NUMBER} sets another number"
+        if left < count and floor(left) <= free:
+            if shared <= _TOLERATED:
+                return Choice(threads, f"for {left:g} of {count} processors that this process is granted")
+            granted = f"{limit:g} processors that its control group grants this process"
+            return Choice(threads, f"because other programs use {shared:.1f} of the {granted}{other}")
+        return Choice(threads, f"because other programs use {taken:.1f} of {count} processors{other}")
 
-    def _taken_by_others(self) -> float:
+    def _look(self) -> _Look:
+        groups = tuple(_used_in(group) for _, group in self._limits)
+        return _Look(time.monotonic(), self._used(), _used_by_this_process(), groups)
+
+    def _taken_by_others(self, now: _Look) -> float:
         """Processors that others kept busy since the beginning; without /proc in the last minute."""
-        began, used_then, own_then = self._began
-        time.sleep(max(0.0, _LEAST_SECONDS - (time.monotonic() - began)))
-        used, own = self._used(), _used_by_this_process()
-        if used is None or used_then is None:
+        then = self._then
+        if now.processors is None or then.processors is None:
             return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        return max(0.0, used - used_then - (own - own_then)) / (time.monotonic() - began)
+        return max(0.0, now.processors - then.processors - (now.own - then.own)) / (now.at - then.at)
+
+    def _left_of_limits(self, now: _Look) -> tuple[float, float, float]:
+        """Of the control group that leaves least: what it leaves, its limit, and what others of it use."""
+        then, found = self._then, [(float(len(self._processors)), float("inf"), 0.0)]
+        for (limit, _), after, before in zip(self._limits, now.groups, then.groups, strict=True):
+            shared = 0.0
+            if after is not None and before is not None:
+                shared = max(0.0, after - before - (now.own - then.own)) / (now.at - then.at)
+            found.append((limit - (shared if shared > _TOLERATED else 0.0), limit, shared))
+        return min(found)
 
     def _used(self) -> float | None:
         """Seconds for which this process's processors have been busy or withheld by a hypervisor."""
@@ -108,12 +140,17 @@ def choose_threads(watch: Watch, requested: int | None) -> Choice | None:
 
 def cpu_quota(root: Path = Path("/")) -> float:
     """Processors' worth of time that control groups grant this process; inf without a limit."""
+    return min((limit for limit, _ in _limits(root)), default=float("inf"))
+
+
+def _limits(root: Path) -> list[tuple[float, Path]]:
+    """Every control group, of either version, that limits this process: processors, and its folder."""
     groups = root / "sys" / "fs" / "cgroup"
     try:
         lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
     except OSError:
-        return float("inf")
-    least = float("inf")
+        return []
+    found = {}
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -121,8 +158,10 @@ def cpu_quota(root: Path = Path("/")) -> float:
         folder = groups / (controllers and "cpu")
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
-            least = min(least, _quota_of(folder.joinpath(*parts[:depth])))
-    return least
+            group = folder.joinpath(*parts[:depth])
+            if (limit := _quota_of(group)) < float("inf"):
+                found[group] = limit
+    return [(limit, group) for group, limit in found.items()]
 
 
 def _quota_of(group: Path) -> float:
@@ -134,6 +173,17 @@ def _quota_of(group: Path) -> float:
         return float(quota) / float(period) if float(quota) > 0 else float("inf")
     except (OSError, ValueError):  # no such file, or "max"
         return float("inf")
+
+
+def _used_in(group: Path) -> float | None:
+    """Seconds that the processes of a control group have computed; None if it does not say."""
+    try:
+        if (group / "cpuacct.usage").is_file():
+            return float((group / "cpuacct.usage").read_text()) / 1e9
+        numbers = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        return float(numbers["usage_usec"]) / 1e6
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _processors() -> set[int]:

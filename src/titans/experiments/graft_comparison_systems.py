@@ -27,6 +27,7 @@ from titans.stream.causal import position_limit
 from titans.stream.reader import Reader, reader_of
 from titans.zoo import graft_names, load
 from titans.zoo.by_name import PRETRAINED, folder_in_library
+from titans.zoo.precision import convert
 
 WINDOW, SINKS, SEGMENT, RANK = 512, 4, 64, 8
 # Positions that a question and its answer may take where a model has a last one.
@@ -224,7 +225,7 @@ def _opened(place: str | Callable[[], tuple[Any, Any]], dtype: torch.dtype) -> t
     """A graft by its place, or what a function loads; no system changes the model, so that all share it."""
     model, tokenizer = load(place, dtype="float32") if isinstance(place, str) else place()
     base: Any = model.base if isinstance(model, GraftedForCausalLM) else model
-    base.to(dtype)
+    convert(base, dtype)
     return model, tokenizer
 
 

@@ -25,6 +25,7 @@ from titans.train.graft.recall import recall_after
 from titans.train.graft.settings import FeatureSettings
 from titans.zoo import load
 from titans.zoo.by_name import graft_names
+from titans.zoo.precision import convert
 
 # In no training, and no choice. The text between facts and questions is the end of the first two.
 SOURCES = (
@@ -60,7 +61,7 @@ class GraftTraining(Experiment):
         if association is None:
             raise ValueError(f"{folder} is no graft with an association: give such a folder in --models")
         grafted = grafted.to(torch.device(request.device))
-        grafted.base.bfloat16()  # As in training.
+        convert(grafted.base, torch.bfloat16)  # As in training.
         base = WindowedBase(grafted.base, Window(grafted.config.window, grafted.config.sinks))
         cache = features(base, tokenizer, association.layers, request, progress)
         texts = {cache.about(path): cache.load(path)["text"] for path in cache.files(TEXTS)}

@@ -9,6 +9,23 @@ Precision = Literal["auto", "float32", "bfloat16"]
 _LARGE = 20_000_000
 
 
+def convert(model: Any, dtype: Any) -> None:
+    """Convert a model of transformers in place, as if it had been loaded in this dtype.
+
+    `model.to` would also round what is never saved, such as the frequencies of rotary positions: in bfloat16
+    by up to 0.3 %, which after 300 tokens is an angle of one radian.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
+
+
 def set_precision(model: Any, precision: Precision) -> str | None:
     """Convert a model of transformers, or a graft's base; memories keep float32.
 
@@ -31,7 +48,7 @@ def set_precision(model: Any, precision: Precision) -> str | None:
         return None
     base = model.base if model.config.model_type == "titans-graft" else model
     if precision != "auto":
-        base.to(getattr(torch, precision))
+        convert(base, getattr(torch, precision))
         return None
     if base.device.type != "cpu" or base.num_parameters() < _LARGE:
         return None
@@ -39,6 +56,6 @@ def set_precision(model: Any, precision: Precision) -> str | None:
     wanted = torch.bfloat16 if tiles else torch.float32
     if base.dtype == wanted:
         return None
-    base.to(wanted)
+    convert(base, wanted)
     name = str(wanted).removeprefix("torch.")
     return f"{name}, because this processor {'has' if tiles else 'has no'} matrix tiles"

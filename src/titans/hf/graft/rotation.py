@@ -31,29 +31,46 @@ def rotations(rotary: nn.Module, layer_types: list[str]) -> Iterator[Rotation]:
             yield Rotation(layer_type, interleaved)
 
 
-def moved(keys: Tensor, distance: int, rotation: Rotation | None, rotary: nn.Module) -> Tensor:
-    """The keys as if they stood `distance` positions later; earlier if it is negative.
+class Move:
+    """Keys as if they stood `distance` positions later; earlier if it is negative.
 
     Args:
-        keys: (rows, heads, time, head_dim), rotated at whatever positions. Features beyond those that the
-            model rotates are left unchanged.
-        rotation: of this layer; None where its keys have no positions.
-        rotary: the model's module: its own frequencies, in its own precision.
+        rotary: the model's module: its own frequencies, in its own precision. For keys that it rotated in the
+            same way the angles are computed once.
     """
-    if rotation is None or not distance:
-        return keys
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    of_type = {} if rotation.layer_type is None else {"layer_type": rotation.layer_type}
-    positions = torch.tensor([[0, abs(distance)]], device=keys.device)
-    cosines: Any = rotary(torch.empty(0, dtype=dtype, device=keys.device), positions, **of_type)
-    cos, sin = (x[0].to(dtype) for x in cosines)
-    # Some models scale both, and the keys have this scale already: it is the cosine of position 0.
-    cos, sin = cos[1] / cos[0], sin[1] / cos[0] * (1 if distance > 0 else -1)
-    cos, sin = (_of_planes(x, rotation.interleaved) for x in (cos, sin))
-    size = cos.shape[-1]
-    turned, rest = keys[..., :size].to(dtype), keys[..., size:]
-    turned = turned * cos + _quarter_turn(turned, rotation.interleaved) * sin
-    return torch.cat([turned.to(keys.dtype), rest], -1)
+
+    def __init__(self, rotary: nn.Module, distance: int) -> None:
+        self.rotary, self.distance = rotary, distance
+        self._angles: dict[tuple[Rotation, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        """keys (…, time, head_dim), rotated at whatever positions, moved.
+
+        Features beyond those that the model rotates are left unchanged.
+
+        Args:
+            rotation: of this layer; None where its keys have no positions.
+        """
+        if rotation is None or not self.distance:
+            return keys
+        kind = rotation, keys.device
+        if kind not in self._angles:
+            self._angles[kind] = self._angles_of(rotation, keys)
+        cos, sin = self._angles[kind]
+        size = cos.shape[-1]
+        turned, rest = keys[..., :size].to(cos.dtype), keys[..., size:]
+        turned = turned * cos + _quarter_turn(turned, rotation.interleaved) * sin
+        return torch.cat([turned.to(keys.dtype), rest], -1)
+
+    def _angles_of(self, rotation: Rotation, keys: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        of_type = {} if rotation.layer_type is None else {"layer_type": rotation.layer_type}
+        positions = torch.tensor([[0, abs(self.distance)]], device=keys.device)
+        cosines: Any = self.rotary(torch.empty(0, dtype=dtype, device=keys.device), positions, **of_type)
+        cos, sin = (x[0].to(dtype) for x in cosines)
+        # Some models scale both, and the keys have this scale already: it is the cosine of position 0.
+        cos, sin = cos[1] / cos[0], sin[1] / cos[0] * (1 if self.distance > 0 else -1)
+        return _of_planes(cos, rotation.interleaved), _of_planes(sin, rotation.interleaved)
 
 
 def _of_planes(x: Tensor, interleaved: bool) -> Tensor:

@@ -348,7 +348,7 @@ class Adaptation(nn.Module):
         mean, trace = head.moments(given, probs, raw)
         error = mean[:, :-1] - head.row(given[:, :-1], labels, wide)
         curved = curvature(trace[:, :-1], error)
-        # Σ over the labelled tokens of p minus one at the label, as a product: no tensor as large as the logits.
+        # Σ over the labelled tokens of p minus one at the label, without another tensor as large as p.
         counted = labelled.to(wide)
         in_logits = (counted[:, None] @ probs[:, :-1])[:, 0].scatter_add(1, labels, -counted)
 
