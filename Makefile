@@ -53,8 +53,10 @@ $(STAMP): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q -e '.[docs]'
 	@touch $@
 
-# The package that others measure themselves by, away from ours, because it brings a dozen of its own.
+# The packages that are compared, away from ours, because they bring a dozen of their own. open-titans needs the same
+# ones as titans-pytorch, and runs on a Python older than the one it asks for.
 $(PEERS)/.built: constraints.txt
 	$(PYTHON) -m venv $(PEERS)
-	PIP_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install -q torch==2.13.0 titans-pytorch==0.5.5
+	PIP_CONSTRAINT=constraints.txt $(PEERS)/bin/python -m pip install -q torch==2.13.0 titans-pytorch==0.5.5 tqdm transformers
+	$(PEERS)/bin/python -m pip install -q --no-deps --ignore-requires-python open-titans==1.1.0
 	@touch $@

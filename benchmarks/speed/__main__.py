@@ -4,7 +4,7 @@
     python benchmarks/speed --resume              # the same, going on where it was interrupted
     python benchmarks/speed --quick               # three minutes
     python benchmarks/speed --parts scan layer    # some of it
-    python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch, in its own environment
+    python benchmarks/speed --peers .venv-peers/bin/python   # with titans-pytorch and open-titans
     python benchmarks/speed --quick --against ../before/src  # compared with another checkout of this library
 
 Every contender runs in a process of its own. For each case they take turns, A B C, C B A, …, so that a
@@ -42,9 +42,9 @@ from titans.train.checkpoint import write_bytes
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 SOURCE = HERE.parents[1] / "src"
-PARTS = ("scan", "layer", "forms", "model", "decode")
+PARTS = ("scan", "layer", "forms", "model", "mac", "decode")
 OURS = ("titans, native", "titans, bfloat16", "titans, torch")
-PEERS = ("titans-pytorch", "titans-pytorch, sequential", "titans-pytorch, per token")
+PEERS = ("titans-pytorch", "titans-pytorch, sequential", "titans-pytorch, per token", "open-titans")
 Row = dict[str, Any]
 
 
@@ -212,6 +212,17 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
             for chunk in ((16,) if quick else (16, 64))
             for backward in (False, True)
         ]
+    if part == "mac":
+        # Chunks of 64, where the preset has 16: the peers' chunk is a segment.
+        planned = []
+        base = dict(preset="small", variant="mac", chunk=64)
+        for segment in (64, 512):
+            for kind in ("train", "prefill"):
+                model = base | dict(kind=kind, time=2048, segment=segment)
+                names = ["titans, native", "titans, bfloat16", *([PEERS[0], PEERS[3]] if peers else [])]
+                planned.append((model, names, both if segment == 64 else one))
+        long = base | dict(kind="train", time=16384, segment=64)
+        return planned if quick else [*planned, (long, ["titans, native"], one)]
     if part == "decode":
         planned = []
         for variant in ("lmm", "mac", "mag"):
@@ -235,9 +246,6 @@ def plan(part: str, quick: bool, peers: bool) -> Plan:
                 )
                 for time in ((1024,) if quick else lengths)
             ]
-    if peers and not quick:
-        whole = dict(preset="small", variant="mac", kind="train", time=2048)
-        planned.append((whole, ["titans, native", "titans-pytorch"], both))
     return planned
 
 
@@ -255,7 +263,7 @@ def main() -> int:
     parser.add_argument(
         "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="forms is not compared by --against"
     )
-    parser.add_argument("--peers", help="python of an environment with titans-pytorch")
+    parser.add_argument("--peers", help="python of an environment with titans-pytorch and open-titans")
     parser.add_argument("--against", type=Path, help="src folder of another checkout of this library")
     parser.add_argument("--turns", type=int, default=5, help="times that each contender is timed")
     parser.add_argument("--patience", type=float, default=12, help="seconds of a contender in one case")

@@ -125,7 +125,8 @@ def _titans_step(case: Case, variant: str, backend: str | None = None) -> Step:
     from titans.hf import TitansConfig, TitansForCausalLM
 
     depth = case.get("memory_depth", 2)
-    config = TitansConfig.from_preset(case["preset"], variant=variant, memory_depth=depth)
+    options = {"segment_length": case["segment"], "chunk_size": case["chunk"]} if "segment" in case else {}
+    config = TitansConfig.from_preset(case["preset"], variant=variant, memory_depth=depth, **options)
     model = TitansForCausalLM(config)
     if backend is not None:
         run_on(backend, model)
@@ -176,13 +177,13 @@ def _peer(case: Case, mode: str) -> Step:
     """titans-pytorch, in its own environment; modes as in its README, or as close to the paper's rule."""
     from titans_pytorch import MemoryAsContextTransformer, MemoryMLP, NeuralMemory
 
-    if case["kind"] == "train":
-        # Width, depth and memory of the preset `small`; its feed-forward is a little wider.
+    if case["kind"] in ("train", "prefill"):
+        # Width, depth, segments and memory of the preset `small`; its feed-forward is a little narrower.
         model = MemoryAsContextTransformer(
             num_tokens=256,
             dim=256,
             depth=7,
-            segment_len=64,
+            segment_len=case["segment"],
             num_persist_mem_tokens=4,
             num_longterm_mem_tokens=4,
             heads=4,
@@ -190,13 +191,7 @@ def _peer(case: Case, mode: str) -> Step:
             neural_memory_model=MemoryMLP(dim=HEAD_DIM, depth=2, expansion_factor=4.0),
             neural_memory_kwargs=dict(dim_head=HEAD_DIM, heads=4),
         )
-        ids = torch.randint(256, (1, case["time"]))
-
-        def train() -> None:
-            model.zero_grad()
-            model(ids, return_loss=True).backward()
-
-        return train
+        return _peer_step(case, model, lambda ids: model(ids, return_loss=True))
     sizes = {
         "default": dict(chunk_size=64),
         "sequential": dict(chunk_size=64, batch_size=64),
@@ -212,6 +207,44 @@ def _peer(case: Case, mode: str) -> Step:
     return layer_step(layer, case, lambda x: layer(x)[0])
 
 
+def _open_titans(case: Case, _: str) -> Step:
+    """open-titans in the environment of the peers: a memory in every layer, which is not its default."""
+    from open_titans import TitansMACModel
+    from open_titans.models.titans_mac.configuration_mac import TitansMACConfig
+    from open_titans.modules.memory.memory_model import MemoryMLP
+
+    config = TitansMACConfig(
+        vocab_size=256,
+        hidden_size=256,
+        num_hidden_layers=7,
+        segment_len=case["segment"],
+        num_longterm_mem_tokens=4,
+        num_persist_mem_tokens=4,
+        num_attention_heads=4,
+        dim_head=HEAD_DIM,
+        intermediate_size=4 * 256,
+        neural_memory_layers=[*range(1, 8)],
+    )
+    memory = MemoryMLP(dim=HEAD_DIM, depth=2, expansion_factor=4.0)
+    model = TitansMACModel(config, memory, dim_head=HEAD_DIM, heads=4)
+    return _peer_step(case, model, lambda ids: model(ids, return_loss=True).loss)
+
+
+def _peer_step(case: Case, model: torch.nn.Module, loss: Callable[[Tensor], Tensor]) -> Step:
+    """A step of training with a peer's loss, or its forward pass."""
+    ids = torch.randint(256, (1, case["time"]))
+
+    def train() -> None:
+        model.zero_grad()
+        loss(ids).backward()
+
+    def prefill() -> None:
+        with torch.no_grad():
+            model(ids)
+
+    return train if case["kind"] == "train" else prefill
+
+
 CONTENDERS: dict[str, tuple[Callable[[Case, str], Step], str]] = {
     "titans, native": (_titans, "native"),
     "titans, bfloat16": (_titans, "native_bfloat16"),
@@ -219,6 +252,7 @@ CONTENDERS: dict[str, tuple[Callable[[Case, str], Step], str]] = {
     "attention": (_transformer, ""),
     "transformers": (_llama, ""),
     "titans-pytorch": (_peer, "default"),
+    "open-titans": (_open_titans, ""),
     "titans-pytorch, sequential": (_peer, "sequential"),
     "titans-pytorch, per token": (_peer, "per token"),
 }

@@ -91,9 +91,18 @@ def goals(rows: list[Row]) -> str:
                     f"sin features, {kind.split()[1]}, chunk {chunk}, {name}: of a linear memory's tokens/s"
                 )
                 add(what, 70, None if found is None else 100 * found, " %")
-    for threads in (1, 2):
-        found = _times(rows, "titans-pytorch", NATIVE, threads, kind="train", variant="mac", time=2048)
-        add(f"training the 10M MAC, 2,048 tokens, {_threads(threads)}: titans-pytorch", 4, found, "×")
+    for kind, what in (("train", "training"), ("prefill", "reading")):
+        for segment, threads in ((64, 1), (64, 2), (512, 1)):
+            case = dict(kind=kind, variant="mac", time=2048, segment=segment)
+            for peer, goal in (("titans-pytorch", 2), ("open-titans", 1.5)):
+                name = f"{what} with the 10M MAC, 2,048 tokens, segments of {segment}, {_threads(threads)}"
+                add(f"{name}: {peer}", goal, _times(rows, peer, NATIVE, threads, **case), "×")
+                ours, its = (_find(rows, contender, threads, **case) for contender in (NATIVE, peer))
+                if kind == "train" and ours and its and ours.get("bytes") and its.get("bytes"):
+                    add(f"{name}, memory: of {peer}'s", 50, 100 * ours["bytes"] / its["bytes"], " %", True)
+    long = _find(rows, NATIVE, kind="train", variant="mac", time=16384)
+    if long and long.get("bytes"):
+        add("training the 10M MAC, 16,384 tokens a row, memory", 24, long["bytes"] / 1e9, " GB", True)
     for variant, goals_at in (("lmm", ((4096, 2), (16384, 1))), ("mag", ((4096, 2.5), (16384, 1)))):
         for time, goal in goals_at:
             model = _find(rows, NATIVE, kind="train", variant=variant, time=time)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from titans.memory.backends.native import missing
 from titans.nn import BlockContext
 from titans.nn.blocks import BLOCKS, mac
-from titans.nn.kernels import segments
+from titans.nn.kernels import segment_reader, segments
 from titans.state import expanded
 
 from ..tolerances import assert_close
@@ -72,6 +73,7 @@ def test_whole_segments_are_segments_one_by_one(case: str, monkeypatch: pytest.M
 
     read_segments = segments.read_segments
     monkeypatch.setattr(segments, "read_segments", count)
+    monkeypatch.setattr(segment_reader, "_ROWS_AT_ONCE", 4)
     results = []
     for alone in (False, True):
         if alone:
@@ -89,6 +91,19 @@ def test_whole_segments_are_segments_one_by_one(case: str, monkeypatch: pytest.M
         assert (mine is None) == (its is None), name
         if mine is not None and mine.numel():
             assert_close(mine, its, SAME, f"gradient of {name}")
+
+
+def test_gradients_pass_through_checkpointing() -> None:
+    block, x = block_of(), random(1, 12, SIZES["hidden_size"]).requires_grad_()
+
+    def output(x: Tensor) -> Tensor:
+        return block(x, block.initial_state(1), BlockContext()).x
+
+    plain, recomputed = (
+        torch.autograd.grad(y.square().sum(), [x, *block.parameters()], allow_unused=True)
+        for y in (output(x), checkpoint(output, x, use_reentrant=False))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True) if a is not None)
 
 
 def test_what_whole_segments_do_not_know_is_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

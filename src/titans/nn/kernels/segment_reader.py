@@ -18,6 +18,8 @@ from titans.memory.network import ACTIVATIONS
 
 # So many chunks of a segment are recomputed at a time going backward; of more, √chunks.
 _CHUNKS_AT_ONCE = 4
+# Queries that attend at a time, to the keys up to the last of them: of a long segment half are later.
+_ROWS_AT_ONCE = 128
 
 
 class Sizes(NamedTuple):
@@ -104,6 +106,14 @@ class Found(NamedTuple):
     snapshot: list[Tensor]
 
 
+class Block(NamedTuple):
+    """Queries `begin` to `end` of a segment; unseen: (end − begin, 2 · end), −∞ where a key is later."""
+
+    begin: int
+    end: int
+    unseen: Tensor
+
+
 class Recalled(NamedTuple):
     """What is recalled for a segment, (rows, segment_length, head_dim), and what the backward needs: the
     normed update from the text, the norm's factor, and the network's weights, inputs and outputs by layer.
@@ -163,9 +173,11 @@ class Reader:
         few = self.chunks <= _CHUNKS_AT_ONCE
         self.group = self.chunks if few else math.isqrt(self.chunks - 1) + 1
         device = self.tail.device
-        later = torch.ones(self.length, self.length, dtype=torch.bool, device=device).triu_(1)
-        self.unseen = self.tail.new_zeros(self.length, 2 * self.length)
-        self.unseen.masked_fill_(torch.cat([later, later], 1), float("-inf"))
+        later = self.tail.new_full((self.length, self.length), float("-inf")).triu_(1)
+        self.blocks = []
+        for begin in range(0, self.length, _ROWS_AT_ONCE):
+            end = min(begin + _ROWS_AT_ONCE, self.length)
+            self.blocks.append(Block(begin, end, later[begin:end, :end].repeat(1, 2)))
         self.complete = torch.ones(self.chunks, self.rows, dtype=torch.bool, device=device)
         self.lengths = [0.0, 0.0, self.head_dim**0.5]
 
@@ -215,9 +227,9 @@ class Reader:
             recalled = self.side_by_side(self.recall(n, state).recalled)
             context_keys, context_values = self.by_head(recalled @ slow.context.t(), 2)
             context_keys = turned(context_keys, slow.turn)
-            heard = self.side_by_side(self.attend(n, context_keys, context_values)[0])
+            heard = self.side_by_side(self.heard(n, context_keys, context_values))
             torch.mm(heard, slow.output.t(), out=attended[n])
-            normed = self.normed(attended[n])[0]
+            normed = torch.ops.titans_native.rms_norm(attended[n], slow.norm, self.sizes.eps[1])
             written = (normed @ slow.input.t()).view(self.batch, self.length, -1)
             asked, keys, values = torch.ops.titans_native.filter(
                 written, tail, slow.conv, None, None, self.lengths, self.head_dim
@@ -258,19 +270,27 @@ class Reader:
         recalled = torch.addcmul(self.tokens.known[n], normed, self.slow.taught)
         return Recalled(recalled, normed, factor, weights, inputs, outputs)
 
-    def attend(self, n: int, context_keys: Tensor, context_values: Tensor) -> tuple[Tensor, ...]:
-        """Attention of segment n by head; and its weights, keys and values (those of persistent tokens
-        first)."""
-        fixed, tokens, slow = self.fixed, self.tokens, self.slow
-        keys = torch.cat([context_keys, tokens.keys[n]], 1)
-        values = torch.cat([slow.fixed_values, context_values, tokens.values[n]], 1)
-        scores = keys.new_empty(self.rows, self.length, fixed + 2 * self.length)
-        torch.bmm(tokens.rotated[n], keys.mT, out=scores[..., fixed:])
-        scores[..., fixed:] += self.unseen
-        if fixed:
-            torch.bmm(tokens.plain[n], slow.fixed_keys.mT, out=scores[..., :fixed])
-        weights = torch.softmax(scores, -1)
-        return torch.bmm(weights, values), weights, keys, values
+    def heard(self, n: int, context_keys: Tensor, context_values: Tensor) -> Tensor:
+        """Attention of segment n by head, (rows, segment_length, head_dim)."""
+        parts = [self.attend(n, block, context_keys, context_values) for block in self.blocks]
+        answers = [torch.bmm(weights, values) for weights, _, values in parts]
+        return answers[0] if len(answers) == 1 else torch.cat(answers, 1)
+
+    def attend(
+        self, n: int, block: Block, context_keys: Tensor, context_values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What some queries of segment n make of what they may see: weights, keys and values, those of
+        persistent tokens first, which have values only."""
+        begin, end, unseen = block
+        tokens, slow = self.tokens, self.slow
+        keys = torch.cat([context_keys[:, :end], tokens.keys[n][:, :end]], 1)
+        values = torch.cat([slow.fixed_values, context_values[:, :end], tokens.values[n][:, :end]], 1)
+        # The mask is what the product is added to.
+        scores = torch.baddbmm(unseen, tokens.rotated[n][:, begin:end], keys.mT)
+        if self.fixed:
+            known = torch.bmm(tokens.plain[n][:, begin:end], slow.fixed_keys.mT)
+            scores = torch.cat([known, scores], -1)
+        return torch.softmax(scores, -1), keys, values
 
     def normed(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the memory is written with; and z without the weight of its norm, and the norm's factor."""

@@ -50,8 +50,9 @@ class _ReadSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("native")
-        flat, saved = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
-        return (None, *_Backward(ctx.sizes, flat, saved, grads).run())
+        saved = ctx.saved_tensors  # Once: checkpointing lets go of what was looked at.
+        flat, rest = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
+        return (None, *_Backward(ctx.sizes, flat, rest, grads).run())
 
 
 class _Backward(Reader):
@@ -101,9 +102,9 @@ class _Backward(Reader):
             of_keys, of_values = self._through_attention(n, heard)
             if n == self.segments - 1:
                 of_keys, of_values = of_keys + keys, of_values + values
-                before[:depth] = [a + b for a, b in zip(before, snapshot, strict=False)]
+                torch._foreach_add_(before[:depth], list(snapshot))
             of_weights = self._through_recall(n, of_keys, of_values)
-            before[:depth] = [a + b for a, b in zip(before, of_weights, strict=False)]
+            torch._foreach_add_(before[:depth], of_weights)
             after = before
         flat = [self.all_context, self.all_recalled, self.all_attended, self.all_heard]
         context, recalled, attended, heard = (x.flatten(0, 1) for x in flat)
@@ -128,8 +129,7 @@ class _Backward(Reader):
         )
         # Gain and bias, of which there are none, stand between.
         of_base, before = found[8 : 8 + depth], found[8 + depth : 8 + 3 * depth]
-        for total, part in zip(self.base_grads, of_base, strict=True):
-            total += part
+        torch._foreach_add_(self.base_grads, of_base)
         shape = self.queries[n].shape
         queries, keys, values = (self.by_time(x).reshape(shape) for x in found[:3])
         queries += self.grads[2][n]
@@ -164,20 +164,27 @@ class _Backward(Reader):
 
     def _through_attention(self, n: int, heard: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of what attention gives to those of the context's keys, rotated, and values."""
-        at, tokens, fixed, length = self.kept[n], self.tokens, self.fixed, self.length
-        _, weights, keys, values = self.attend(n, at.context_keys, at.context_values)
-        of_values = torch.bmm(weights.mT, heard)
-        of_weights = torch.bmm(heard, values.mT)
-        scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_fixed, of_seen = scores[..., :fixed], scores[..., fixed:]
-        torch.bmm(of_seen, keys, out=self.to_tokens.rotated[n])
-        torch.bmm(of_fixed, self.slow.fixed_keys, out=self.to_tokens.plain[n])
-        self.fixed_keys.baddbmm_(of_fixed.mT, tokens.plain[n])
-        self.fixed_values += of_values[:, :fixed]
-        of_keys = torch.bmm(of_seen.mT, tokens.rotated[n])
-        self.to_tokens.keys[n] = of_keys[:, length:]
-        self.to_tokens.values[n] = of_values[:, fixed + length :]
-        return of_keys[:, :length], of_values[:, fixed : fixed + length]
+        at, slow, fixed = self.kept[n], self.slow, self.fixed
+        plain, rotated = self.tokens.plain[n], self.tokens.rotated[n]
+        context_keys, context_values = torch.zeros_like(heard), torch.zeros_like(heard)
+        token_keys, token_values = self.to_tokens.keys[n].zero_(), self.to_tokens.values[n].zero_()
+        for block in self.blocks:
+            rows, end = slice(block.begin, block.end), block.end
+            weights, keys, values = self.attend(n, block, at.context_keys, at.context_values)
+            of_values = torch.bmm(weights.mT, heard[:, rows])
+            of_weights = torch.bmm(heard[:, rows], values.mT)
+            scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_fixed, of_seen = scores[..., :fixed], scores[..., fixed:]
+            torch.bmm(of_seen, keys, out=self.to_tokens.rotated[n][:, rows])
+            torch.bmm(of_fixed, slow.fixed_keys, out=self.to_tokens.plain[n][:, rows])
+            self.fixed_keys.baddbmm_(of_fixed.mT, plain[:, rows])
+            self.fixed_values += of_values[:, :fixed]
+            of_keys = torch.bmm(of_seen.mT, rotated[:, rows])
+            context_keys[:, :end] += of_keys[:, :end]
+            token_keys[:, :end] += of_keys[:, end:]
+            context_values[:, :end] += of_values[:, fixed : fixed + end]
+            token_values[:, :end] += of_values[:, fixed + end :]
+        return context_keys, context_values
 
     def _through_recall(self, n: int, context_keys: Tensor, context_values: Tensor) -> list[Tensor]:
         """From the gradients of the context's keys and values to those of the weights it is recalled from."""
@@ -202,8 +209,7 @@ class _Backward(Reader):
                 grad = backward(torch.bmm(grad, answer.weights[layer]), answer.outputs[layer - 1])
         torch.bmm(grad, answer.weights[0], out=tokens.asked[n])
         found.reverse()
-        for total, part in zip(self.base_grads, found, strict=True):
-            total += part
+        torch._foreach_add_(self.base_grads, found)
         return found
 
     def _gates_backward(self, raw: Tensor, forget: Tensor, grads: Sequence[Tensor]) -> Tensor:
