@@ -1,6 +1,6 @@
 # `make demo` has a pretrained model read a play with a memory and without, `make test` checks everything, `make bench`
-# compares speed with others', `make docs` builds the documentation site into site/. Each builds .venv by itself when it
-# is missing or older than what it is built from.
+# compares speed with others', and loading data with training, `make docs` builds the documentation site into site/. Each
+# builds .venv by itself when it is missing or older than what it is built from.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,6 +20,7 @@ test: lint
 
 bench: $(STAMP) $(PEERS)/.built
 	$(BIN)/python benchmarks/speed --peers $(PEERS)/bin/python $(BENCH)
+	$(BIN)/python benchmarks/loader.py
 
 # Strict: a broken link, a missing anchor or a page outside of the navigation fails.
 docs: .venv/.docs

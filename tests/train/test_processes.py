@@ -34,7 +34,6 @@ CONFIG = {
     "sliding_window": 16,
     "num_persistent_tokens": 2,
 }
-WITH_MEMORY, WITHOUT = ("mac", "mag", "mal", "lmm", "hope"), ("transformer", "window")
 
 
 def run(settings: TrainSettings) -> None:
@@ -45,42 +44,60 @@ def run(settings: TrainSettings) -> None:
 
 
 def curve(output: Path) -> list[dict[str, Any]]:
-    unlike = ("kind", "elapsed", "tokens_per_second")
+    unlike = ("kind", "elapsed", "loading", "tokens_per_second")
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in unlike} for line in lines]
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, atol: float = 1e-10) -> None:
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-10, msg=f"{other}: {name}")
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=atol, msg=f"{other}: {name}")
     for ours, theirs in zip(curve(one), curve(other), strict=True):
         # Logits are rounded to float32.
         assert theirs == pytest.approx(ours, rel=1e-6), other
 
 
+def run_as_it_is(settings: TrainSettings) -> None:
+    """In the precision that the settings ask for."""
+    TrainingRun(settings).run()
+
+
 def test_two_processes_train_as_one_and_resume_in_any_number(settings: Make, tmp_path: Path) -> None:
     base = settings(
-        config=CONFIG, steps=2, sequence_length=24, log_every=1, eval_every=9, save_every=9, hold_out=0
+        config=CONFIG, steps=2, sequence_length=24, log_every=1, eval_every=9, save_every=99, hold_out=0
     )
     cases: dict[str, dict[str, Any]] = {}
-    # The first step of a memory that is carried is also that of one that is not.
-    cases["mac"], cases["mal"] = {"variant": "mac", "parallel": "ddp"}, {"variant": "mal", "parallel": "fsdp"}
-    for variant in WITH_MEMORY:
+    for variant in ("mac", "mag", "lmm"):  # mal below
         for engine in ("ddp", "fsdp"):
             cases[f"{variant}-{engine}"] = {"variant": variant, "carry_memory": True, "parallel": engine}
-    for variant in WITHOUT:
-        for engine in ("ddp", "fsdp"):
-            cases[f"{variant}-{engine}"] = {"variant": variant, "parallel": engine}
+    cases["hope"] = {"variant": "hope", "carry_memory": True, "parallel": "ddp"}
+    cases["transformer"] = {"variant": "transformer", "parallel": "ddp"}
+    cases["window"] = {"variant": "window", "parallel": "fsdp"}
+    # Twenty steps of each variant, of both engines with and without a carried memory.
+    long: dict[str, Any] = {"steps": 20, "log_every": 5, "eval_every": 99}
+    cases["mac-ddp"] |= long
+    cases["mag-fsdp"] |= long
+    cases["mal"] = {"variant": "mal", "parallel": "ddp", **long}
+    cases["lmm"] = {"variant": "lmm", "parallel": "fsdp", **long}
     # Rows of different lengths, weights, a price on writing; held-out text that does not divide evenly.
     facts = FactSettings(spacing=60.0, distance=32, answer_weight=3.0, write_cost=0.1)
     held_out = {"hold_out": 0.2, "eval_every": 2, "eval_tokens": 72}
     cases["facts"] = {"facts": facts, "variant": "lmm", "steps": 3, **held_out}
-    # At a constant rate a run of two steps that goes on is the run of three. Its documents are streamed.
+    # Documents are streamed.
     assert isinstance(base.data, str)
     mixture: Any = {"data": (f"{base.data}=0.7", "excerpt=0.3")}
-    cases["packed"] = {"variant": "lmm", **mixture, **held_out}
+    cases["packed"] = {"variant": "lmm", **mixture, "parallel": "fsdp"}
+
+    # Not to be compared digit by digit: rounded products, and models of which not all run in float64.
+    rounded: dict[str, dict[str, Any]] = {}
+    cheap = {"variant": "mac", "dtype": "bfloat16", "gradient_checkpointing": True}
+    for engine in ("ddp", "fsdp"):
+        rounded[f"bfloat16-{engine}"] = {**cheap, "parallel": engine}
+    rounded["system"] = {"model": "gated-deltanet", "parameters": "40k", "config": {}, "parallel": "ddp"}
+
+    # At a constant rate a run that goes on after step 2 is the run of three.
     constant = {
         **mixture,
         "variant": "mal",
@@ -88,37 +105,64 @@ def test_two_processes_train_as_one_and_resume_in_any_number(settings: Make, tmp
         "min_learning_rate": 1.0,
         "warmup_steps": 0,
     }
+    three = replace(base, steps=3, save_every=2, **constant)
     first = {
-        engine: replace(base, output=tmp_path / f"first-{engine}", steps=2, parallel=engine, **constant)
+        engine: replace(three, output=tmp_path / f"first-{engine}", parallel=engine)
         for engine in ("ddp", "fsdp")
     }
 
     def work(rank: int) -> None:
         for name, changes in cases.items():
             run(replace(base, output=tmp_path / "two" / name, **changes))
-        for engine, one in first.items():
-            run(one)
-            if rank == 0:
-                for copy in (f"again-{engine}", f"alone-{engine}"):
-                    shutil.copytree(one.output, tmp_path / copy)
+        for name, changes in rounded.items():
+            run_as_it_is(replace(base, output=tmp_path / "two" / name, **changes))
+        run(replace(first["ddp"], steps=2))
+        TitansTrainer.training_step = killed  # type: ignore[method-assign]
+        run(first["fsdp"])
+
+    step = TitansTrainer.training_step
+
+    def killed(self: TitansTrainer, *given: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *given)
+
+    def go_on(rank: int) -> None:
         for engine, one in first.items():
             # What one engine wrote, the other reads.
             other = "fsdp" if engine == "ddp" else "ddp"
-            run(replace(one, output=tmp_path / f"again-{engine}", steps=3, resume=True, parallel=other))
+            run(replace(one, output=tmp_path / f"again-{engine}", resume=True, parallel=other))
 
-    assert run_pair(work, tmp_path) == [0, 0], "".join(path.read_text() for path in tmp_path.glob("*.err"))
+    codes = run_pair(work, tmp_path)
+    assert codes == [-signal.SIGKILL] * 2, "".join(path.read_text() for path in tmp_path.glob("*.err"))
+    for engine, one in first.items():
+        for copy in (f"again-{engine}", f"alone-{engine}"):
+            shutil.copytree(one.output, tmp_path / copy)
+    assert run_pair(go_on, tmp_path) == [0, 0], "".join(path.read_text() for path in tmp_path.glob("*.err"))
+
     gc.freeze()  # else every run collects garbage in all that the test runner has loaded
     done: dict[str, Path] = {}
-    for name, changes in cases.items():
+    for name, changes in (cases | rounded).items():
         alone = {key: value for key, value in changes.items() if key != "parallel"}
         if (key := str(alone)) not in done:
             done[key] = tmp_path / "one" / name
-            run(replace(base, output=done[key], **alone))
-        assert_same(done[key], tmp_path / "two" / name)
-    run(replace(base, output=tmp_path / "whole", steps=3, **constant))
+            (run if name in cases else run_as_it_is)(replace(base, output=done[key], **alone))
+        if name in cases:
+            # Over twenty steps what differs by rounding grows a hundredfold.
+            assert_same(
+                done[key], tmp_path / "two" / name, atol=1e-10 if changes.get("steps") != 20 else 1e-8
+            )
+        else:
+            ours, theirs = (
+                [line["loss"] for line in curve(folder)] for folder in (done[key], tmp_path / "two" / name)
+            )
+            assert theirs == pytest.approx(ours, rel=1e-2 if "bfloat16" in name else 1e-5), name
+            weights = load_file(tmp_path / "two" / name / "model.safetensors")
+            assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    run(replace(three, output=tmp_path / "whole"))
     for engine, one in first.items():
         assert_same(tmp_path / "whole", tmp_path / f"again-{engine}")
-        run(replace(one, output=tmp_path / f"alone-{engine}", steps=3, resume=True))
+        run(replace(one, output=tmp_path / f"alone-{engine}", resume=True))
         assert_same(tmp_path / "whole", tmp_path / f"alone-{engine}")
     gc.unfreeze()
 

@@ -19,7 +19,7 @@ from titans.train import FactSettings, Interrupted, NonFiniteError, TrainingRun,
 from titans.train.checkpoint import alone_in
 
 Make = Callable[..., TrainSettings]
-TIMES = ("elapsed", "tokens_per_second")
+TIMES = ("elapsed", "loading", "tokens_per_second")
 
 
 def curve(output: Path) -> list[dict[str, Any]]:
@@ -52,6 +52,7 @@ def test_a_run_leaves_a_model_its_metrics_and_no_pickles(settings: Make) -> None
         ("train", 3), ("eval", 4), ("train", 6), ("train", 8), ("eval", 8)
     ]  # fmt: skip
     assert set(lines[0]) == {"kind", "step", "loss", "learning_rate", "grad_norm", *TIMES}
+    assert all(0 < line["loading"] < 1 for line in lines if line["kind"] == "train")
     assert set(lines[1]) == {"kind", "step", "loss", "bits_per_byte", "elapsed"}
     assert result.losses == tuple((line["step"], line["loss"]) for line in lines if line["kind"] == "train")
     assert result.bits_per_byte == lines[-1]["bits_per_byte"] < 8

@@ -20,8 +20,9 @@ class MetricsLog:
     Of several processes, which all know the same figures, only one writes (`writes`) and calls.
 
     Training lines have kind "train", step, loss (nats per token, mean since the line before), learning_rate,
-    grad_norm (before clipping), tokens_per_second (real tokens, without evaluations and checkpoints) and
-    elapsed (seconds of the run, breaks before resuming not counted). Evaluation lines have kind "eval", step,
+    grad_norm (before clipping), tokens_per_second (real tokens, without evaluations and checkpoints),
+    loading (share of that time in which the step waited for its examples) and elapsed (seconds of the run,
+    breaks before resuming not counted). Evaluation lines have kind "eval", step,
     loss, bits_per_byte and elapsed.
     """
 
@@ -34,7 +35,7 @@ class MetricsLog:
         self.grad_norm = self.learning_rate = 0.0
         self._losses: list[float] = []
         self._tokens = 0
-        self._busy = 0.0
+        self._busy = self._waited = 0.0
         self._elapsed_before = 0.0
         self._started = self._resumed = time.perf_counter()
 
@@ -53,6 +54,13 @@ class MetricsLog:
         """Seconds of the run so far."""
         return self._elapsed_before + time.perf_counter() - self._started
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Time spent here is waiting for the examples of a step."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
     def add_step(self, loss: float, num_tokens: int) -> None:
         """Count one step."""
         self._losses.append(loss)
@@ -69,9 +77,10 @@ class MetricsLog:
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
             "tokens_per_second": round(self._tokens / max(busy, 1e-9), 1),
+            "loading": round(self._waited / max(busy, 1e-9), 4),
             "elapsed": round(self.elapsed(), 3),
         }
-        self._losses, self._tokens, self._busy, self._resumed = [], 0, 0.0, now
+        self._losses, self._tokens, self._busy, self._waited, self._resumed = [], 0, 0.0, 0.0, now
         self._write(line)
 
     def log_evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
@@ -95,6 +104,7 @@ class MetricsLog:
             "losses": self._losses,
             "tokens": self._tokens,
             "busy": self._busy,
+            "waited": self._waited,
             "elapsed": self.elapsed(),
         }
         write_json(folder / _PENDING_FILE, pending)
@@ -111,6 +121,7 @@ class MetricsLog:
             pending = json.loads((folder / _PENDING_FILE).read_text())
             self._losses, self._tokens = list(pending["losses"]), int(pending["tokens"])
             self._busy, self._elapsed_before = float(pending["busy"]), float(pending["elapsed"])
+            self._waited = float(pending.get("waited", 0.0))  # of a time before it was measured
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{folder / _PENDING_FILE} is missing or damaged: delete {folder.name} to resume from an "

@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 PLAIN_LINES = 20
+# From this share of the time on a run says that its steps wait for examples.
+LOADING_WORTH_SAYING = 0.1
 
 
 class ProgressLine:
@@ -63,6 +65,8 @@ class ProgressLine:
         if self._held_out is not None:
             parts.append(f"held out {self._held_out:.3f}")
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+        if line.get("loading", 0.0) >= LOADING_WORTH_SAYING:
+            parts.append(f"{line['loading']:.0%} of the time waiting for data")
         if self._first is not None:
             steps, seconds = line["step"] - self._first[0], line["elapsed"] - self._first[1]
             parts.append(f"{clock((self.steps - line['step']) * seconds / steps)} left")

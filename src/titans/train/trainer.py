@@ -127,6 +127,11 @@ class TitansTrainer(Trainer):
 
     # Loss and gradient
 
+    def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+        """The examples of the next step."""
+        with self.metrics.loading():
+            return super().get_batch_samples(*given, **named)
+
     def compute_loss(
         self,
         model: nn.Module,
