@@ -8,7 +8,16 @@ import pytest
 
 from titans.data.recall import NUM_VALUES
 from titans.experiments.memory_arms import ARMS
-from titans.experiments.reproduce.questions import Capacity, Length, Twice, questions_page, slope
+from titans.experiments.reproduce.questions import (
+    QUESTIONS,
+    Capacity,
+    Cells,
+    Gain,
+    Length,
+    Twice,
+    questions_page,
+    slope,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -17,7 +26,24 @@ def test_the_page_of_the_docs_is_of_the_results_next_to_it(tmp_path: Path) -> No
     page = questions_page(RESULTS)
     assert page == (RESULTS / "questions.md").read_text()
     assert all((RESULTS / name).is_file() for name in ("question-length.png", "question-capacity.png"))
-    assert "memory-forms.json is missing" in questions_page(tmp_path)
+    assert questions_page(tmp_path).count("Not measured yet") == len(QUESTIONS)
+
+
+def test_a_gain_shrinks_where_the_interval_of_its_slope_says_so() -> None:
+    def cells(noise: float) -> Cells:
+        found = {}
+        for seed, off in enumerate((-noise, 0, noise)):
+            for size, number, gain in (("250k", 250_000, 0.3 + off), ("2500k", 2_500_000, 0.2 - off)):
+                found[f"lmm, {size}, seed {seed}"] = {"carried": 2.0, "parameters": number}
+                found[f"transformer, {size}, seed {seed}"] = {"carried": 2.0 + gain, "parameters": number}
+        return found
+
+    assert Gain().slopes(cells(0)) == [pytest.approx(-0.1)] * 3
+    said = " ".join(Gain().sentences(cells(0.01)))
+    # 0.02 apart from one seed to the next: 4.30 · 0.02 / √3.
+    assert "by -0.100 ± 0.050" in said and "the gain shrinks" in said and "+0.300 at 250,000" in said
+    assert "neither shrinks nor grows" in " ".join(Gain().sentences(cells(0.03)))
+    assert not Gain().ready({"lmm, 1M, seed 0": {"carried": 2.0, "parameters": 1}})
 
 
 def test_capacity_is_extrapolated_with_the_power_of_each_seed() -> None:

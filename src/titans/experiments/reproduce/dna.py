@@ -41,7 +41,7 @@ class Dna(TaskTable):
     full = Recipe("", ("100k",), steps=1500, search_steps=150, batch_size=16, length=2048)
     medium = Recipe("", ("100k",), steps=400, search_steps=60, batch_size=16, length=1024)
     quick = Recipe("", ("100k",), steps=20, search_steps=5, batch_size=8, length=256)
-    columns = (Column("accuracy, %", TASK, 1), Column("parameters or features", "parameters", 0))
+    columns = (Column("accuracy, %", TASK, 1),)
 
     def tokens(self, request: Request, task: str) -> float:
         recipe = self.recipe(request)

@@ -61,7 +61,7 @@ class Language(PaperTable):
         *READERS,
         *variants("mamba2", "rwkv7", "mamba", "kda"),
     )
-    full = Recipe(parameters=("1M", "4M"))
+    full = Recipe(parameters=("1M", "250k", "4M"))
     decisive = 6
     columns = (
         Column("validation, bits per byte", "validation", 3),

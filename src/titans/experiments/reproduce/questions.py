@@ -23,6 +23,7 @@ _FLOAT = 4
 # Pairs of the test that no memory here holds all of.
 _PAIRS = 512
 _GIGABYTE = 1e9
+_NOT_YET = "Not measured yet: {}.json has too little for it."
 # In place of less than chance, whose logarithm is wanted.
 _LEAST = 1e-3
 
@@ -34,6 +35,10 @@ class Question(ABC):
     source: ClassVar[str]
     picture: ClassVar[str]
     shown: ClassVar[str]
+
+    def ready(self, cells: Cells) -> bool:
+        """Whether there is enough to answer it."""
+        return bool(cells)
 
     @abstractmethod
     def sentences(self, cells: Cells) -> list[str]:
@@ -110,6 +115,63 @@ class Capacity(Question):
                 line = [pairs * (end / size) ** power for end in ends]
                 axes.plot(ends, line, color=f"C{number}", linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel="bytes of fast weights", ylabel="pairs recalled")
+
+
+class Gain(Question):
+    """What Titans (LMM) gains over the transformer, by their size."""
+
+    title = "Does the gain shrink with size?"
+    source, picture = "paper-language", "question-gain.png"
+    shown = (
+        "Bits per byte by which Titans (LMM) predicts other texts better than the transformer, by parameters"
+    )
+
+    def gains(self, cells: Cells) -> dict[int, list[tuple[float, float]]]:
+        """Seed → (parameters, bits per byte gained), smallest first."""
+        found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+        for name, cell in cells.items():
+            label, size, seed = name.rsplit(", ", 2)
+            if "carried" in cell:
+                found[size, int(seed.removeprefix("seed "))][label] = cell
+        gains: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for (_, seed), systems in found.items():
+            if systems.keys() >= {"lmm", "transformer"}:
+                gained = systems["transformer"]["carried"] - systems["lmm"]["carried"]
+                gains[seed].append((float(systems["lmm"]["parameters"]), gained))
+        return {seed: sorted(points) for seed, points in gains.items() if len(points) > 1}
+
+    def slopes(self, cells: Cells) -> list[float]:
+        """Bits per byte for ten times the parameters, of each seed."""
+        return [
+            statistics.linear_regression([math.log10(n) for n, _ in points], [g for _, g in points]).slope
+            for points in self.gains(cells).values()
+        ]
+
+    def ready(self, cells: Cells) -> bool:
+        return len(self.gains(cells)) > 1
+
+    def sentences(self, cells: Cells) -> list[str]:
+        slopes = self.slopes(cells)
+        mean, half = statistics.mean(slopes), half_interval(slopes) or math.inf
+        word = "shrinks" if mean + half < 0 else "grows" if mean - half > 0 else "neither shrinks nor grows"
+        sizes = defaultdict(list)
+        for points in self.gains(cells).values():
+            for number, gained in points:
+                sizes[float(f"{number:.2g}")].append(gained)
+        listed = ", ".join(f"{statistics.mean(g):+.3f} at {n:,.0f}" for n, g in sorted(sizes.items()))
+        return [
+            f"Titans (LMM) gains over the transformer, in bits per byte of other texts "
+            f"([language](paper-language.md)): {listed} parameters.",
+            f"Ten times the parameters change that by {mean:+.3f} ± {half:.3f} (95 % interval over "
+            f"{len(slopes)} seeds), so that the gain {word} beyond the interval.",
+            "Each size read the same text, so that larger models are trained shorter for their size.",
+        ]
+
+    def draw(self, cells: Cells, axes: Any) -> None:
+        for seed, points in self.gains(cells).items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"seed {seed}")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="parameters", ylabel="gain, bits per byte")
 
 
 class Length(Question):
@@ -264,7 +326,7 @@ def _is_prediction(name: str, system: str) -> bool:
     return name.startswith("prediction, ") and name.endswith(f", {system}")
 
 
-QUESTIONS: tuple[Question, ...] = (Length(), Retrieval(), Capacity(), Twice())
+QUESTIONS: tuple[Question, ...] = (Gain(), Length(), Retrieval(), Capacity(), Twice())
 
 
 def slope(points: Iterable[tuple[float, float]]) -> float:
@@ -286,8 +348,9 @@ def questions_page(folder: Path) -> str:
     sections = []
     for question in QUESTIONS:
         cells = cells_of(folder, question.source)
-        text = " ".join(question.sentences(cells)) if cells else f"{question.source}.json is missing."
-        picture = f"\n\n![{question.shown}]({question.picture})" if cells else ""
+        ready = question.ready(cells)
+        text = " ".join(question.sentences(cells)) if ready else _NOT_YET.format(question.source)
+        picture = f"\n\n![{question.shown}]({question.picture})" if ready else ""
         sections.append(f"## {question.title}\n\n{text}{picture}")
     head = (
         "# Questions\n\n`titans reproduce questions --output docs/results` draws this page from the JSON "
@@ -309,7 +372,7 @@ def write_questions(folder: Path) -> str:
 
     page = questions_page(folder)
     for question in QUESTIONS:
-        if cells := cells_of(folder, question.source):
+        if question.ready(cells := cells_of(folder, question.source)):
             figure = Figure(figsize=(6.4, 4), layout="constrained")
             FigureCanvasAgg(figure)
             axes = figure.subplots()
