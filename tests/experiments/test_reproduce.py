@@ -240,5 +240,7 @@ def test_the_command_plans_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert "seeds=0" in capsys.readouterr().err
     assert main(["reproduce", "commonsense", "--output", str(tmp_path)]) == 0
     assert "titans.evaluate.lm_eval" in capsys.readouterr().out
+    assert main(["reproduce", "claims", "--output", str(tmp_path / "empty")]) == 2
+    assert "does not exist: measure a table first" in capsys.readouterr().err
     assert main(["reproduce", "claims", "--output", str(tmp_path)]) == 0
     assert "# What the paper claims, tested" in capsys.readouterr().out

@@ -71,6 +71,11 @@ class Reproduce:
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"output={str(self.output)!r} is a file: give a folder")
         if self.table in ("claims", "questions"):
+            if not self.output.is_dir():
+                raise UsageError(
+                    f"output={str(self.output)!r} does not exist: measure a table first, or give --output "
+                    "docs/results"
+                )
             from titans.experiments.reproduce.page import write_claims
             from titans.experiments.reproduce.questions import write_questions
 

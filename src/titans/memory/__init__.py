@@ -2,21 +2,19 @@
 
 Notation, here and in the paper (arXiv 2501.00663):
 
-====================  ========================  ==========  ==================================
-here                  paper                     equation    shape
-====================  ========================  ==========  ==================================
-``queries``           q_t                       (15)        (batch, time, heads, head_dim)
-``keys, values``      k_t, v_t                  (11)        (batch, time, heads, head_dim)
-``forget``            α_t, the part forgotten   (13)        (batch, time, heads, depth)
-``momentum``          η_t, past surprise kept   (14)        (batch, time, heads, depth)
-``step_size``         θ_t                       (14)        (batch, time, heads, depth)
-``state.weights``     M_t                       (13)        depth × (batch, heads, out, in)
-``state.momentum``    S_t                       (14)        depth × (batch, heads, out, in)
-``state.anchor``      M_t', chunk start         (16)        depth × (batch, heads, out, in)
-``state.position``    t                                     (batch,)
-``chunk_size``        b                         (16)
-surprise              ‖M(k_t) − v_t‖²           (12)        (batch, time, heads)
-====================  ========================  ==========  ==================================
+| here | paper | equation | shape |
+|---|---|---|---|
+| `queries` | q_t | (15) | (batch, time, heads, head_dim) |
+| `keys`, `values` | k_t, v_t | (11) | (batch, time, heads, head_dim) |
+| `forget` | α_t, the part forgotten | (13) | (batch, time, heads, depth) |
+| `momentum` | η_t, past surprise kept | (14) | (batch, time, heads, depth) |
+| `step_size` | θ_t | (14) | (batch, time, heads, depth) |
+| `state.weights` | M_t | (13) | depth × (batch, heads, out, in) |
+| `state.momentum` | S_t | (14) | depth × (batch, heads, out, in) |
+| `state.anchor` | M_t', chunk start | (16) | depth × (batch, heads, out, in) |
+| `state.position` | t | | (batch,) |
+| `chunk_size` | b | (16) | |
+| surprise | ‖M(k_t) − v_t‖² | (12) | (batch, time, heads) |
 
 Read `reference.py` first: it is the method. `chunkwise/` is the same function, fast.
 """

@@ -56,7 +56,8 @@ def claims_page(folder: Path) -> str:
             f"Of {count.total()} claims: {counted}. Each claim compares two rows of a table of the paper. It "
             "is reproduced where the 95 % interval of the difference over at least three seeds lies on its "
             "side of 0; a quick run, fewer seeds, or two systems that have not learned the task decide "
-            "nothing. `titans reproduce claims` draws this page from the JSON files next to it.",
+            "nothing. `titans reproduce claims --output docs/results` draws this page from the JSON files "
+            "next to it.",
             *sections,
         ]
     )
