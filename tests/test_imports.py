@@ -98,7 +98,7 @@ ORDER = {
         layer
         """,
     "titans.hf": """
-        flat_config presets state_file weights_file offload fingerprint
+        flat_config presets state_file weights_file offload fingerprint parts
         configuration keywords state_cache memory_sentence
         cache causal_cache
         generation layer

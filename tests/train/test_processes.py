@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from tests.train.pair import run_pair
 
+import titans
+from titans import Session
 from titans.cli import main
 from titans.train import FactSettings, TrainingRun, TrainSettings
 from titans.train.trainer import TitansTrainer
@@ -139,6 +141,17 @@ def test_two_processes_train_as_one_and_resume_in_any_number(settings: Make, tmp
         for copy in (f"again-{engine}", f"alone-{engine}"):
             shutil.copytree(one.output, tmp_path / copy)
     assert run_pair(go_on, tmp_path) == [0, 0], "".join(path.read_text() for path in tmp_path.glob("*.err"))
+
+    # What the killed processes left is in parts, and a model all the same.
+    left = tmp_path / "first-fsdp" / "checkpoint-2"
+    assert (left / "parts").is_dir() and not (left / "model.safetensors").exists()
+    model, tokenizer = titans.load(left)
+    assert Session(model, tokenizer).feed("The sea").tokens == 7
+    assert main(["info", str(left)]) == 0
+    for path in (left / "parts").glob("*.safetensors"):
+        path.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"parts is damaged or of another model"):
+        titans.load(left)
 
     gc.freeze()  # else every run collects garbage in all that the test runner has loaded
     done: dict[str, Path] = {}

@@ -173,6 +173,11 @@ def _parameter_sizes(folder: Path) -> dict[str, int]:
     """How many numbers each tensor of the checkpoint has, from the headers alone."""
     import safetensors
 
+    if (folder / "parts").is_dir():
+        from titans.hf import parts
+
+        found = ((*name.partition("/")[::2], size) for name, size in parts.sizes(folder).items())
+        return {name: prod(size) for kind, name, size in found if kind == parts.MODEL}
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(

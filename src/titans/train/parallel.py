@@ -12,9 +12,6 @@ as whole files. Each can be read by any number of processes in any of the three 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from titans.hf import parts
 from titans.nn.mlp import SwiGLU
 from titans.train import checkpoint as files
 from titans.train.processes import Processes
 
-_PARTS = "parts"
-_MODEL, _OPTIMIZER = "model", "optimizer"
+_OPTIMIZER = "optimizer"
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -91,9 +88,9 @@ class Sharded(Whole):
 
         if self.processes.is_first:
             model.config.save_pretrained(folder)
-            (folder / _PARTS).mkdir()
+            (folder / parts.FOLDER).mkdir()
         self.processes.wait()
-        writer = HuggingFaceStorageWriter(str(folder / _PARTS), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder / parts.FOLDER), save_distributed=True)
         dcp.save(_tensors(model, optimizer), storage_writer=writer)
 
     def save_model(self, folder: Path, model: PreTrainedModel) -> None:
@@ -125,9 +122,8 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         ValueError: naming the file, if it is missing, damaged or of another model.
     """
     parameters = dict(model.named_parameters())
-    if (folder / _PARTS).is_dir():
-        tensors = {f"{_MODEL}/{name}": p.detach() for name, p in parameters.items()}
-        _read_parts(folder, tensors)
+    if parts.in_parts(folder):
+        parts.read_model(folder, model)
         return
     file = folder / WEIGHTS_FILE
     try:
@@ -152,15 +148,15 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
         ValueError: if the file is missing, damaged or of another model.
     """
     parameters = dict(model.named_parameters())
-    if (folder / _PARTS).is_dir():
+    if parts.in_parts(folder):
         tensors = {}
-        for name, size in _sizes(folder).items():
+        for name, size in parts.sizes(folder).items():
             kind, _, rest = name.partition("/")
             parameter = parameters.get(rest.rpartition("/")[0])
             if kind == _OPTIMIZER and parameter is not None:
                 same = size == parameter.shape
                 tensors[name] = torch.zeros_like(parameter.detach()) if same else torch.zeros(size)
-        _read_parts(folder, tensors)
+        parts.read(folder, tensors)
         states = {name.partition("/")[2]: value for name, value in tensors.items()}
     else:
         states = files.read_optimizer(folder)
@@ -175,7 +171,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """Weights and optimizer state by name."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensors[f"{_MODEL}/{name}"] = parameter.detach()
+        tensors[f"{parts.MODEL}/{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{_OPTIMIZER}/{name}/{key}"] = value
     return tensors
@@ -192,37 +188,3 @@ def _spread_like(parameter: DTensor, value: Tensor) -> DTensor:
     """A whole tensor that every process has read, spread as the parameter is."""
     value = value.to(parameter.device, parameter.dtype)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _reader(folder: Path) -> Any:
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    return HuggingFaceStorageReader(str(folder / _PARTS))
-
-
-def _sizes(folder: Path) -> dict[str, torch.Size]:
-    with _reading(folder):
-        kinds = _reader(folder).read_metadata().state_dict_metadata
-        return {name: kind.size for name, kind in kinds.items()}
-
-
-def _read_parts(folder: Path, tensors: dict[str, Any]) -> None:
-    from torch.distributed import checkpoint as dcp
-
-    with _reading(folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(tensors, storage_reader=_reader(folder), no_dist=not torch.distributed.is_initialized())
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    from torch.distributed import checkpoint as dcp
-
-    try:
-        yield
-    except (dcp.CheckpointException, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"{folder / _PARTS} is damaged or of another model ({reason}): delete {folder.name} to resume "
-            "from an older checkpoint, or name another folder"
-        ) from None

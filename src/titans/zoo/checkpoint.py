@@ -161,13 +161,15 @@ def _base_folder(graft: Path, name: str) -> Path:
 
 
 def _load_model(folder: Path, kind: Any, **options: Any) -> Any:
+    # Not at the top: torch is not needed to say what is missing.
+    if (folder / "parts").is_dir():
+        return _load_parts(folder, kind, **options)
     if not any(folder.glob("model*.safetensors*")):
         raise ValueError(
             f"checkpoint={str(folder)!r} has no model.safetensors: give a folder that `titans train` or "
             "`save_pretrained` wrote (pickled weights are not opened)"
         )
     import safetensors
-    import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -200,6 +202,31 @@ def _load_model(folder: Path, kind: Any, **options: Any) -> Any:
                 f"the weights in {folder} do not fit its config.json ({reason.replace('_', ' ')}: {name}): "
                 "the two files must come from the same model"
             )
+    return _checked(model, folder)
+
+
+def _load_parts(folder: Path, kind: Any, **options: Any) -> Any:
+    """A model from a checkpoint of `titans train --parallel fsdp`, which is in parts."""
+    from transformers import AutoConfig
+
+    from titans.hf import parts
+
+    try:
+        config = options.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = kind(config) if options else kind.from_config(config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"checkpoint={str(folder)!r} is no causal model that transformers can open ({reason})"
+        ) from None
+    parts.read_model(folder, model)
+    return _checked(model, folder)
+
+
+def _checked(model: Any, folder: Path) -> Any:
+    """The model ready to evaluate, on the GPU if there is one; ValueError for weights that are not finite."""
+    import torch
+
     broken = [
         name
         for name, parameter in model.named_parameters()
