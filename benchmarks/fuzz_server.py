@@ -37,6 +37,9 @@ _RAW = [
     b'{"prompt":"x","max_tokens":1e999}', b'{"prompt":"x","temperature":NaN}', 
     b'{"prompt":1' + b"0" * 10_000 + b"}",
     b'{"prompt":"x","seed":99999999999999999999}', b'{"prompt":"x","prompt":3}', b'{"text":"\xc3"}',
+    # An error in each of many places.
+    b'{"prompt":[' + b"{}," * 15_000 + b"{}]}", b'{"messages":[' + b"[]," * 15_000 + b"[]]}",
+    b'{"prompt":"x"' + b"".join(b',"%d":1' % number for number in range(4_000)) + b"}",
 ]  # fmt: skip
 _IDS = [
     "..", "../x", "%2e%2e%2f", "mem_" + "0" * 24, "mem_" + "A" * 24, "%00", "x" * 3000, "mem_", ".lock",

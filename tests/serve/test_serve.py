@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from .servers import (
     assert_same,
     conversation_of,
     new_memory,
+    running,
     said,
     saved_session,
     session_of,
@@ -263,3 +266,14 @@ def test_a_causal_model_of_transformers_remembers_and_answers_many_at_once(
         # Without a template an answer ends with its line.
         conversation.session.feed("\n")
     assert_same(saved_session(server, "llama", memory, tmp_path / "memory"), conversation.session)
+
+
+def test_the_example_of_a_hundred_turns_runs(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "hundred_turns.py"
+    with running(tmp_path / "memories", server.service.engines) as open_to_all:
+        monkeypatch.setattr(sys, "argv", [example.name, f"{open_to_all.url}/v1", "2"])
+        runpy.run_path(str(example), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "recalled at once: 0 of 6" in out and "2 turns, " in out
