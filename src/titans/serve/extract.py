@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html.parser
 import logging
+import os
 import resource
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ def _main(kind: str, source: str, target: str, seconds: str, size: str) -> int:
     )
     for name, limit in limits:
         resource.setrlimit(name, (limit, limit))
+    # Answers come first.
+    os.nice(10)
     # A file may be the cause of any number of warnings.
     logging.disable()
     try:

@@ -255,7 +255,9 @@ class Memories:
             state.session.save(self.file(memory), {BEGUN: "begun"} if state.begun else {})
         except OSError as error:
             raise ApiError(
-                507, f"the memory could not be written ({error.strerror or 'no room'}); it is unchanged"
+                507,
+                f"the memory could not be written ({error.strerror or 'no room'}); it is unchanged",
+                code="disk_full",
             ) from None
         memory.tokens, memory.surprise = state.session.num_tokens, state.session.mean_surprise
         memory.size, memory.begun = self.file(memory).stat().st_size, state.begun
@@ -299,7 +301,9 @@ class Memories:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise ApiError(507, f"the memory could not be written ({error.strerror})") from None
+            raise ApiError(
+                507, f"the memory could not be written ({error.strerror})", code="disk_full"
+            ) from None
         _flush(self.settings.folder)
 
     def _find(self) -> None:
