@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from .servers import (
     saved_session,
     session_of,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_texts_of_many_clients_are_what_a_session_gives_each(server: Server, client: openai.OpenAI) -> None:
@@ -268,12 +271,17 @@ def test_a_causal_model_of_transformers_remembers_and_answers_many_at_once(
     assert_same(saved_session(server, "llama", memory, tmp_path / "memory"), conversation.session)
 
 
-def test_the_example_of_a_hundred_turns_runs(
+def test_the_readmes_client_and_the_example_of_a_hundred_turns_run(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = Path(__file__).parents[2] / "examples" / "hundred_turns.py"
+    example = ROOT / "examples" / "hundred_turns.py"
     with running(tmp_path / "memories", server.service.engines) as open_to_all:
         monkeypatch.setattr(sys, "argv", [example.name, f"{open_to_all.url}/v1", "2"])
         runpy.run_path(str(example), run_name="__main__")
-    out = capsys.readouterr().out
+        out = capsys.readouterr().out
+        (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        for name, own in ({"http://127.0.0.1:8000": open_to_all.url, "titans-smollm2-135m": "bytes"}).items():
+            code = code.replace(name, own)
+        exec(code, {})
+        assert capsys.readouterr().out.strip()
     assert "recalled at once: 0 of 6" in out and "2 turns, " in out
