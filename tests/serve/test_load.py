@@ -17,6 +17,7 @@ from titans.serve.choosing import Chooser
 from titans.serve.engine import PIECE, Engine
 from titans.serve.errors import ApiError
 from titans.serve.memories import Memories
+from titans.stream import Session
 from titans.stream.tokenizer import byte_tokenizer
 
 from .servers import (
@@ -130,12 +131,16 @@ def test_numbers_of_the_server_name_no_user_and_no_text(
     assert status == 200 and b"http" not in page.replace(b"http-equiv", b"") and b"<script>" in page
 
 
-def test_nan_in_one_text_is_no_business_of_the_others(server: Server, tmp_path: Path) -> None:
-    model = byte_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[7] = torch.nan
-    engine = Engine("broken", model, byte_tokenizer())
+def test_nan_in_one_text_is_no_business_of_the_others(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, after = server.service.engines["bytes"], Session._after
     bad, others = engine.session(), [engine.session() for _ in range(2)]
+
+    def after_all_but_7(self: Session, piece: torch.Tensor, *rest: Any) -> Any:
+        if 7 in piece:
+            raise FloatingPointError("the model answers NaN")
+        return after(self, piece, *rest)
 
     async def together() -> list[Any]:
         # The thread of the engine waits until all three are there, and takes them in one call.
@@ -146,13 +151,19 @@ def test_nan_in_one_text_is_no_business_of_the_others(server: Server, tmp_path: 
             await asyncio.sleep(0)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    found = asyncio.run(together())
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_after", after_all_but_7)
+        found = asyncio.run(together())
     assert [type(each) for each in found] == [type(None), ApiError, type(None)] and found[1].status == 422
     assert bad.num_tokens == 0
     for each, text in zip(others, ("Hello", "world"), strict=True):
         alone = engine.session()
         alone.feed(text)
         assert_same(each, alone)
+    model = byte_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    engine = Engine("broken", model, byte_tokenizer())
     # An answer that meets it is an error as well, and the memory stays as it was.
     with running(tmp_path / "m", {"broken": engine}) as small:
         memory = small.call("POST", "/v1/memories")[1]["id"]
