@@ -172,6 +172,7 @@ def test_two_processes_train_as_one_and_resume_in_any_number(settings: Make, tmp
             assert theirs == pytest.approx(ours, rel=1e-2 if "bfloat16" in name else 1e-5), name
             weights = load_file(tmp_path / "two" / name / "model.safetensors")
             assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert "=0.7 excerpt=0.3: streamed; held out: nothing" in TrainingRun(three).summary()
     run(replace(three, output=tmp_path / "whole"))
     for engine, one in first.items():
         assert_same(tmp_path / "whole", tmp_path / f"again-{engine}")

@@ -223,8 +223,11 @@ class TrainingRun:
         name = f"{settings.preset} {settings.variant}" if settings.model is None else settings.model
         size = f"{name}, {self.num_parameters / 1e6:.2f} M parameters"
         corpora = settings.data if isinstance(settings.data, str) else " ".join(settings.data)
-        amount = f"{examples.num_train_documents} documents, {examples.num_train_tokens:,} tokens"
-        data = f"{corpora}: {amount if examples.num_train_tokens is not None else 'streamed'}"
+        data = f"{corpora}: streamed"
+        if examples.num_train_tokens is not None:
+            data = (
+                f"{corpora}: {examples.num_train_documents} documents, {examples.num_train_tokens:,} tokens"
+            )
         work = f"{settings.steps} steps of {settings.batch_size} × {settings.sequence_length} tokens"
         resuming = f"; resuming from {self.checkpoint.name}" if self.checkpoint else ""
         return (
