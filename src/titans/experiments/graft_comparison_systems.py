@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,13 +19,14 @@ from titans.baselines.passages import Passages
 from titans.baselines.windowed import WindowedCache, WindowedReader
 from titans.evaluate.perplexity import score
 from titans.experiments.runner import Request
+from titans.experiments.trained import graft_folder, hash_of_graft
 from titans.hf import GraftCache, GraftedForCausalLM
 from titans.hf.graft import graft
 from titans.state import state_nbytes
 from titans.stream.causal import position_limit
 from titans.stream.reader import Reader, reader_of
 from titans.zoo import graft_names, load
-from titans.zoo.by_name import PRETRAINED, folder_in_library
+from titans.zoo.by_name import PRETRAINED
 from titans.zoo.precision import convert
 
 WINDOW, SINKS, SEGMENT, RANK = 512, 4, 64, 8
@@ -180,7 +180,7 @@ class Trained(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return folder_in_library(self.place) or Path(self.place)
+        return graft_folder(self.place)
 
 
 def trained_grafts(request: Request) -> dict[str, Trained]:
@@ -211,8 +211,7 @@ def weights_of(name: str, request: Request) -> str | None:
     graft = trained_grafts(request).get(name)
     if graft is None:
         return None
-    files = (graft.folder / file for file in ("model.safetensors", "config.json"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return hash_of_graft(graft.place)
 
 
 def base() -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from titans.data import Document, load_corpus
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Cell, Experiment, Progress, Request
 from titans.experiments.tables import interval, markdown, percent
+from titans.experiments.trained import hash_of_graft
 from titans.hf.graft.base import WindowedBase
 from titans.hf.graft.feature_cache import FeatureCache, Features, write_features
 from titans.hf.graft.modeling import GraftedForCausalLM
@@ -48,9 +49,11 @@ class GraftTraining(Experiment):
     unit = 1.0
 
     def cells(self, request: Request) -> list[Cell]:
+        places = request.models or {name: name for name in graft_names()}
+        hashes = {name: hash_of_graft(place) for name, place in places.items()}
         return [
-            Cell(f"{label}, {what}", (folder, what), cost=120)
-            for label, folder in (request.models or {name: name for name in graft_names()}).items()
+            Cell(f"{name}, {what}", (place, what), cost=120, conditions={"weights": hashes[name]})
+            for name, place in places.items()
             for what in (*WORDINGS, TEXTS)
         ]
 
@@ -78,7 +81,7 @@ class GraftTraining(Experiment):
         labels = list(dict.fromkeys(name.rpartition(", ")[0] for name in results.cells))
         for what in WORDINGS:
             found = [c for label in labels if (c := results.cells.get(f"{label}, {what}"))]
-            lengths = list(found[0]) if found else []
+            lengths = [key for key in found[0] if key.isdigit()] if found else []
             if found and not recall:
                 recall.append(["recalled, %", *(f"after {int(n):,} tokens" for n in lengths)])
             if found:
@@ -86,7 +89,9 @@ class GraftTraining(Experiment):
         texts = [c for label in labels if (c := results.cells.get(f"{label}, {TEXTS}"))]
         if texts:
             changes = [["document", "change of nats, %"]]
-            changes += [[name, interval([100 * c[name] for c in texts], 3)] for name in texts[0]]
+            changes += [
+                [name, interval([100 * c[name] for c in texts], 3)] for name in texts[0] if name != "weights"
+            ]
         about = (
             f"Grafts: {', '.join(labels)}; the base in bfloat16. About 14 facts are stated in 512 tokens, "
             "then the graft reads other text, then all are asked for. A fact is recalled if each token of "

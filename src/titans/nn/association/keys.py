@@ -13,9 +13,9 @@ _ORDER_FADING, _TOPIC_FADING = 0.8, 0.95
 # By how many places the code of a word is turned for each word after it, so that the same word has another
 # direction at another distance.
 _TURN = 61
-# For both halves of the features: the size of their arguments at first, and the shares of order, topic and
-# states. The larger the arguments, the more the features of two different keys differ.
-_HALVES = ((2.5, (1.0, 0.7, 0.0)), (2.0, (0.0, 1.0, 0.5)))
+# For both halves of the features: the sizes of order, topic and states in their arguments at first. The
+# larger they are, the more the features of two keys differ. Places inside a number differ in order alone.
+_HALVES = ((3.7, 1.4, 0.0), (0.0, 1.8, 0.9))
 # The log of a salience lies between −8 and 8.
 _MOST_SALIENT = 8.0
 
@@ -67,9 +67,9 @@ class KeyMap(nn.Module):
         self.weight.normal_(generator=generator)
         cut, states = self.feature_size // 2, self.weight.shape[1] // self.hidden_size - 2
         halves = self.weight.tensor_split([cut])
-        for rows, (size, (order, topic, state)) in zip(halves, _HALVES, strict=True):
-            shares = torch.tensor([order, topic, *[state] * states]).to(rows)
-            rows *= (size * shares / shares.norm()).repeat_interleave(self.hidden_size)
+        for rows, (order, topic, state) in zip(halves, _HALVES, strict=True):
+            sizes = torch.tensor([order, topic, *[state / max(states, 1) ** 0.5] * states]).to(rows)
+            rows *= sizes.repeat_interleave(self.hidden_size)
         for weights, fading in ((self.order_weights, _ORDER_FADING), (self.topic_weights, _TOPIC_FADING)):
             weights.copy_(fading ** torch.arange(len(weights)))
 
