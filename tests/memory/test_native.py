@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,7 +68,19 @@ def test_a_damaged_library_is_built_again_and_a_sound_one_is_not(cache):
         library.write_bytes(damaged)
         assert build._built(str(compiler), build.SOURCES) == library and library.read_bytes() == content
     assert (cache / "builds").read_text().count("once") == 4
-    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    assert [path.name for path in library.parent.glob("*.so")] == [library.name]
+
+
+def test_of_several_that_need_a_library_one_compiles(cache):
+    compiler = cache / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho once >> {cache}/builds\n'
+        'while [ "$1" != -o ]; do shift; done; sleep 0.2; echo "some machine code" > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: build._built(str(compiler), build.SOURCES), range(4)))
+    assert len({*found}) == 1 and (cache / "builds").read_text().count("once") == 1
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")

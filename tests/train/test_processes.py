@@ -70,19 +70,22 @@ def test_two_processes_train_as_one_and_resume_in_any_number(settings: Make, tmp
     base = settings(
         config=CONFIG, steps=2, sequence_length=24, log_every=1, eval_every=9, save_every=99, hold_out=0
     )
-    cases: dict[str, dict[str, Any]] = {}
-    for variant in ("mac", "mag", "lmm"):  # mal below
-        for engine in ("ddp", "fsdp"):
-            cases[f"{variant}-{engine}"] = {"variant": variant, "carry_memory": True, "parallel": engine}
+    # Twenty steps of every variant, with both engines, with and without a carried memory.
+    long: dict[str, Any] = {"steps": 20, "log_every": 5, "eval_every": 99}
+    cases: dict[str, dict[str, Any]] = {
+        f"{variant}-{engine}-{carried}": {
+            "variant": variant,
+            "parallel": engine,
+            "carry_memory": carried,
+            **long,
+        }
+        for variant in ("mac", "mag", "mal", "lmm")
+        for engine in ("ddp", "fsdp")
+        for carried in (False, True)
+    }
     cases["hope"] = {"variant": "hope", "carry_memory": True, "parallel": "ddp"}
     cases["transformer"] = {"variant": "transformer", "parallel": "ddp"}
     cases["window"] = {"variant": "window", "parallel": "fsdp"}
-    # Twenty steps of each variant, of both engines with and without a carried memory.
-    long: dict[str, Any] = {"steps": 20, "log_every": 5, "eval_every": 99}
-    cases["mac-ddp"] |= long
-    cases["mag-fsdp"] |= long
-    cases["mal"] = {"variant": "mal", "parallel": "ddp", **long}
-    cases["lmm"] = {"variant": "lmm", "parallel": "fsdp", **long}
     # Rows of different lengths, weights, a price on writing; held-out text that does not divide evenly.
     facts = FactSettings(spacing=60.0, distance=32, answer_weight=3.0, write_cost=0.1)
     held_out = {"hold_out": 0.2, "eval_every": 2, "eval_tokens": 72}

@@ -10,9 +10,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SOURCES = Path(__file__).parent
 
@@ -91,14 +98,37 @@ def _built(compiler: str, folder: Path) -> Path:
     ]
     name = hashlib.sha256("\0".join(decisive).encode("utf-8", "replace")).hexdigest()[:16]
     cache = _cache()
-    # A library's name ends in its content's digest: a truncated one would kill the process that loads it.
-    for library in cache.glob(f"{folder.name}-{name}-*.so"):
+    if library := _kept(cache, f"{folder.name}-{name}"):
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    # Of several processes that need it, such as those of a training, one compiles and the others wait.
+    with _alone(cache / f"{folder.name}-{name}.lock"):
+        return _kept(cache, f"{folder.name}-{name}") or _compiled(compiler, folder, cache, name)
+
+
+def _kept(cache: Path, name: str) -> Path | None:
+    """A compiled library of the cache, if it is whole."""
+    # Its name ends in its content's digest: a truncated one would kill the process that loads it.
+    for library in cache.glob(f"{name}-*.so"):
         if library.stem.endswith(_digest(library)):
             return library
         library.unlink(missing_ok=True)
-    cache.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock; a process that dies lets go."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compiled(compiler: str, folder: Path, cache: Path, name: str) -> Path:
     print(f"titans: compiling {folder.name} operators, once (about a minute)", file=sys.stderr)
-    # Two processes may build at the same time: each under a name of its own, and the last one stands.
+    # Where processes cannot wait for each other, each has a name of its own, and the last one stands.
     handle, temporary = tempfile.mkstemp(dir=cache, suffix=".so")
     os.close(handle)
     try:
