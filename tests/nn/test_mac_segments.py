@@ -61,10 +61,14 @@ def read(block: mac.MACBlock, x: Tensor, calls: tuple[int, int], frozen: bool = 
     return [torch.cat(found, 1), *pytree.tree_leaves(expanded(state))]
 
 
+# Tensors of one text have other strides.
+@pytest.mark.parametrize("texts", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_whole_segments_are_segments_one_by_one(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_segments_are_segments_one_by_one(
+    case: str, texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes, calls = CASES[case]
-    block, x = block_of(**changes), random(2, sum(calls), SIZES["hidden_size"], seed=1).requires_grad_()
+    block, x = block_of(**changes), random(texts, sum(calls), SIZES["hidden_size"], seed=1).requires_grad_()
     steps: list[int] = []
 
     def count(*arguments: Any) -> segments.Found:

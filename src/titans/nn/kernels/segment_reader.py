@@ -181,7 +181,7 @@ class Reader:
         self.complete = torch.ones(self.chunks, self.rows, dtype=torch.bool, device=device)
         self.lengths = [0.0, 0.0, self.head_dim**0.5]
 
-    # Layouts.
+    # Layouts. The operators take contiguous tensors, and of one text `reshape` can return a view that is not.
 
     def side_by_side(self, x: Tensor) -> Tensor:
         """(rows, segment_length, head_dim) to (batch · segment_length, heads · head_dim)."""
@@ -196,7 +196,7 @@ class Reader:
     def by_chunk(self, x: Tensor) -> Tensor:
         """(batch, segment_length, heads, head_dim) to (chunks, rows, chunk_size, head_dim)."""
         x = x.view(self.batch, self.chunks, -1, self.heads, self.head_dim).permute(1, 0, 3, 2, 4)
-        return x.reshape(self.chunks, self.rows, -1, self.head_dim)
+        return x.contiguous().view(self.chunks, self.rows, -1, self.head_dim)
 
     def by_time(self, x: Tensor) -> Tensor:
         """The inverse of `by_chunk`, not contiguous: (batch, chunks, chunk_size, heads, head_dim)."""
@@ -206,7 +206,7 @@ class Reader:
         """(batch · segment_length, 3 · heads · depth) to (3, chunks, depth, rows, chunk_size)."""
         shape = self.batch, self.chunks, self.sizes.chunk_size, 3, self.heads, self.sizes.depth
         x = raw.view(shape).permute(3, 1, 5, 0, 4, 2)
-        return x.reshape(3, self.chunks, self.sizes.depth, self.rows, self.sizes.chunk_size)
+        return x.contiguous().view(3, self.chunks, self.sizes.depth, self.rows, self.sizes.chunk_size)
 
     def gates_by_time(self, x: Tensor) -> Tensor:
         """The inverse of `gates_by_chunk`."""
