@@ -15,6 +15,7 @@ from typing import Any
 import pypdf
 import pytest
 
+from titans.serve.errors import ApiError
 from titans.serve.memories import Memories, owner_of
 from titans.serve.settings import Settings
 
@@ -130,6 +131,12 @@ def test_what_was_acknowledged_is_there_after_a_crash(server: Server, tmp_path: 
     (folder / f".{memory}.memory.1.part").write_bytes(b"half")
     (folder / f"mem_{'a' * 24}.memory").write_bytes(b"never acknowledged")
     (folder / "mine.txt").write_text("not the server's")
+    without = Memories(Settings(folder), {})
+    with pytest.raises(ApiError, match="of the model 'chat', which is not served"):
+        without.get(owner_of(KEY), memory)
+    with pytest.raises(ApiError, match="there is no memory"):
+        without.get("another", memory)
+    without.close()
     again = Memories(Settings(folder, ram=1), engines)
     for id in (memory, fork, empty):
         before, now = (each.get(owner_of(KEY), id) for each in (server.service.memories, again))

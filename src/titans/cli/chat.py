@@ -71,7 +71,7 @@ class Chat(Sampling, ModelOptions):
             conversation = Conversation(Session(model, tokenizer), turns)
         self.seed_choices()
         if sys.stdin.isatty():
-            how = "what you write is continued" if turns.plain else "in its chat template"
+            how = "what you write is continued, on a new line" if turns.plain else "in its chat template"
             report(f"{self.checkpoint.name}, {how}; /help lists commands")
         return 1 if _Chatting(self, conversation).talk() and not sys.stdin.isatty() else 0
 

@@ -90,6 +90,8 @@ class Memories:
         self.settings, self.engines = settings, engines
         self._lock = threading.RLock()
         self._known: dict[str, Memory] = {}
+        # Of models that are not served now: left unchanged.
+        self._unserved: dict[str, Memory] = {}
         self._held: OrderedDict[str, State] = OrderedDict()
         try:
             settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -138,7 +140,8 @@ class Memories:
         """A key's memory; 404 for those of others and for those that do not exist, without a difference."""
         memory = self._known.get(id) if _ID.fullmatch(id) else None
         if memory is None or memory.owner != owner:
-            raise _missing(id)
+            other = self._unserved.get(id)
+            raise _missing(id, other.model if other and other.owner == owner else None)
         return memory
 
     def create(self, owner: str, model: str, source: Memory | None = None) -> Memory:
@@ -316,10 +319,13 @@ class Memories:
                 )
             except (ValueError, TypeError, KeyError, OSError, RecursionError):
                 continue
-            # Those of models that are not served now are left unchanged.
-            if _ID.fullmatch(path.stem) and memory.id == path.stem and memory.model in self.engines:
+            if not _ID.fullmatch(path.stem) or memory.id != path.stem:
+                continue
+            if memory.model in self.engines:
                 self._look_at(memory)
                 self._known[memory.id] = memory
+            else:
+                self._unserved[memory.id] = memory
         for path in self.settings.folder.iterdir():
             id = path.name.removeprefix(".").partition(".")[0]
             mine = _ID.fullmatch(id) is not None
@@ -340,8 +346,14 @@ class Memories:
             memory.begun = BEGUN in file.about
 
 
-def _missing(id: str) -> ApiError:
-    return ApiError(404, f"there is no memory {id[:40]!r}", param="memory", code="memory_not_found")
+def _missing(id: str, unserved: str | None = None) -> ApiError:
+    """unserved: the memory's model, if the memory is there and its model is not served."""
+    text = f"there is no memory {id[:40]!r}"
+    if unserved is not None:
+        text = (
+            f"memory {id!r} is of the model {unserved[:200]!r}, which is not served: start the server with it"
+        )
+    return ApiError(404, text, param="memory", code="memory_not_found")
 
 
 def _flush(folder: Path) -> None:

@@ -54,6 +54,11 @@ def load_config(folder: Path) -> TitansConfig:
     try:
         return TitansConfig.from_dict(fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
+        if "first import the file that registers it" in str(error):
+            raise ValueError(
+                f"{folder / 'config.json'} names a part that is not registered: first import the file that "
+                f"registers it, or restore the file ({error})"
+            ) from None
         raise ValueError(
             f"{folder / 'config.json'} is damaged or of another version ({error}): restore the file"
         ) from None
