@@ -117,6 +117,21 @@ def test_any_call_and_split(rule):
     check()
 
 
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+def test_a_beginning_has_finite_gradients(rule):
+    """Random calls carry random numbers in `extra`, and are left out where a gradient is NaN; this begins as
+    a text does, where a root or a quotient of what the rule carries may have none."""
+    window = {"window": 3} if UPDATE_RULES[rule].window > 1 else {}
+    problem = make_problem(seed=3, time=7, chunk_size=3, rule=rule, base=True, **window)
+    if not UPDATE_RULES[rule].needs_first_weights:  # The weights are differences from those.
+        zeros = {name: torch.zeros_like(x) for name, x in problem.leaves.items() if name.startswith("state.")}
+        problem = problem.change(**zeros)
+    fresh = problem.inner.rule.fresh_extra(tuple(problem.state.weights))
+    problem = problem.change(**{f"state.extra.{i}": x.detach() for i, x in enumerate(fresh)})
+    found, _ = everything(problem, "reference")
+    assert not [name for name, x in found.items() if not x.isfinite().all()], "numbers that are not finite"
+
+
 CORNERS = {
     "whole chunks, many groups": dict(time=39, chunk_size=3),
     "a token a chunk": dict(time=20, chunk_size=1),
