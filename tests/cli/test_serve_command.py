@@ -58,7 +58,8 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         finally:
             server.kill()
         logged = [json.loads(line) for line in server.stderr if line.startswith("{")]
-    assert [line["status"] for line in logged] == [200] * 3 and "To be" not in json.dumps(logged)
+    # A request is logged after its answer is sent, so the last line may die with the server.
+    assert [line["status"] for line in logged][:2] == [200, 200] and "To be" not in json.dumps(logged)
     engine = Engine("small", *titans.load(folder))
     again = Memories(Settings(memories), {"small": engine})
     found = again.get("", memory)
