@@ -6,6 +6,7 @@ from titans.experiments.adaptation import AdaptationGains
 from titans.experiments.beginnings import Beginnings
 from titans.experiments.caching import MemoryCaching
 from titans.experiments.endless import Endless
+from titans.experiments.family import Family
 from titans.experiments.forms import Forms
 from titans.experiments.goals import Goals
 from titans.experiments.graft_comparison import GraftComparison
@@ -32,6 +33,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Synthetic(),
         Forms(),
         MemoryForms(),
+        Family(),
         MemoryCaching(),
         Robustness(),
         Endless(),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,11 +54,20 @@ Batch = tuple[Tensor, Tensor]
 Predict = Callable[[Tensor, int], Tensor]
 
 
-def pairs(arm: Arm, seed: int, quick: bool, progress: Progress) -> Numbers:
+class Configured(Protocol):
+    """A memory that a model can have."""
+
+    def config(self, start: str) -> dict[str, Any]:
+        """Fields of `TitansConfig`, for a start of the keys."""
+        ...
+
+
+def pairs(arm: Configured, seed: int, quick: bool, progress: Progress) -> Numbers:
     """Associative recall, first of 32 pairs and then of twice as many up to 512; the share that is right."""
     stages = dict.fromkeys(PAIRS, QUICK_STEPS) if quick else CURRICULUM
     keys = PAIRS[-1]
-    config = TitansConfig(**SIZES, vocab_size=keys + NUM_VALUES, **arm.config("sharp"))
+    sizes: dict[str, Any] = {**SIZES, "vocab_size": keys + NUM_VALUES, **arm.config("sharp")}
+    config = TitansConfig(**sizes)
     model, generator = TitansForCausalLM(config), np.random.default_rng(seed)
 
     def draw(generator: np.random.Generator, rows: int, count: int) -> Batch:
@@ -82,7 +91,7 @@ def pairs(arm: Arm, seed: int, quick: bool, progress: Progress) -> Numbers:
     return found
 
 
-def text(arm: Arm, start: str, seed: int, quick: bool, progress: Progress) -> Numbers:
+def text(arm: Configured, start: str, seed: int, quick: bool, progress: Progress) -> Numbers:
     """Held-out bits per byte, of windows of 256 bytes and of one stream, at equal parameters.
 
     The width of the MLP is the largest with which the model has at most `TEXT_PARAMETERS`.
