@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "titans"
 # `__init__` is the folder's own file; where it is not named it stands last. See docs/guides/structure.md.
 ORDER = {
     "titans": """
-        state state_header
+        state state_header locks
         memory_file
         memory
         nn

@@ -19,7 +19,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +29,7 @@ import numpy as np
 from titans.data.archives import cache_folder
 from titans.data.corpora import load_corpus, text_files
 from titans.data.documents import Document
+from titans.locks import alone
 from titans.stream.reading.sources import read_text
 from titans.stream.tokenizer import encode_document
 
@@ -77,9 +78,10 @@ def tokenised_corpus(
     fingerprint = f"{of_tokenizer} {_of_files(files) if files else _of_documents(documents)}"
     found = _read(file, fingerprint)
     if found is None:
-        with _writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(file):
+        with ExitStack() as lock:
+            with _writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(alone(file.with_suffix(".lock")))
             found = _read(file, fingerprint)
             if found is None:
                 sizes = [path.stat().st_size for path in files.values()] or [len(d.data) for d in documents]
@@ -212,21 +214,3 @@ def _writing(file: Path) -> Iterator[None]:
             f"token cache {file} could not be written ({error.strerror or error}): make room there, or set "
             "XDG_CACHE_HOME to a folder on another disk"
         ) from error
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Wait until no other process makes this file; systems and file systems without locks do not wait."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    with _writing(file):
-        handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

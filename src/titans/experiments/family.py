@@ -26,14 +26,6 @@ _SLOW = 200
 _DEEP: dict[str, Any] = {"head_dim": 32, "memory_depth": 2, "memory_expansion": 2}
 _NO_MOMENTUM: dict[str, Any] = {"max_momentum": 0.0}
 _STABLE = "with the default form's bounds on step sizes and lengths"
-# The equations of DeltaNet, with a forget gate.
-_PLAIN: dict[str, Any] = {
-    "normalize_step": False,
-    "length_floor": 0.0,
-    "row_limit": None,
-    "decay_to_initial": False,
-    "max_momentum": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -70,16 +62,18 @@ def _system(name: str) -> Row:
     return Row(config.to_dict()["memory"], {**(_DEEP if config.memory_depth == 2 else {}), **fields})
 
 
+def _forgetting(row: Row, changed: str) -> Row:
+    """The same memory with the usual half-lives."""
+    memory = {name: value for name, value in row.memory.items() if name != "half_lives"}
+    return replace(row, memory=memory, changed=changed)
+
+
 ROWS: dict[str, Row] = {
     "Titans, linear": Row(),
     "Titans, deep": Row({}, _DEEP),
     "Titans, channel-wise forgetting": Row({"form": {"forget_by_row": True}}, times=12),
     "DeltaNet": _system("deltanet"),
-    "Gated DeltaNet": Row(
-        {"form": {**_PLAIN, "max_step_size": 0.5}},
-        {"chunk_size": 1},
-        "the gradient is taken before forgetting",
-    ),
+    "Gated DeltaNet": _forgetting(_system("deltanet"), "the gradient is taken before forgetting"),
     "Momentum DeltaNet": replace(
         _system("momentum-deltanet"), changed="the gradient is taken before forgetting"
     ),

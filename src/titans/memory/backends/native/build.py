@@ -10,16 +10,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from titans.locks import alone
 
 SOURCES = Path(__file__).parent
 
@@ -102,7 +97,7 @@ def _built(compiler: str, folder: Path) -> Path:
         return library
     cache.mkdir(parents=True, exist_ok=True)
     # Of several processes that need it, such as those of a training, one compiles and the others wait.
-    with _alone(cache / f"{folder.name}-{name}.lock"):
+    with alone(cache / f"{folder.name}-{name}.lock"):
         return _kept(cache, f"{folder.name}-{name}") or _compiled(compiler, folder, cache, name)
 
 
@@ -114,16 +109,6 @@ def _kept(cache: Path, name: str) -> Path | None:
             return library
         library.unlink(missing_ok=True)
     return None
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, where the file system can lock; a process that dies lets go."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _compiled(compiler: str, folder: Path, cache: Path, name: str) -> Path:
