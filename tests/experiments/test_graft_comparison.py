@@ -80,6 +80,26 @@ def test_prediction_of_the_untrained_systems_starts_as_the_window(tiny: None) ->
         torch.testing.assert_close(losses[:same], expected[:same], rtol=0, atol=1e-5)
 
 
+def test_systems_that_share_a_base_read_as_each_alone_would(tiny: None) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        base, tokenizer = systems._opened(systems.base, dtype)
+        first, spared = systems.system("window", Request(), dtype), 0.0
+        for name in ("window", "cache", "adaptation"):
+            alone = systems.System(systems.READERS[name](base), tokenizer)
+            system = systems.system(name, Request(), dtype)
+            ids = system.encode(TEXT)[:1100]
+            found, expected = system.losses(ids)[0], alone.losses(ids)[0]
+            assert found.equal(expected), name
+            answers = [
+                one.answer(one.remember(ids), "\nWhat?", "What?", 5, lambda text: False)
+                for one in (system, alone)
+            ]
+            assert answers[0] == answers[1], name
+            assert system.shared is first.shared and system.shared is not None
+            assert system.shared.spared > spared
+            spared = system.shared.spared
+
+
 def test_a_model_with_positions_reads_the_end_and_retrieval_finds_the_fact(tiny: None) -> None:
     full = systems.system("full attention", Request())
     assert full.limit == 768

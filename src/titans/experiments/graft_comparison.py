@@ -8,7 +8,6 @@ own.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -213,9 +212,9 @@ class GraftComparison(Experiment):
 def prediction(system: System, text: str, tokens: int) -> Numbers:
     """Losses by position, processor seconds, and bytes held afterwards."""
     ids = system.encode(text)[:tokens]
-    began = time.process_time()
+    began = system.seconds()
     losses, memory = system.losses(ids)
-    seconds = time.process_time() - began
+    seconds = system.seconds() - began
     nats, bits = [], []
     for begin, end in RANGES:
         part = losses[max(begin - 1, 0) : end - 1].double()
@@ -238,9 +237,9 @@ def recall(
     reading = answering = 0.0
     samples = SAMPLES[measured.tokens]
     for number, asked in enumerate(haystacks(system.tokenizer, texts, measured.what, measured.tokens, seed)):
-        began = time.process_time()
+        began = system.seconds()
         memory = system.remember(asked.ids)
-        middle = time.process_time()
+        middle = system.seconds()
         for question in asked.questions:
             steps = len(system.encode(f" {question.answer}")) + 2
             given = system.answer(
@@ -253,7 +252,7 @@ def recall(
             counted = right.setdefault(question.task, [0, 0])
             counted[0] += is_answer(given, question.answer)
             counted[1] += 1
-        reading, answering = reading + middle - began, answering + time.process_time() - middle
+        reading, answering = reading + middle - began, answering + system.seconds() - middle
         progress(number + 1, samples)
         if request.quick:
             break
@@ -268,9 +267,9 @@ def decided(text: str, answer: str) -> bool:
 
 def complete(system: System, text: str, tokens: int | None) -> Numbers:
     """What is generated after each of twenty sentences about a text, up to the end of the line."""
-    began = time.process_time()
+    began = system.seconds()
     memory = system.remember(system.encode(text)[:tokens])
-    middle = time.process_time()
+    middle = system.seconds()
     given = [
         first_line(system.answer(memory, prompt(s), s, 10, lambda text: "\n" in text.lstrip()))
         for s, _ in SENTENCES
@@ -280,7 +279,7 @@ def complete(system: System, text: str, tokens: int | None) -> Numbers:
         "given": [text[:40] for text in given],
         "right": [int(x) for x in right],
         "reading": middle - began,
-        "answering": time.process_time() - middle,
+        "answering": system.seconds() - middle,
     }
 
 
@@ -288,9 +287,9 @@ def ruler(system: System, measured: Measured, seed: int, request: Request) -> Nu
     """RULER's score of one sample, from 0 to 1."""
     task = measured.where
     sample, *_ = ruler_samples(task, measured.tokens, seed, smollm_folder(), request.work / "ruler")
-    began = time.process_time()
+    began = system.seconds()
     memory = system.remember(system.encode(sample.context))
-    middle = time.process_time()
+    middle = system.seconds()
     given = system.answer(
         memory,
         sample.question,
@@ -301,7 +300,7 @@ def ruler(system: System, measured: Measured, seed: int, request: Request) -> Nu
     return {
         "score": ruler_score(given, sample.answers),
         "reading": middle - began,
-        "answering": time.process_time() - middle,
+        "answering": system.seconds() - middle,
     }
 
 

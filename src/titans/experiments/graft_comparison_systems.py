@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -18,10 +19,13 @@ from titans.baselines.dynamic_evaluation import DynamicEvaluationReader, with_lo
 from titans.baselines.passages import Passages
 from titans.baselines.windowed import WindowedCache, WindowedReader
 from titans.evaluate.perplexity import score
+from titans.experiments.graft_comparison_reading import SharedBase
 from titans.experiments.runner import Request
 from titans.experiments.trained import graft_folder, hash_of_graft
 from titans.hf import GraftCache, GraftedForCausalLM
 from titans.hf.graft import graft
+from titans.hf.graft.configuration import check_origin
+from titans.hf.graft.window import Window
 from titans.state import state_nbytes
 from titans.stream.causal import position_limit
 from titans.stream.reader import Reader, reader_of
@@ -43,11 +47,18 @@ Until = Callable[[str], bool]
 class System:
     """A reader, and the answers that it generates greedily after reading.
 
-    limit: most tokens that it can read; None for any number.
+    limit: most tokens that it can read; None for any number. shared: the base that computes for the reader
+    what other systems need, too; None if the reader has a base of its own.
     """
 
-    def __init__(self, reader: Reader, tokenizer: Any, limit: int | None = None) -> None:
-        self.reader, self.tokenizer, self.limit = reader, tokenizer, limit
+    def __init__(
+        self, reader: Reader, tokenizer: Any, limit: int | None = None, shared: SharedBase | None = None
+    ) -> None:
+        self.reader, self.tokenizer, self.limit, self.shared = reader, tokenizer, limit, shared
+
+    def seconds(self) -> float:
+        """Processor seconds from some moment on, as if nothing were shared."""
+        return time.process_time() + (self.shared.spared if self.shared else 0)
 
     def losses(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Nats of ids[1:], as far as the system reads, and what it holds afterwards."""
@@ -228,6 +239,34 @@ def _opened(place: str | Callable[[], tuple[Any, Any]], dtype: torch.dtype) -> t
     return model, tokenizer
 
 
+@cache
+def _shared(
+    place: Callable[[], tuple[Any, Any]], dtype: torch.dtype, window: Window, layers: tuple[int, ...]
+) -> SharedBase:
+    """The base of all systems with this window, in one precision; layers: those that any of them reads."""
+    return SharedBase(_opened(place, dtype)[0], window, layers)
+
+
+def _share(reader: Any, request: Request, dtype: torch.dtype) -> SharedBase | None:
+    """Give a reader the base that others use, too; None where its own reads differently.
+
+    Raises:
+        ValueError: for a graft of another base, with which nothing could be compared.
+    """
+    grafts = [_opened(place, dtype)[0] for place in {one.place for one in trained_grafts(request).values()}]
+    layers = {layer for one in grafts for layer in getattr(one.association, "layers", ())}
+    shared = _shared(base, dtype, Window(WINDOW, SINKS), tuple(sorted(layers)))
+    if isinstance(reader, WindowedReader):
+        reader.windowed = shared
+        return shared
+    config = reader.inner.config
+    check_origin(shared.model, config.origin)
+    if config.lora is not None or Window(config.window, config.sinks) != shared.window:
+        return None
+    reader.inner._windowed = shared
+    return shared
+
+
 def system(name: str, request: Request, dtype: torch.dtype = torch.float32) -> System:
     """A system by its name in `BASELINES` or `trained_grafts`.
 
@@ -235,11 +274,15 @@ def system(name: str, request: Request, dtype: torch.dtype = torch.float32) -> S
     """
     if name in (grafts := trained_grafts(request)):
         model, tokenizer = _opened(grafts[name].place, dtype)
-        return System(
-            reader_of(association_of(model) if grafts[name].association_alone else model), tokenizer
-        )
+        reader: Any = reader_of(association_of(model) if grafts[name].association_alone else model)
+        return System(reader, tokenizer, shared=_share(reader, request, dtype))
     model, tokenizer = _opened(base, dtype)
     if name == RETRIEVAL:
         return Retrieval(READERS["window"](model), tokenizer)
-    limit = position_limit(model.config) if name == "full attention" else None
-    return System(READERS[name](model), tokenizer, limit)
+    if name == "full attention":
+        return System(READERS[name](model), tokenizer, position_limit(model.config))
+    # Dynamic evaluation changes the weights.
+    reader = READERS[name](model)
+    return System(
+        reader, tokenizer, shared=None if name.startswith("dynamic") else _share(reader, request, dtype)
+    )
