@@ -135,6 +135,7 @@ ORDER = {
         causal
         reader
         saved rows
+        session_state
         session
         together decoding
         reading

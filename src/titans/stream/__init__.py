@@ -2,7 +2,8 @@
 
 from titans.stream.reader import Reader, reader_of
 from titans.stream.saved import LayerStats, MemoryFile, SessionStats, describe_memory, fingerprint
-from titans.stream.session import FeedResult, Session
+from titans.stream.session import Session
+from titans.stream.session_state import FeedResult
 from titans.stream.together import feed_together
 
 __all__ = [

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from titans.hf.fingerprint import same_weights, weights_sample
-from titans.hf.state_file import StateFile, damaged_header, open_state_file
-from titans.memory_file import SessionStats, recent_tokens, surprise_so_far
+from titans.hf.state_file import open_state_file
+from titans.memory_file import SessionStats
 from titans.stream.live import generated
-from titans.stream.reader import CausalReader, GraftReader, StateReader, TitansReader, reader_of
-from titans.stream.saved import fingerprint, graft_stats, stats_of, summary_of
+from titans.stream.reader import CausalReader, GraftReader, StateReader, reader_of
+from titans.stream.session_state import FeedResult, SessionState
 from titans.stream.text import NUM_RECENT, text_after, token_ids
 
 if TYPE_CHECKING:
@@ -33,45 +28,6 @@ _SET_BY_SESSION = (
     "inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache",
     "num_return_sequences", "return_dict_in_generate",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FeedResult:
-    """What `Session.feed` reports.
-
-    tokens: how many were taken in. seconds: how long it took. start: index in the session of the first token
-    the model read meanwhile: it is one less than that, because the last token waits for the next call.
-    mean_surprise: mean over the tokens read, layers and heads of ‖M(k) − v‖² before each write, of a graft
-    with an adaptation its loss in nats; None without a memory or when nothing was read. surprises: (tokens
-    read, layers) float32, mean over heads, where asked for.
-    """
-
-    tokens: int
-    seconds: float
-    start: int
-    mean_surprise: float | None
-    surprises: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Now:
-    """Where a session stands; replaced as a whole, so that whatever is interrupted has not happened.
-
-    cache: has read all tokens but the last, and is never written to again. recent: the last tokens.
-    surprise, count: its sum over tokens read, layers and heads, and of how many. seconds, read: how long
-    this process has read, and how many tokens.
-    """
-
-    cache: Any
-    recent: tuple[int, ...] = ()
-    surprise: float = 0.0
-    count: int = 0
-    seconds: float = 0.0
-    read: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.cache.num_columns + bool(self.recent)
 
 
 class Session:
@@ -109,7 +65,7 @@ class Session:
     def _begin(self, reader: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.reader: StateReader | CausalReader = reader
         self.tokenizer = tokenizer
-        self._now = _Now(reader.start())
+        self._now = SessionState(reader.start())
         self._lock, self._stream_is_open = threading.RLock(), False
 
     def _check_tokenizer(self) -> None:
@@ -145,7 +101,7 @@ class Session:
     @property
     def mean_surprise(self) -> float | None:
         """Of all that was fed, over tokens, layers and heads; None where nothing is known of it."""
-        return self._now.surprise / self._now.count if self._now.count else None
+        return self._now.mean_surprise
 
     def feed(
         self,
@@ -185,18 +141,12 @@ class Session:
             self._check_no_stream()
             for surprise in self._pieces(ids):
                 taken = self.num_tokens - before.num_tokens
-                if collect_surprise and surprise is not None and surprise.numel():
+                if collect_surprise and surprise is not None:
                     collected.append(surprise.cpu())
                 if progress is not None:
                     progress(taken)
-        count = self._now.count - before.count
-        return FeedResult(
-            tokens=taken,
-            seconds=time.perf_counter() - began,
-            start=before.cache.num_columns,
-            mean_surprise=(self._now.surprise - before.surprise) / count if count else None,
-            surprises=torch.cat(collected) if collected else None,
-        )
+        seconds = time.perf_counter() - began
+        return self._now.since(before, seconds, collected if collect_surprise else None)
 
     def _pieces(self, ids: Tensor) -> Iterator[Tensor | None]:
         """Take in (n,) ids, piece by piece, and give the surprise of each; see `_read`."""
@@ -273,16 +223,12 @@ class Session:
         new = getattr(found, "sequences", found)[0, 1:]
         ids = tuple(new.tolist())
         if cache.batch_size == 1 and cache.num_columns == now.cache.num_columns + len(ids):
-            self._go_on(cache, ids)
+            self._now = self._now.after_generated(cache, ids)
         else:
             # Beam search leaves the states of all beams, in no order to rely on.
             for _ in self._pieces(new.cpu()):
                 pass
         return new.unsqueeze(0) if self.tokenizer is None else text_after(self.tokenizer, now.recent, ids)
-
-    def _go_on(self, cache: Any, ids: tuple[int, ...]) -> None:
-        """Stand after generated ids, all but the last of which the cache has read."""
-        self._now = replace(self._now, cache=cache, recent=(self._now.recent + ids)[-NUM_RECENT:])
 
     def _begin_stream(self) -> Any:
         """A copy of the cache for somebody else to generate with, who calls `_end_stream` next; until then
@@ -294,7 +240,7 @@ class Session:
             return self.cache
 
     def _end_stream(self, cache: Any, ids: tuple[int, ...]) -> None:
-        self._go_on(cache, ids)
+        self._now = self._now.after_generated(cache, ids)
         self._stream_is_open = False
 
     def save(self, path: str | Path, about: Mapping[str, str] | None = None) -> None:
@@ -307,25 +253,7 @@ class Session:
             ValueError: before anything was fed.
             OSError: if the file cannot be written.
         """
-        now = self._now
-        if not now.num_tokens:
-            raise ValueError("the session is empty: feed() something before saving it")
-        cache = now.cache
-        if cache.batch_size < 0:
-            cache = cache.clone()
-            self.reader.read(torch.zeros(1, 0, dtype=torch.int64), cache)
-        own = {
-            "fingerprint": fingerprint(self.model),
-            "weights": weights_sample(self.reader.inner),
-            "recent_tokens": json.dumps(now.recent),
-            "surprise": json.dumps([now.surprise, now.count]),
-        }
-        try:
-            self.reader.save(cache, Path(path), {**(about or {}), **own, **summary_of(cache, now.num_tokens)})
-        except safetensors.SafetensorError as error:
-            raise OSError(
-                f"{path} could not be written ({error}): give a folder that exists and has room"
-            ) from None
+        self._now.save(self.reader, Path(path), about or {})
 
     @classmethod
     def load(
@@ -350,30 +278,8 @@ class Session:
             session = cls.__new__(cls)
             session._begin(reader, tokenizer)
             session._check_tokenizer()
-            session._now = session._restored(file, strict)
+            session._now = SessionState.load(file, session.reader, strict)
         return session
-
-    def _restored(self, file: StateFile, strict: bool) -> _Now:
-        cache = self.reader.load(file)
-        if cache.batch_size > 1:
-            raise ValueError(f"{file.path} holds {cache.batch_size} rows: a session reads one")
-        if strict and not self._has_weights_of(file):
-            raise ValueError(
-                f"{file.path} was made with another checkpoint of the same sizes: load it with that one, or "
-                "pass strict=False if the two understand each other"
-            )
-        recent = recent_tokens(file.path, file.about, self.reader.vocab_size)
-        return _Now(cache, recent, *surprise_so_far(file.path, file.about))
-
-    def _has_weights_of(self, file: StateFile) -> bool:
-        """Whether the model has the weights that a file was made with, in whatever precision."""
-        name, sample = file.about.get("fingerprint", ""), file.about.get("weights")
-        if name in ("", fingerprint(self.model)):
-            return True
-        try:
-            return sample is not None and same_weights(self.reader.inner, name, sample)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise damaged_header(file.path) from None
 
     def fork(self) -> Session:
         """An independent session that has read the same; it costs nothing until one of them reads on."""
@@ -385,65 +291,25 @@ class Session:
     def reset(self) -> None:
         """Forget everything; RuntimeError while a stream of generated text is open."""
         with self._alone():
-            self._now = _Now(self.reader.start())
+            self._now = SessionState(self.reader.start())
 
     def stats(self) -> SessionStats:
         """Tokens read, bytes held, mean surprise, speed, and the norms of every layer's memory."""
-        now = self._now
-        if isinstance(self.reader, TitansReader):
-            found = stats_of(now.cache, now.num_tokens, self.reader.inner)
-        else:
-            layers = graft_stats(now.cache) if isinstance(self.reader, GraftReader) else ()
-            found = SessionStats(now.num_tokens, now.cache.nbytes(), layers)
-        return replace(
-            found,
-            mean_surprise=self.mean_surprise,
-            tokens_per_second=now.read / now.seconds if now.seconds else None,
-        )
+        return self._now.stats(self.reader)
 
     def _read(self, piece: Tensor) -> Tensor | None:
         """Take in (n,) ids; the surprise (tokens read, layers) of what the model read, or None if it has no
         memory."""
-        began = time.perf_counter()
-        unread, cache, surprise = self._unread(piece), self._now.cache.clone(), None
+        began, now = time.perf_counter(), self._now
+        unread, cache, surprise = now.unread(piece), now.cache.clone(), None
         if len(unread):
             read = self.reader.read(unread.unsqueeze(0), cache, output_surprise=True)
             if read.logits is not None and bool(read.logits.isnan().any()):
-                raise _no_number(self.num_tokens)
+                raise now.no_number()
             if found := read.surprises:
                 surprise = torch.stack([s[0].mean(-1).float() for s in found], -1)
-        self._now = self._after(piece, cache, surprise, time.perf_counter() - began)
+        self._now = now.after(piece, cache, surprise, time.perf_counter() - began)
         return surprise
-
-    def _unread(self, piece: Tensor) -> Tensor:
-        """What the model reads when (n,) ids come in: the token kept back, and all of them but the last."""
-        return torch.cat([torch.tensor(self._now.recent[-1:], dtype=torch.int64), piece])[:-1]
-
-    def _after(self, piece: Tensor, cache: Any, surprise: Tensor | None, seconds: float) -> _Now:
-        """What the session holds after (n,) new ids, of which the cache has read all but the last.
-
-        Raises:
-            FloatingPointError: where the surprise is NaN.
-        """
-        now = self._now
-        total = 0.0 if surprise is None else float(surprise.sum(dtype=torch.float64))
-        if math.isnan(total):
-            raise _no_number(now.num_tokens)
-        return _Now(
-            cache=cache,
-            recent=(now.recent + tuple(piece[-NUM_RECENT:].tolist()))[-NUM_RECENT:],
-            surprise=now.surprise + total,
-            count=now.count + (0 if surprise is None else surprise.numel()),
-            seconds=now.seconds + seconds,
-            read=now.read + len(piece),
-        )
-
-
-def _no_number(tokens: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"the model answers NaN to the text after token {tokens:,}: load it in another precision, or check "
-        "its weights; the session is unchanged"
-    )
 
 
 def _parts(text: Any) -> Iterable[Any]:

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from titans.stream.reader import StateReader
 from titans.stream.rows import can_share_calls, row_of, side_by_side
-from titans.stream.session import PIECE_LENGTH, FeedResult, Session
+from titans.stream.session import PIECE_LENGTH, Session
+from titans.stream.session_state import FeedResult
 from titans.stream.text import token_ids
 
 
@@ -60,20 +61,11 @@ def feed_together(
         began, before = time.perf_counter(), [session._now for session in sessions]
         collected: list[list[Tensor]] = [[] for _ in sessions]
         _feed(list(sessions), left, collected)
-        results = []
-        for session, was, surprises in zip(sessions, before, collected, strict=True):
-            count = session._now.count - was.count
-            known = [surprise for surprise in surprises if surprise.numel()]
-            results.append(
-                FeedResult(
-                    tokens=session.num_tokens - was.num_tokens,
-                    seconds=time.perf_counter() - began,
-                    start=was.cache.num_columns,
-                    mean_surprise=(session._now.surprise - was.surprise) / count if count else None,
-                    surprises=torch.cat(known).cpu() if collect_surprise and known else None,
-                )
-            )
-    return results
+        seconds = time.perf_counter() - began
+        return [
+            session._now.since(was, seconds, surprises if collect_surprise else None)
+            for session, was, surprises in zip(sessions, before, collected, strict=True)
+        ]
 
 
 def _feed(sessions: list[Session], left: list[Tensor], collected: list[list[Tensor]]) -> None:
@@ -93,7 +85,7 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> list[Tensor | None]:
     """Take in at least one token more for each session; the surprise of what the model read, as of `feed`."""
     began, reader = time.perf_counter(), sessions[0].reader
     assert isinstance(reader, StateReader)
-    unread = [session._unread(piece) for session, piece in zip(sessions, pieces, strict=True)]
+    unread = [session._now.unread(piece) for session, piece in zip(sessions, pieces, strict=True)]
     ids, caches = pad_sequence(unread, batch_first=True), [session.cache for session in sessions]
     surprises: Sequence[Tensor] = ()
     if ids.shape[1]:
@@ -111,7 +103,7 @@ def _read(sessions: list[Session], pieces: list[Tensor]) -> list[Tensor | None]:
         found.append(torch.stack(of_row, -1) if of_row else None)
     # All of them or none: NaN in one text must not leave some of the others a piece ahead.
     each = zip(sessions, pieces, caches, found, strict=True)
-    after = [session._after(piece, cache, surprise, seconds) for session, piece, cache, surprise in each]
+    after = [session._now.after(piece, cache, surprise, seconds) for session, piece, cache, surprise in each]
     for session, now in zip(sessions, after, strict=True):
         session._now = now
     return found
