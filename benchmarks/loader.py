@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, default_collate
 from titans.data import load_corpus, load_tokenizer
 from titans.train import TrainSettings
 from titans.train.examples import make_examples
-from titans.train.recipe import make_model, model_config
+from titans.train.model import make_model, model_config
 
 COPIES, SHARDS, IDS = 20, 4, 4096
 

@@ -99,6 +99,8 @@ ORDER = {
         """,
     "titans.hf": """
         flat_config presets state_file weights_file offload fingerprint parts
+        known_fields
+        memory_configuration
         configuration keywords state_cache memory_sentence
         cache causal_cache
         generation layer
@@ -108,6 +110,7 @@ ORDER = {
         """,
     "titans.hf.graft": """
         rotation base_cache window layers lora
+        base_checks
         base
         memories
         configuration

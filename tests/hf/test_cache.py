@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 from titans.hf import TitansCache, TitansConfig, state_file
-from titans.hf.configuration import TitansMemoryConfig
+from titans.hf.memory_configuration import TitansMemoryConfig
 from titans.hf.state_file import open_state_file
 from titans.nn import FORMS
 

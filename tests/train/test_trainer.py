@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from titans.data import CarryDataset
 from titans.hf import TitansForCausalLM
 from titans.train import FactSettings, TitansTrainer, TrainingRun, TrainSettings, train
+from titans.train.model import model_config
 from titans.train.optimizer import decayed_parameters, make_optimizer, make_schedule
-from titans.train.recipe import model_config
 
 Make = Callable[..., TrainSettings]
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from titans.data import load_tokenizer
 from titans.hf import TitansConfig, TitansForCausalLM
-from titans.train.recipe import model_config
+from titans.train.model import model_config
 from titans.train.settings import TrainSettings
 
 _ADAM_AVERAGES = 2

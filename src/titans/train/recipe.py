@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
-from titans.baselines.systems import system, system_config
 from titans.data import StreamDataset, is_corpus, load_corpus, load_tokenizer, weighted_corpora
 from titans.data.token_cache import OnTokenised
 from titans.hf import PEAK_LEARNING_RATES, PRESETS, TitansConfig
@@ -32,6 +31,7 @@ from titans.train.checkpoint import (
 from titans.train.examples import make_examples
 from titans.train.interrupt import stops_on_interrupt
 from titans.train.metrics import MetricsLog, draw_curves, read_metrics
+from titans.train.model import check_depth, make_model, model_config
 from titans.train.optimizer import make_optimizer, make_schedule
 from titans.train.parallel import ENGINES, load_weights
 from titans.train.processes import join
@@ -62,47 +62,6 @@ class TrainResult:
     bits_per_byte: float | None
     tokens_per_second: float
     elapsed: float
-
-
-def model_config(settings: TrainSettings, vocab_size: int) -> PreTrainedConfig:
-    """The configuration that a run's preset and variant, or its system, and its changed fields describe.
-
-    Raises:
-        ValueError: for an unknown preset, variant, system or field, or a value outside its domain.
-    """
-    if "vocab_size" in settings.config:
-        raise ValueError("config sets vocab_size, which the tokenizer decides: remove it")
-    if "variant" in settings.config:
-        raise ValueError("config sets variant, which is a setting of its own: set that instead")
-    if settings.model is not None:
-        return system_config(settings.model, settings.parameters, vocab_size, settings.config)
-    return TitansConfig.from_preset(
-        settings.preset, variant=settings.variant, vocab_size=vocab_size, **settings.config
-    )
-
-
-def make_model(settings: TrainSettings, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a run's configuration, with random weights."""
-    if settings.model is not None:
-        return system(settings.model).build(config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-def check_depth(config: TitansConfig, folder: Path) -> None:
-    """Whether memories are as deep as those of the run whose weights are taken, whose default was another.
-
-    Raises:
-        ValueError: naming both depths.
-    """
-    if not (folder / "config.json").exists():
-        return
-    theirs = TitansConfig.from_pretrained(folder)
-    if config.has_memory and theirs.memory_depth != config.memory_depth:
-        raise ValueError(
-            f"start_from={str(folder)!r} has memory_depth={theirs.memory_depth}, this run "
-            f"{config.memory_depth}: set memory_depth={theirs.memory_depth} in config"
-        )
 
 
 def check(settings: TrainSettings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -31,6 +27,7 @@ from titans.state import map_state
 from titans.train import carried, parallel
 from titans.train import checkpoint as files
 from titans.train.examples import EpochAfterEpoch, HeldOut, Part
+from titans.train.flow import Flow
 from titans.train.metrics import MetricsLog
 from titans.train.processes import ALONE
 from titans.train.recorded import RecordedStep
@@ -94,7 +91,7 @@ class TitansTrainer(Trainer):
             data_collator=default_collate,
             train_dataset=train_dataset,
             optimizers=optimizers,
-            callbacks=[_Flow(self)],
+            callbacks=[Flow(self)],
         )
         self.remove_callback(DefaultFlowCallback)
         self.remove_callback(PrinterCallback)
@@ -381,31 +378,3 @@ def _read_columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     read = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "facts") if name in batch}
     return {**read, "input_ids": read["input_ids"] * read["attention_mask"]}
-
-
-class _Flow(TrainerCallback):
-    """When to log, evaluate, save and stop, from the trainer's own settings.
-
-    transformers' own flow prefers the intervals of a resumed checkpoint to those asked for.
-    """
-
-    def __init__(self, trainer: TitansTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.metrics.start(time.perf_counter())
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer, step = self.trainer, state.global_step
-        last = step >= state.max_steps
-        if last or step % trainer.log_every == 0:
-            trainer.metrics.log_training(step)
-        control.should_evaluate = trainer.held_out is not None and (last or step % trainer.eval_every == 0)
-        # Whichever process was asked to stop, all do so after the same step.
-        stop = last or trainer.processes.any(trainer.stop_requested)
-        control.should_save = stop or step % trainer.save_every == 0
-        control.should_training_stop = stop

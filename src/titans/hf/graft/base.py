@@ -1,41 +1,23 @@
-"""A base model with a window: the checks of the model, and its forward pass from any state."""
+"""A base model with a window: its forward pass from any state."""
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from titans.hf.graft.base_cache import BaseCache, SideBySide, sliding_layers
+from titans.hf.graft.base_cache import BaseCache, SideBySide, call_at
+from titans.hf.graft.base_checks import parts_of, tried
 from titans.hf.graft.layers import Change, layers_of, states_after
-from titans.hf.graft.rotation import Move, Rotation, rotations
+from titans.hf.graft.rotation import Move
 from titans.hf.graft.window import Window, WindowState, aligned_right, together
-from titans.nn.adaptation import LinearHead
 
-# Frequencies of these kinds of rotary positions depend on the length of the text.
-_DEPEND_ON_LENGTH = ("dynamic", "longrope")
-_TRIAL_LENGTH = 6
 # Blocks that one call reads side by side have at most so many tokens, which was fastest of 256 to 2048.
 _TOKENS_AT_ONCE = 1024
-# Relative differences up to which rounding is the cause, in float32 and in half precision: of one operation,
-# and of all layers, where it grows (SmolLM2-135M in bfloat16: 0.13). A real mismatch differs by 0.7 to 1.4.
-_ALLOWED, _ALLOWED_OF_ALL_LAYERS = (0.01, 0.05), (0.01, 0.4)
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """Results of the trial for each layer of a base: how its keys are rotated, and the shapes of its keys and
-    values, (heads, head_dim)."""
-
-    rotations: tuple[Rotation | None, ...]
-    shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
 @dataclass(frozen=True)
@@ -61,19 +43,12 @@ class WindowedBase:
         self.model, self.window = model, window
         self.name = type(model).__name__
         try:
-            self.config = model.config.get_text_config(decoder=True)
-            self._check_kind()
-            self.decoder: Any = model.get_decoder()
-            self.rotary = self._find_rotary()
-            self.sliding = sliding_layers(self.config)
-            self._check_positions()
-            self.head = _head_of(model, self.config)
-            known = _TRIED.setdefault(model, {})
-            if window not in known:
-                known[window] = self._try_out()
-            self.layers = known[window]
+            parts = parts_of(model)
+            self.layers = tried(parts, window)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be grafted: {error}") from None
+        self.config, self.decoder, self.rotary = parts.config, parts.decoder, parts.rotary
+        self.sliding, self.head = parts.sliding, parts.head
 
     @property
     def num_layers(self) -> int:
@@ -266,133 +241,17 @@ class WindowedBase:
             )
         cache = BaseCache(self.sliding, keys, values, side_by_side)
         if not between.layers and not between.changes:
-            hidden, keys, values = self._call_at(first, given, cache)
+            hidden, keys, values = call_at(self.decoder, first, given, cache)
         else:
             layers = layers_of(self.decoder, self.num_layers)
             with states_after(layers, between.layers, between.changes, between.rows) as states:
-                hidden, keys, values = self._call_at(first, given, cache)
+                hidden, keys, values = call_at(self.decoder, first, given, cache)
             if wrong := [tuple(s.shape) for s in states if s.shape != hidden.shape]:
                 raise ValueError(
                     f"its layers give states of shape {wrong[0]}, its head takes {tuple(hidden.shape)}"
                 )
             hidden = torch.cat([hidden, *(s.to(hidden) for s in states)], -1)
         return hidden.unflatten(0, (rows, -1)).flatten(1, 2), keys, values
-
-    def _call_at(
-        self, first: Tensor, given: dict[str, Any], cache: BaseCache
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The model's forward, each row's positions counted from `first` (rows,)."""
-        x = next(iter(given.values()))
-        positions = first[:, None] + torch.arange(x.shape[1], device=x.device)
-        output = self.decoder(**given, position_ids=positions, past_key_values=cache, use_cache=True)
-        return output.last_hidden_state, *cache.contents
-
-    def _check_kind(self) -> None:
-        if getattr(self.config, "is_encoder_decoder", False) or not isinstance(self.model, PreTrainedModel):
-            raise ValueError("it is not a causal model of transformers")
-        if getattr(self.model, "is_quantized", False) or getattr(self.model, "quantization_method", None):
-            raise ValueError("its weights are quantised; load it without quantisation")
-        if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise ValueError("its weights are offloaded; load it without offloading")
-        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError("its forward has no past_key_values: its layers cache no keys and values")
-        if not isinstance(self.model.get_output_embeddings(), nn.Linear):
-            raise ValueError("its language-modelling head is not a linear layer")
-
-    def _find_rotary(self) -> nn.Module:
-        rotary = getattr(self.decoder, "rotary_emb", None)
-        if not isinstance(rotary, nn.Module):
-            raise ValueError(
-                "it has no module rotary_emb: its positions are not rotary, so that cached keys cannot be "
-                "moved when the window slides"
-            )
-        parameters = getattr(self.config, "rope_parameters", None) or {}
-        kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
-        for kind in kinds:
-            if kind.get("rope_type") in _DEPEND_ON_LENGTH:
-                raise ValueError(
-                    f"the frequencies of its rotary positions depend on the length of the text "
-                    f"(rope_type={kind['rope_type']!r}), so keys cannot move"
-                )
-        return rotary
-
-    def _check_positions(self) -> None:
-        most = getattr(self.config, "max_position_embeddings", None)
-        if isinstance(most, int) and self.window.most_positions > most:
-            raise ValueError(
-                f"window={self.window.size} and sinks={self.window.sinks} need {self.window.most_positions} "
-                f"positions, and it has max_position_embeddings={most}; give a smaller window"
-            )
-
-    @torch.no_grad()
-    def _try_out(self) -> _Layers:
-        """Read a few tokens at two positions, and find the rotation between their keys."""
-        device, vocab_size = self._embeddings.device, self.config.vocab_size
-        ids = (7 * torch.arange(_TRIAL_LENGTH, device=device) + 1).remainder(vocab_size)[None]
-        distance = self.window.block
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            (near, keys, values), (far, far_keys, _) = (
-                self._call_at(
-                    torch.tensor([place], device=device), {"input_ids": ids}, BaseCache(self.sliding)
-                )
-                for place in (0, distance)
-            )
-            logits = self.model(ids, use_cache=False).logits
-        # An unsuitable model may raise any of these.
-        except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
-        finally:
-            for module in training:
-                module.training = True
-        if not logits.isfinite().all():
-            raise ValueError("its logits hold NaN or infinite values")
-        half = int(self.model.dtype in (torch.float16, torch.bfloat16))
-        if not _difference(self.head.logits(near), logits) <= _ALLOWED[half]:
-            raise ValueError(
-                "its logits are not those of its head alone (an unknown operation follows the head)"
-            )
-        if not _difference(far, near) <= _ALLOWED_OF_ALL_LAYERS[half]:
-            raise ValueError(
-                "its hidden states depend on the absolute position, not only on rotary positions"
-            )
-        types = list(getattr(self.config, "layer_types", None) or [])
-        kinds: list[Rotation | None] = [*rotations(self.rotary, types), None]
-        found, back = [], Move(self.rotary, -distance)
-        for index, (here, there) in enumerate(zip(keys, far_keys, strict=True)):
-            # The first token sees itself alone, wherever it stands: its keys differ by their rotation only.
-            here, there = here[:, :, :1], there[:, :, :1]
-            errors = [_difference(back(there, kind), here) for kind in kinds]
-            best = min(range(len(kinds)), key=errors.__getitem__)
-            if not errors[best] <= _ALLOWED[half]:
-                raise ValueError(f"the keys of layer {index} are rotated in an unknown way")
-            found.append(kinds[best])
-        shapes = tuple(
-            ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in zip(keys, values, strict=True)
-        )
-        return _Layers(tuple(found), shapes)
-
-
-def _head_of(model: PreTrainedModel, config: Any) -> LinearHead:
-    """The head, with the scale or softcap that some models apply to its logits."""
-    linear = cast("nn.Linear", model.get_output_embeddings())
-    scale = getattr(config, "logit_scale", None) or 1.0
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        scale /= divisor
-    return LinearHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
-
-
-# Results of the trial, for each model and window.
-_TRIED: WeakKeyDictionary[PreTrainedModel, dict[Window, _Layers]] = WeakKeyDictionary()
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Relative, infinite for another shape."""
-    if found.shape != expected.shape:
-        return math.inf
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def _padded(x: Tensor, time: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,16 @@ class BaseCache(Cache):
             keys.append(layer.keys)
             values.append(layer.values)
         return tuple(keys), tuple(values)
+
+
+def call_at(
+    decoder: Any, first: Tensor, given: dict[str, Any], cache: BaseCache
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The model's forward, each row's positions counted from `first` (rows,): hidden states, keys, values."""
+    x = next(iter(given.values()))
+    positions = first[:, None] + torch.arange(x.shape[1], device=x.device)
+    output = decoder(**given, position_ids=positions, past_key_values=cache, use_cache=True)
+    return output.last_hidden_state, *cache.contents
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from titans.hf.configuration import refuse_unknown
 from titans.hf.fingerprint import same_weights, weights_name, weights_sample
 from titans.hf.graft.lora import lora_settings
 from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.window import Window
+from titans.hf.known_fields import refuse_unknown
 
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
