@@ -73,7 +73,7 @@ ORDER = {
         __init__
         """,
     "titans.nn.memory": """
-        form features half_lives initial_weights heads
+        form features half_lives initial_weights heads starts
         learner
         token
         layer

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from titans.nn import FEATURES, BlockContext, NeuralMemory, TNTMemory
+from titans.nn.packing import Packed
 
 from ..tolerances import FLOAT32, assert_close
 
@@ -122,10 +123,10 @@ def test_a_sharp_memory_finds_what_followed_one_token(features):
         layer = NeuralMemory(64, 1, 64, 1, chunk_size=4, start="sharp", features=features)
         assert not layer.initial_weights[0].any(), "what has read nothing answers 0"
         order = torch.randperm(12)
-        read = layer._read(
-            torch.cat([symbols, symbols[order]]).unsqueeze(0), None, BlockContext(), None, None
-        )
-        queries, keys = read.stretch.queries[0, :, 0], read.stretch.keys[0, :, 0]
+        text = torch.cat([symbols, symbols[order]]).unsqueeze(0)
+        stretch, _, _ = layer._stretch(text, layer.initial_state(1).tail, Packed(), None)
+        read, _, _ = layer.learn(text, None, BlockContext())
+        queries, keys = stretch.queries[0, :, 0], stretch.keys[0, :, 0]
         assert torch.equal(queries[:11], keys[1:12]) and not keys[0].any()
         values = F.silu(layer.input(symbols).chunk(4, -1)[2])
         scores = F.normalize(read.reads[0, 12:, 0], dim=-1) @ F.normalize(values, dim=-1).T

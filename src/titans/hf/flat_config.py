@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from titans.nn.memory.form import FORMS
-from titans.nn.memory.layer import HALF_LIVES
+from titans.nn.memory.half_lives import HALF_LIVES
 
 # Old name → its place in `TitansConfig.memory`.
 _PLACES: dict[str, tuple[str, ...]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +13,10 @@ from titans.hf.known_fields import refuse_unknown
 from titans.memory import OBJECTIVES, UPDATE_RULES
 from titans.nn.combine import COMBINATIONS
 from titans.nn.memory import features as feature_maps
+from titans.nn.memory import starts
 from titans.nn.memory.caching import Caching
 from titans.nn.memory.form import RULE_FIELDS, MemoryForm
-from titans.nn.memory.layer import HALF_LIVES, RECALL_STARTS, STARTS
+from titans.nn.memory.half_lives import HALF_LIVES, refuses_half_lives
 from titans.nn.memory.tnt.layer import refuses
 
 # Fields of a memory that say when its parts are updated, and what is kept.
@@ -104,21 +104,16 @@ class TitansMemoryConfig(PreTrainedConfig):
                 check()
             except (TypeError, ValueError) as error:
                 raise ValueError(f"memory.{name}: {error}") from None
-        for name, known in (("start", STARTS), ("combination", sorted(COMBINATIONS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"memory.{name}={getattr(self, name)!r}: choose one of {list(known)}")
+        if self.combination not in COMBINATIONS:
+            raise ValueError(f"memory.combination={self.combination!r}: choose one of {sorted(COMBINATIONS)}")
         if type(self.conv_kernel) is not int or self.conv_kernel < 1:
             raise ValueError(f"memory.conv_kernel={self.conv_kernel!r}: give a whole number of at least 1")
-        if self.start in RECALL_STARTS and self.conv_kernel < 2:
-            raise ValueError(
-                f"memory.start={self.start!r} looks one token back: give a conv_kernel of at least 2"
-            )
-        if reason := feature_maps.refuses(self.features, self.feature_size, self.memory_form.residual):
+        if reason := (
+            starts.refuses(self.start, self.conv_kernel)
+            or feature_maps.refuses(self.features, self.feature_size, self.memory_form.residual)
+            or refuses_half_lives(self.half_lives)
+        ):
             raise ValueError(f"memory.{reason}")
-        if not _are_half_lives(self.half_lives):
-            raise ValueError(
-                f"memory.half_lives={self.half_lives!r}: give two numbers above 0, the shorter one first"
-            )
         if self.periods is not None and not (
             self.periods and all(type(n) is int and n > 0 for n in self.periods)
         ):
@@ -162,11 +157,6 @@ class TitansMemoryConfig(PreTrainedConfig):
             },
             **{name: getattr(self, name) for name in _SCHEDULES},
         }
-
-
-def _are_half_lives(given: Any) -> bool:
-    numbers = isinstance(given, (list, tuple)) and all(type(x) in (int, float) for x in given)
-    return numbers and len(given) == 2 and 0 < given[0] <= given[1] < math.inf
 
 
 def _described_rule(form: MemoryForm, given: Any) -> dict[str, Any]:

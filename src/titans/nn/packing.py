@@ -50,6 +50,15 @@ class Packed:
         """The inverse of `pack`: y (batch, time, ...) with every token where it stood, zeros elsewhere."""
         return y if self.place is None else zero_padding(take(y, self.place), self.kept)
 
+    def pack_resets(self, reset: Tensor | None) -> Tensor | None:
+        """Resets (batch, time) bool of the rows as those of the packed ones: a reset on a token that is not
+        real takes effect before the next real one, or after the last."""
+        if reset is None or self.place is None:
+            return reset
+        batch, time = reset.shape
+        resets = torch.zeros(batch, time + 1, dtype=torch.int64, device=reset.device)
+        return resets.scatter_add(1, self.place, reset.long())[:, :time] > 0
+
     def zero_padding(self, x: Tensor) -> Tensor:
         """Packed rows x (batch, time, ...) with zeros where no real token is."""
         return zero_padding(x, self.real)

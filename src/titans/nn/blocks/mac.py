@@ -24,8 +24,9 @@ from titans.nn.blocks.protocol import BlockResult
 from titans.nn.blocks.settings import BlockSettings
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
+from titans.nn.memory import starts
 from titans.nn.memory.heads import UNIT, head_vectors
-from titans.nn.memory.layer import RECALL_STARTS, Found, NeuralMemoryState
+from titans.nn.memory.layer import Found, NeuralMemoryState
 from titans.nn.memory.token import recall_token
 from titans.nn.norm import ReadNorm, RMSNorm
 from titans.nn.packing import Packed
@@ -74,21 +75,21 @@ class MACBlock(nn.Module):
         self.memory = s.memory()
         self.recall_norm = ReadNorm(s.num_heads, s.head_dim, self.memory.form.decay_to_initial, s.norm_eps)
         self.gate = s.combination()
-        if self.memory.start in RECALL_STARTS:
+        if self.memory.start in starts.RECALL:
             self.begin_as_induction()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Persistent tokens, and what has to agree for recall, where the memory begins so too."""
         nn.init.normal_(self.persistent)
-        if self.memory.start in RECALL_STARTS:
+        if self.memory.start in starts.RECALL:
             self.begin_as_induction()
 
     @torch.no_grad()
     def begin_as_induction(self) -> None:
         """The attention begins at the token itself, and recall asks the memory as its own queries do.
 
-        See `NeuralMemory.begin_as_induction`. The memory is written with attention outputs, which therefore
+        See `titans.nn.memory.starts`. The memory is written with attention outputs, which therefore
         have to differ between tokens, and is asked with tokens, which have to resemble what was written.
         """
         keys, values = self.attention.key_value.weight.chunk(2)

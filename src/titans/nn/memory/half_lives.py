@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# In tokens, the shortest and the longest. Measured: docs/how/stability.md.
+HALF_LIVES = (1024.0, 1e6)
+
+
+def refuses_half_lives(given: Any) -> str | None:
+    """Why these are not the shortest and the longest half-life, or None."""
+    numbers = isinstance(given, (list, tuple)) and all(type(x) in (int, float) for x in given)
+    if numbers and len(given) == 2 and 0 < given[0] <= given[1] < math.inf:
+        return None
+    return f"half_lives={given!r}: give two numbers above 0, the shorter one first"
 
 
 def spaced_half_lives(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
@@ -16,7 +15,9 @@ from titans.memory.rules import UpdateRule, ended
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
 from titans.nn.memory import features as feature_maps
+from titans.nn.memory import starts
 from titans.nn.memory.form import MemoryForm
+from titans.nn.memory.half_lives import HALF_LIVES, refuses_half_lives
 from titans.nn.memory.heads import UNIT, gated_answers, head_vectors
 from titans.nn.memory.initial_weights import InitialWeights
 from titans.nn.memory.learner import Learner, Stretch
@@ -24,12 +25,6 @@ from titans.nn.memory.token import learn_token
 from titans.nn.norm import ReadNorm
 from titans.nn.packing import Packed
 from titans.state import map_state, register_state, where_rows
-
-# Measured: docs/how/stability.md.
-HALF_LIVES = (1024.0, 1e6)
-STARTS = ("random", "induction", "sharp")
-# Starts in which a key sees the token before the one that its value sees.
-RECALL_STARTS = ("induction", "sharp")
 
 
 @register_state
@@ -54,22 +49,6 @@ class Found(NamedTuple):
     reads: Tensor
     queries: Tensor
     gate: Tensor
-
-
-class Read(NamedTuple):
-    """A stretch and what the layer's own memory made of it.
-
-    before: the state it began with. gate, reads: as in `Found`. tail, memory: what is carried on. trace: if
-    asked for.
-    """
-
-    before: NeuralMemoryState
-    stretch: Stretch
-    gate: Tensor
-    tail: Tensor
-    reads: Tensor
-    memory: MemoryState
-    trace: MemoryTrace | None
 
 
 class NeuralMemory(Learner):
@@ -100,7 +79,7 @@ class NeuralMemory(Learner):
         form: a name in `FORMS` ("stable", "paper", "recall"), {"name": …, field: …} for a named form with
             some fields of `MemoryForm` replaced, or a `MemoryForm`.
         start: "random"; or "induction", with which a repeated context retrieves the token that followed it;
-            or "sharp", the same with contexts of one token; see `begin_as_induction`.
+            or "sharp", the same with contexts of one token; see `titans.nn.memory.starts`.
         conv_kernel: width of the causal convolution on q, k and v.
         half_lives: the shortest and the longest half-life, in tokens, with which the heads forget at first;
             the others are log-spaced between them.
@@ -140,12 +119,8 @@ class NeuralMemory(Learner):
         ):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
-        if not 0 < half_lives[0] <= half_lives[1] < math.inf:
-            raise ValueError(f"half_lives={half_lives!r}: give two numbers above 0, the shorter one first")
-        if start not in STARTS:
-            raise ValueError(f"start={start!r}: choose one of {list(STARTS)}")
-        if start in RECALL_STARTS and conv_kernel < 2:
-            raise ValueError(f"start={start!r} looks one token back: give a conv_kernel of at least 2")
+        if reason := refuses_half_lives(half_lives) or starts.refuses(start, conv_kernel):
+            raise ValueError(reason)
         form = MemoryForm.of(form)
         if reason := feature_maps.refuses(features, feature_size, form.residual):
             raise ValueError(reason)
@@ -173,33 +148,13 @@ class NeuralMemory(Learner):
     def reset_parameters(self) -> None:
         """Gates with half-lives log-spaced over heads, and what has to agree for recall, if asked for."""
         super().reset_parameters()
-        if self.start in RECALL_STARTS:
+        if self.start in starts.RECALL:
             self.begin_as_induction()
 
     @torch.no_grad()
     def begin_as_induction(self) -> None:
-        """Keys see what queries see, one token later, and values the newest token alone.
-
-        The query of the second "… the code is" then equals the key under which the token after the first one
-        was written. From other initial weights, training must find this equality before the memory recalls
-        anything.
-
-        With the start "sharp" a query sees the newest token alone, so that the tokens before it do not change
-        it. Features of high bandwidth need this: they do not recall with a query that is only similar to its
-        key.
-        """
-        queries, keys, _, _ = self.input.weight.chunk(4)
-        keys.copy_(queries)
-        of_queries, of_keys, of_values = self.conv.weight.chunk(3)
-        if self.start == "sharp":
-            of_queries.zero_()
-            of_queries[:, -1] = 1
-        else:
-            nn.init.normal_(of_queries, std=(self.conv.kernel_size - 1) ** -0.5)
-            of_queries[:, 0] = 0
-        of_keys.copy_(of_queries.roll(-1, 1))
-        of_values.zero_()
-        of_values[:, -1] = 1
+        """The start that was asked for; see `titans.nn.memory.starts`."""
+        starts.begin_as_induction(self.input, self.conv, sharp=self.start == "sharp")
 
     def initial_state(self, batch: int, persistent: Tensor | None = None) -> NeuralMemoryState:
         """The state of rows that have read nothing but persistent (num_persistent, hidden_size), if any.
@@ -292,7 +247,7 @@ class NeuralMemory(Learner):
         if mask is not None:
             if how.packed.lengths is not None:
                 raise ValueError("mask with a context of packed rows: give one of them")
-            x, how, reset = given.pack(x), replace(how, packed=given), _packed_reset(given, reset)
+            x, how, reset = given.pack(x), replace(how, packed=given), given.pack_resets(reset)
         found, state, trace = self.learn(x, state, how, reset, persistent=persistent)
         y = given.unpack(self.answer(found))
         if context is None:
@@ -349,26 +304,31 @@ class NeuralMemory(Learner):
 
         Returns what was found, the new state, and the trace if the context asks for it.
         """
-        read = self._read(x, state, context, reset, persistent)
-        found = Found(read.reads, read.stretch.asked, read.gate)
-        return found, NeuralMemoryState(read.tail, read.memory), read.trace
-
-    def _read(
-        self,
-        x: Tensor,
-        state: NeuralMemoryState | None,
-        context: BlockContext,
-        reset: Tensor | None,
-        persistent: Tensor | None,
-    ) -> Read:
-        """What this layer's own memory makes of a stretch; the arguments are those of `learn`."""
         before = self.initial_state(x.shape[0], persistent) if state is None else state
         stretch, gate, tail = self._stretch(x, before.tail, context.packed, reset)
-        fresh = None if reset is None else self.initial_state(1, persistent).memory
+        fresh = None if reset is None else self.initial_state(1, persistent)
+        reads, asked, after, trace = self._learn(stretch, replace(before, tail=tail), fresh, context)
+        return Found(reads, asked, gate), after, trace
+
+    def _learn(
+        self,
+        stretch: Stretch,
+        state: NeuralMemoryState,
+        fresh: NeuralMemoryState | None,
+        context: BlockContext,
+    ) -> tuple[Tensor, Tensor, NeuralMemoryState, MemoryTrace | None]:
+        """A stretch as all memories of the layer read it.
+
+        state: before the stretch, with the convolution's inputs from after it. fresh: one row, what a reset
+        starts from; needed where the stretch has any.
+
+        Returns reads and queries as of `Found`, the new state, and the trace if the context asks for it.
+        """
+        begun = None if fresh is None else fresh.memory
         reads, memory, trace = self.scan(
-            stretch, before.memory, fresh, self.backend, frozen=context.frozen, trace=context.trace
+            stretch, state.memory, begun, self.backend, frozen=context.frozen, trace=context.trace
         )
-        return Read(before, stretch, gate, tail, reads, memory, trace)
+        return reads, stretch.asked, replace(state, memory=memory), trace
 
     def _stretch(
         self, x: Tensor, tail: Tensor, packed: Packed, reset: Tensor | None
@@ -415,19 +375,7 @@ class NeuralMemory(Learner):
             return trace.step_size
         anchor = self.inner.network_weights(state.memory.anchor, self.base)
         dtype = anchor[0].dtype
-        gain, bias = (
-            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
-        )
+        gain, bias = self.norm_in(dtype)
         keys, values = (x.to(dtype).transpose(1, 2) for x in (trace.keys, trace.values))
         normalizers = self.inner.step_normalizers_at(anchor, keys, values, gain, bias)
         return trace.step_size / torch.stack(normalizers, -1).transpose(1, 2)
-
-
-def _packed_reset(packed: Packed, reset: Tensor | None) -> Tensor | None:
-    """Resets (batch, time) of masked rows as those of the packed ones: a reset on a masked token takes effect
-    before the next real one, or after the last."""
-    if reset is None or packed.place is None:
-        return reset
-    batch, time = reset.shape
-    resets = torch.zeros(batch, time + 1, dtype=torch.int64, device=reset.device)
-    return resets.scatter_add(1, packed.place, reset.long())[:, :time] > 0

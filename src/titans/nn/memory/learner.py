@@ -148,6 +148,13 @@ class Learner(nn.Module):
         """The weights on which the fast ones are offsets, (heads, out, in) for each layer, or None."""
         return tuple(self.initial_weights) if self.form.decay_to_initial else None
 
+    def norm_in(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and bias of the network's norm, (heads, 1, head_dim) each, or None for a network without."""
+        gain, bias = (
+            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
+        )
+        return gain, bias
+
     def prior(self, queries: Tensor) -> Tensor | None:
         """What a memory that has read nothing answers, (batch, time, heads, head_dim) in at least float32.
 
@@ -157,9 +164,7 @@ class Learner(nn.Module):
         if self.base is None:
             return None
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        gain, bias = (
-            None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
-        )
+        gain, bias = self.norm_in(dtype)
         with torch.autocast(autocast_device(queries), enabled=False):
             base = [w.to(dtype) for w in self.base]
             weights = self.inner.network_weights([torch.zeros_like(w) for w in base], base)

@@ -13,9 +13,8 @@ from titans.memory import MemoryNetwork, MemoryState, memory_scan
 from titans.memory.precision import autocast_device
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.conv import CausalConv
-from titans.nn.memory.half_lives import spaced_half_lives
+from titans.nn.memory.half_lives import HALF_LIVES, spaced_half_lives
 from titans.nn.memory.heads import UNIT, head_vectors
-from titans.nn.memory.layer import HALF_LIVES
 from titans.nn.norm import HeadRMSNorm, shorten, unit_queries
 from titans.nn.packing import Packed, zero_padding
 from titans.nn.pieces import Rows, cut_pieces

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from titans.memory.precision import autocast_device
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.memory.caching.checkpoints import Caching, Checkpoints
-from titans.nn.memory.layer import Found, NeuralMemory, NeuralMemoryState
+from titans.nn.memory.layer import NeuralMemory, NeuralMemoryState
 from titans.nn.memory.learner import Stretch
 from titans.nn.packing import zero_padding
 from titans.nn.pieces import cut_pieces
-from titans.state import register_state, where_rows
+from titans.state import map_state, register_state, where_rows
 
 # What a stretch has of every token.
 _TOKENS = ("x", "queries", "keys", "values", "asked", "written")
@@ -82,26 +82,20 @@ class CachedMemory(NeuralMemory):
         checkpoints = state.checkpoints.taken_at(self.caching, fresh.memory.weights, tokens, tokens > 0)
         return replace(fresh, checkpoints=checkpoints)
 
-    def learn(
+    def _learn(
         self,
-        x: Tensor,
-        state: NeuralMemoryState | None,
+        stretch: Stretch,
+        state: NeuralMemoryState,
+        fresh: NeuralMemoryState | None,
         context: BlockContext,
-        reset: Tensor | None = None,
-        *,
-        persistent: Tensor | None = None,
-    ) -> tuple[Found, CachedMemoryState, MemoryTrace | None]:
-        """See `NeuralMemory.learn`."""
-        before = self.initial_state(x.shape[0], persistent) if state is None else state
-        assert isinstance(before, CachedMemoryState)
-        stretch, gate, tail = self._stretch(x, before.tail, context.packed, reset)
-        now = CachedMemoryState(tail, before.memory, before.checkpoints)
-        cut = cut_pieces(now.memory.position, x.shape[1], context.packed, self.caching.every, reset)
-        fresh = None
-        if reset is not None:
-            begun = self.initial_state(len(x), persistent)
-            assert isinstance(begun, CachedMemoryState)
-            fresh = replace(begun, tail=tail)
+    ) -> tuple[Tensor, Tensor, CachedMemoryState, MemoryTrace | None]:
+        """See `NeuralMemory._learn`."""
+        assert isinstance(state, CachedMemoryState)
+        now, tail, (rows, time) = state, state.tail, stretch.x.shape[:2]
+        cut = cut_pieces(now.memory.position, time, context.packed, self.caching.every, stretch.reset)
+        if fresh is not None:
+            fresh = replace(map_state(lambda x: x.expand(rows, *x.shape[1:]), fresh), tail=tail)
+            assert isinstance(fresh, CachedMemoryState)
         reads, traces = [], []
         parts = [cut.apart(getattr(stretch, name)) for name in _TOKENS]
         for piece, *tokens in zip(cut.pieces, *parts, strict=True):
@@ -123,7 +117,7 @@ class CachedMemory(NeuralMemory):
             now = where_rows(cut.fresh_after, fresh, now)
         together = cut.together(torch.cat(reads, 1)) if reads else torch.zeros_like(stretch.queries)
         trace = MemoryTrace.joined(traces).map_tokens(cut.together) if traces else None
-        return Found(together, stretch.asked, gate), now, trace
+        return together, stretch.asked, now, trace
 
     def _with_checkpoints(
         self, part: Stretch, read: Tensor, checkpoints: Checkpoints, count: Tensor
@@ -147,9 +141,7 @@ class CachedMemory(NeuralMemory):
             kept = torch.einsum("bthd,bshd->bsht", u, checkpoints.means)
             kept = kept.masked_fill((checkpoints.tokens == 0)[:, :, None, None], -torch.inf)
             gates = torch.cat([running.unsqueeze(1), kept], 1).softmax(1).unsqueeze(-1)
-            gain, bias = (
-                None if x is None else x.to(dtype).unsqueeze(1) for x in (self.norm_weight, self.norm_bias)
-            )
+            gain, bias = self.norm_in(dtype)
             weights = self.inner.network_weights(checkpoints.weights, self.base)
             asked = part.asked.to(dtype).transpose(1, 2).unsqueeze(1)
             answers = self.network(weights, asked, gain, bias)

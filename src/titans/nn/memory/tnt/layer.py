@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from titans.memory import MemoryState
 from titans.nn.context import BlockContext, MemoryTrace
 from titans.nn.memory.initial_weights import InitialWeights
-from titans.nn.memory.layer import Found, NeuralMemory, NeuralMemoryState
+from titans.nn.memory.layer import NeuralMemory, NeuralMemoryState
 from titans.nn.memory.learner import Learner, Stretch
 from titans.nn.memory.tnt.key_space import towards_keys
 from titans.nn.memory.tnt.shards import cut_shards
@@ -132,24 +132,21 @@ class TNTMemory(NeuralMemory):
     def _begin(self, tail: Tensor, memory: MemoryState) -> TNTMemoryState:
         return TNTMemoryState(tail, memory, self._fresh_shard(len(tail)))
 
-    def learn(
+    def _learn(
         self,
-        x: Tensor,
-        state: NeuralMemoryState | None,
+        stretch: Stretch,
+        state: NeuralMemoryState,
+        fresh: NeuralMemoryState | None,
         context: BlockContext,
-        reset: Tensor | None = None,
-        *,
-        persistent: Tensor | None = None,
-    ) -> tuple[Found, TNTMemoryState, MemoryTrace | None]:
-        """See `NeuralMemory.learn`; the queries found are those that `prior` takes."""
-        read = self._read(x, state, context, reset, persistent)
-        before, stretch, memory = read.before, read.stretch, read.memory
-        assert isinstance(before, TNTMemoryState)
+    ) -> tuple[Tensor, Tensor, TNTMemoryState, MemoryTrace | None]:
+        """See `NeuralMemory._learn`; the queries are those that `prior` takes."""
+        reads, own, after, trace = super()._learn(stretch, state, fresh, context)
+        assert isinstance(after, TNTMemoryState)
         local_reads, asked, local = self._scan_shards(
-            stretch, before.memory.position, before.local, context.frozen
+            stretch, state.memory.position, after.local, context.frozen
         )
-        found = Found(read.reads + local_reads, torch.cat([stretch.asked, asked], 2), read.gate)
-        return found, TNTMemoryState(read.tail, memory, _at(memory.position, local)), read.trace
+        after = replace(after, local=_at(after.memory.position, local))
+        return reads + local_reads, torch.cat([own, asked], 2), after, trace
 
     def _scan_shards(
         self, stretch: Stretch, position: Tensor, local: ShardState, frozen: bool
