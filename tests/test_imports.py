@@ -48,6 +48,7 @@ ORDER = {
     "titans.memory.chunkwise": """
         chunk columns
         groups windows
+        delta_block
         formed delta
         anchored
         scan

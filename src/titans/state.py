@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -93,6 +94,22 @@ def where_rows(rows: Tensor, chosen: State, otherwise: State) -> State:
 
     (mine, theirs), structure = flatten_alike((chosen, otherwise))
     return pytree.tree_unflatten([pick(a, b) for a, b in zip(mine, theirs, strict=True)], structure)
+
+
+def stacked(states: Sequence[Any]) -> Any:
+    """Rows of several states; whoever holds fewer slots than another has empty ones after them."""
+    leaves, structure = flatten_alike(states)
+
+    def together(parts: tuple[Tensor, ...]) -> Tensor:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].dim() < 2:
+            return torch.cat(parts)
+        most = max(part.shape[1] for part in parts)
+        padding = [(0, 0) * (part.dim() - 2) + (0, most - part.shape[1]) for part in parts]
+        return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
+
+    return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure)
 
 
 def with_rows(state: State, rows: Tensor, new: State) -> State:

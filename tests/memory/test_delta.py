@@ -87,7 +87,9 @@ def test_without_momentum_the_products_with_it_are_left_out(mask, reset, monkeyp
     problem = without_momentum(problem)
     products = []
     monkeypatch.setattr(
-        delta, "_within", lambda *x, real=delta._within: products.append(x[3] is not None) or real(*x)
+        delta,
+        "inside_block",
+        lambda *x, real=delta.inside_block: products.append(x[3] is not None) or real(*x),
     )
 
     def found(backend):

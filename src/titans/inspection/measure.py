@@ -14,9 +14,9 @@ from torch import Tensor
 from titans.evaluate.memory import keep_memory_only
 from titans.evaluate.perplexity import TokenIds
 from titans.hf import TitansCache, TitansForCausalLM
+from titans.state import stacked
 from titans.stream.model import reading
 from titans.stream.reader import initial_states
-from titans.stream.rows import stacked
 from titans.stream.text import token_ids
 
 PASSAGE_LENGTH = 1024

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from titans.hf.graft.window import Window, WindowState
 from titans.hf.graft.window import together as windows_together
 from titans.memory import MemoryState
-from titans.state import flatten_alike, grows, map_state
+from titans.state import grows, map_state, stacked
 from titans.stream.reader import GraftReader, StateReader, TitansReader, initial_states
 
 _OWN_SIZE = (MemoryState, WindowState)
@@ -70,19 +68,3 @@ def row_of(reader: StateReader, cache: Any, row: int) -> tuple[Any, ...]:
         return isinstance(state, _OWN_SIZE) or grows(state)
 
     return tuple(pytree.tree_map(alone, cache.states, is_leaf=has_own_size))
-
-
-def stacked(states: Sequence[Any]) -> Any:
-    """Rows of several states; whoever holds fewer slots than another has empty ones after them."""
-    leaves, structure = flatten_alike(states)
-
-    def together(parts: tuple[Tensor, ...]) -> Tensor:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        if parts[0].dim() < 2:
-            return torch.cat(parts)
-        most = max(part.shape[1] for part in parts)
-        padding = [(0, 0) * (part.dim() - 2) + (0, most - part.shape[1]) for part in parts]
-        return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
-
-    return pytree.tree_unflatten([together(parts) for parts in zip(*leaves, strict=True)], structure)

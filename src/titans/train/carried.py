@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from titans.hf import TitansCache, TitansConfig
-from titans.stream.rows import stacked
+from titans.state import stacked
 
 _NAME = "carried_memory"
 

@@ -19,7 +19,7 @@ from titans.hf.graft.window import Window, WindowState, together
 from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
 from titans.hf.state_file import StateFile, damaged_header
 from titans.memory_file import saved_model
-from titans.state import compact, expanded, flatten_alike, map_state
+from titans.state import compact, expanded, map_state, stacked
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class GraftState:
     @staticmethod
     def joined(states: Sequence[GraftState]) -> GraftState:
         """Rows of several states of one graft, one after the other."""
-        leaves, structure = flatten_alike([state.memories for state in states])
-        memories = pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], structure)
+        memories = stacked([state.memories for state in states])
         return GraftState(together([state.window for state in states]), memories)
 
 

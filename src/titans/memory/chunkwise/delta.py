@@ -1,14 +1,6 @@
-"""Chunks of one token, a block of them at a time: the delta rule, exactly.
+"""Chunks of one token, a block of them at a time: the delta rule, exactly (`delta_block.py`).
 
-With chunk_size=1 every token's gradient is taken at the weights just before it. For one matrix and the
-squared error it is 2 e_t k_tᵀ with e_t = W_{t−1} k_t − v_t, and W_{t−1} is linear in the state at the block's
-start and in the errors before t (`rules.ChunkCoefficients`). So the errors of a block solve
-
-    e_t + Σ_{j<t} steps[t−1, j] (k_j · k_t) e_j = (W_{t−1} k_t without what the block has written) − v_t,
-
-a unit lower triangular system, and nothing weight-sized exists per token. Derivation: docs/how/schedules.md.
-This is the gated delta rule (arXiv 2412.06464), whose blocks are computed so in arXiv 2406.06484,
-with momentum.
+Here blocks follow each other, in groups, and gradients are taken through them.
 
 Shapes: rows = batch · heads; tokens (blocks, rows, width, features); weights (rows, out, in).
 """
@@ -24,13 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from titans.memory.chunkwise.delta_block import (
+    Found,
+    Plan,
+    Tables,
+    after_block,
+    ends_of,
+    inside_block,
+    plan_of,
+    tables_of,
+)
 from titans.memory.chunkwise.groups import (
     Arguments,
     Marks,
     Slow,
     Tokens,
     begin_chunk,
-    coefficients_of,
     refuse_second_derivatives,
 )
 from titans.memory.inner import InnerProblem
@@ -64,120 +65,13 @@ def is_delta_rule(problem: ScanProblem) -> bool:
     )
 
 
-class _Tables(NamedTuple):
-    """What a block's tokens determine without the state; leading dimensions … are any.
-
-    Token t meets the weights before_weights W + before_momentum S − Σ_j …, with W and S of the block's start,
-    and its query those at weights and momentum.
-    """
-
-    before_weights: Tensor  # (…, width, 1)
-    before_momentum: Tensor
-    system: Tensor  # (…, width, width), below its unit diagonal
-    weights: Tensor  # (…, width, 1)
-    momentum: Tensor
-    mixing: Tensor  # (…, width, width): reads − mixing · errors
-    end_weights: Tensor  # (…, 1, 1), and so on: as in `ChunkCoefficients`
-    end_momentum: Tensor
-    end_steps: Tensor  # (…, width, 1)
-    momentum_momentum: Tensor
-    momentum_steps: Tensor
-
-    def at(self, block: int) -> _Tables:
-        return _Tables(*(x[block] for x in self))
-
-
-class _Found(NamedTuple):
-    """Of a block: reads, errors, and what the errors add to weights and momentum, each (…, width, out)."""
-
-    reads: Tensor
-    errors: Tensor
-    to_weights: Tensor
-    to_momentum: Tensor
-
-
-class _Plan(NamedTuple):
-    """What one scan is in addition to its tensors.
-
-    read_before: a query is answered with the weights before its token's write. moving: some token carries
-    momentum on; without, only the last token of a row determines the momentum. ends: for each block, whether
-    some row's momentum is needed after it.
-    """
-
-    read_before: bool
-    moving: bool
-    ends: list[bool]
-
-    def of(self, blocks: slice) -> _Plan:
-        return self._replace(ends=self.ends[blocks])
-
-
-def _shifted(x: Tensor, first: float) -> Tensor:
-    """What token t − 1 has, for token t: rows one further down, below a row of `first`."""
-    return F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
-
-
-def _tables(plan: _Plan, inner: InnerProblem, tokens: Tokens, marks: Marks) -> _Tables:
-    queries, keys = tokens.queries, tokens.keys
-    # The gradient is 2 e kᵀ, and the factor belongs to the step as a normalizer does.
-    scale: Tensor | float = 2.0
-    if inner.rule.normalize_step:
-        squares = keys.square().sum(-1)
-        scale = 2 / inner.step_normalizers(2.0, torch.ones_like(squares), [squares], [])[0].unsqueeze(1)
-    coefficients = coefficients_of(inner, tokens._replace(step_size=tokens.step_size * scale), marks)
-    c = type(coefficients)(*(x.squeeze(1) for x in coefficients))
-    before = (
-        _shifted(c.read_weights, 1.0),
-        _shifted(c.read_momentum, 0.0),
-        _shifted(c.read_steps, 0.0),
-    )
-    now = before if plan.read_before else (c.read_weights, c.read_momentum, c.read_steps)
-    return _Tables(
-        before[0],
-        before[1],
-        before[2] * (keys @ keys.mT),
-        now[0],
-        now[1],
-        now[2] * (queries @ keys.mT),
-        *c[3:],
-    )
-
-
-def _within(tables: _Tables, values: Tensor, by_weights: Tensor, by_momentum: Tensor | None) -> _Found:
-    """What happens inside a block, given the products of its keys and queries (…, 2 · width, in) with the
-    weights and the momentum it begins with."""
-    width = values.shape[-2]
-    errors = tables.before_weights * by_weights[..., :width, :] - values
-    reads = tables.weights * by_weights[..., width:, :]
-    if by_momentum is not None:
-        errors = errors + tables.before_momentum * by_momentum[..., :width, :]
-        reads = reads + tables.momentum * by_momentum[..., width:, :]
-    if width > 1:
-        errors = torch.linalg.solve_triangular(tables.system, errors, upper=False, unitriangular=True)
-    reads = reads - tables.mixing @ errors
-    return _Found(reads, errors, tables.end_steps * errors, tables.momentum_steps * errors)
-
-
-def _written(
-    plan: _Plan, block: int, tables: _Tables, found: _Found, keys: Tensor, state: MemoryState
-) -> MemoryState:
-    """The state after a block; tables and tokens are those of the block."""
-    (weight,), (moment,) = state.weights, state.momentum
-    moved = torch.addcmul(weight, weight, tables.end_weights)
-    if plan.moving:
-        moved.addcmul_(moment, tables.end_momentum)
-    moved.baddbmm_(found.to_weights.mT, keys, alpha=-1)
-    if plan.ends[block]:
-        moment = (moment * tables.momentum_momentum).baddbmm_(found.to_momentum.mT, keys, alpha=-1)
-    return MemoryState((moved,), (moment,))
-
-
-# Of each group: the products that `_within` takes, (blocks, rows, 2 · width, out) each, and the state before.
+# Of each group: the products that `inside_block` takes, (blocks, rows, 2 · width, out) each, and the state
+# before.
 _Tape = list[tuple[Tensor, Tensor | None, MemoryState]]
 
 
 def _scan_group(
-    plan: _Plan,
+    plan: Plan,
     inner: InnerProblem,
     tokens: Tokens,
     marks: Marks,
@@ -185,7 +79,7 @@ def _scan_group(
     state: MemoryState,
     tape: _Tape | None,
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    tables = _tables(plan, inner, tokens, marks)
+    tables = tables_of(plan, inner, tokens, marks)
     asked = torch.cat([tokens.keys, tokens.queries], -2)
     reads, surprises, start = [], [], state
     products: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -194,8 +88,8 @@ def _scan_group(
         by_weights = torch.bmm(both, state.weights[0].mT)
         by_momentum = torch.bmm(both, state.momentum[0].mT) if plan.moving else None
         here = tables.at(n)
-        found = _within(here, tokens.values[n], by_weights, by_momentum)
-        state = _written(plan, n, here, found, tokens.keys[n], state)
+        found = inside_block(here, tokens.values[n], by_weights, by_momentum)
+        state = after_block(plan, n, here, found, tokens.keys[n], state)
         reads.append(found.reads)
         surprises.append(found.errors.square().sum(-1))
         if tape is not None:
@@ -212,7 +106,7 @@ def _groups(blocks: int) -> list[slice]:
 
 
 def _scan_groups(
-    plan: _Plan,
+    plan: Plan,
     inner: InnerProblem,
     tokens: Tokens,
     marks: Marks,
@@ -239,7 +133,7 @@ class _DeltaScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, arguments: Arguments, *flat: Tensor | None) -> tuple[Tensor, ...]:
         tokens, slow, state = arguments.unflatten(flat)
         tape: _Tape = []
         reads, surprise, after = _scan_groups(
@@ -271,12 +165,12 @@ class _DeltaScan(torch.autograd.Function):
             here, plan = marks.at(group), ctx.plan.of(group)
             by_weights, by_momentum, weight, moment = kept[4 * i : 4 * i + 4]
             with torch.enable_grad():
-                tables = _tables(plan, inner, part, here)
-                found = _within(tables, part.values, by_weights, by_momentum)
+                tables = tables_of(plan, inner, part, here)
+                found = inside_block(tables, part.values, by_weights, by_momentum)
             start = MemoryState((weight,), (moment,))
             found_grads = _between(plan, part, here, slow, tables, found, start, grads[0][group], after)
             inside = torch.autograd.grad(
-                [found.reads, found.to_weights, found.to_momentum, *_ends(tables)],
+                [found.reads, found.to_weights, found.to_momentum, *ends_of(tables)],
                 part,
                 [grads[0][group], *found_grads.inside],
                 allow_unused=True,
@@ -289,10 +183,6 @@ class _DeltaScan(torch.autograd.Function):
         by_slow = Slow(None, None, after.fresh, ())
         by_state = MemoryState((after.weights,), (after.momentum,))
         return (None, None, *pytree.tree_leaves((token_grads, by_slow, by_state)))
-
-
-def _ends(tables: _Tables) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.end_weights, tables.end_momentum, tables.momentum_momentum
 
 
 class _StateGradients:
@@ -314,7 +204,7 @@ class _StateGradients:
 
 class _FoundGradients(NamedTuple):
     """Gradients for a group: of what autograd takes through the inside of its blocks, namely `to_weights`,
-    `to_momentum` and `_ends`; and the share of keys and queries that does not go through there."""
+    `to_momentum` and `ends_of`; and the share of keys and queries that does not go through there."""
 
     inside: list[Tensor]
     keys: Tensor
@@ -322,12 +212,12 @@ class _FoundGradients(NamedTuple):
 
 
 def _between(
-    plan: _Plan,
+    plan: Plan,
     tokens: Tokens,
     marks: Marks,
     slow: Slow,
-    tables: _Tables,
-    found: _Found,
+    tables: Tables,
+    found: Found,
     start: MemoryState,
     reads_grad: Tensor,
     after: _StateGradients,
@@ -340,18 +230,18 @@ def _between(
         state = begin_chunk(marks.at(n), slow, state)
         states.append(state)
         if n + 1 < blocks:
-            block = _Found(*(x[n] for x in found))
-            state = _written(plan, n, tables.at(n), block, tokens.keys[n], state)
+            block = Found(*(x[n] for x in found))
+            state = after_block(plan, n, tables.at(n), block, tokens.keys[n], state)
 
     # Of the errors, by what was read.
     errors_grad = -(tables.mixing.mT @ reads_grad)
-    inside = [torch.zeros_like(x) for x in (found.to_weights, found.to_momentum, *_ends(tables))]
+    inside = [torch.zeros_like(x) for x in (found.to_weights, found.to_momentum, *ends_of(tables))]
     keys_grad, queries_grad = torch.empty_like(tokens.keys), torch.empty_like(tokens.queries)
     for n in reversed(range(blocks)):
         here, keys = tables.at(n), tokens.keys[n]
         (weight,), (moment,) = states[n].weights, states[n].momentum
         grad_w, grad_s = after.weights, after.momentum
-        # Through `_written`.
+        # Through `after_block`.
         inside[0][n] = torch.bmm(keys, grad_w.mT).neg_()
         inside[2][n] = (grad_w * weight).sum((1, 2), keepdim=True)
         of_errors = torch.addcmul(errors_grad[n], here.end_steps, inside[0][n])
@@ -364,7 +254,7 @@ def _between(
             of_errors.addcmul_(here.momentum_steps, inside[1][n])
             key_grad.baddbmm_(found.to_momentum[n], grad_s, alpha=-1)
             before_s = grad_s * here.momentum_momentum
-        # Through `_within`, to the products with the state that the block began with.
+        # Through `inside_block`, to the products with the state that the block began with.
         if width > 1:
             of_errors = torch.linalg.solve_triangular(
                 here.system.mT, of_errors, upper=True, unitriangular=True
@@ -384,19 +274,6 @@ def _between(
         after.weights, after.momentum = before_w, before_s
         after.through_begin(marks.at(n))
     return _FoundGradients(inside, keys_grad, queries_grad)
-
-
-def _plan(read_before: bool, tokens: Tokens, marks: Marks) -> _Plan:
-    blocks = tokens.keys.shape[0]
-    gates = tokens.momentum
-    # On an accelerator, looking at values would stop the stream.
-    if gates.device.type != "cpu" or (torch.is_grad_enabled() and gates.requires_grad) or gates.any():
-        return _Plan(read_before, True, [True] * blocks)
-    if marks.filled is None:
-        return _Plan(read_before, False, [False] * (blocks - 1) + [True])
-    written = marks.filled.any(-1)
-    later = written.flip(0).cummax(0).values.flip(0)
-    return _Plan(read_before, False, [*(~later[1:]).any(1).tolist(), True])
 
 
 def scan_delta_blocks(
@@ -426,7 +303,7 @@ def scan_delta_blocks(
             more = F.pad(queries[:1, :, :1] @ ahead.mT, padding)
             added = more if added is None else added + more
     known = replace(state, anchor=state.weights)
-    plan, slow = _plan(read_before, tokens, marks), Slow(None, None, slow.fresh, ())
+    plan, slow = plan_of(read_before, tokens, marks), Slow(None, None, slow.fresh, ())
     arguments = Arguments(inner, marks._replace(complete=True), tokens._replace(values=values), slow, known)
     if arguments.needs_grad:
         reads, surprise, *leaves = _DeltaScan.apply(plan, arguments, *arguments.flat)

@@ -79,6 +79,16 @@ void attend(
   for (const T* value : new_values) add_scaled(size, *score++, value, to);
 }
 
+// The query of one head of one row over √size; asked: (rows, heads · size).
+template <class T>
+std::vector<T> scaled_query(const Tensor& asked, int64_t row, int64_t head, int64_t size) {
+  const T* query = asked.const_data_ptr<T>() + row * asked.size(1) + head * size;
+  const T scale = T(std::pow(double(size), -0.5));
+  std::vector<T> scaled(query, query + size);
+  for (T& number : scaled) number *= scale;
+  return scaled;
+}
+
 // body(row, head), threads where there is enough to do: `work` products for each.
 template <class Body>
 void for_rows_and_heads(int64_t rows, int64_t heads, int64_t work, const Body& body) {
@@ -113,9 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_token(
     }
     for_rows_and_heads(rows, heads, 2 * size * (in + before + fixed), [&](int64_t row, int64_t head) {
       const T* token = flat.const_data_ptr<T>() + row * in;
-      std::vector<T> plain(size), rotated(size), key(size), turned(size), value(size);
-      for (int64_t d = 0; d < size; ++d)
-        plain[d] = asked.const_data_ptr<T>()[row * width + head * size + d] * T(std::pow(double(size), -0.5));
+      const std::vector<T> plain = scaled_query<T>(asked, row, head, size);
+      std::vector<T> rotated(size), key(size), turned(size), value(size);
       T* found = key.data();
       products(layer.key_weight(head), in, size, &token, 1, &found);
       turns[row](plain.data(), rotated.data()), turns[row](key.data(), turned.data());
@@ -161,9 +170,8 @@ std::tuple<Tensor, Tensors> segment_token(
     }
     for_rows_and_heads(rows, heads, 2 * size * (2 * in + most + fixed), [&](int64_t row, int64_t head) {
       const T* seen[] = {context.const_data_ptr<T>() + row * in, flat.const_data_ptr<T>() + row * in};
-      std::vector<T> plain(size), rotated(size), keys(2 * size);
-      for (int64_t d = 0; d < size; ++d)
-        plain[d] = asked.const_data_ptr<T>()[row * width + head * size + d] * T(std::pow(double(size), -0.5));
+      const std::vector<T> plain = scaled_query<T>(asked, row, head, size);
+      std::vector<T> rotated(size), keys(2 * size);
       T* found[] = {keys.data(), keys.data() + size};
       products(layer.key_weight(head), in, size, seen, 2, found);
       turns[row](plain.data(), rotated.data());

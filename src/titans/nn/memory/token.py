@@ -75,6 +75,29 @@ def _are_tensors(parts: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return all([type(part) is Tensor and part.dtype is dtype and part.is_cpu for part in parts])
 
 
+class _Parts(NamedTuple):
+    """What both operators take of a layer: sizes, and the weights of projections, memory and norms."""
+
+    sizes: tuple[list[int], list[float]]
+    weights: list[Tensor]
+    base: list[Tensor]
+    affine: list[Tensor | None]
+    norms: list[Tensor | None]
+
+
+def _parts(
+    learner: Learner, projections: Sequence[nn.Module], norm: ReadNorm, backend: str, x: Tensor, tail: Tensor
+) -> _Parts | None:
+    """The parts of a layer that reads x (batch, 1, hidden_size), or None where no operator knows one."""
+    if (sizes := _sizes(learner, backend, x)) is None:
+        return None
+    base, affine = _slow_weights(learner)
+    weights, norms = token.weights_of(x, *projections), _norm_weights(norm, bool(base), x)
+    if weights is None or norms is None or not token.alike(x, *base, *affine, tail):
+        return None
+    return _Parts(sizes, weights, base, affine, norms)
+
+
 def learn_token(
     learner: Learner,
     projections: Sequence[nn.Module],
@@ -94,25 +117,22 @@ def learn_token(
     Returns:
         The answer (batch, 1, hidden_size), the convolution's new tail, and the new state.
     """
-    if (sizes := _sizes(learner, backend, x)) is None:
+    if (parts := _parts(learner, projections, norm, backend, x, tail)) is None:
         return None
     forget_gate, step_size_gate = learner.forget_gate, learner.step_size_gate
     if type(forget_gate) is not DecayRate or type(step_size_gate) is not nn.Sigmoid:
         return None
     if not token.is_plain(forget_gate) or not token.is_plain(step_size_gate):
         return None
-    base, affine = _slow_weights(learner)
-    weights, norms = token.weights_of(x, *projections), _norm_weights(norm, bool(base), x)
     gates = [learner._parameters.get(name) for name in _GATES]
     carried = [*state.weights, *state.momentum, *(() if state.is_shared else state.anchor)]
-    if weights is None or norms is None or not token.alike(x, *gates, *base, *affine, tail):
-        return None
-    if not _are_tensors(carried, x.dtype):
+    if not token.alike(x, *gates) or not _are_tensors(carried, x.dtype):
         return None
     limits = [learner.form.max_momentum, learner.max_step_size, *(forget_gate.bounds or ())]
     found, anchor = torch.ops.titans_native.memory_token(
-        x, tail, state.position.contiguous(), carried, state.is_shared, *sizes,
-        learner.chunk_size, frozen, weights, *gates, limits, base, *affine, *norms, norm.taught.eps,
+        x, tail, state.position.contiguous(), carried, state.is_shared, *parts.sizes,
+        learner.chunk_size, frozen, parts.weights, *gates, limits, parts.base, *parts.affine, *parts.norms,
+        norm.taught.eps,
     )  # fmt: skip
     if not found:
         return None
@@ -142,17 +162,11 @@ def recall_token(
     Returns:
         The context tokens (batch, 1, hidden_size) and the convolution's new tail.
     """
-    if (sizes := _sizes(learner, backend, x)) is None:
+    parts = _parts(learner, projections, norm, backend, x, tail)
+    if parts is None or not _are_tensors(snapshot, x.dtype):
         return None
-    base, affine = _slow_weights(learner)
-    weights, norms = token.weights_of(x, *projections), _norm_weights(norm, bool(base), x)
-    if weights is None or norms is None or not token.alike(x, *base, *affine, tail):
-        return None
-    if not _are_tensors(snapshot, x.dtype):
-        return None
-    query, conv, output = weights
     recalled, tail = torch.ops.titans_native.recall_token(
-        x, tail, *sizes, snapshot, query, conv, output, base, *affine, *norms,
+        x, tail, *parts.sizes, snapshot, *parts.weights, parts.base, *parts.affine, *parts.norms,
         norm.taught.eps,
     )  # fmt: skip
     return recalled, tail

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from titans.data.facts_blocks import ANSWER, STATED
 from titans.hf.graft.feature_cache import FeatureCache
 from titans.nn.adaptation import LinearHead
 from titans.nn.association import Association, AssociationRead, AssociationState
-from titans.state import flatten_alike, map_state
+from titans.state import map_state, stacked
 from titans.train.graft.carried import from_tensors, to_tensors
 from titans.train.graft.held_out import HeldOut, changes_at, measure
 from titans.train.graft.loop import LoopResult, TrainingLoop
@@ -114,8 +113,7 @@ class AssociationTraining(TrainingLoop[HeldOut]):
             text = text.to(self.device)
             found = self.association.read(text.states, text.hidden, text.ids, self.head.weight)
             states.append(found.state)
-        leaves, structure = flatten_alike(states)
-        return pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], structure)
+        return stacked(states)
 
     def _price(self, main: Stretch, found: AssociationRead) -> Tensor:
         """What writing costs: it has to be rare, or a long text drives out what was learned before it."""

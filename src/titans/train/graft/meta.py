@@ -11,7 +11,6 @@ from torch import Tensor
 from titans.hf.graft.feature_cache import FeatureCache, Features
 from titans.nn.adaptation import Adaptation, LinearHead
 from titans.state import where_rows
-from titans.train.graft.carried import from_tensors, to_tensors
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import AdaptationTraining
 from titans.train.graft.text import HeldOutText, TextTraining
@@ -110,12 +109,6 @@ class MetaTraining(TextTraining):
             losses[name] = float(torch.cat(found)[1:].mean())
             base[name] = float(_base_losses(self.head, part).mean())
         return HeldOutText(losses, base)
-
-    def carried(self) -> dict[str, Tensor]:
-        return to_tensors(self._state)
-
-    def carry_on(self, tensors: dict[str, Tensor]) -> None:
-        self._state = from_tensors(tensors, self._state)
 
 
 def _base_losses(head: LinearHead, part: Features) -> Tensor:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from titans.train.graft.carried import from_tensors, to_tensors
 from titans.train.graft.loop import HELD_OUT, UNTRAINED, TrainingLoop
 
 
@@ -40,6 +42,14 @@ class TextTraining(TrainingLoop[HeldOutText]):
     """
 
     found_class = HeldOutText
+    # What goes on from step to step, made by who derives from this class.
+    _state: Any
+
+    def carried(self) -> dict[str, Tensor]:
+        return to_tensors(self._state)
+
+    def carry_on(self, tensors: dict[str, Tensor]) -> None:
+        self._state = from_tensors(tensors, self._state)
 
     def score(self, found: HeldOutText) -> float:
         return found.mean

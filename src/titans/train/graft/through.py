@@ -15,7 +15,6 @@ from titans.data import Document, encode_document, leading_tokens
 from titans.hf.graft.cache import GraftState
 from titans.hf.graft.lora import is_lora
 from titans.hf.graft.modeling import GraftedForCausalLM
-from titans.train.graft.carried import from_tensors, to_tensors
 from titans.train.graft.loop import LoopResult
 from titans.train.graft.segments import Segments
 from titans.train.graft.settings import ThroughTraining
@@ -133,12 +132,6 @@ class ThroughModel(TextTraining):
             logits, window = self.grafted.read_base(ids[None, begin : begin + len(labels)], window)
             total += float(F.cross_entropy(logits[0].float(), labels, reduction="sum"))
         return total / (len(ids) - 1)
-
-    def carried(self) -> dict[str, Tensor]:
-        return to_tensors(self._state)
-
-    def carry_on(self, tensors: dict[str, Tensor]) -> None:
-        self._state = from_tensors(tensors, self._state)
 
 
 def _digest(texts: Sequence[Tensor]) -> str:
