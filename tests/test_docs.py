@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
@@ -93,6 +94,24 @@ def test_a_page_prints_what_it_shows(
     assert len(found) == blocks
     for shown, printed in found:
         assert printed == shown
+
+
+def test_the_guide_compares_two_rules_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last block of "Compare it", on runs that nobody has trained."""
+    monkeypatch.chdir(tmp_path)
+    for rule, found in {"momentum": (3.0, 3.1, 3.2), "pull_to_average": (2.9, 3.1, 3.0)}.items():
+        for seed, last in enumerate(found):
+            folder = Path("runs") / f"{rule}-{seed}"
+            folder.mkdir(parents=True)
+            lines = [{"kind": "eval", "bits_per_byte": 9}, {"kind": "eval", "bits_per_byte": last}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (code,) = re.findall(r"<<'END'\n(.*?)\nEND\n", (DOCS / "guides/extend.md").read_text(), re.DOTALL)
+    exec(compile(code, "extend.md", "exec"), {})
+    assert capsys.readouterr().out == (
+        "momentum: 3.100 ± 0.248 pull_to_average: 3.000 ± 0.248\ndifference: -0.100 ± 0.248\n"
+    )
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

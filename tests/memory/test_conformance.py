@@ -13,10 +13,11 @@ from torch import Tensor
 from titans.memory import BACKENDS, OBJECTIVES, UPDATE_RULES, MemoryState
 from titans.memory.objectives import num_inputs
 
-from ..tolerances import FLOAT64
+from ..tolerances import FLOAT64, assert_close
 from .problems import (
     GATES,
     TOKENS,
+    VECTORS,
     Problem,
     answers,
     assert_same,
@@ -81,6 +82,21 @@ def agree(problem: Problem, backend: str) -> None:
     assert_same(everything(problem, backend), everything(problem, "reference"), FLOAT64)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gradient_of_an_objective_is_that_of_its_value(objective):
+    """All backends call `gradient`, so that a wrong one is the same in each of them."""
+    made = OBJECTIVES.make(objective)
+    rng = torch.Generator().manual_seed(0)
+    answer, target = torch.randn(2, 64, 5, generator=rng, dtype=torch.float64)
+    answer.requires_grad_()
+    if count := num_inputs(made):
+        logits = torch.randn(64, count, generator=rng, dtype=torch.float64)
+        target = torch.cat([target, made.from_logits(logits)], -1)  # type: ignore[attr-defined]
+    (expected,) = torch.autograd.grad(made.value(answer, target).sum(), answer)
+    with torch.no_grad():
+        assert_close(made.gradient(answer, target), expected, FLOAT64, f"objective {objective!r}: gradient")
+
+
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 def test_any_call_and_split(rule):
     """Reads, state, surprise and gradients, the latter also back through a chain of calls.
@@ -117,19 +133,35 @@ def test_any_call_and_split(rule):
     check()
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("rule", UPDATE_RULES)
-def test_a_beginning_has_finite_gradients(rule):
+def test_a_beginning_and_a_chunk_that_writes_nothing_have_finite_gradients(rule, objective):
     """Random calls carry random numbers in `extra`, and are left out where a gradient is NaN; this begins as
-    a text does, where a root or a quotient of what the rule carries may have none."""
+    a text does, where a root or a quotient of what the rule carries, or of what a chunk has changed, may have
+    none."""
     window = {"window": 3} if UPDATE_RULES[rule].window > 1 else {}
-    problem = make_problem(seed=3, time=7, chunk_size=3, rule=rule, base=True, **window)
+    if window and num_inputs(OBJECTIVES.make(objective)):
+        pytest.skip("what such an objective takes for each token is not carried from window to window")
+    problem = make_problem(
+        seed=3, batch=3, time=7, chunk_size=3, rule=rule, objective=objective, base=True, normalize_step=True,
+        row_limit=0.7, **window,
+    )  # fmt: skip
     if not UPDATE_RULES[rule].needs_first_weights:  # The weights are differences from those.
         zeros = {name: torch.zeros_like(x) for name, x in problem.leaves.items() if name.startswith("state.")}
         problem = problem.change(**zeros)
     fresh = problem.inner.rule.fresh_extra(tuple(problem.state.weights))
-    problem = problem.change(**{f"state.extra.{i}": x.detach() for i, x in enumerate(fresh)})
-    found, _ = everything(problem, "reference")
-    assert not [name for name, x in found.items() if not x.isfinite().all()], "numbers that are not finite"
+    # The second row's tokens are zeros, and the gates of the third are closed in its first chunk.
+    tokens = {name: problem.leaves[name].clone() for name in TOKENS}
+    for name in VECTORS:
+        tokens[name][1] = 0
+    for name in GATES:
+        tokens[name][2, :3] = 0
+    problem = problem.change(**tokens, **{f"state.extra.{i}": x.detach() for i, x in enumerate(fresh)})
+    expected = everything(problem, "reference")
+    assert not [name for name, x in expected[0].items() if not x.isfinite().all()], (
+        f"numbers that are not finite: rule {rule!r}, objective {objective!r}"
+    )
+    assert_same(everything(problem, "chunkwise"), expected, FLOAT64)
 
 
 CORNERS = {

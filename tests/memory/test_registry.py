@@ -36,6 +36,10 @@ def test_what_is_made_is_described_by_what_made_it():
         ({"name": "huber", "delta": 0}, "delta=0: give a finite number above 0"),
         ({"name": "huber", "delta": "a"}, "objective 'huber': delta='a' is of type str: give float"),
         (3, "objective=3: give one of .*, a dict .*, or an object with value, gradient, curvature"),
+        (
+            {"delta": 2},
+            r"objective=\{'delta': 2\} has no name: give 'name' too .*memory\.objective\.name",
+        ),
         ({"name": ["huber"]}, r"objective=\['huber'\]: choose one of"),
         (Huber, r"objective=<class .*Huber'> is a class: give Huber\(\), or its registered name"),
     ],

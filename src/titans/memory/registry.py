@@ -44,7 +44,12 @@ class Registry(dict[str, Any], Generic[Part]):
                 )
             return given
         parameters = dict(given)
-        name = parameters.pop("name", None)
+        if "name" not in parameters:
+            raise ValueError(
+                f"{self.argument}={parameters!r} has no name: give 'name' too (in a configuration "
+                f"memory.{self.argument}.name), one of {sorted(self)}"
+            )
+        name = parameters.pop("name")
         if not isinstance(name, str) or name not in self:
             raise ValueError(
                 f"{self.argument}={name!r}: choose one of {sorted(self)}, or first import the "
