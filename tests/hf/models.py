@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
 
+from ..variants import SCHEDULES
+
 VOCAB, WINDOW, SEGMENT, CHUNK, LAYERS = 23, 5, 7, 3, 2
 # Two ways of cutting a text, in float64: rounding, amplified by some dozens of inner updates in every layer.
 SAME = 1e-8
@@ -55,12 +57,13 @@ def small_model(variant: str, seed: int = 1, **overrides: Any) -> TitansForCausa
 
 
 class _Models(dict[str, TitansForCausalLM]):
-    def __missing__(self, variant: str) -> TitansForCausalLM:
-        model = self[variant] = small_model(variant)
+    def __missing__(self, name: str) -> TitansForCausalLM:
+        variant, changes = SCHEDULES.get(name, (name, {}))
+        model = self[name] = small_model(variant, **changes)
         return model
 
 
-# One of each variant, made when a test first asks for it. No test changes them.
+# One of each variant and of each of `SCHEDULES`, made when a test first asks for it. No test changes them.
 MODELS = _Models()
 
 

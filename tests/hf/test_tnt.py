@@ -1,5 +1,7 @@
-"""Whole models with global and local memories: cut, padded, saved, trained, looked into, and given finer
-chunks."""
+"""Whole models with global and local memories: trained, looked into, and given finer chunks.
+
+test_schedules.py cuts, pads and saves them.
+"""
 
 from __future__ import annotations
 
@@ -9,62 +11,15 @@ import pytest
 import torch
 
 from titans.evaluate.gates import gate_statistics
-from titans.hf import TitansCache, TitansConfig, TitansForCausalLM
+from titans.hf import TitansConfig, TitansForCausalLM
 from titans.inspection import inspect_text
 from titans.nn.memory.learner import Learner
-from titans.stream import Session, describe_memory, feed_together
+from titans.stream import Session, describe_memory
 
-from .models import LAYERS, assert_near, filled_cache, logits_of, random_ids, small_config, small_model
+from ..variants import LOCAL
+from .models import LAYERS, MODELS, filled_cache, logits_of, random_ids, small_config, small_model
 
-LOCAL = dict(local_chunk_sizes=[2, 4], shard_length=8)
 TNT = dict(chunk_size=9, memory=LOCAL)
-VARIANTS = ("lmm", "mag", "mal")
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-# For what the variants share.
-one_variant = pytest.mark.parametrize("variant", ["mag"])
-MODELS = {variant: small_model(variant, **TNT) for variant in VARIANTS}
-
-
-@every_variant
-def test_token_by_token_is_one_call_and_pieces_too(variant):
-    model, ids, cache, parts = MODELS[variant], random_ids(2, 33), TitansCache(MODELS[variant].config), []
-    with torch.no_grad():
-        for piece in ids.split([1] * 10 + [5, 11, 7], 1):
-            parts.append(model(piece, past_key_values=cache).logits)
-    assert_near(torch.cat(parts, 1), logits_of(model, ids))
-
-
-@every_variant
-def test_a_padded_row_is_the_row_alone(variant):
-    model, ids = MODELS[variant], random_ids(3, 30)
-    mask = torch.rand(3, 30, generator=torch.Generator().manual_seed(0)) < torch.tensor([[1.0], [0.7], [0.2]])
-    with torch.no_grad():
-        logits = model(ids, attention_mask=mask.long()).logits
-    for row in range(3):
-        assert_near(logits[row, mask[row]], logits_of(model, ids[row, mask[row]][None])[0])
-
-
-@one_variant
-def test_a_cache_is_saved_copied_and_reordered(variant, tmp_path):
-    model, ids = MODELS[variant], random_ids(2, 21)
-    cache = filled_cache(model, ids)
-    cache.save(tmp_path / "memory")
-    loaded, fork = TitansCache.load(tmp_path / "memory", model.config), cache.clone()
-    fork.reorder_cache(torch.tensor([1, 0]))
-    following = random_ids(2, 12, seed=1)
-    with torch.no_grad():
-        expected = model(following, past_key_values=cache).logits
-        assert torch.equal(model(following, past_key_values=loaded).logits, expected)
-        assert torch.equal(model(following.flip(0), past_key_values=fork).logits, expected.flip(0))
-    for field, old, new in (
-        ("local_chunk_sizes", [2, 4], [1, 4]),
-        ("shard_length", 8, 16),
-    ):
-        with pytest.raises(ValueError) as refusal:
-            TitansCache.load(
-                tmp_path / "memory", small_config(variant, **{**TNT, "memory": {**LOCAL, field: new}})
-            )
-        assert f"was written with memory.{field}={old!r}, the model has {new!r}" in str(refusal.value)
 
 
 def test_a_short_training_lowers_the_loss():
@@ -84,52 +39,22 @@ def test_a_short_training_lowers_the_loss():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@one_variant
-def test_gradient_checkpointing_gives_the_same_gradients(variant):
-    model, ids = small_model(variant, **TNT).train(), random_ids(2, 19)
-    found = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*found, strict=True):
-        assert_near(a, b)
-
-
-@one_variant
-def test_another_checkpoint_goes_on_with_finer_chunks(variant, tmp_path):
-    MODELS[variant].save_pretrained(tmp_path)
+def test_another_checkpoint_goes_on_with_finer_chunks(tmp_path):
+    MODELS["local mag"].save_pretrained(tmp_path)
     finer = TitansForCausalLM.from_pretrained(
         tmp_path, memory={"local_chunk_sizes": [1, 2]}, dtype=torch.float64
     ).eval()
     assert finer.config.memory.local_chunk_sizes == [1, 2]
-    for (name, a), b in zip(finer.named_parameters(), MODELS[variant].parameters(), strict=True):
+    for (name, a), b in zip(finer.named_parameters(), MODELS["local mag"].parameters(), strict=True):
         assert torch.equal(a, b), name
     ids = random_ids(1, 30)
-    assert (logits_of(finer, ids) - logits_of(MODELS[variant], ids)).abs().max() > 1e-6
+    assert (logits_of(finer, ids) - logits_of(MODELS["local mag"], ids)).abs().max() > 1e-6
     learners = [module for module in finer.modules() if isinstance(module, Learner)]
     assert [m.chunk_size for m in learners] == [9, 1, 2] * LAYERS
 
 
-@one_variant
-def test_sessions_fed_together_equal_each_alone(variant):
-    """At lengths where a local chunk is at its end and the global one is not, and the other way round."""
-    model, texts = MODELS[variant], [random_ids(n, seed=n) for n in (5, 9, 10, 17, 19)]
-    together, alone = [Session(model) for _ in texts], [Session(model) for _ in texts]
-    feed_together(together, texts)
-    for a, b, text in zip(together, alone, texts, strict=True):
-        b.feed(text)
-        following = random_ids(1, 7, seed=3)
-        with torch.no_grad():
-            logits = [model(following, past_key_values=s.cache.clone()).logits for s in (a, b)]
-        assert_near(*logits)
-
-
-@one_variant
-def test_instruments_look_at_the_global_memory(variant, tmp_path):
-    model, ids = small_model(variant, **TNT).float(), random_ids(24)
+def test_instruments_look_at_the_global_memory(tmp_path):
+    model, ids = small_model("mag", **TNT).float(), random_ids(24)
     session = Session(model)
     session.feed(ids)
     assert len(session.stats().layers) == LAYERS and session.stats().layers[0].change > 0

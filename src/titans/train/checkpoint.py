@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from titans.locks import alone
 from titans.train.processes import Processes
 
 NUM_KEPT = 2
@@ -49,25 +50,15 @@ def alone_in(output: Path) -> Iterator[None]:
     Raises:
         ValueError: if another process is training there.
     """
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    handle = os.open(output, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(alone(output, wait=False))
         except BlockingIOError as error:
             raise ValueError(
                 f"output={str(output)!r}: another process is training there: wait until it has ended, or "
                 "give another folder"
             ) from error
-        except OSError:
-            pass  # a file system without locks
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans.memory.backends.known import ACTIVATION_SWITCH, objective_switch
+from titans.memory.backends.triton.constants import inner_constants
 from titans.memory.backends.triton.elementary import (
     _activation,
     _kappa,
@@ -27,9 +27,7 @@ from titans.memory.backends.triton.elementary import (
     _with_base,
 )
 from titans.memory.backends.triton.objective import _curvature, _loss, _objective
-from titans.memory.network import NORM_EPS
 from titans.memory.problem import ScanProblem
-from titans.memory.rules import MomentumRule
 from titans.memory.state import MemoryState
 from titans.state import map_state
 
@@ -230,11 +228,9 @@ def decode_kernel(
 
 def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
     """Reads (batch, time, heads, head_dim), new state, and surprise (batch, time, heads) of every token."""
-    net, rule, keys = problem.inner.network, problem.inner.rule, problem.keys
-    assert isinstance(rule, MomentumRule)
+    net, keys = problem.inner.network, problem.keys
     batch, time, heads, _ = keys.shape
     (dim, hidden), unused = net.weight_shapes[-1], keys.new_empty(1)
-    objective = objective_switch(problem.inner.objective)
 
     def pair(layers: tuple[Tensor, ...] | list[Tensor] | None) -> list[Tensor]:
         """What the kernel calls up and down."""
@@ -268,23 +264,11 @@ def decode(problem: ScanProblem) -> tuple[Tensor, MemoryState, Tensor]:
         *pair(state.weights), *pair(state.momentum), *pair(state.anchor),
         reads, surprise, position, *(x for part in new for x in pair(part)),
         time, heads, problem.chunk_size,
-        EPS=NORM_EPS,
-        FLOOR=rule.length_floor**2,
-        RADIUS=rule.row_limit or 1.0,
-        DIM=dim,
-        HIDDEN=hidden,
+        **inner_constants(problem.inner),
         BLOCK=min(TILE // dim, hidden),
-        DEPTH=net.depth,
         HAS_MASK=problem.mask is not None,
         HAS_RESET=problem.reset is not None,
         HAS_BASE=problem.base is not None,
-        NORM=net.norm,
-        RESIDUAL=net.residual,
-        NORMALIZE=rule.normalize_step,
-        RESCALE=rule.row_limit is not None,
-        ACTIVATION=ACTIVATION_SWITCH[net.activation],
-        OBJECTIVE=objective.kind,
-        PARAMETER=objective.parameter,
         num_warps=_WARPS,
         num_stages=1,
     )  # fmt: skip

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.memory.backends.known import ACTIVATION_SWITCH, objective_switch
 from titans.memory.backends.triton.backward import backward_kernel
+from titans.memory.backends.triton.constants import inner_constants
 from titans.memory.backends.triton.forward import forward_kernel
 from titans.memory.backends.triton.resident import resident_kernel
 from titans.memory.chunkwise.groups import (
@@ -25,8 +25,7 @@ from titans.memory.chunkwise.groups import (
     refuse_second_derivatives,
 )
 from titans.memory.inner import InnerProblem
-from titans.memory.network import NORM_EPS, MemoryNetwork
-from titans.memory.rules import MomentumRule
+from titans.memory.network import MemoryNetwork
 from titans.memory.state import MemoryState, Weights
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
@@ -142,25 +141,10 @@ class _Plan(NamedTuple):
         return self.inner.network.weight_shapes[-1][1]
 
     def options(self, keys: Tensor) -> dict[str, Any]:
-        net, rule = self.inner.network, self.inner.rule
-        assert isinstance(rule, MomentumRule)
-        objective = objective_switch(self.inner.objective)
         return dict(
-            EPS=NORM_EPS,
-            FLOOR=rule.length_floor**2,
-            RADIUS=rule.row_limit or 1.0,
+            **inner_constants(self.inner),
             CHUNK=keys.shape[2],
-            DIM=net.head_dim,
-            HIDDEN=self.hidden,
-            DEPTH=net.depth,
             HAS_BASE=self.has_base,
-            NORM=net.norm,
-            RESIDUAL=net.residual,
-            NORMALIZE=rule.normalize_step,
-            RESCALE=rule.row_limit is not None,
-            ACTIVATION=ACTIVATION_SWITCH[net.activation],
-            OBJECTIVE=objective.kind,
-            PARAMETER=objective.parameter,
             PRECISION=_precision(keys.device),
             num_warps=_WARPS,
             num_stages=1,
