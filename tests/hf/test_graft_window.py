@@ -107,7 +107,9 @@ def test_rows_at_different_places_are_read_as_alone(family: str) -> None:
     mask = torch.arange(4 * BLOCK) < lengths[:, None]
     cache = grafted(ids, attention_mask=mask).past_key_values
     more = random_ids(3, 2 * BLOCK + 1, seed=1)
-    found = read_on(grafted, more.split([1, 2 * BLOCK], 1), cache)[0]
+    # One token of each, over the end of every row's block, then many.
+    one_each = [1] * (BLOCK + 2)
+    found = read_on(grafted, more.split([*one_each, 2 * BLOCK + 1 - len(one_each)], 1), cache)[0]
     for row, length in enumerate(lengths):
         text = torch.cat([ids[row, :length], more[row]])[None]
         expected = logits_of(grafted, text)[:, length:]

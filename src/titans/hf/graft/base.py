@@ -133,6 +133,8 @@ class WindowedBase:
         if len({*positions}) == 1 and len({*left}) == 1:
             hidden, state = self._read_alike(x[:, : left[0]], state, positions[0], between)
             return _padded(hidden, time), state
+        if {*left} == {1} and not any(self.sliding):
+            return self._read_one_each(x[:, :1], state, positions, between)
         # Rows at different positions proceed together until the first of them ends, or completes a block,
         # where keys move.
         alone = [state.row(row, self.window.slots(positions[row])) for row in range(rows)]
@@ -203,6 +205,34 @@ class WindowedBase:
             after.append(WindowState(k, v, position))
         return hidden, after
 
+    def _read_one_each(
+        self, x: Tensor, state: WindowState, positions: Sequence[int], between: _Between
+    ) -> tuple[Tensor, WindowState]:
+        """`_read` of one token (rows, 1) for rows at different positions.
+
+        Keys stay where they are, and each new one is moved behind those of its row: 64 texts that generate
+        hold 800 MB of them, and every copy of that counts. A model with a sliding window of its own counts
+        keys by their places, so it needs them aligned.
+        """
+        slots = [self.window.slots(position) for position in positions]
+        held, place = max(slots), torch.tensor(slots, device=x.device)
+        kept, kept_values = (tuple(y[:, :, :held] for y in layers) for layers in (state.keys, state.values))
+        hidden, keys, values = self._call(x, kept, kept_values, between, place, aligned_left=True)
+        rows = torch.arange(len(slots), device=x.device)
+        for layer in (*keys, *values):
+            # The tensors are new: the model has put the new ones behind those that were held.
+            layer[rows, :, place] = layer[:, :, held]
+        for row, position in enumerate(positions):
+            if (distance := self.window.distance(position + 1)) is not None:
+                k, v = (tuple(y[[row], :, : slots[row] + 1] for y in layers) for layers in (keys, values))
+                moved = self._next_block(k, v, distance)
+                for layers, after in zip((keys, values), moved, strict=True):
+                    for layer, y in zip(layers, after, strict=True):
+                        layer[row, :, : y.shape[2]] = y[0]
+        used = max(self.window.slots(position + 1) for position in positions)
+        keys, values = (tuple(y[:, :, :used] for y in layers) for layers in (keys, values))
+        return hidden, WindowState(keys, values, state.position + 1)
+
     def _next_block(
         self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], distance: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -215,14 +245,15 @@ class WindowedBase:
 
     def _call(
         self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], between: _Between,
-        slots: Tensor | None = None, blocks: int = 0,
+        slots: Tensor | None = None, blocks: int = 0, aligned_left: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         """One call of the model: hidden states as of `_read`, and keys and values with the new ones.
 
         Args:
-            slots: (rows,) int64, how many keys each row has, aligned right; None if all slots are
-                keys. It is also the position of the row's first new token.
+            slots: (rows,) int64, how many keys each row has; None if all slots are keys. It is also the
+                position of the row's first new token.
             blocks: how many whole blocks x holds, which are read side by side; 0: not.
+            aligned_left: whether a row's keys are in the first slots, and not in the last.
         """
         rows = len(x)
         if blocks:
@@ -232,7 +263,9 @@ class WindowedBase:
         first = torch.full((len(x),), held, device=x.device) if slots is None else slots
         if slots is not None and bool((slots < held).any()):
             column = torch.arange(held + x.shape[1], device=x.device)
-            given["attention_mask"] = (column >= held - slots[:, None]).long()
+            unused = held - slots[:, None]
+            seen = (column < slots[:, None]) | (column >= held) if aligned_left else column >= unused
+            given["attention_mask"] = seen.long()
         side_by_side = None
         if blocks:
             move = Move(self.rotary, -self.window.block)
