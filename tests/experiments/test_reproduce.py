@@ -23,7 +23,7 @@ from titans.experiments.reproduce.order import decided_after, most_decided_first
 from titans.experiments.reproduce.page import claims_page, results_of, write_claims
 from titans.experiments.reproduce.recipe import SPEEDS, Recipe
 from titans.experiments.reproduce.synthetic import Synthetic
-from titans.experiments.reproduce.table import title
+from titans.experiments.reproduce.table import at_the_edge, title, verdict_table
 from titans.experiments.reproduce.tasks import TaskTable
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Budget, Cell, Request, run
@@ -49,7 +49,7 @@ def test_an_interval_over_seeds_decides_a_claim() -> None:
 
     assert word([1.0, 1.1, 1.2], [2.0, 2.2, 2.1]) == ("reproduced", "")
     assert word([2.0, 2.2, 2.1], [1.0, 1.1, 1.2]) == ("not reproduced", "the other way round")
-    assert word([1.0, 2.0, 3.0], [1.5, 1.5, 3.5])[1] == "no difference beyond the interval"
+    assert word([1.0, 2.0, 3.0], [1.5, 1.5, 3.5]) == ("not decided", "no difference beyond the interval")
     assert word([1.0, 1.1, 1.2], [2.0, 2.2, 2.1], quick=True) == ("not decided", "a quick run")
     assert word([1.0, 1.1], [2.0, 2.2]) == ("not decided", "2 of 3 seeds")
     assert word([1.0], []) == ("not decided", "not measured yet")
@@ -59,6 +59,34 @@ def test_an_interval_over_seeds_decides_a_claim() -> None:
     # Pairs of a seed: 1 ± 4.30 · 0.1 / √3.
     verdict = decide(claim, {"a": {0: 2.9, 1: 5.0, 2: 8.1}, "b": {0: 2.0, 1: 4.0, 2: 7.0}}, False)
     assert verdict.difference == pytest.approx(1.0) and verdict.half == pytest.approx(0.2483, abs=1e-4)
+
+
+def test_a_difference_without_an_interval_is_not_shown() -> None:
+    claim = Claim("a is better than b", "a table", "a", "b", "loss")
+    once, twice = (
+        {"a": dict(enumerate(a)), "b": dict(enumerate([1.0] * len(a)))} for a in ([1.25], [2, 3.0])
+    )
+    assert "| 1.25 / 1 | – | not decided (a quick run) |" in verdict_table([decide(claim, once, True)])
+    assert "| 2.5 / 1 | +1.5 ± 6.4 | not decided (a quick run) |" in verdict_table(
+        [decide(claim, twice, True)]
+    )
+
+
+def test_a_page_warns_of_learning_rates_at_the_edge_of_those_tried(tmp_path: Path) -> None:
+    def found(*best: float) -> str:
+        results = Results(tmp_path / "none.json")
+        for seed, rate in enumerate(best):
+            # A third rate, above these, diverged in the last.
+            tried = [[0.01, 2.0], [0.03, 2.0], [0.1, 2.0]][: 2 + (seed < len(best) - 1)]
+            results.cells[f"lmm, 1M, seed {seed}"] = {"rate": rate, "tried": tried}
+        return at_the_edge(results)
+
+    assert found(0.1, 0.1, 0.1, 0.03) == (
+        "**Too few learning rates**: in 3 of 4 cells the highest rate was best, in 0 the lowest. A rate "
+        "beyond may be better for some systems, and the order of the systems another."
+    )
+    assert found(0.1, 0.03, 0.01, 0.03) == "In 1 of 4 cells the highest rate was best, in 1 the lowest."
+    assert at_the_edge(Results(tmp_path / "none.json")) == ""
 
 
 def test_every_claim_is_what_the_figures_of_the_paper_say_and_every_system_is_known() -> None:
@@ -140,7 +168,13 @@ def test_a_table_is_measured_resumed_and_drawn(tmp_path: Path, monkeypatch: pyte
 
     drawn = write_claims(tmp_path)
     assert "Budget full, 1 seed" in drawn and "Not measured yet" in drawn
-    assert drawn == (tmp_path / "claims.md").read_text() and "reproduced," not in drawn
+    assert drawn.count("Nothing testable here;") == 1 and "| Samba: average accuracy" in drawn
+    assert "where neither exceeds 55 % (parity longer) and 2 % (permutations of five longer)." in drawn
+    row = f"| `depth` | 6 | 6 | 0 | {TABLES['depth'].minutes(Request('medium')) / 60:.1f} |"
+    assert row in drawn and "| `commonsense` | 13 | 0 | 0 | 0.0 | 0.0 |" in drawn
+    (tmp_path / "paper-language.md").unlink()
+    assert write_claims(tmp_path) == drawn and (tmp_path / "paper-language.md").exists()
+    assert drawn == (tmp_path / "claims.md").read_text()
     assert sum(len(table.claims()) for table in TABLES.values()) == drawn.count(
         "not decided ("
     ) + drawn.count("not testable here (")
@@ -236,6 +270,14 @@ def test_the_command_plans_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         and "6 of 6 claims" in err
         and "processor minutes" in err
     )
+    only = ["--only", "depth 1, *", "depth 2, *"]
+    assert main(["reproduce", "depth", "--plan", *only, "--output", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "depth 2, 100k" in err and "depth 3" not in err and "2 of 6 claims" in err
+    minutes = TABLES["depth"].minutes(Request("quick"), only[1:])
+    assert f"in all {minutes:,.0f} processor minutes" in err
+    assert main(["reproduce", "depth", "--plan", "--only", "depth 9, *"]) == 1
+    assert "--only depth 9, *: no cell has such a name; the first is 'depth" in capsys.readouterr().err
     assert main(["reproduce", "needles", "--seeds", "0"]) == 2
     assert "seeds=0" in capsys.readouterr().err
     assert main(["reproduce", "commonsense", "--output", str(tmp_path)]) == 0

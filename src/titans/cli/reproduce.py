@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from titans.experiments.reproduce.table import PaperTable
     from titans.experiments.runner import Request
 
-# Processor seconds until the first measurement.
-START_SECONDS = 10
 Table = Literal[
     "language",
     "language-bpe",
@@ -42,7 +41,7 @@ class Reproduce:
 
     Prints the plan with its estimated time first, and the page of the table at the end. Finished cells are
     kept in the output folder: --resume goes on from them. `titans reproduce claims` draws the page of all
-    claims from the results in --output.
+    claims from the results in --output, and the pages of the tables anew.
     """
 
     table: Annotated[Table, tyro.conf.Positional]
@@ -57,7 +56,7 @@ class Reproduce:
     output: Path = Path("runs/reproduce")
     """Folder of pages, JSON files and, below models, of trained systems."""
     only: tuple[str, ...] = ("*",)
-    """Patterns of the cells to measure, such as 'lmm, *'."""
+    """Patterns of the cells to plan and measure: 'lmm, *' 'transformer, *' for the claims about these two."""
     plan: bool = False
     """Print the plan and stop."""
     threads: int = 1
@@ -89,7 +88,7 @@ class Reproduce:
 
         table = TABLES[self.table]
         request = Request(self.budget, self.seeds, work=self.output / self.budget)
-        report(planned(table, request))
+        report(planned(table, request, self.only))
         if self.plan:
             return 0
         torch.set_num_threads(self.threads)
@@ -97,13 +96,15 @@ class Reproduce:
         return 0
 
 
-def planned(table: PaperTable, request: Request) -> str:
-    """The measurements in their order, the processor's time that they are estimated to take, and after how
-    much of it how many claims have what they need."""
+def planned(table: PaperTable, request: Request, only: Sequence[str] = ("*",)) -> str:
+    """The measurements that patterns choose in their order, the processor's time that they are estimated to
+    take, and after how much of it how many claims have what they need."""
     from titans.experiments.reproduce.order import decided_after
+    from titans.experiments.reproduce.table import START_SECONDS
+    from titans.experiments.runner import named
 
     costs: dict[str, list[float]] = {}
-    for cell in table.cells(request):
+    for cell in named(table.cells(request), only):
         costs.setdefault(cell.name.rpartition(", seed")[0], []).append(cell.cost)
     claims = table.decided_by(request)
     lines, minutes = [], START_SECONDS / 60

@@ -150,9 +150,7 @@ def run(
         results.drop(old)
     if len(set(names)) < len(names):
         raise ValueError(f"{experiment.name}: two cells have one name among {names}")
-    chosen = [cell for cell in planned if any(fnmatchcase(cell.name, pattern) for pattern in only)]
-    if planned and not chosen:
-        raise ValueError(f"--only {' '.join(only)}: no cell has such a name; the first is {names[0]!r}")
+    chosen = named(planned, only)
     missing = [cell for cell in chosen[part[0] :: part[1]] if cell.name not in results.cells]
     if experiment.unit is not None:
         hours = experiment.unit * sum(cell.cost for cell in missing) / 3600
@@ -162,6 +160,18 @@ def run(
     finally:
         page = write_page(experiment, results)
     return page
+
+
+def named(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that one of the patterns (`fnmatch`) fits.
+
+    Raises:
+        ValueError: if there are cells and no pattern fits any.
+    """
+    chosen = [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in only)]
+    if cells and not chosen:
+        raise ValueError(f"--only {' '.join(only)}: no cell has such a name; the first is {cells[0].name!r}")
+    return chosen
 
 
 def _measure(experiment: Experiment, request: Request, missing: Sequence[Cell], results: Results) -> None:

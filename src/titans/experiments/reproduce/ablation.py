@@ -32,6 +32,7 @@ class Ablation(Needles):
     name = "paper-ablation"
     title = "Ablation: table 5"
     heading = "The paper's table 5; persistent tokens, momentum and so on left out of Titans (LMM)"
+    elsewhere = ("forms",)
     systems = (*variants("lmm"), *PARTS, *variants("mac", "mag", "mal"))
     full, medium, quick = FULL, MEDIUM, SHORT
     lengths, medium_lengths = (2048, 8192), (1024, 2048)
@@ -77,6 +78,7 @@ class Depth(PaperTable):
     name = "paper-depth"
     title = "Depth of the memory: figures 7 and 8"
     heading = "The paper's figures 7 and 8; Titans (LMM) with memories of one to four layers"
+    elsewhere = ("memory-forms",)
     systems = tuple(Variant(f"depth {depth}", "lmm", {"memory_depth": depth}) for depth in (1, 2, 3, 4))
     full = Recipe(parameters=("250k", "1M", "4M"))
     columns = (

@@ -70,8 +70,9 @@ def decide(claim: Claim, values: Mapping[str, Mapping[int, float]], quick: bool)
     """The verdict on a claim.
 
     The differences of the two systems, paired by seed, have a mean with a 95 % interval (Student's t). A
-    claim is reproduced where the interval lies on its side of 0; otherwise it is not. A quick run, fewer
-    than three seeds, or two systems that have not learned the task decide nothing.
+    claim is reproduced where the interval lies on its side of 0, and not reproduced where it lies on the
+    other. An interval that holds 0, a quick run, fewer than three seeds, or two systems that have not learned
+    the task decide nothing.
 
     Args:
         values: label → seed → number.
@@ -95,8 +96,9 @@ def decide(claim: Claim, values: Mapping[str, Mapping[int, float]], quick: bool)
     gain = -mean if claim.lower else mean
     if gain > half:
         return Verdict(word="reproduced", **found)
-    reason = "the other way round" if -gain > half else "no difference beyond the interval"
-    return Verdict(word="not reproduced", reason=reason, **found)
+    if -gain > half:
+        return Verdict(word="not reproduced", reason="the other way round", **found)
+    return Verdict(word="not decided", reason="no difference beyond the interval", **found)
 
 
 def half_interval(values: Sequence[float]) -> float | None:

@@ -22,7 +22,7 @@ from titans.experiments.reproduce.recipe import (
     speed,
     variants,
 )
-from titans.experiments.reproduce.table import Column, PaperTable, comparisons, unavailable
+from titans.experiments.reproduce.table import NOT_BUILT, Column, PaperTable, comparisons, unavailable
 from titans.experiments.results import Numbers
 from titans.experiments.runner import Request
 from titans.hf import TitansConfig
@@ -30,7 +30,6 @@ from titans.hf import TitansConfig
 HYBRIDS = ("mac", "mag", "mal")
 RECURRENT = ("gated-deltanet", "ttt-linear", "mamba2", "deltanet", "mamba")
 OTHER_TEXTS = {"the Bible": "bible", "Moby Dick": "moby-dick", "Python": "python"}
-NOT_BUILT = ("RetNet", "GLA", "HGRN2", "Samba", "Gated DeltaNet-H2")
 NO_CLASS = "no class of transformers that trains without a GPU"
 # What reads through the trained transformer, with a window of its own.
 READERS = (
@@ -55,6 +54,7 @@ class Language(PaperTable):
     name = "paper-language"
     title = "Language modelling: table 1"
     heading = "The paper's table 1, scaled down"
+    elsewhere = ("learning", "language")
     systems = (
         *variants("lmm", "transformer", "gated-deltanet", "mag", "mal", "mac", "lmm-linear", "window"),
         *variants("lstm", "deltanet", "ttt-linear", "ttt-mlp", "momentum-deltanet", "recurrent-gemma"),
@@ -109,7 +109,7 @@ class Language(PaperTable):
         what, column = "predicts text better", "Wiki perplexity"
         return [
             *comparisons("language", "760M", better, what, "carried", column=column, lower=True),
-            *unavailable("language", "760M", NOT_BUILT, NO_CLASS),
+            *unavailable("language", "760M", [*NOT_BUILT.values()], NO_CLASS),
         ]
 
 

@@ -43,6 +43,7 @@ class Needles(PaperTable):
     name = "paper-needles"
     title = "Needles in a haystack: table 2"
     heading = "The paper's table 2 (S-NIAH), one byte a token, the haystack the Bible"
+    elsewhere = ("recall", "family")
     systems = variants(
         "lmm", "ttt-linear", "mamba2", "deltanet", "mac", "mag", "mal", "gated-deltanet", "lmm-linear",
         "transformer", "window", "lstm", "momentum-deltanet", "ttt-mlp", "rwkv7", "recurrent-gemma",
@@ -102,6 +103,7 @@ class Stories(Needles):
     name = "paper-babi-long"
     title = "Reasoning over facts in a book: figure 6"
     heading = "The paper's figure 6 (BABILong), stories after bAbI's tasks 1 to 3, one byte a token"
+    elsewhere = ("recall", "graft-comparison")
     systems = variants("mac", "mamba2", "recurrent-gemma", "transformer", "lmm", "gated-deltanet", "rwkv7")
     tasks = ("qa1", "qa2", "qa3")
     lengths, medium_lengths, quick_lengths = (2048, 8192, 32768, 131072), (2048, 16384), (2048,)

@@ -48,6 +48,7 @@ class Synthetic(TaskTable):
     heading = (
         "Table 10 of the camera-ready (MAD), pairs (MQAR), and state tracking, which theorem 4.1 is about"
     )
+    elsewhere = ("synthetic", "memory-forms")
     systems = variants(
         "lmm", "transformer", "gated-deltanet", "mamba2", "mac", "deltanet", "ttt-mlp", "lmm-linear", "lstm",
         "rwkv7",

@@ -13,10 +13,20 @@ from titans.experiments.reproduce.claims import Claim, Verdict, decide, figure, 
 from titans.experiments.reproduce.order import most_decided_first
 from titans.experiments.reproduce.recipe import MEDIUM, QUICK, Recipe, Trained, Variant, trained
 from titans.experiments.results import Numbers, Results
-from titans.experiments.runner import Cell, Experiment, Progress, Request
+from titans.experiments.runner import Cell, Experiment, Progress, Request, named
 from titans.experiments.tables import interval, markdown
 
 SEEDS = 3
+# Processor seconds until the first measurement.
+START_SECONDS = 10
+# Rows of the paper that nothing here stands for.
+NOT_BUILT = {
+    "retnet": "RetNet",
+    "gla": "GLA",
+    "hgrn2": "HGRN2",
+    "samba": "Samba",
+    "gated-deltanet-h2": "Gated DeltaNet-H2",
+}
 
 
 class Column(NamedTuple):
@@ -49,7 +59,8 @@ class PaperTable(Experiment):
 
     heading: which table it is. full, medium, quick: the recipes of the budgets. systems: what is compared.
     decisive: how many of them are also measured at sizes other than the first; None for all. columns: what
-    the table of figures shows.
+    the table of figures shows. counted: what its number of parameters is. elsewhere: pages of other
+    experiments about the same claims, by other recipes.
     """
 
     unit = 1.0
@@ -57,6 +68,8 @@ class PaperTable(Experiment):
     columns: ClassVar[Sequence[Column]]
     systems: ClassVar[Sequence[Variant]]
     decisive: ClassVar[int | None] = None
+    counted: ClassVar[str] = "parameters"
+    elsewhere: ClassVar[Sequence[str]] = ()
     full: ClassVar[Recipe] = Recipe()
     medium: ClassVar[Recipe] = MEDIUM
     quick: ClassVar[Recipe] = QUICK
@@ -83,22 +96,30 @@ class PaperTable(Experiment):
 
     def cells(self, request: Request) -> list[Cell]:
         """In an order that decides claims early, all seeds of a system one after another."""
+        cells = self._cells(request)
+        order = most_decided_first(
+            {name: some[0].cost for name, some in cells.items()}, self.decided_by(request)
+        )
+        return [cell for name in order for cell in cells[name]]
+
+    def minutes(self, request: Request, only: Sequence[str] = ("*",)) -> float:
+        """Processor minutes of the cells that patterns choose, by the plan, with the start."""
+        cells = named([cell for some in self._cells(request).values() for cell in some], only)
+        return (START_SECONDS + sum(cell.cost for cell in cells)) / 60
+
+    def _cells(self, request: Request) -> dict[str, list[Cell]]:
+        """All seeds of each measurement."""
         planned, claims = self.planned(request), self.decided_by(request)
         if request.budget != "full":
             planned = [one for one in planned if any(one.name in needed for needed in claims)]
-        order = most_decided_first({one.name: one.cost for one in planned}, claims)
-        by_name, recipe = {one.name: one for one in planned}, self.recipe(request).digest
-        return [
-            Cell(
-                f"{name}, seed {seed}",
-                by_name[name].settings,
-                seed,
-                by_name[name].cost,
-                conditions={"recipe": recipe},
-            )
-            for name in order
-            for seed in range(request.seeds or (1 if request.quick else SEEDS))
-        ]
+        seeds = range(request.seeds or (1 if request.quick else SEEDS))
+        conditions = {"recipe": self.recipe(request).digest}
+        return {
+            one.name: [
+                Cell(f"{one.name}, seed {seed}", one.settings, seed, one.cost, conditions) for seed in seeds
+            ]
+            for one in planned
+        }
 
     def planned(self, request: Request) -> list[Planned]:
         """What there is to measure."""
@@ -163,7 +184,11 @@ class PaperTable(Experiment):
         return found
 
     def table(self, results: Results) -> str:
-        head = ["system", "parameters", "seeds", *(column.title for column in self.columns)]
+        return self.drawn(results, at_the_edge(results))
+
+    def drawn(self, results: Results, warning: str) -> str:
+        """The page below its title: the conditions, a warning if there is one, figures, verdicts."""
+        head = ["system", self.counted, "seeds", *(column.title for column in self.columns)]
         rows = []
         for label, size in dict.fromkeys(parts(name)[:2] for name in results.cells):
             cells = [results.cells[name] for name in results.cells if parts(name)[:2] == (label, size)]
@@ -175,7 +200,7 @@ class PaperTable(Experiment):
             count = f"{len(good)} ({lost} diverged)" if lost else f"{len(good)}"
             counted = f"{good[0]['parameters']:,}" if good and "parameters" in good[0] else size
             rows.append([title(label), counted, count, *figures])
-        shown = [markdown(head, rows)] if rows else []
+        shown = [warning] * bool(warning) + [markdown(head, rows)] * bool(rows)
         return "\n\n".join(
             [self.about(results), *shown, "## Verdicts", verdict_table(self.verdicts(results))]
         )
@@ -186,18 +211,13 @@ class PaperTable(Experiment):
         unit = "bytes" if recipe.vocabulary is None else "tokens"
         tried = {rate for cell in results.cells.values() for rate, _ in cell.get("tried", ())}
         rates = sorted(tried or recipe.rates)
-        chosen = [cell["rate"] for cell in results.cells.values() if "rate" in cell]
-        edges = (
-            f" In {chosen.count(rates[-1])} of {len(chosen)} cells the highest rate was best, in "
-            f"{chosen.count(rates[0])} the lowest."
-            if chosen
-            else ""
-        )
+        now = f" The recipe now has {', '.join(f'{rate:g}' for rate in recipe.rates)}."
+        others = "" if set(rates) <= {*recipe.rates} else now
         return (
             f"{self.heading}. Every system has the same parameters to 2 %, read the same {recipe.steps:,} × "
             f"{recipe.batch_size} × {recipe.length} {unit} of `{recipe.data}` and had a learning rate of "
             f"{', '.join(f'{rate:g}' for rate in rates)}, chosen after {recipe.search_steps:,} steps on "
-            f"validation documents.{edges} Mean over seeds ± half the 95 % interval (Student's t)."
+            f"validation documents.{others} Mean over seeds ± half the 95 % interval (Student's t)."
         )
 
 
@@ -205,6 +225,29 @@ def parts(cell: str) -> tuple[str, str, int]:
     """Label, size and seed of a cell's name."""
     label, size, seed = cell.rsplit(", ", 2)
     return label, size, int(seed.removeprefix("seed "))
+
+
+def at_the_edge(results: Results) -> str:
+    """In how many cells the best learning rate was the highest or the lowest that was tried, beyond which
+    there may be a better one (not where the rate above diverged); empty where no rates were compared.
+    """
+    searches = [
+        (cell["rate"], [rate for rate, _ in cell["tried"]])
+        for cell in results.cells.values()
+        if cell.get("tried")
+    ]
+    most = max((len(rates) for _, rates in searches), default=0)
+    if most < 2:
+        return ""
+    highest = sum(best == max(rates) and len(rates) == most for best, rates in searches)
+    lowest = sum(best == min(rates) for best, rates in searches)
+    counted = f"n {highest} of {len(searches)} cells the highest rate was best, in {lowest} the lowest"
+    if 2 * max(highest, lowest) <= len(searches):
+        return f"I{counted}."
+    return (
+        f"**Too few learning rates**: i{counted}. A rate beyond may be better for some systems, and "
+        "the order of the systems another."
+    )
 
 
 def values_of(results: Results, key: str, size: str) -> dict[str, dict[int, float]]:
@@ -219,17 +262,17 @@ def values_of(results: Results, key: str, size: str) -> dict[str, dict[int, floa
 
 def title(label: str) -> str:
     """A system's title, or the label itself."""
-    return SYSTEMS[label].title if label in SYSTEMS else label
+    return SYSTEMS[label].title if label in SYSTEMS else NOT_BUILT.get(label, label)
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Claims, both the paper's figures and ours, the difference, the verdict."""
+    """Claims, both the paper's figures and ours, the verdict, and the difference where its interval is known:
+    that of a single seed may be of either sign the next time."""
     rows = []
     for v in verdicts:
         paper = "–" if v.claim.figures is None else " / ".join(f"{x:.4g}" for x in v.claim.figures)
         ours = "–" if v.ours is None else " / ".join(f"{x:.4g}" for x in v.ours)
-        half = "" if v.half is None else f" ± {v.half:.2g}"
-        difference = "–" if v.difference is None else f"{v.difference:+.3g}{half}"
+        difference = "–" if v.half is None else f"{v.difference:+.3g} ± {v.half:.2g}"
         word = f"{v.word} ({v.reason})" if v.reason else v.word
         rows.append([v.claim.text, v.claim.source, paper, ours, difference, word])
     return markdown(["claim", "source", "the paper's", "ours", "difference", "verdict"], rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from titans.baselines.systems import SYSTEMS
 from titans.experiments.reproduce.claims import Claim, Verdict
 from titans.experiments.reproduce.recipe import Recipe, speed
-from titans.experiments.reproduce.table import PaperTable, Planned, Trial
+from titans.experiments.reproduce.table import PaperTable, Planned, Trial, at_the_edge
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Cell, Progress, Request
 from titans.train.optimizer import make_optimizer, make_schedule
@@ -37,6 +37,7 @@ class TaskTable(PaperTable):
     system are multiplied, where its best is not among those of the others.
     """
 
+    counted = "parameters, of the task with most"
     tasks: ClassVar[Sequence[str]]
     untrained: ClassVar[Sequence[str]] = ()
     factors: ClassVar[Mapping[str, float]] = {}
@@ -102,7 +103,7 @@ class TaskTable(PaperTable):
         return numbers | {"training_seconds": time.process_time() - began}
 
     def table(self, results: Results) -> str:
-        return super().table(self.joined(results))
+        return self.drawn(self.joined(results), at_the_edge(results))
 
     def verdicts(self, results: Results) -> list[Verdict]:
         return super().verdicts(self.joined(results))
@@ -112,7 +113,9 @@ class TaskTable(PaperTable):
         together = Results(results.path.with_suffix(".none"), results.budget)
         for name, cell in results.cells.items():
             whole = together.cells.setdefault(name.partition("; ")[2] or name, {})
+            most = max(whole.get("parameters", 0), cell.get("parameters", 0))
             whole |= {key: value for key, value in cell.items() if key != "diverged"}
+            whole |= {"parameters": most} if most else {}
         return together
 
 
