@@ -386,7 +386,9 @@ def test_the_mean_surprise_is_that_of_all_that_was_fed_also_from_a_file(tmp_path
     session, whole = Session(small_model()), Session(small_model())
     assert session.stats().mean_surprise is None and session.stats().tokens_per_second is None
     for size in (10, 1, 25):
-        session.feed(some_ids(36)[session.num_tokens : session.num_tokens + size])
+        part = some_ids(36)[session.num_tokens : session.num_tokens + size]
+        found = session.feed(part, collect_surprise=True)
+        assert found.mean_surprise == pytest.approx(float(found.surprises.mean()), rel=1e-5)
     expected = whole.feed(some_ids(36)).mean_surprise
     assert session.stats().mean_surprise == pytest.approx(expected, rel=1e-9)
     assert session.stats().tokens_per_second > 0
