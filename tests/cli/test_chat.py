@@ -108,6 +108,11 @@ def test_a_text_that_was_read_comes_before_the_system_prompt(tmp_path: Path) -> 
     assert Turns(chat_tokenizer(bos="<|s|>")).first("One?", begins_text=False) == SYSTEM + question
     plain = Turns(chat_tokenizer(None))
     assert plain.first("One?", True) == plain.later("One?") == "One?\n" and not plain.end_tokens
+    assert [plain.later(text) for text in ("One is", "Is 1", "It is: ", "It is:")] == [
+        "One is", "Is 1", "It is: ", "It is:\n",
+    ]  # fmt: skip
+    said = [{"role": "user", "content": "One is"}, {"role": "assistant", "content": " 2"}]
+    assert plain.following([*said, said[0]]) == "One is\n 2\nOne is"
     with pytest.raises(ValueError, match=r"chat template cannot be used.*--plain"):
         Turns(chat_tokenizer("{{ raise_exception('no roles') }}"))
     with pytest.raises(ValueError, match="leaves out answers"):
@@ -220,14 +225,17 @@ def test_nothing_more_is_asked_when_nobody_reads_the_answers(folder: Path) -> No
 
 @pytest.mark.parametrize("name", ["titans-lmm-tiny"])
 def test_a_model_without_a_template_continues_what_is_written(name: str, talk: Talk) -> None:
-    out, err = talk(Path(name), "PROSPERO:\n /not a command\n")
+    fact = "One of the special magic numbers for tomirena is: 4081725.\n"
+    # As the model was trained to be asked: the answer goes on in the line, after a blank.
+    question = "What is the special magic number for tomirena? The special magic number for tomirena is: "
+    out, err = talk(Path(name), f"PROSPERO:\n /not a command.\n{fact}{question}\n")
     session = Session(*titans.load(name))
     expected = ""
-    for text in ("PROSPERO:\n", "/not a command\n"):
+    for text in ("PROSPERO:\n", "/not a command.\n", fact, question):
         session.feed(text)
         answer = session.generate(max_new_tokens=8, do_sample=False)
         expected += answer + "\n" * (not answer.endswith("\n"))
-    assert out == expected
+    assert out == expected and answer.startswith("4081725")
 
 
 class Terminal:

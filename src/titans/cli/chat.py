@@ -30,7 +30,8 @@ _HELP = """\
 /forget       start this conversation again, with an empty memory
 /stats        tokens read, bytes of state, speed, mean surprise
 /quit         leave, as Ctrl-D does
-Anything else is a message; type a blank before a message that begins with /. Ctrl-C stops an answer."""
+Anything else is a message; type a blank before a message that begins with /. Ctrl-C stops an answer.
+Without a chat template, a message that ends with a letter, a digit or a blank is continued in its line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ class Chat(Sampling, ModelOptions):
 
     Example: titans chat runs/tempest --memory plays.memory
 
-    Messages are written in the model's chat template; a model without one continues what you write. Type
-    /help for commands. Messages and commands may also come from a pipe, one a line; answers go to stdout,
-    everything else to stderr.
+    Messages are written in the model's chat template; a model without one continues what you write, on a new
+    line unless the message ends with a letter, a digit or a blank. Type /help for commands. Messages and
+    commands may also come from a pipe, one a line; answers go to stdout, everything else to stderr.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -71,7 +72,7 @@ class Chat(Sampling, ModelOptions):
             conversation = Conversation(Session(model, tokenizer), turns)
         self.seed_choices()
         if sys.stdin.isatty():
-            how = "what you write is continued, on a new line" if turns.plain else "in its chat template"
+            how = "what you write is continued" if turns.plain else "in its chat template"
             report(f"{self.checkpoint.name}, {how}; /help lists commands")
         return 1 if _Chatting(self, conversation).talk() and not sys.stdin.isatty() else 0
 
@@ -99,7 +100,9 @@ class _Chatting:
                 break
             try:
                 if not line.startswith("/"):
-                    self.ask(line.strip())
+                    # A blank at the end says that a plain line is unfinished.
+                    open_line = self.conversation.turns.plain and line.rstrip("\r\n").endswith(" ")
+                    self.ask(line.strip() + " " * open_line)
                 elif word in self.commands:
                     self.commands[word](rest.strip())
                 else:

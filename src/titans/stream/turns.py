@@ -22,6 +22,9 @@ Message = Mapping[str, str]
 class Turns:
     """How messages are written: by the tokenizer's chat template, or plainly, each with a line end.
 
+    A plain message that ends with a letter, a digit or a blank is an unfinished line, which the answer
+    continues: models without a template were trained to complete sentences, and are so asked for facts.
+
     Raises:
         ValueError: for a template that cannot be used.
     """
@@ -51,7 +54,7 @@ class Turns:
             ValueError: for messages that the template refuses.
         """
         if self.plain:
-            return "".join(map(_line, messages))
+            return _lines(messages)
         text, begin = self._rendered(messages, asks=True), self.tokenizer.bos_token
         if begins_text or not begin or self.following(messages[-1:]).startswith(begin):
             return text
@@ -60,7 +63,7 @@ class Turns:
     def following(self, messages: Sequence[Message]) -> str:
         """Messages that follow an answer and what closes it; ValueError as of `opening`."""
         if self.plain:
-            return "".join(map(_line, messages))
+            return _lines(messages)
         rest = self._rendered([*_answered, *messages], asks=True).partition(_ANSWER)[2]
         return rest.removeprefix(self.closing)
 
@@ -102,6 +105,12 @@ def end_tokens(model: object) -> list[int]:
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
+
+
+def _lines(messages: Sequence[Message]) -> str:
+    *before, last = messages
+    unfinished = last["role"] == "user" and (last["content"][-1:].isalnum() or last["content"][-1:] == " ")
+    return "".join(map(_line, before)) + (last["content"] if unfinished else _line(last))
 
 
 def _line(message: Message) -> str:
