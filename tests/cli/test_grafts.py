@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 import titans
@@ -102,6 +103,24 @@ def test_any_model_is_grafted_on_the_way(
     assert "has a memory of its own" in capsys.readouterr().err
 
 
+def test_a_graft_of_a_model_in_memory_is_loaded_with_it(
+    base: Path, grafted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids, folder = small_causal_lm("llama"), torch.arange(40)[None], tmp_path / "graft"
+    graft = titans.graft(model, byte_tokenizer(), window=32)
+    expected = graft(ids).logits
+    graft.save_pretrained(folder)
+    assert "was made in memory and is not saved with it" in caplog.text
+    with pytest.raises(ValueError, match=r"has no name: give it, titans\.load\(folder, base=model\)"):
+        titans.load(folder)
+    for given in (model, base, str(base)):
+        again, tokenizer = titans.load(folder, base=given)
+        assert torch.equal(again(ids).logits, expected) and len(tokenizer) == 256
+    assert again.base is not model and titans.load(grafted, base=model)[0].base is model
+    with pytest.raises(ValueError, match="is no graft: leave it out"):
+        titans.load(base, base=model)
+
+
 def test_a_text_begins_with_what_the_tokenizer_puts_before_it(
     base: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:
@@ -131,7 +150,7 @@ def test_a_text_begins_with_what_the_tokenizer_puts_before_it(
         ({"origin": {}}, "is damaged or of another version"),
         ({"window": 3}, "is damaged or of another version"),
         ({"name": "nowhere/base"}, "was made on 'nowhere/base', which is neither a folder here"),
-        ({"name": ""}, "was made on '', which is neither a folder here"),
+        ({"name": ""}, "was made on a model in memory, which has no name"),
         ({"name": "ITSELF"}, "which is no model to graft"),
         ({"name": "titans-mac-tiny"}, "which is no model to graft"),
         ({"origin": {"name": "BASE"}}, "is damaged"),

@@ -50,7 +50,7 @@ OTHERS = {
     "frequencies by length": (with_rotary(rope_type="dynamic"), "rope_type='dynamic'"),
     "few positions": (
         LlamaConfig.from_dict({**_SIZES, "max_position_embeddings": 13}),
-        "need 14 positions, and it has max_position_embeddings=13; give a smaller window",
+        "need 14 positions, and it has max_position_embeddings=13; give a smaller window, as .*window=10\\)",
     ),
 }
 assert isinstance(CONFIGS["mamba"], MambaConfig) and isinstance(CONFIGS["qwen3_next"], Qwen3NextConfig)

@@ -81,15 +81,21 @@ def config_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_checkpoint(
+    folder: Path, base: PreTrainedModel | str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint folder, or by name, on the GPU if there is one; without tokenizer
     files, bytes.
 
     A Titans model, a graft, or any causal LM that transformers has saved as safetensors. Nothing but a
     pretrained base is downloaded, no code of the folder is executed, and nothing is unpickled.
 
+    Args:
+        base: of a graft, where it is not what the graft names: the model, or its folder or name.
+
     Raises:
-        ValueError: naming the file that is missing, damaged or does not fit the others.
+        ValueError: naming the file that is missing, damaged or does not fit the others; for a base of what is
+            no graft.
     """
     given, folder = folder, folder_of(folder)
     if not folder.is_dir():
@@ -97,10 +103,12 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             f"checkpoint={str(folder)!r} is not a folder: give one written by `titans train` or "
             f"`save_pretrained`{or_by_name()}, {PRETRAINED}"
         )
-    if config_fields(folder).get("model_type") == "titans":
+    if (kind := config_fields(folder).get("model_type")) == "titans-graft":
+        return _load_graft(folder, base)
+    if base is not None:
+        raise ValueError(f"base is given, and checkpoint={str(given)!r} is no graft: leave it out")
+    if kind == "titans":
         return load_titans(folder)
-    if config_fields(folder).get("model_type") == "titans-graft":
-        return _load_graft(folder)
     from transformers import AutoModelForCausalLM
 
     model = _load_model(folder, AutoModelForCausalLM)
@@ -119,8 +127,10 @@ def load_titans(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBas
     return _load_model(folder, TitansForCausalLM, config=config), _load_tokenizer(folder, config.vocab_size)
 
 
-def _load_graft(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A graft on the base that it was made on, which it names; the tokenizer is its own or the base's."""
+def _load_graft(
+    folder: Path, given: PreTrainedModel | str | Path | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A graft on the base that is given, or that it names; the tokenizer is its own or the base's."""
     from huggingface_hub.errors import StrictDataclassError
 
     from titans.hf import GraftedForCausalLM
@@ -133,12 +143,15 @@ def _load_graft(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         raise ValueError(
             f"{folder / 'config.json'} is damaged or of another version ({error!r}): restore the file"
         ) from None
-    place = _base_folder(folder, name)
-    if str(config_fields(place).get("model_type")).startswith("titans"):
-        raise ValueError(f"checkpoint={str(folder)!r} was made on {name!r}, which is no model to graft")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    base = _load_model(place, AutoModelForCausalLM)
+    # A model in memory has no folder, and no tokenizer there.
+    place, base = folder, given
+    if not isinstance(given, PreTrainedModel):
+        place = _base_folder(folder, name if given is None else str(given))
+        if str(config_fields(place).get("model_type")).startswith("titans"):
+            raise ValueError(f"checkpoint={str(folder)!r} was made on {name!r}, which is no model to graft")
+        base = _load_model(place, AutoModelForCausalLM)
     try:
         model = GraftedForCausalLM.from_pretrained(folder, base=base, config=config)
     except (TypeError, KeyError, AttributeError) as error:
@@ -149,8 +162,13 @@ def _load_graft(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def _base_folder(graft: Path, name: str) -> Path:
     """Where the base of a graft is: a folder, or a snapshot of the Hub that was downloaded before."""
+    if not name:
+        raise ValueError(
+            f"checkpoint={str(graft)!r} was made on a model in memory, which has no name: give it, "
+            "titans.load(folder, base=model), or save it and give its folder as base"
+        )
     place = folder_of(Path(name))
-    if name and place.is_dir():
+    if place.is_dir():
         return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -160,8 +178,8 @@ def _base_folder(graft: Path, name: str) -> Path:
     except (HFValidationError, LocalEntryNotFoundError):
         raise ValueError(
             f"checkpoint={str(graft)!r} was made on {name!r}, which is neither a folder here nor a "
-            "downloaded model of Hugging Face's Hub: bring it there, or load the graft with "
-            "GraftedForCausalLM.from_pretrained(folder, base=…)"
+            "downloaded model of Hugging Face's Hub: bring it there, or give the base, "
+            "titans.load(folder, base=…)"
         ) from None
 
 

@@ -109,9 +109,12 @@ def _rotary_of(decoder: Any, config: Any) -> nn.Module:
 def _check_positions(config: Any, window: Window) -> None:
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and window.most_positions > most:
+        fits = max((most - window.sinks) // 2 * 2, 2)
         raise ValueError(
             f"window={window.size} and sinks={window.sinks} need {window.most_positions} "
-            f"positions, and it has max_position_embeddings={most}; give a smaller window"
+            f"positions, and it has max_position_embeddings={most}; give a smaller window, as "
+            f"titans.graft(model, tokenizer, window={fits}) does; commands take the folder that its "
+            "save_pretrained(folder) writes"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from titans.hf.graft.configuration import GraftConfig, fields
 from titans.hf.graft.lora import is_lora
 from titans.hf.weights_file import read_weights, write_weights
 
+logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 # What `from_pretrained` hands to the base, and what the Auto classes add of themselves.
 _FOR_BASE = {"dtype", "torch_dtype", "device_map", "local_files_only", "attn_implementation"}
@@ -51,6 +53,12 @@ class GraftFolder(PreTrainedModel):  # type: ignore[misc]
             raise ValueError("push_to_hub=True is not supported: save the graft, and upload the folder")
         if not is_main_process:
             return
+        if not self.config.origin.get("name"):
+            logger.warning(
+                "%s: the base of this graft was made in memory and is not saved with it: save it, too, and "
+                "load the graft with titans.load(folder, base=…)",
+                save_directory,
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
