@@ -86,6 +86,15 @@ class GraftTraining(Experiment):
                 recall.append(["recalled, %", *(f"after {int(n):,} tokens" for n in lengths)])
             if found:
                 recall.append([what, *(_shares([c[n] for c in found]) for n in lengths)])
+            if len(found) > 1:
+                recall += [
+                    [
+                        f"{what}, {label} alone",
+                        *(_shares([results.cells[f"{label}, {what}"][n]]) for n in lengths),
+                    ]
+                    for label in labels
+                    if f"{label}, {what}" in results.cells
+                ]
         texts = [c for label in labels if (c := results.cells.get(f"{label}, {TEXTS}"))]
         if texts:
             changes = [["document", "change of nats, %"]]
@@ -97,7 +106,11 @@ class GraftTraining(Experiment):
             "then the graft reads other text, then all are asked for. A fact is recalled if each token of "
             "its value is the likeliest, given those before it. Names, values and texts are in no training "
             "and chose nothing. "
-            + ("Mean over grafts ± 95 % interval." if len(labels) > 1 else "With 95 % intervals (Wilson).")
+            + (
+                "Mean over grafts ± 95 % interval; of one alone with its interval (Wilson)."
+                if len(labels) > 1
+                else "With 95 % intervals (Wilson)."
+            )
         )
         return "\n\n".join([about, *(markdown(t[0], t[1:]) for t in (recall, changes) if t)])
 
