@@ -123,22 +123,24 @@ def main() -> int:
     arguments = parser.parse_args()
     print(
         f"{datetime.date.today()}, triton {triton.__version__}; `python benchmarks/triton_kernels.py`; "
-        f"{arguments.precision}, 8 warps (filters 4); scan in chunks; decoding one token, "
-        "or a few with masks and resets\n\n"
+        f"{arguments.precision}, 8 warps (filters 4, forward as in `forward_tile`); scan in chunks; "
+        "decoding one token, or a few with masks and resets\n\n"
         "| kernel | target | head_dim × hidden | registers | spill stores | spill loads | shared memory |\n"
         "|---|---|---|---|---|---|---|"
     )
     for capability in (90, 80):
         for depth, dim, hidden, chunk, options in SHAPES if capability == 90 else SHAPES[:1]:
-            block = scan.block_of(chunk, hidden)
-            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk, BLOCK=block) | options
-            sizes["PRECISION"] = arguments.precision
-            sizes |= dict(TAPE=True, KEEP=False)
+            precision = arguments.precision
+            sizes = dict(SCAN, DEPTH=depth, DIM=dim, HIDDEN=hidden, CHUNK=chunk) | options
+            sizes |= dict(PRECISION=precision, TAPE=True, KEEP=False)
+            tile = scan.forward_tile(chunk, dim, hidden, precision, capability == 90)
+            tiles = {forward.forward_kernel: tile}
             kernels: list[Any] = [forward.forward_kernel, backward.backward_kernel]
             if capability == 90 and scan.fits_registers(chunk, dim, hidden, arguments.precision):
                 kernels.append(resident.resident_kernel)
             for kernel in kernels:
-                cells = compiled(kernel, sizes, capability, 8)
+                units, warps = tiles.get(kernel, scan.Tile(scan.block_of(chunk, hidden), 8))
+                cells = compiled(kernel, dict(sizes, BLOCK=units), capability, warps)
                 known = [label(option) for option in options.items() if option[0] in kernel.arg_names]
                 what = ", ".join([kernel.__name__, f"depth {depth}", f"chunks of {chunk}", *known])
                 print(f"| {what} | sm_{capability} | {dim} × {hidden} | {' | '.join(cells)} |", flush=True)

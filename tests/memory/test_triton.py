@@ -129,12 +129,14 @@ def test_wider_and_longer_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     from titans.memory.backends.triton import scan
 
     monkeypatch.setattr(scan, "block_of", lambda *_: 16)
+    monkeypatch.setattr(scan, "forward_tile", lambda *_: scan.Tile(16, 8))
     monkeypatch.setattr(scan, "fits_registers", lambda *_: False)
     every = dict(heads=1, norm=True, row_limit=0.7, normalize_step=True, base=True)
     agree(**every, expansion=4, activation="sin")
     agree(**every, depth=1, key_dim=64, mask="random", reset="random", position="apart")
     agree(depth=1, head_dim=32, row_limit=0.7, residual=True, reset="random")
-    agree(chunk_size=64, time=130, heads=1)
+    # So that rows of both layers are shortened.
+    agree(chunk_size=64, time=130, heads=1, row_limit=0.02, normalize_step=False, base=False)
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def _unsettle(settled, scale, grad, along, radius):
 
 
 @triton.jit
-def _kappa(row_squares, floor):
-    """The squared slope of a layer with these squared rows, 1.13² (‖W‖² + out floor²)."""
-    return tl.sum(1.2769 * (row_squares + floor), 0)
+def _kappa(square, rows, floor):
+    """The squared slope of a layer from ‖W‖², 1.13² (‖W‖² + rows floor²)."""
+    return 1.2769 * (square + rows * floor)
 
 
 @triton.jit

@@ -28,15 +28,27 @@ from titans.memory.backends.triton.elementary import (
     _tile,
     _with_base,
 )
+from titans.memory.backends.triton.fragments import (
+    _by_columns,
+    _by_rows,
+    _from_columns,
+    _from_rows,
+    _halves_added,
+    _in_order,
+    _overlaps,
+    _times,
+    _to_columns,
+    _to_rows,
+    _written,
+)
 from titans.memory.backends.triton.objective import _curvature, _loss, _objective
-from titans.memory.backends.triton.update import _moved
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_units"])
 def forward_kernel(
     queries, keys, values,
     read_weights, read_momentum, read_steps, end_weights, end_momentum, end_steps, momentum_momentum,
-    momentum_steps,
+    momentum_steps, overlaps,
     gain, bias, steepness, base_up, base_down,
     fresh, complete, anchor_slot, initial_up, initial_down, initial_moments_up, initial_moments_down,
     weights_up, weights_down, moments_up, moments_down,
@@ -57,14 +69,21 @@ def forward_kernel(
     chunk overwrites the state, and the anchor where it is complete. With TAPE a chunk writes the next slot,
     `anchor_slot` is where each finds its anchor, and what the backward needs is written too. KEEP: copy the
     state before every `group` chunks to `kept_…`. tape_outputs is written without TAPE too, one chunk over
-    the other.
+    the other. overlaps: q · k of all tokens of each chunk, (chunks, num_rows, CHUNK, CHUNK).
+
+    The weights are the left operands and the tokens the right ones: in this kernel a tile of tokens has a
+    column for each token.
     """
     dtype: tl.constexpr = values.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     size = HIDDEN * DIM
-    up, down = _tile(BLOCK, DIM), tl.arange(0, DIM)[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
-    step, square, token = tl.arange(0, CHUNK), _tile(CHUNK, CHUNK), _tile(CHUNK, DIM)
-    wide = step[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
+    step = tl.arange(0, CHUNK)
+    token, square = tl.trans(_tile(CHUNK, DIM)), tl.trans(_tile(CHUNK, CHUNK))
+    wide = _by_columns(BLOCK, CHUNK, HIDDEN)
+    up, down = _by_rows(BLOCK, DIM, DIM), _by_columns(BLOCK, DIM, HIDDEN)
+    # Of W_down as it lies, to be multiplied by hidden units; and of anything that is copied.
+    across = tl.arange(0, DIM)[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
+    block = _tile(BLOCK, DIM)
     base_up += row * size
     base_down += row * size
     own = row * size
@@ -94,7 +113,7 @@ def forward_kernel(
                 anchored += tl.load(anchor_slot + here).to(tl.int64) * num_rows * size
             if tl.load(fresh + here) != 0:
                 for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
-                    at = begin * DIM + up
+                    at = begin * DIM + block
                     if DEPTH == 2:
                         w = tl.load(initial_up + own + at)
                         tl.store(weights_up + before + at, w)
@@ -109,7 +128,7 @@ def forward_kernel(
         if KEEP and n % group == 0:
             into = ((n // group) * num_rows + row) * size
             for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
-                at = begin * DIM + up
+                at = begin * DIM + block
                 if DEPTH == 2:
                     tl.store(kept_weights_up + into + at, tl.load(weights_up + before + at))
                     tl.store(kept_moments_up + into + at, tl.load(moments_up + before + at))
@@ -121,148 +140,170 @@ def forward_kernel(
                     tl.store(kept_anchor_down + into + at, tl.load(weights_down + anchored + at))
 
         # Surprise at the anchor.
-        k = tl.zeros([CHUNK, DIM], dtype)
+        k = tl.zeros([DIM, CHUNK], dtype)
         if DEPTH == 2 or RESIDUAL:
             k = tl.load(keys + arrived + token)
-        features = tl.zeros([CHUNK, DIM], dtype)
-        squares, row_squares = tl.zeros([CHUNK], dtype), tl.zeros([DIM], dtype)
+        q = k
+        if DEPTH == 2 or RESIDUAL:
+            q = tl.load(queries + arrived + token)
+        features = tl.zeros([DIM, CHUNK], dtype)
+        squares, whole = tl.zeros([BLOCK // 16, 8, CHUNK], dtype), tl.zeros([8, BLOCK // 4], dtype)
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
             if DEPTH == 2:
                 at = begin * DIM + up
-                total = _with_base(tl.load(weights_up + anchored + at), base_up + at, HAS_BASE)
-                outputs = _dot(k, tl.trans(total), PRECISION)
-                tl.store(tape_outputs + seen + begin + wide, outputs)
+                w = _from_rows(tl.load(weights_up + before + at))
+                s = _from_rows(tl.load(moments_up + before + at))
+                anchor = w
+                if MARKED:
+                    anchor = _from_rows(tl.load(weights_up + anchored + at))
+                outputs = _times(anchor, k, PRECISION)
+                read = _times(w, q, PRECISION) * tl.load(read_weights + layer * CHUNK + step)[None, :]
+                read += _times(s, q, PRECISION) * tl.load(read_momentum + layer * CHUNK + step)[None, :]
+                if HAS_BASE:
+                    b = _from_rows(tl.load(base_up + at))
+                    outputs += _times(b, k, PRECISION)
+                    read += _times(b, q, PRECISION)
+                tl.store(tape_outputs + seen + begin + wide, _to_columns(outputs))
+                tl.store(tape_read + seen + begin + wide, _to_columns(read))
                 hidden = _activation(outputs, ACTIVATION)
             else:
-                hidden = tl.load(keys + arrived + begin + wide)
-            at = begin + down
+                hidden = _from_columns(tl.load(keys + arrived + begin + wide))
+            at = begin + across
             total = _with_base(tl.load(weights_down + anchored + at), base_down + at, HAS_BASE)
-            features += _dot(hidden, tl.trans(total), PRECISION)
+            features += _dot(total, _in_order(hidden), PRECISION)
             if NORMALIZE:
-                squares += tl.sum(hidden * hidden, 1)
+                squares += _halves_added(hidden * hidden)
                 if DEPTH == 2:
-                    row_squares += tl.sum(total * total, 1)
+                    # What a thread has of them.
+                    parts = tl.reshape(total * total, (DIM // 8, 8, BLOCK // 4, 4))
+                    whole += tl.sum(tl.sum(parts, 3), 0)
+        squares = tl.sum(tl.sum(squares, 1), 0)
+        v = tl.load(values + tokens + token)
         error, delta, _, scale = _objective(
-            features, k, tl.load(values + tokens + token), shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE,
+            tl.trans(features), tl.trans(k), tl.trans(v), shift, offset, EPS, NORM, RESIDUAL, OBJECTIVE,
             PARAMETER,
         )  # fmt: skip
         tl.store(surprise + here * CHUNK + step, tl.sum(_loss(error, OBJECTIVE, PARAMETER), 1))
         if TAPE:
             tl.store(tape_features + tokens + token, features)
-        d, divisor = delta, squares
+        # What each token's factors are multiplied by, to be added to the weights.
+        by, by_up = squares * 0 - 1, squares * 0 - 1
         if NORMALIZE:
             curvature = _curvature(error, OBJECTIVE, PARAMETER)
             factor = squares * 0 + curvature
             if NORM:
                 factor = curvature * scale * scale * tl.load(steepness + row)
-            d /= _normalizer(squares, factor, FLOOR, DEPTH)[:, None]
+            by = -1 / _normalizer(squares, factor, FLOOR, DEPTH)
             if TAPE:
                 tl.store(tape_squares + here * CHUNK + step, squares)
             if DEPTH == 2:
-                kappa = _kappa(row_squares, FLOOR)
-                divisor = _normalizer(tl.sum(k * k, 1), factor * kappa, FLOOR, 2)
+                kappa = _kappa(tl.sum(tl.sum(whole, 1), 0), DIM, FLOOR)
+                by_up = -1 / _normalizer(tl.sum(k * k, 0), factor * kappa, FLOOR, 2)
                 if TAPE:
                     tl.store(tape_kappa + here, kappa)
+        delta = tl.trans(delta)
+        d = delta * by[None, :]
 
         # What is read and written, hidden units at a time.
-        q = k
-        if DEPTH == 2 or RESIDUAL:
-            q = tl.load(queries + arrived + token)
         closes = True
         if MARKED:
             closes = tl.load(complete + here) != 0
-        out = tl.zeros([CHUNK, DIM], dtype)
-        row_squares = tl.zeros([DIM], dtype)
+        by_base, by_weigh, by_carry = features * 0, features * 0, features * 0
+        row_squares = tl.zeros([BLOCK // 16, 8, DIM], dtype)
+        mixing = tl.load(overlaps + here * CHUNK * CHUNK + square)
+        similarity = mixing
         if DEPTH == 2:
-            mixing_up = _dot(q, tl.trans(k), PRECISION) * tl.load(read_steps + layer * CHUNK * CHUNK + square)
+            mixing *= tl.load(read_steps + layer * CHUNK * CHUNK + square)
+            turned = tl.load(keys + arrived + _tile(CHUNK, DIM))
+            k_end = turned * tl.load(end_steps + layer * CHUNK + step)[:, None]
+            k_past = turned * tl.load(momentum_steps + layer * CHUNK + step)[:, None]
+        d_end = tl.trans(d) * tl.load(end_steps + last * CHUNK + step)[:, None]
+        d_past = tl.trans(d) * tl.load(momentum_steps + last * CHUNK + step)[:, None]
         # The outputs above, which another thread may have written.
         tl.debug_barrier()
         for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
-            at = begin + down
+            at, into, lying = begin * DIM + up, begin + down, begin + across
             if DEPTH == 2:
-                outputs = tl.load(tape_outputs + seen + begin + wide)
-                total = _with_base(tl.load(weights_down + anchored + at), base_down + at, HAS_BASE)
-                d_up = _dot(delta, total, PRECISION) * _slope(outputs, ACTIVATION)
-                if NORMALIZE:
-                    d_up /= divisor[:, None]
-                into = begin * DIM + up
-                w, s = tl.load(weights_up + before + into), tl.load(moments_up + before + into)
-                read = _dot(q, tl.trans(w), PRECISION) * tl.load(read_weights + layer * CHUNK + step)[:, None]
-                read += (
-                    _dot(q, tl.trans(s), PRECISION) * tl.load(read_momentum + layer * CHUNK + step)[:, None]
+                outputs = _from_columns(tl.load(tape_outputs + seen + begin + wide))
+                total = _from_columns(
+                    _with_base(tl.load(weights_down + anchored + into), base_down + into, HAS_BASE)
                 )
-                if HAS_BASE:
-                    read += _dot(q, tl.trans(tl.load(base_up + into)), PRECISION)
-                read -= _dot(mixing_up, d_up, PRECISION)
-                w, s = _moved(
-                    w, s, d_up, k, layer,
-                    end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, False,
-                    PRECISION,
-                )  # fmt: skip
+                d_up = _times(total, delta, PRECISION) * _slope(outputs, ACTIVATION) * by_up[None, :]
+                read = _from_columns(tl.load(tape_read + seen + begin + wide))
+                read += _times(d_up, mixing, PRECISION)
+                tl.store(tape_read + seen + begin + wide, _to_columns(read))
+                w = _from_rows(tl.load(weights_up + before + at))
+                s = _from_rows(tl.load(moments_up + before + at))
+                w, s = _written(
+                    w, s, d_up, k_end, k_past, layer, end_weights, end_momentum, momentum_momentum, PRECISION
+                )
                 if RESCALE:
                     factors, kept = _row_scale(tl.sum(w * w, 1), RADIUS)
                     w *= tl.where(closes, factors, 1.0)[:, None]
                     if TAPE:
                         kept = tl.where(closes, kept, 0.0)
-                        tl.store(scales_up + here * HIDDEN + begin + tl.arange(0, BLOCK), kept)
-                tl.store(weights_up + after + into, w)
-                tl.store(moments_up + after + into, s)
+                        tl.store(
+                            scales_up + here * HIDDEN + begin + tl.arange(0, BLOCK)[:, None],
+                            _in_order(kept[:, None]),
+                        )
+                tl.store(weights_up + after + at, _to_rows(w))
+                tl.store(moments_up + after + at, _to_rows(s))
                 if MARKED and not TAPE:  # noqa: SIM102
                     if closes:
-                        tl.store(weights_up + own + into, w)
-                tl.store(tape_read + seen + begin + wide, read)
+                        tl.store(weights_up + own + at, _to_rows(w))
                 hidden, read = _activation(outputs, ACTIVATION), _activation(read, ACTIVATION)
             else:
-                hidden = tl.load(keys + arrived + begin + wide)
-                read = tl.load(queries + arrived + begin + wide)
-            w, s = tl.load(weights_down + before + at), tl.load(moments_down + before + at)
-            weigh = tl.load(read_weights + last * CHUNK + step)[:, None]
-            carry = tl.load(read_momentum + last * CHUNK + step)[:, None]
-            out += _dot(read * weigh, tl.trans(w), PRECISION) + _dot(read * carry, tl.trans(s), PRECISION)
+                hidden = _from_columns(tl.load(keys + arrived + begin + wide))
+                read = _from_columns(tl.load(queries + arrived + begin + wide))
+            asked = _in_order(read)
+            by_weigh += _dot(tl.load(weights_down + before + lying), asked, PRECISION)
+            by_carry += _dot(tl.load(moments_down + before + lying), asked, PRECISION)
             if HAS_BASE:
-                out += _dot(read, tl.trans(tl.load(base_down + at)), PRECISION)
-            w, s = _moved(
-                w, s, d, hidden, last,
-                end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps, CHUNK, True,
-                PRECISION,
-            )  # fmt: skip
-            tl.store(weights_down + after + at, w)
-            tl.store(moments_down + after + at, s)
+                by_base += _dot(tl.load(base_down + lying), asked, PRECISION)
+            w = _from_columns(tl.load(weights_down + before + into))
+            s = _from_columns(tl.load(moments_down + before + into))
+            w, s = _written(
+                w, s, hidden, d_end, d_past, last, end_weights, end_momentum, momentum_momentum, PRECISION
+            )
+            tl.store(weights_down + after + into, _to_columns(w))
+            tl.store(moments_down + after + into, _to_columns(s))
             if RESCALE:
-                row_squares += tl.sum(w * w, 1)
-        # In a loop of its own: next to a square product the compiler has every warp do all of the others.
-        tl.debug_barrier()
-        similarity = tl.zeros([CHUNK, CHUNK], dtype)
-        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
-            if DEPTH == 2:
-                hidden = _activation(tl.load(tape_outputs + seen + begin + wide), ACTIVATION)
-                read = _activation(tl.load(tape_read + seen + begin + wide), ACTIVATION)
-            else:
-                hidden = tl.load(keys + arrived + begin + wide)
-                read = tl.load(queries + arrived + begin + wide)
-            similarity += _dot(read, tl.trans(hidden), PRECISION)
+                row_squares += _halves_added(w * w)
+        if DEPTH == 2:
+            # In a loop of its own, where registers are left for it.
+            tl.debug_barrier()
+            PARTS: tl.constexpr = 1 if CHUNK >= 64 else 8 if BLOCK >= 128 else BLOCK // 16
+            parts = tl.zeros([PARTS, CHUNK, CHUNK], dtype)
+            for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
+                outputs = _from_columns(tl.load(tape_outputs + seen + begin + wide))
+                read = _from_columns(tl.load(tape_read + seen + begin + wide))
+                hidden, read = _activation(outputs, ACTIVATION), _activation(read, ACTIVATION)
+                parts += _overlaps(hidden, read, PARTS, PRECISION)
+            similarity = tl.sum(parts, 0)
         if TAPE:
             tl.store(tape_similarity + here * CHUNK * CHUNK + square, similarity)
-        out -= _dot(similarity * tl.load(read_steps + last * CHUNK * CHUNK + square), d, PRECISION)
+        out = by_base + by_weigh * tl.load(read_weights + last * CHUNK + step)[None, :]
+        out += by_carry * tl.load(read_momentum + last * CHUNK + step)[None, :]
+        out += _dot(d, similarity * tl.load(read_steps + last * CHUNK * CHUNK + square), PRECISION)
         if NORM:
             if TAPE:
                 tl.store(tape_answers + tokens + token, out)
-            out, _ = _normed(out, EPS)
-            out = out * shift[None, :] + offset[None, :]
+            out, _ = _normed(tl.trans(out), EPS)
+            out = tl.trans(out * shift[None, :] + offset[None, :])
         if RESIDUAL:
             out += q
         tl.store(reads + tokens + token, out)
 
         # Rows of W_down are whole only now.
         if RESCALE or (MARKED and not TAPE):
-            factors, kept = _row_scale(row_squares, RADIUS)
+            factors, kept = _row_scale(tl.sum(tl.sum(row_squares, 1), 0), RADIUS)
             if RESCALE and TAPE:
                 kept = tl.where(closes, kept, 0.0)
                 tl.store(scales_down + here * DIM + tl.arange(0, DIM), kept)
             tl.debug_barrier()
             if closes:
                 for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
-                    at = begin + down
+                    at = begin + across
                     w = tl.load(weights_down + after + at)
                     if RESCALE:
                         w *= factors[:, None]

@@ -108,7 +108,7 @@ def resident_kernel(
             if TAPE:
                 tl.store(tape_squares + here * CHUNK + step, squares)
             if DEPTH == 2:
-                kappa = _kappa(tl.sum(total * total, 1), FLOOR)
+                kappa = _kappa(tl.sum(tl.sum(total * total, 1), 0), DIM, FLOOR)
                 divisor = _normalizer(tl.sum(k * k, 1), factor * kappa, FLOOR, 2)
                 if TAPE:
                     tl.store(tape_kappa + here, kappa)

@@ -26,6 +26,7 @@ from titans.memory.chunkwise.groups import (
 )
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
+from titans.memory.precision import autocast_device
 from titans.memory.state import MemoryState, Weights
 
 # Bytes of states that a backward may keep; beyond, it keeps one in a group of chunks and recomputes the rest.
@@ -34,6 +35,8 @@ KEPT_BYTES = 2**31
 WIDEST_BLOCK = 64
 # Weights of a matrix that stays in registers. Two of them and their momentum fill half of a processor's.
 RESIDENT_SIZE = 64 * 128
+# Tokens · head_dim of a chunk that leaves room for more hidden units. See `forward_tile`.
+SMALL_SIZE = 32 * 64
 _WARPS = 8
 _PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
@@ -86,8 +89,29 @@ def scan(
     return reads[:, :, :width], surprise[:, :, :width], after
 
 
+class Tile(NamedTuple):
+    """Hidden units at a time, and the warps that a program has for them."""
+
+    units: int
+    warps: int
+
+
+def forward_tile(chunk: int, dim: int, hidden: int, precision: str, on_hopper: bool) -> Tile:
+    """16 hidden units for each warp, so that products take their tiles as they are loaded (`fragments.py`).
+
+    As many as shared memory has room for (lab notebook on these kernels, forward).
+    """
+    size = chunk * dim
+    if precision != "tf32x3" and on_hopper and (dim <= 64 or size <= SMALL_SIZE):
+        units = 128
+    else:
+        room = {"tf32x3": SMALL_SIZE, "bf16": 4 * SMALL_SIZE}.get(precision, 2 * SMALL_SIZE)
+        units = 64 if size <= room else 32
+    return Tile(min(units, hidden), 8 if min(units, hidden) > 64 else 4)
+
+
 def block_of(chunk: int, hidden: int) -> int:
-    """Hidden units at a time: more than tokens, and fewer than features where it can be.
+    """Hidden units at a time in the backward: more than tokens, and fewer than features where it can be.
 
     So that no product of tokens or weights is square or high (lab notebook on these kernels, spills).
     """
@@ -102,6 +126,11 @@ def fits_registers(chunk: int, dim: int, hidden: int, precision: str) -> bool:
 def _precision(device: torch.device) -> str:
     """Products of float32 are as exact as the user has asked of PyTorch's own."""
     return "ieee" if device.type == "cpu" else _PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether four warps together can multiply. The interpreter does as such a device would."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _marked(keys: Tensor, marks: Marks, anchored: bool) -> _Marks:
@@ -146,13 +175,12 @@ class _Plan(NamedTuple):
             CHUNK=keys.shape[2],
             HAS_BASE=self.has_base,
             PRECISION=_precision(keys.device),
-            num_warps=_WARPS,
             num_stages=1,
         )
 
-    def blocks(self, keys: Tensor) -> dict[str, Any]:
+    def blocks(self, tile: Tile) -> dict[str, Any]:
         """Options of the kernels that go over the hidden units by blocks."""
-        return dict(BLOCK=block_of(keys.shape[2], self.hidden), MARKED=self.marks is not None)
+        return dict(BLOCK=tile.units, num_warps=tile.warps, MARKED=self.marks is not None)
 
     def is_resident(self, keys: Tensor) -> bool:
         """Whether weights and momentum stay in registers from chunk to chunk."""
@@ -162,7 +190,7 @@ class _Plan(NamedTuple):
                 keys.shape[2], self.inner.network.head_dim, self.hidden, _precision(keys.device)
             )
             # Without its products of whole groups of warps the compiler spills thousands of numbers.
-            and (keys.device.type == "cpu" or torch.cuda.get_device_capability(keys.device)[0] == 9)
+            and _is_hopper(keys.device)
         )
 
     def parts(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
@@ -221,22 +249,25 @@ def _run(
         parts = (weights, momentum, anchor)
         kept = [[x.new_empty(-(-chunks // group), *x.shape) for x in part] for part in parts]
     options = plan.options(keys) | dict(TAPE=taped, KEEP=group > 1)
-    given = (*inputs, *affine, *_pair(base, unused))
     slotted = (*_pair(weight_slots, unused), *_pair(moment_slots, unused))
     kept_pairs = [_pair(part, unused) for part in kept]
     if plan.is_resident(keys):
         launch: Any = resident_kernel[(rows,)]
         launch(
-            *given, *slotted, reads, surprise, *kept_pairs[0], *kept_pairs[1], *tape,
-            chunks, rows, max(group, 1), **options,
+            *inputs, *affine, *_pair(base, unused), *slotted, reads, surprise,
+            *kept_pairs[0], *kept_pairs[1], *tape,
+            chunks, rows, max(group, 1), **options, num_warps=_WARPS,
         )  # fmt: skip
     else:
+        tile = forward_tile(chunk, dim, hidden, _precision(keys.device), _is_hopper(keys.device))
+        with torch.autocast(autocast_device(keys), enabled=False):
+            overlaps = inputs[0] @ keys.mT
         launch_wide: Any = forward_kernel[(rows,)]
         launch_wide(
-            *given, *([unused] * 3 if marks is None else marks),
+            *inputs, overlaps, *affine, *_pair(base, unused), *([unused] * 3 if marks is None else marks),
             *_pair(initial, unused), *_pair(initial_momentum, unused), *slotted, reads, surprise,
             *kept_pairs[0], *kept_pairs[1], *kept_pairs[2], *tape,
-            chunks, rows, hidden, max(group, 1), **options, **plan.blocks(keys),
+            chunks, rows, hidden, max(group, 1), **options, **plan.blocks(tile),
         )  # fmt: skip
     end: list[Weights] = [tuple(x[-1] for x in weight_slots), tuple(x[-1] for x in moment_slots)]
     if marks is not None:
@@ -311,7 +342,8 @@ class _Scan(torch.autograd.Function):
                 *_pair(by_anchor if marks is not None else by_weights, unused),
                 *_pair(by_initial, unused), *_pair(by_initial_momentum, unused), *_pair(by_base, unused),
                 *by_affine, *(x[part] for x in by_inputs),
-                len(here[0]), rows, hidden, **some.options(inputs[1]), **some.blocks(inputs[1]),
+                len(here[0]), rows, hidden, **some.options(inputs[1]),
+                **some.blocks(Tile(block_of(chunk, hidden), _WARPS)),
             )  # fmt: skip
         return (
             None, *by_inputs, *by_affine, *by_base, *by_initial, *by_initial_momentum,
