@@ -160,7 +160,9 @@ def decode_kernel(
                 factor *= steepest * steepest
             theta_down /= _normalizer(tl.sum(hidden_squares, 0), factor, FLOOR, DEPTH)
             if DEPTH == 2:
-                theta_up /= _normalizer(tl.sum(k * k, 0), factor * _kappa(squares, FLOOR), FLOOR, DEPTH)
+                theta_up /= _normalizer(
+                    tl.sum(k * k, 0), factor * _kappa(tl.sum(squares, 0), DIM, FLOOR), FLOOR, DEPTH
+                )
 
         alpha_down = tl.load(forget + gate, real, 0.0)
         eta_down = tl.load(momentum + gate, real, 1.0)
