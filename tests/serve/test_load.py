@@ -17,7 +17,7 @@ from titans.serve.choosing import Chooser
 from titans.serve.engine import PIECE, Engine
 from titans.serve.errors import ApiError
 from titans.serve.memories import Memories
-from titans.stream import Session
+from titans.stream.session_state import SessionState
 from titans.stream.tokenizer import byte_tokenizer
 
 from .servers import (
@@ -134,10 +134,10 @@ def test_numbers_of_the_server_name_no_user_and_no_text(
 def test_nan_in_one_text_is_no_business_of_the_others(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, after = server.service.engines["bytes"], Session._after
+    engine, after = server.service.engines["bytes"], SessionState.after
     bad, others = engine.session(), [engine.session() for _ in range(2)]
 
-    def after_all_but_7(self: Session, piece: torch.Tensor, *rest: Any) -> Any:
+    def after_all_but_7(self: SessionState, piece: torch.Tensor, *rest: Any) -> Any:
         if 7 in piece:
             raise FloatingPointError("the model answers NaN")
         return after(self, piece, *rest)
@@ -152,7 +152,7 @@ def test_nan_in_one_text_is_no_business_of_the_others(
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_after", after_all_but_7)
+        patch.setattr(SessionState, "after", after_all_but_7)
         found = asyncio.run(together())
     assert [type(each) for each in found] == [type(None), ApiError, type(None)] and found[1].status == 422
     assert bad.num_tokens == 0
