@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from titans import graft
 from titans.data import byte_tokenizer
 from titans.experiments import graft_comparison as comparison
 from titans.experiments import graft_comparison_systems as systems
+from titans.experiments import ruler
 from titans.experiments.graft_comparison_cloze import SENTENCES, contains, first_line
 from titans.experiments.graft_comparison_texts import HAYSTACKS, haystacks
 from titans.experiments.ruler import RulerSample, ruler_score
@@ -61,6 +64,7 @@ def test_a_quick_run_measures_every_system_and_goes_on_where_it_stopped(tiny: No
     assert "| passkey | 1,024 | 0 (0–79) |" in page and "| values | 1,024 | 0 (0–79) | –" in page
     assert f"| {SENTENCES[-1][0]} … | 200,000 |" in page and "| vt | 4,096 | 0 (1) |" in page
     assert "1e-05 (chosen)" in page and "| 10, small |" in page
+    assert "count it as if that system had read alone" in page
     assert "## What the graft loses and wins" in page and page.count("](graft-comparison.png)") == 1
     assert (tmp_path / "graft-comparison.png").stat().st_size > 10_000
     again = run(experiment, request, tmp_path, only=only, resume=True)
@@ -173,6 +177,23 @@ def test_answers_are_compared_as_whole_words() -> None:
     assert first_line("\n \n Kent\nLear") == "Kent" and first_line(" \n") == ""
     assert comparison.decided(" 12345", "123") and comparison.decided(" 13", "123")
     assert not comparison.decided(" 12", "123") and not comparison.decided("", "123")
+
+
+def test_the_code_of_ruler_is_unpacked_once_for_each_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as wheel:
+        wheel.writestr("package/module.py", "x = 1\n")
+    monkeypatch.setattr(ruler, "fetch", lambda archive: content.getvalue())
+    code = ruler._unpacked(tmp_path)
+    files = ("tenacity.py", "scipy/special.py", "package/module.py", "complete")
+    times = [(code / name).stat().st_mtime_ns for name in files]
+    assert ruler._unpacked(tmp_path) == code
+    assert [(code / name).stat().st_mtime_ns for name in files] == times
+    monkeypatch.setitem(ruler._REPLACED, "tenacity.py", "x = 2\n")
+    ruler._unpacked(tmp_path)
+    assert (code / "tenacity.py").read_text() == "x = 2\n"
 
 
 def test_rulers_score_is_the_share_of_expected_strings() -> None:

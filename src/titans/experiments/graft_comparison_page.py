@@ -105,7 +105,10 @@ def _systems(cells: Cells) -> str:
     head = ["system", "keeps", f"bytes after {PLAY}", "seconds for 1K tokens"]
     about = (
         "Bytes are those held in addition to the window's keys and values, which take 24 MB in float32; full "
-        "attention has no window. Seconds are of float32; bfloat16 takes half on this machine."
+        "attention has no window. Seconds are of float32; bfloat16 takes half on this machine. Systems that "
+        "read a text through the same window (all but full attention, passages, dynamic evaluation and "
+        "grafts with a LoRA) share what the base computes for it, and the seconds of each, here and below, "
+        "count it as if that system had read alone."
     )
     return f"{markdown(head, rows)}\n\n{about}"
 

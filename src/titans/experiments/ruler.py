@@ -8,6 +8,7 @@ calls of servers; and SciPy's zeta function.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -122,17 +123,21 @@ def _generate(task: str, length: int, seed: int, tokenizer: Path, folder: Path, 
 
 
 def _unpacked(folder: Path) -> Path:
-    """The folder with the packages' code."""
+    """The folder with the packages' code and what replaces others; `complete` in it says of which version."""
     code = (folder / "code").resolve()
-    if not (code / "complete").is_file():
-        for archive in (RULER, _WORDS):
-            with zipfile.ZipFile(io.BytesIO(fetch(archive))) as wheel:
-                members = [
-                    name for name in wheel.namelist() if not name.endswith(("hotpotqa.json", "squad.json"))
-                ]
-                wheel.extractall(code, members)
-        write_bytes(code / "complete", b"")
+    complete = code / "complete"
+    archives = (RULER, _WORDS)
+    version = hashlib.sha256(repr(([x.sha256 for x in archives], _REPLACED)).encode()).hexdigest().encode()
+    if complete.is_file() and complete.read_bytes() == version:
+        return code
+    for archive in archives:
+        with zipfile.ZipFile(io.BytesIO(fetch(archive))) as wheel:
+            members = [
+                name for name in wheel.namelist() if not name.endswith(("hotpotqa.json", "squad.json"))
+            ]
+            wheel.extractall(code, members)
     for name, content in _REPLACED.items():
         (code / name).parent.mkdir(exist_ok=True)
         write_bytes(code / name, content.encode())
+    write_bytes(complete, version)
     return code
