@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import titans
 from titans.data import byte_tokenizer
 from titans.evaluate import bits_per_byte, score
 from titans.evaluate.needle import attention_reach, needle_table
@@ -186,8 +187,19 @@ def test_a_memory_file_belongs_to_its_kind_of_model(
     session = Session(models["llama"])
     session.feed(IDS)
     session.save(tmp_path / "memory")
-    with pytest.raises(ValueError, match="model_type='llama', the model has 'mamba2'"):
+    with pytest.raises(ValueError, match=r"by a model of type 'llama'.*this is a model of type 'mamba2'"):
         Session.load(tmp_path / "memory", models["mamba2"])
+    graft = titans.graft(copy.deepcopy(models["llama"]), window=16)
+    small = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="lmm", num_hidden_layers=1)).eval()
+    for writer, is_a, reader, own in (
+        (small, "a Titans model", graft, "a graft"),
+        (graft, "a graft", small, "a Titans model"),
+    ):
+        written = Session(writer)
+        written.feed(IDS)
+        written.save(tmp_path / "of-another-kind")
+        with pytest.raises(ValueError, match=f"was written by {is_a}, and this is {own}: load it with the"):
+            Session.load(tmp_path / "of-another-kind", reader)
     other = copy.deepcopy(models["llama"])
     with torch.no_grad():
         other.lm_head.weight.mul_(1.01)
@@ -207,9 +219,9 @@ def test_adapters_are_read_with_and_learned_prompts_are_refused(
     models: dict[str, PreTrainedModel], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    titans = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="lmm", num_hidden_layers=1))
+    small = TitansForCausalLM(TitansConfig.from_preset("tiny", variant="lmm", num_hidden_layers=1))
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    for base in (titans.eval(), copy.deepcopy(models["llama"])):
+    for base in (small.eval(), copy.deepcopy(models["llama"])):
         with pytest.raises(ValueError, match="PROMPT_TUNING: a learned prompt stands before every piece"):
             Session(get_peft_model(copy.deepcopy(base), prompt))
         before = in_one_call(base, IDS)

@@ -191,7 +191,12 @@ Two?
     assert f"{book.stat().st_size:,} tokens read" in err and "tokens/s" in err
     assert f"main: {tokens:,} tokens" in err and "other is a copy of main" in err
     assert f"{memory} holds {tokens:,} tokens" in err and "other: 0 tokens" in err
+    assert err.endswith(
+        f"main: {tokens:,} tokens in memory were not saved; /save FILE, before leaving, does\n"
+    )
+    assert "other: " not in err.splitlines()[-2], "it is saved, and then empty"
 
+    assert "not saved" not in talk(folder, "/stats", "--memory", str(memory))[1]
     out, err = talk(folder, "Three?\n", "--memory", str(memory))
     assert out.splitlines() == [said(conversation, "Three?")], "it has begun already"
     nobody = "~nobody-of-this-name/a"

@@ -79,7 +79,7 @@ def test_info_names_base_and_memories(base: Path, grafted: Path, run: Callable[.
     of_graft, of_base = run("info", grafted), run("info", base)
     model = titans.load(grafted)[0]
     assert of_graft["kind"] == "graft" and of_graft["base"] == str(base) and of_graft["window"] == 32
-    assert of_graft["fingerprint"] == model.config.origin["weights"]
+    assert of_graft["base_fingerprint"] == model.config.origin["weights"]
     assert of_graft["memories"] == ["adaptation"] and of_graft["adaptation"]["chunk_size"] == 16
     assert of_graft["parameters"] == sum(value.numel() for value in model.own_state_dict().values())
     assert of_base["kind"] == "model" and of_base["base_class"] == "LlamaForCausalLM"

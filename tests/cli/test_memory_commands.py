@@ -357,6 +357,7 @@ def test_info_of_a_memory_loads_no_torch(
     # A file of before there were summaries is described from its tensors, with the same result.
     monkeypatch.setattr("titans.cli.info.read_summary", lambda path: None)
     code, out, _ = run("info", memory, "--json")
+    assert len(json.loads(out)["model_fingerprint"]) == 32
     assert code == 0 and json.loads(out) == json.loads(done.stdout)
 
 

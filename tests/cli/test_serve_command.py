@@ -31,7 +31,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
-    folder, memories = save_byte_model(tmp_path / "small"), tmp_path / "memories"
+    folder, memories = save_byte_model(tmp_path / "small"), tmp_path.resolve() / "memories"
     command = [
         sys.executable,
         "-m",
@@ -41,14 +41,18 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         "--port",
         "0",
         "--memories",
-        str(memories),
+        memories.name,
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as server:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=memories.parent
+    ) as server:
         assert server.stderr is not None
         try:
             lines = iter(server.stderr.readline, "")
             url = next(
-                found[1] for line in lines if (found := re.search(r"small at (http://127\.\S+);", line))
+                found[1]
+                for line in lines
+                if (found := re.search(rf"small at (http://127\.\S+); memories are in {memories};", line))
             )
             memory = post(f"{url}/v1/memories", {})["id"]
             told = post(f"{url}/v1/memories/{memory}/read", {"text": "To be, or not to be. " * 20})

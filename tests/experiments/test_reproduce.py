@@ -267,7 +267,8 @@ def test_the_command_plans_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert (
         err.startswith("plan: measurements in order")
         and "depth 4, 100k" in err
-        and "6 of 6 claims" in err
+        and "6 of 6 claims measured" in err
+        and err.endswith("measured is not decided: a quick run decides no claim\n")
         and "processor minutes" in err
     )
     only = ["--only", "depth 1, *", "depth 2, *"]

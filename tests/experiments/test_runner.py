@@ -11,7 +11,7 @@ import torch
 from titans.experiments import held_out
 from titans.experiments.catalog import EXPERIMENTS
 from titans.experiments.results import LIMIT, Results, encoded, rounded
-from titans.experiments.runner import Cell, Experiment, Request, run
+from titans.experiments.runner import Cell, Experiment, Request, Ticker, duration, run
 from titans.experiments.tables import interval, markdown, percent
 
 
@@ -106,6 +106,20 @@ def test_every_experiment_lists_cells_and_draws_what_is_kept(
     page = (folder / f"{name}.md").read_text()
     assert experiment.table(Results(folder / f"{name}.json")).strip() in page, "the page is not of its JSON"
     assert all(file.stat().st_size <= LIMIT for file in folder.glob("*.json"))
+
+
+def test_progress_is_shown_of_slow_steps_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter((0.0, 4.0, 8.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    ticker = Ticker("steps", seconds=0)
+    ticker(1, 1600)
+    ticker(800, 1600)
+    assert [line.strip() for line in capsys.readouterr().err.splitlines()] == [
+        "1/1,600 steps · 4.0 s each · 107 min left", "800/1,600 steps · 100/s · 8.0 s left",
+    ]  # fmt: skip
+    assert [duration(s) for s in (0.04, 70, 150, 9000)] == ["0.0 s", "70 s", "2 min", "2.5 h"]
 
 
 def test_numbers_in_tables() -> None:

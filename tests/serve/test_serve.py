@@ -236,6 +236,8 @@ def test_what_is_not_supported_is_refused_by_name_in_the_apis_form(client: opena
     for field in ("echo", "suffix", "best_of"):
         with pytest.raises(openai.BadRequestError, match=f"{field}.* not supported; leave it out"):
             client.completions.create(model="bytes", prompt="x", max_tokens=1, extra_body={field: 3})
+    with pytest.raises(openai.NotFoundError, match=r"no such route; there are .*/v1/chat/completions.*/read"):
+        client.responses.create(model="bytes", input="x")
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt': this server has bytes, chat"):
         client.completions.create(model="gpt", prompt="x")
     # What says nothing is taken, as clients send it.

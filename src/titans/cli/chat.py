@@ -49,7 +49,8 @@ class Chat(Sampling, ModelOptions):
     """Folder of a Titans model, a graft or any causal model of transformers, or a name of the library:
     titans-smollm2-135m, smollm2-135m, titans-lmm-tiny, titans-mag-tiny, titans-mac-tiny."""
     memory: Path | None = None
-    """Start from this memory, written by `titans memorize` or /save."""
+    """Start from this file, written before by `titans memorize` or /save. It stays as it is: only /save
+    writes."""
     max_new_tokens: int = 400
     """The most tokens of an answer."""
     temperature: float = 0.7
@@ -82,6 +83,8 @@ class _Chatting:
 
     def __init__(self, options: Chat, conversation: Conversation) -> None:
         self.options, self.name, self.kept = options, "main", {"main": conversation}
+        # Name → how many tokens the conversation had when it was last loaded or saved.
+        self.saved = {"main": conversation.session.num_tokens}
         self.commands: dict[str, Callable[[str], None]] = {
             "/read": self.read, "/fork": self.fork, "/switch": self.switch, "/save": self.save,
             "/forget": self.forget, "/stats": self.stats, "/help": self.help,
@@ -114,7 +117,16 @@ class _Chatting:
             except (ValueError, OSError, ArithmeticError) as error:
                 failures += 1
                 report(" ".join(str(error).split()) or type(error).__name__)
+        self.say_what_is_lost()
         return failures
+
+    def say_what_is_lost(self) -> None:
+        """On leaving: which conversations read something that is in no file."""
+        for name, conversation in self.kept.items():
+            if (tokens := conversation.session.num_tokens) not in (0, self.saved[name]):
+                report(
+                    f"{name}: {tokens:,} tokens in memory were not saved; /save FILE, before leaving, does"
+                )
 
     def lines(self) -> Iterator[str]:
         """Lines of the input that are not blank; at a terminal each is asked for."""
@@ -183,6 +195,7 @@ class _Chatting:
         if name in self.kept:
             raise UsageError(f"/fork {name}: this name exists; /switch {name} goes there")
         self.kept[name] = self.conversation.fork()
+        self.saved[name] = self.saved[self.name]
         report(f"{name} is a copy of {self.name}; this is still {self.name}")
 
     def switch(self, name: str) -> None:
@@ -197,10 +210,12 @@ class _Chatting:
         path = _path(rest)
         check_output("/save", path, is_memory)
         self.conversation.save(path)
+        self.saved[self.name] = self.conversation.session.num_tokens
         report(f"{path} holds {self._held()}; the file has {path.stat().st_size:,} bytes")
 
     def forget(self, rest: str) -> None:
         self.conversation.forget()
+        self.saved[self.name] = 0
         report("forgotten; the memory is empty")
 
     def stats(self, rest: str) -> None:

@@ -126,7 +126,7 @@ def _memory_facts(path: Path, memory: MemoryFile) -> dict[str, Any]:
         "tokens": memory.stats.tokens,
         "state_bytes": memory.stats.state_bytes,
         "file_bytes": path.stat().st_size,
-        "fingerprint": memory.fingerprint,
+        "model_fingerprint": memory.fingerprint,
         **_sizes(memory.config),
         **_memory_parts(memory.config, memory.sentence),
         "layers": [

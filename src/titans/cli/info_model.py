@@ -32,7 +32,7 @@ def describe_graft(folder: Path, fields: dict[str, Any], parameters: int) -> dic
             "path": str(folder),
             "base": origin["name"] or None,
             "base_class": origin["class"],
-            "fingerprint": origin["weights"],
+            "base_fingerprint": origin["weights"],
             **{name: value for name, value in origin["sizes"].items() if name != "model_type"},
         }
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -98,9 +98,10 @@ class Reproduce:
 
 def planned(table: PaperTable, request: Request, only: Sequence[str] = ("*",)) -> str:
     """The measurements that patterns choose in their order, the processor's time that they are estimated to
-    take, and after how much of it how many claims have what they need."""
+    take, after how much of it how many claims are measured, and whether that may decide them."""
+    from titans.experiments.reproduce.claims import FEWEST_SEEDS
     from titans.experiments.reproduce.order import decided_after
-    from titans.experiments.reproduce.table import START_SECONDS
+    from titans.experiments.reproduce.table import SEEDS, START_SECONDS
     from titans.experiments.runner import named
 
     costs: dict[str, list[float]] = {}
@@ -112,13 +113,20 @@ def planned(table: PaperTable, request: Request, only: Sequence[str] = ("*",)) -
         minutes += sum(seconds) / 60
         lines.append(
             f"  {name:46} {len(seconds):2} × {seconds[0]:6,.0f} s  after {minutes:6,.0f} min "
-            f"{count:2} of {len(claims)} claims"
+            f"{count:2} of {len(claims)} claims measured"
         )
+    if request.quick:
+        decides = "a quick run decides no claim"
+    elif (request.seeds or SEEDS) < FEWEST_SEEDS:
+        decides = f"fewer than {FEWEST_SEEDS} seeds decide no claim"
+    else:
+        decides = "a claim is decided where the interval of its difference leaves out 0"
     return "\n".join(
         [
             "plan: measurements in order, seeds × processor seconds",
             *lines,
             f"  in all {minutes:,.0f} processor minutes, start included; the first run on a machine also "
             "compiles kernels (about 2 minutes)",
+            f"  measured is not decided: {decides}",
         ]
     )

@@ -41,7 +41,8 @@ class Serve(ModelOptions):
     environment variable TITANS_API_KEYS, keys with blanks between, does the same and is not seen in lists of
     processes."""
     memories: Path = Path("titans-memories")
-    """Folder in which memories are kept."""
+    """Folder in which memories are kept, also for the next start. A relative path is that below the current
+    folder."""
     max_memories: int = 1_000
     """How many memories a key may have."""
     max_memory_mb: int = 10_240
@@ -88,7 +89,8 @@ class Serve(ModelOptions):
         _log_to_stderr()
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        report(f"serving {', '.join(engines)} at http://{shown}:{port}; Ctrl-C stops")
+        kept = self.memories.resolve()
+        report(f"serving {', '.join(engines)} at http://{shown}:{port}; memories are in {kept}; Ctrl-C stops")
         try:
             server_of(service).run(sockets=[listening])
         finally:

@@ -107,7 +107,17 @@ class Ticker:
         now = time.perf_counter()
         if done and now - self._last >= self.seconds:
             self._last, rate = now, done / (now - self._began)
-            say(f"  {done:,}/{total:,} {self.what} · {rate:,.0f}/s · {(total - done) / rate:.0f} s left")
+            pace = f"{rate:,.0f}/s" if rate >= 1 else f"{duration(1 / rate)} each"
+            say(f"  {done:,}/{total:,} {self.what} · {pace} · {duration((total - done) / rate)} left")
+
+
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours, with about two digits."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def say(text: str) -> None:
@@ -153,8 +163,8 @@ def run(
     chosen = named(planned, only)
     missing = [cell for cell in chosen[part[0] :: part[1]] if cell.name not in results.cells]
     if experiment.unit is not None:
-        hours = experiment.unit * sum(cell.cost for cell in missing) / 3600
-        say(f"{len(missing)} of {len(planned)} cells, about {hours:.1f} core-hours")
+        seconds = experiment.unit * sum(cell.cost for cell in missing)
+        say(f"{len(missing)} of {len(planned)} cells, about {duration(seconds)} of one core")
     try:
         _measure(experiment, request, missing, results)
     finally:
@@ -182,7 +192,7 @@ def _measure(experiment: Experiment, request: Request, missing: Sequence[Cell], 
         left = sum(c.cost for c in missing[number:]) * seconds / spent if spent else None
         say(
             f"{number + 1}/{len(missing)} {cell.name}"
-            + (f" · about {left / 60:.0f} min left" if left is not None else "")
+            + (f" · about {duration(left)} left" if left is not None else "")
         )
         torch.manual_seed(cell.seed)
         numbers = experiment.measure(cell, request, Ticker(cell.name))

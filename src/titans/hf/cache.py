@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from titans.hf.configuration import TitansConfig, saved_state_fields
-from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
+from titans.hf.state_cache import StateCache, check_writer, named_leaves, saved_ids
 from titans.hf.state_file import Kind, StateFile, damaged_header, open_state_file
 from titans.nn.blocks import BLOCKS
 from titans.state import compact, expanded, grows
@@ -42,11 +42,7 @@ class TitansCache(StateCache):
     ) -> TitansCache:
         """`load`, from a file that is open already."""
         saved, num_columns = saved_sizes(file)
-        if found := first_difference(saved, config.state_fields()):
-            raise ValueError(
-                f"{file.path} was written with {found.name}={found.theirs!r}, the model has {found.ours!r}: "
-                "load it with the checkpoint it was made with"
-            )
+        check_writer(file.path, saved, config.state_fields())
         template = _template(config)
         _check_kinds(file, template)
         read = file.tensors()

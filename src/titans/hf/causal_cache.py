@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from titans.hf.state_cache import LOAD_WITH_ITS_OWN, check_writer
 from titans.hf.state_file import StateFile, write_state_file
 from titans.memory_file import saved_model
 
@@ -162,14 +163,11 @@ class CausalCache:
                 written.
         """
         saved, num_columns = saved_model(file.header)
-        for name, value in _sizes(config).items():
-            if (other := saved.get(name)) != value:
-                remedy = "load it with the model it was made with"
-                if other == "titans-graft":
-                    remedy = "graft the model first (titans.graft, or --graft in a shell)"
-                raise ValueError(
-                    f"{file.path} was written with {name}={other!r}, the model has {value!r}: {remedy}"
-                )
+        of_graft = saved.get("model_type") == "titans-graft"
+        remedy = (
+            "graft the model first (titans.graft, or --graft in a shell)" if of_graft else LOAD_WITH_ITS_OWN
+        )
+        check_writer(file.path, saved, _sizes(config), remedy)
         loaded = cls()
         if not num_columns and not file.kinds:
             return loaded

@@ -18,6 +18,7 @@ from titans.state import expanded, map_state, state_nbytes
 
 Own = TypeVar("Own", bound="StateCache")
 NUM_NEWEST = 16
+LOAD_WITH_ITS_OWN = "load it with the model it was made with"
 
 
 @dataclass
@@ -255,6 +256,30 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> Difference
             return Difference(name, other, own)
     unknown = next(iter(theirs.keys() - ours.keys()), None)
     return None if unknown is None else Difference(unknown, theirs[unknown], None)
+
+
+def check_writer(
+    path: Path, theirs: dict[str, Any], ours: dict[str, Any], remedy: str = LOAD_WITH_ITS_OWN
+) -> None:
+    """Whether a file was written by a model whose states mean the same.
+
+    theirs, ours: `state_fields` of the model that wrote it, and of the one that loads it. remedy: what to do.
+
+    Raises:
+        ValueError: naming the two kinds of model, or the first field that differs.
+    """
+    if (writer := _kind(theirs)) != (own := _kind(ours)):
+        raise ValueError(f"{path} was written by {writer}, and this is {own}: {remedy}")
+    if found := first_difference(theirs, ours):
+        raise ValueError(
+            f"{path} was written with {found.name}={found.theirs!r}, the model has {found.ours!r}: {remedy}"
+        )
+
+
+def _kind(fields: dict[str, Any]) -> str:
+    if (kind := fields.get("model_type")) is None:
+        return "a Titans model"
+    return "a graft" if kind == "titans-graft" else f"a model of type {kind!r} without a memory"
 
 
 def named_leaves(states: Any) -> list[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from titans.serve import completions, memory_routes
@@ -26,8 +27,14 @@ _POLICY = (
 def application(service: Service) -> ASGIApp:
     """The routes of a server, behind its guard."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.include_router(completions.routes(service))
-    app.include_router(memory_routes.routes(service))
+    routers = [completions.routes(service), memory_routes.routes(service)]
+    for router in routers:
+        app.include_router(router)
+
+    api = dict.fromkeys(
+        route.path for router in routers for route in router.routes if isinstance(route, Route)
+    )
+    unknown = f"there is no such route; there are {', '.join(api)}"
 
     @app.get("/")
     async def page() -> Response:
@@ -51,7 +58,7 @@ def application(service: Service) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def unknown_route(request: Request, error: HTTPException) -> Response:
-        messages = {404: "there is no such route", 405: "this route does not take this method"}
+        messages = {404: unknown, 405: "this route does not take this method"}
         message = messages.get(error.status_code, str(error.detail)[:300])
         response = error_response(ApiError(error.status_code, message))
         response.headers.update(error.headers or {})

@@ -16,7 +16,7 @@ from titans.hf.causal_cache import converted
 from titans.hf.graft.configuration import GraftConfig
 from titans.hf.graft.memories import MEMORIES
 from titans.hf.graft.window import Window, WindowState, together
-from titans.hf.state_cache import StateCache, first_difference, named_leaves, saved_ids
+from titans.hf.state_cache import StateCache, check_writer, named_leaves, saved_ids
 from titans.hf.state_file import StateFile, damaged_header
 from titans.memory_file import saved_model
 from titans.state import compact, expanded, map_state, stacked
@@ -120,11 +120,7 @@ class GraftCache(StateCache):
                 written; the message names which.
         """
         saved, num_columns = saved_model(file.header)
-        if found := first_difference(saved, config.state_fields()):
-            raise ValueError(
-                f"{file.path} was written with {found.name}={found.theirs!r}, the model has {found.ours!r}: "
-                "load it with the model it was made with"
-            )
+        check_writer(file.path, saved, config.state_fields())
         wanted = dict(named_leaves((template,)))
         if different := sorted(wanted.keys() ^ file.kinds.keys()):
             raise ValueError(
