@@ -60,7 +60,8 @@ def test_sessions_that_generate_together_equal_each_alone(kind: str) -> None:
                 decoding.join(session)
         if not decoding.sessions:
             continue
-        logits = decoding.step()
+        logits, failed = decoding.step()
+        assert not failed
         assert logits.shape == (len(decoding.sessions), model.config.vocab_size)
         tokens = logits.argmax(-1).tolist()
         decoding.choose(tokens)
@@ -79,6 +80,42 @@ def test_sessions_that_generate_together_equal_each_alone(kind: str) -> None:
             mine.generate(max_new_tokens=3, do_sample=False),
             other.generate(max_new_tokens=3, do_sample=False),
         )
+
+
+@pytest.mark.parametrize("kind", ["lmm", "graft"])
+def test_an_error_of_one_text_is_its_own(kind: str) -> None:
+    model, lengths = model_of(kind), (9, 14, 27)
+    weights = model.get_input_embeddings().weight
+    broken = len(weights) - 1
+    sessions = [Session(model) for _ in lengths]
+    for row, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
+        session.feed(random_ids(length, seed=row) % broken)
+    decoding, found = Decoding(sessions[0].reader), {session: [] for session in sessions}
+    expected = [
+        session.fork().generate(max_new_tokens=5, do_sample=False)[0].tolist() for session in sessions
+    ]
+    for session in sessions:
+        decoding.join(session)
+    before, errors = weights[broken].clone(), []
+    with torch.no_grad():
+        weights[broken] = torch.nan
+    for time in range(5):
+        logits, failed = decoding.step()
+        errors.append(failed)
+        tokens = logits.argmax(-1).tolist()
+        if time == 1:
+            tokens[1] = broken
+        decoding.choose(tokens)
+        for session, token in zip(decoding.sessions, tokens, strict=True):
+            found[session].append(token)
+    with torch.no_grad():
+        weights[broken] = before
+    assert [len(each) for each in errors] == [0, 0, 1, 0, 0] and "NaN" in str(errors[2][sessions[1]])
+    assert decoding.sessions == [sessions[0], sessions[2]]
+    assert [found[sessions[0]], found[sessions[2]]] == [expected[0], expected[2]]
+    # It has left with the token that was chosen for it, unread, and can be used.
+    assert sessions[1].recent[-1] == broken and sessions[1].num_tokens == 14 + 2
+    sessions[1].feed([1])
 
 
 def test_a_member_takes_in_nothing_else() -> None:

@@ -173,4 +173,23 @@ def test_nan_in_one_text_is_no_business_of_the_others(
             shown = answer.decode() if stream else json.dumps(answer)
             assert status == (200 if stream else 422) and "model_failed" in shown, shown
         assert small.call("GET", f"/v1/memories/{memory}")[1]["tokens"] == 0
+        # Others that generate in the same call go on to their end.
+        starts = [engine.session() for _ in range(3)]
+        for start, text in zip(starts, (b"Hello", b"a\7", b"world"), strict=True):
+            start.feed(torch.tensor(list(text)))
+        forks = [start.fork() for start in starts]
+        answers = [Answer(byte_tokenizer(), start.recent, most=6) for start in starts]
+
+        async def answer() -> list[Any]:
+            with engine._changed:
+                pairs = zip(forks, answers, strict=True)
+                tasks = [asyncio.ensure_future(engine.generate(f, Chooser(0.0), a)) for f, a in pairs]
+                await asyncio.sleep(0)
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+        found = asyncio.run(answer())
+        assert [type(each) for each in found] == [type(None), ApiError, type(None)]
+        for row in (0, 2):
+            expected = starts[row].generate(max_new_tokens=6, do_sample=False)
+            assert answers[row].text == expected and forks[row].num_tokens == 11
     engine.close()

@@ -167,11 +167,14 @@ class Engine:
 
     def _generate_one_token_each(self) -> None:
         try:
-            logits = self._decoding.step().to("cpu", torch.float32)
+            logits, failed = self._decoding.step()
+            logits = logits.to("cpu", torch.float32)
         except Exception as error:
             for generation in list(self._generating.values()):
                 self._end(generation, error)
             return
+        for session, error in failed.items():
+            _fail(self._generating.pop(session), error)
         chosen: list[int] = []
         ended: list[tuple[Generation, Exception | None]] = []
         for session, row in zip(self._decoding.sessions, logits, strict=True):

@@ -77,28 +77,51 @@ class Decoding:
         for rows, members in self._groups:
             for index, member in enumerate(members):
                 if member.session is session:
-                    cache = rows.leave(index, member.read)
-                    del members[index]
+                    self._take_out(rows, members, index)
                     self._groups = [group for group in self._groups if group[1]]
-                    session._end_stream(cache, tuple(member.new))
                     return
         raise ValueError("session does not generate: it never joined, or has left")
 
-    def step(self) -> Tensor:
-        """The logits of the token after the last one of each member, (members, vocab_size); `choose` comes
-        next."""
-        found = []
+    def _take_out(self, rows: _Rows, members: list[_Member], index: int) -> None:
+        member = members.pop(index)
+        member.session._end_stream(rows.leave(index, member.read), tuple(member.new))
+
+    def step(self) -> tuple[Tensor, dict[Session, Exception]]:
+        """Read the last token of each member; `choose` comes next.
+
+        Returns the logits after it, (members, vocab_size), and the errors of members whose text the model
+        fails at. These have left, as they were before that token, and have no row.
+        """
+        found, failed = [], {}
         for rows, members in self._groups:
-            last = [member.new[-1] if member.new else member.session.recent[-1] for member in members]
-            found.append(rows.read(torch.tensor(last)[:, None])[:, -1])
-            for member, token in zip(members, last, strict=True):
+            try:
+                logits = rows.read(_last(members))
+            except Exception as error:
+                errors = rows.errors(_last(members)) or dict.fromkeys(range(len(members)), error)
+                for index in sorted(errors, reverse=True):
+                    failed[members[index].session] = errors[index]
+                    self._take_out(rows, members, index)
+                if not members:
+                    continue
+                # Nothing of them was read.
+                logits = rows.read(_last(members))
+            found.append(logits[:, -1])
+            for member, token in zip(members, _last(members)[:, 0].tolist(), strict=True):
                 member.read.append(token)
-        return torch.cat(found)
+        self._groups = [group for group in self._groups if group[1]]
+        none = torch.zeros(0, self.reader.vocab_size)
+        return torch.cat(found) if found else none, failed
 
     def choose(self, tokens: Sequence[int]) -> None:
         """Continue each member with a token."""
         for member, token in zip(self._members, tokens, strict=True):
             member.new.append(token)
+
+
+def _last(members: Sequence[_Member]) -> Tensor:
+    """The token that each has not read yet, (members, 1)."""
+    last = [member.new[-1] if member.new else member.session.recent[-1] for member in members]
+    return torch.tensor(last)[:, None]
 
 
 class _Rows(Protocol):
@@ -112,6 +135,10 @@ class _Rows(Protocol):
 
     def read(self, ids: Tensor) -> Tensor:
         """Read ids (rows, 1); the logits (rows, 1, vocab_size)."""
+
+    def errors(self, ids: Tensor) -> dict[int, Exception]:
+        """After `read` has failed: what it raises for single rows, without which the others may read again;
+        empty where no row is to blame, or none can go on."""
 
     def leave(self, index: int, read: list[int]) -> Any:
         """Remove a row, and return its cache; read: the ids it has read since it joined."""
@@ -140,6 +167,17 @@ class _StateRows:
         logits = self.reader.read(ids, self.rows).logits
         assert logits is not None
         return logits
+
+    def errors(self, ids: Tensor) -> dict[int, Exception]:
+        found: dict[int, Exception] = {}
+        for index in range(len(ids) if len(ids) > 1 else 0):
+            alone = self.reader.start()
+            alone.store(row_of(self.reader, self.rows, index), 0)
+            try:
+                self.reader.read(ids[[index]], alone)
+            except Exception as error:
+                found[index] = error
+        return found
 
     def leave(self, index: int, read: list[int]) -> Any:
         cache = self.caches.pop(index)
@@ -175,6 +213,10 @@ class _CausalRows:
         self.lengths = [length + 1 for length in self.lengths]
         assert logits is not None
         return logits
+
+    def errors(self, ids: Tensor) -> dict[int, Exception]:
+        # A cache of transformers is changed in place, layer by layer: none is as it was.
+        return {}
 
     def leave(self, index: int, read: list[int]) -> CausalCache:
         if len(self.lengths) == 1:
