@@ -136,6 +136,13 @@ def test_what_fails_has_not_happened_and_a_stopped_answer_stays() -> None:
     assert len(said(longest, "Two?", max_new_tokens=10**6)) == 200 - before - len(
         "suser\nTwo?e\nsassistant\ne\n"
     )
+    # Without a template, an answer that was cut off ends its line; the room for that is left.
+    plain = Conversation(Session(model, tokenizer), Turns(tokenizer, plain=True))
+    answer = said(plain, "One is")
+    session = Session(model, tokenizer)
+    session.feed(f"One is{answer}\n")
+    assert plain.session.num_tokens == session.num_tokens and plain.session.recent == session.recent
+    assert len(said(plain, "Two?", max_new_tokens=10**6)) == 200 - session.num_tokens - len("Two?\n\n")
     pieces: list[str] = []
     conversation.ask("Two?", pieces.append, lambda: len(pieces) == 3, max_new_tokens=40, do_sample=False)
     added = conversation.session.num_tokens - before
@@ -239,7 +246,10 @@ def test_a_model_without_a_template_continues_what_is_written(name: str, talk: T
     for text in ("PROSPERO:\n", "/not a command.\n", fact, question):
         session.feed(text)
         answer = session.generate(max_new_tokens=8, do_sample=False)
-        expected += answer + "\n" * (not answer.endswith("\n"))
+        # The next message begins on a new line for the model, as it does for the reader.
+        end = "\n" * (not answer.endswith("\n"))
+        session.feed(end)
+        expected += answer + end
     assert out == expected and answer.startswith("4081725")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,6 +113,29 @@ def test_a_folder_of_other_features_is_refused(tmp_path, change, reason):
     given |= change
     with pytest.raises(ValueError, match=reason):
         write_features(given["base"], units(1), tmp_path, given["layers"])
+
+
+def test_a_file_of_another_base_is_refused(tmp_path):
+    bases = base_of(), base_of(seed=1)
+    mine, other = (
+        write_features(base, units(1), tmp_path / str(index), [1]) for index, base in enumerate(bases)
+    )
+    (path,) = mine.files("text")
+    older = load_file(path)
+    shutil.copy(other.files("text")[0], path)
+    reason = f"{path.name} holds features with base='{other.key['base']}', its folder those with base='"
+    reason += f"{mine.key['base']}': remove the file"
+    for read in (
+        lambda: mine.load(path),
+        lambda: mine.check_base(bases[0]),
+        lambda: write_features(bases[0], units(2), mine.folder, [1]),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read()
+    # Files had no key at first.
+    save_file(older, path, {"about": "a play"})
+    mine.check_base(bases[0])
+    assert mine.about(path) == "a play" and mine.load(path)
 
 
 def test_bad_requests_and_files_are_refused(tmp_path):

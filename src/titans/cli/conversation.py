@@ -59,8 +59,9 @@ class Conversation:
                 if stopped():
                     break
             stream.close()
-            # The end token is part of the session already.
-            self.session.feed(turns.rest_of_closing(last.id if last.id in ends else None))
+            # The end token is part of the session already, and so is what was generated and not shown.
+            end = str(turns.tokenizer.decode(list(self.session.recent[-1:])))
+            self.session.feed(turns.rest_of_closing(end, last.id if last.id in ends else None))
         except BaseException:
             self.session = past
             raise

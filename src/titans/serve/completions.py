@@ -321,10 +321,7 @@ class _Chat(_Task):
 
     async def close_turn(self, choice: _Choice) -> bool:
         answer = choice.answer
-        if self.turns.plain:
-            closing = "" if answer.text.endswith("\n") else "\n"
-        else:
-            closing = self.turns.rest_of_closing(None if answer.cut else answer.ended_by)
+        closing = self.turns.rest_of_closing(answer.text, None if answer.cut else answer.ended_by)
         ids = await self._ids(closing)
         try:
             await self.deadline.wait(self.engine.read(choice.session, ids))

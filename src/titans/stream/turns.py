@@ -20,7 +20,8 @@ Message = Mapping[str, str]
 
 
 class Turns:
-    """How messages are written: by the tokenizer's chat template, or plainly, each with a line end.
+    """How messages are written: by the tokenizer's chat template, or plainly, each with a line end, as has
+    every answer, also one that was cut off.
 
     A plain message that ends with a letter, a digit or a blank is an unfinished line, which the answer
     continues: models without a template were trained to complete sentences, and are so asked for facts.
@@ -69,8 +70,8 @@ class Turns:
 
     @cached_property
     def closing(self) -> str:
-        """What stands between an answer and the next message; nothing in plain text."""
-        return "" if self.plain else self._rendered(_answered).partition(_ANSWER)[2]
+        """What stands between an answer and the next message; in plain text a line end."""
+        return "\n" if self.plain else self._rendered(_answered).partition(_ANSWER)[2]
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -80,8 +81,14 @@ class Turns:
             id for id in self.tokenizer.encode(self.closing, add_special_tokens=False)[:1] if id in special
         ]
 
-    def rest_of_closing(self, last: int | None) -> str:
-        """What closes an answer whose last token ended it, and is read already; None if none did."""
+    def rest_of_closing(self, answer: str, last: int | None) -> str:
+        """What closes an answer, all of which is read already.
+
+        Args:
+            answer: its text, or the end of it. last: its last token if that ended it, otherwise None.
+        """
+        if self.plain:
+            return "" if answer.endswith("\n") else self.closing
         return self.closing.removeprefix("" if last is None else str(self.tokenizer.decode([last])))
 
     def _rendered(self, messages: Sequence[Message], asks: bool = False) -> str:

@@ -10,7 +10,8 @@ from its first token. A part has these tensors, for b rows of t tokens:
     PART.hidden (b, t, hidden)       float16, what the head gets
     PART.normaliser (b, t) float32   log of the sum of the exponentials of the base's logits, in nats
 
-A file exists once it is complete, so that a folder can be read while it grows, and is continued after an
+Its header says what the caller wrote about the unit, and of which base, window and layers it is. A file
+exists once it is complete, so that a folder can be read while it grows, and is continued after an
 interruption.
 """
 
@@ -115,8 +116,8 @@ def write_features(
         progress: called after each unit.
 
     Raises:
-        ValueError: for a folder of another base, window or layers, layers that the base lacks, or states
-            that float16 cannot hold.
+        ValueError: for a folder, or a file in it, of another base, window or layers, for layers that the base
+            lacks, or states that float16 cannot hold.
         OSError: if the folder cannot be written.
     """
     count = base.num_layers
@@ -138,7 +139,8 @@ def write_features(
     for number, (unit, entry) in enumerate(zip(units, plan, strict=True), 1):
         path = folder / entry["file"]
         if path.exists():
-            continue
+            with _opened(path, key):
+                continue
         _write(_read(base, unit, layers), path, unit.about, total - done, key)
         read, done = read + unit.tokens, done + unit.tokens
         rate = read / max(time.perf_counter() - began, 1e-9)
@@ -173,13 +175,18 @@ class FeatureCache:
         """Whether these features are of this base in this window.
 
         Raises:
-            ValueError: naming what differs, or that not all features are there.
+            ValueError: naming what differs, or the file that is of another, or that not all features are
+                there.
         """
         _check_key(self.folder, {**_key_of(base), "layers": self.key["layers"]})
-        if missing := sum(not (self.folder / entry["file"]).exists() for entry in self._units):
+        paths = [self.folder / entry["file"] for entry in self._units]
+        if missing := sum(not path.exists() for path in paths):
             raise ValueError(
                 f"{self.folder} lacks {missing} of {len(self._units)} files: finish caching first"
             )
+        for path in paths:
+            with _opened(path, self.key):
+                pass
 
     def check_groups(self, *groups: str) -> None:
         """ValueError, naming the first of these groups of which there is no complete file."""
@@ -200,9 +207,9 @@ class FeatureCache:
         """The parts of one file, of which only some rows and tokens need be read.
 
         Raises:
-            ValueError: if it is damaged.
+            ValueError: if it is damaged, or of another base, window or layers than its folder.
         """
-        with _opened(path) as file:
+        with _opened(path, self.key) as file:
             left_out = {f"state.{layer}" for layer in self.key["layers"] if layer not in self.layers}
             names = [name for name in file.keys() if name.partition(".")[2] not in left_out]  # noqa: SIM118
             found = {name: file.get_slice(name)[rows, tokens] for name in names}
@@ -222,24 +229,37 @@ class FeatureCache:
 
     def shape(self, path: Path) -> tuple[int, int]:
         """Rows and tokens of each part of a file, whose parts are alike; ValueError if it is damaged."""
-        with _opened(path) as file:
+        with _opened(path, self.key) as file:
             name = next(name for name in file.keys() if name.endswith(".ids"))  # noqa: SIM118
             rows, tokens = file.get_slice(name).get_shape()
         return int(rows), int(tokens)
 
     def about(self, path: Path) -> str:
         """What the caller wrote about this unit; ValueError if the file is damaged."""
-        with _opened(path) as file:
-            return (file.metadata() or {}).get("about", "")
+        with _opened(path, self.key) as file:
+            return str(_header(file)["about"])
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, key: Mapping[str, Any]) -> Iterator[Any]:
+    """An open file; ValueError if it is damaged, or has another key than its folder."""
     try:
         with safe_open(path, "pt") as file:
+            for name, value in _header(file)["key"].items():
+                if key.get(name) != value:
+                    raise ValueError(
+                        f"{path} holds features with {name}={value!r}, its folder those with "
+                        f"{name}={key.get(name)!r}: remove the file, and cache again"
+                    )
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove it, and cache again") from None
+
+
+def _header(file: Any) -> dict[str, Any]:
+    """ "about" and "key" of an open file; the key of one from before files had any is empty."""
+    found = file.metadata() or {}
+    return json.loads(found["unit"]) if "unit" in found else {"about": found.get("about", ""), "key": {}}
 
 
 def _key_of(base: WindowedBase) -> dict[str, Any]:
@@ -284,7 +304,8 @@ def _read(base: WindowedBase, unit: Unit, layers: Sequence[int]) -> dict[str, Te
 def _write(tensors: dict[str, Tensor], path: Path, about: str, tokens_left: int, key: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, temporary, {"about": about})
+        # One entry: several are written in no fixed order, and the same features are the same bytes.
+        save_file(tensors, temporary, {"unit": json.dumps({"about": about, "key": key})})
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
         needed = tokens_left * bytes_per_token(key["hidden_size"], key["layers"]) / 1e6
