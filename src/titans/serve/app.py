@@ -32,7 +32,7 @@ def application(service: Service) -> ASGIApp:
         app.include_router(router)
 
     api = dict.fromkeys(
-        route.path for router in routers for route in router.routes if isinstance(route, Route)
+        route.path_format for router in routers for route in router.routes if isinstance(route, Route)
     )
     unknown = f"there is no such route; there are {', '.join(api)}"
 
