@@ -110,6 +110,12 @@ def test_segments_restart_where_a_document_begins() -> None:
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(ValueError, match="corpus='a' holds no text to train on"):
         _ = stream(sources=[(Letters("a", [[4]]), 1.0)], keep=lambda document: False)[0]
+    # Segments are of one document each; a second corpus does not hide that the first has none.
+    short, whole = Letters("a", [[1] * 9, [1] * 4]), Letters("b", [[4] * 9])
+    for sources in ([(short, 1.0)], [(short, 0.5), (whole, 0.5)]):
+        with pytest.raises(ValueError, match=r"corpus='a': none of \d+ documents .* join them into longer"):
+            items(stream(packed=False, sources=sources), range(60))
+    assert stream(packed=False, sources=[(Letters("a", [[1] * 200 + [2]]), 1.0)])[0]
     dataset = stream()
     with pytest.raises(ValueError, match=r"cursors of shape \(4, 3\)"):
         dataset.resume(3, np.zeros((4, 3), dtype=np.int64))

@@ -130,6 +130,12 @@ def test_every_budget_measures_what_every_claim_needs(budget: Budget) -> None:
     assert budget != "quick" or minutes < 80
 
 
+def test_the_plan_of_a_small_mamba_2_is_near_what_was_measured() -> None:
+    (cell,) = (c for c in TABLES["babi-long"].cells(Request("quick")) if c.name.startswith("mamba2"))
+    # Of docs/notebook/2026-11-30-systems.md, processor seconds.
+    assert abs(cell.cost / 56.6 - 1) < 0.25
+
+
 def test_needles_are_asked_of_a_trained_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play = load_corpus("excerpt")[0].data.decode()
     monkeypatch.setattr(needles, "book", lambda length: play)

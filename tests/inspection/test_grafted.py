@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import titans
 from titans.cli import main
@@ -81,6 +82,21 @@ def test_each_of_two_memories_has_its_part_of_the_gain() -> None:
     assert len(graft_content(of_one, [chr(c) for c in ids])["channels"]) == 3
 
 
+def test_a_graft_that_changes_its_base_says_what_to_do_without_a_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, folder, text = tmp_path / "base", tmp_path / "graft", tmp_path / "text.txt"
+    small_causal_lm("llama", vocab_size=257).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    titans.graft(model, tokenizer_with_beginning(), window=32, lora={"rank": 2}).save_pretrained(folder)
+    text.write_text(TEXT, encoding="utf-8")
+    memory = ["--memory", str(tmp_path / "read.memory")]
+    assert main(["inspect", str(folder), str(text), "-o", str(tmp_path / "page.html"), *memory]) == 1
+    error = capsys.readouterr().err
+    assert "memory=" in error and "only reading all of the text gives" in error
+    assert "leave --memory out, and give one file that begins with what it has read" in error
+
+
 @pytest.mark.parametrize("adaptation", [False, {"step": 0.9}])
 def test_what_changes_the_base_inside_is_compared_with_the_base_alone(adaptation: Any) -> None:
     ids = np.frombuffer(TEXT.encode(), np.uint8)[:300]
@@ -98,7 +114,7 @@ def test_what_changes_the_base_inside_is_compared_with_the_base_alone(adaptation
     np.testing.assert_allclose(found.loss[1:], losses, rtol=1e-4)
     np.testing.assert_allclose(found.base[1:], bare, rtol=1e-4)
     assert np.abs(found.helped[1:]).mean() > 0.1 and found.association is None
-    with pytest.raises(ValueError, match="inspect a text from its beginning"):
+    with pytest.raises(ValueError, match="inspect one text that begins with what it has read"):
         inspect_graft(model, ids, cache=model.empty_cache())
     with pytest.raises(ValueError, match=r"changes the base's own states; call read_base"):
         model(torch.tensor([[1, 2]]), output_base_logits=True)

@@ -43,7 +43,7 @@ class Inspect(ModelOptions):
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("inspection.html")
     """Page to write; the picture is next to it."""
     memory: Path | None = None
-    """Go on from this memory instead of an empty one."""
+    """Go on from this memory instead of an empty one; not for a graft with residual branches or LoRA."""
     another: str = "bible"
     """The other text for a Titans model: a file, a folder, or a built-in name such as shakespeare."""
     most: int = _MOST_BYTES
@@ -124,7 +124,13 @@ class Inspect(ModelOptions):
         from titans.cli.progress import ReadingProgress
         from titans.data import encode_document, leading_tokens
         from titans.inspection import inspect_graft
+        from titans.inspection.grafted import BASE_UNKNOWN
 
+        if self.memory and model.config.changes_base:
+            raise ValueError(
+                f"memory={str(self.memory)!r}: {BASE_UNKNOWN}: leave --memory out, and give one file that "
+                "begins with what it has read"
+            )
         cache = self._cache(model, tokenizer)
         ids = encode_document(tokenizer, content, name)
         with ReadingProgress(len(ids)) as progress:

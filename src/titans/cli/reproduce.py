@@ -127,6 +127,7 @@ def planned(table: PaperTable, request: Request, only: Sequence[str] = ("*",)) -
             *lines,
             f"  in all {minutes:,.0f} processor minutes, start included; the first run on a machine also "
             "compiles kernels (about 2 minutes)",
+            "  estimates by speeds of training: measurements of quick runs took 0.3 to 1.9 times theirs",
             f"  measured is not decided: {decides}",
         ]
     )

@@ -28,6 +28,8 @@ from titans.data.sources import DocumentSource
 Encoded = tuple[np.ndarray, np.ndarray | None]
 """Token ids (tokens,), and `marks` as `titans.data.batches` has them or None."""
 Encode = Callable[[Document, np.random.Generator], Encoded]
+# So many documents in turn in which nothing can be predicted are no chance of their order.
+_MOST_SHORT = 64
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class _Deal:
                 self._waiting[taker].append((document, place))
         return self._waiting[row].popleft()
 
+    def epoch(self, place: Place) -> int:
+        """How often all shards had been read before that of a place."""
+        return place.visit // len(self._shards)
+
     def _numbered(self, begin: Place) -> Iterator[tuple[Document, Place]]:
         visit, first, empty = begin.visit, begin.first, 0
         while empty < len(self._shards):
@@ -120,6 +126,9 @@ class _Row:
         generator = np.random.default_rng([stream.seed, row])
         self._ahead = generator.exponential(stream.sequence_length, len(deals))
         self._text: Encoded | None = None
+        # For each source, of the documents without a prediction since the last with one: the epoch of the
+        # first, and how many.
+        self._short: dict[int, tuple[int, int]] = {}
 
     @property
     def cursor(self) -> np.ndarray:
@@ -153,7 +162,8 @@ class _Row:
         """The next segment of a document, padded where the document ends."""
         length = self._stream.sequence_length
         while len(self._current()[0]) < 2:
-            self._leave()
+            self._skip_short()
+        self._short.pop(self._source, None)
         tokens, marks = self._current()
         begin = self._offset
         inside = slice(begin, begin + length + 1)
@@ -163,6 +173,20 @@ class _Row:
         if self._offset >= len(tokens) - 1:
             self._leave()
         return item
+
+    def _skip_short(self) -> None:
+        """Leave a document that nothing can be predicted in; ValueError where its corpus holds no others."""
+        epoch = self._deals[self._source].epoch(self._places[self._source])
+        first, count = self._short.get(self._source, (epoch, 0))
+        self._short[self._source] = first, count + 1
+        # A whole epoch, and of a small corpus several.
+        if epoch > first + 1 and count >= _MOST_SHORT:
+            raise ValueError(
+                f"corpus={self._stream.sources[self._source].name!r}: none of {count + 1:,} documents in "
+                "turn has two tokens, and with carry_memory or in_order each is read alone: join them into "
+                "longer documents, or train without these settings"
+            )
+        self._leave()
 
     def _current(self) -> Encoded:
         """The document that is being read, the next one where there is none."""

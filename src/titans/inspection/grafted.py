@@ -16,6 +16,11 @@ from titans.hf import GraftCache, GraftedForCausalLM
 from titans.stream.model import reading
 from titans.stream.text import token_ids
 
+# Why a text cannot be compared from a memory on.
+BASE_UNKNOWN = (
+    "this graft changes its base's own states (residual or lora), so that the window in a memory is not the "
+    "one that its base alone would have, which only reading all of the text gives"
+)
 # Tokens read in one call.
 PIECE_LENGTH = 256
 POSITIONS = (0, 512, 2048, 8192)
@@ -117,8 +122,7 @@ class GraftReading:
         inside, self._window = model.config.changes_base, None
         if inside and cache is not None:
             raise ValueError(
-                "cache: what this graft's base alone would hold in its window is not in a memory; inspect a "
-                "text from its beginning"
+                f"cache: {BASE_UNKNOWN}: leave it out, and inspect one text that begins with what it has read"
             )
         self._names = ["loss", "base"]
         if model.config.adaptation is not None and model.config.association is not None and not inside:
