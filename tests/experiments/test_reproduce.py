@@ -23,7 +23,7 @@ from titans.experiments.reproduce.order import decided_after, most_decided_first
 from titans.experiments.reproduce.page import claims_page, results_of, write_claims
 from titans.experiments.reproduce.recipe import SPEEDS, Recipe
 from titans.experiments.reproduce.synthetic import Synthetic
-from titans.experiments.reproduce.table import at_the_edge, title, verdict_table
+from titans.experiments.reproduce.table import at_the_edge, of_older_recipe, title, verdict_table
 from titans.experiments.reproduce.tasks import TaskTable
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Budget, Cell, Request, run
@@ -87,6 +87,15 @@ def test_a_page_warns_of_learning_rates_at_the_edge_of_those_tried(tmp_path: Pat
     )
     assert found(0.1, 0.03, 0.01, 0.03) == "In 1 of 4 cells the highest rate was best, in 1 the lowest."
     assert at_the_edge(Results(tmp_path / "none.json")) == ""
+
+
+def test_a_page_says_which_cells_are_of_an_older_recipe(tmp_path: Path) -> None:
+    results = Results(tmp_path / "some.json")
+    results.cells["lmm, 30k, seed 0"] = {"recipe": TINY.digest}
+    assert of_older_recipe(results, TINY) == ""
+    # The first cells had no recipe.
+    results.cells |= {"lmm, 30k, seed 1": {"recipe": "0"}, "lmm, 30k, seed 2": {}}
+    assert "2 of 3 cells" in of_older_recipe(results, TINY)
 
 
 def test_every_claim_is_what_the_figures_of_the_paper_say_and_every_system_is_known() -> None:

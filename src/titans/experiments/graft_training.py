@@ -104,8 +104,10 @@ class GraftTraining(Experiment):
         about = (
             f"Grafts: {', '.join(labels)}; the base in bfloat16. About 14 facts are stated in 512 tokens, "
             "then the graft reads other text, then all are asked for. A fact is recalled if each token of "
-            "its value is the likeliest, given those before it. Names, values and texts are in no training "
-            "and chose nothing. "
+            "its value is the likeliest, given those before it and, before the question, others of its group "
+            "with their right answers. That is easier than in [graft-comparison](graft-comparison.md), where "
+            "answers are generated whole, each from its question alone, after other texts: compare no share "
+            "here with one there. Names, values and texts are in no training and chose nothing. "
             + (
                 "Mean over grafts ± 95 % interval; of one alone with its interval (Wilson)."
                 if len(labels) > 1

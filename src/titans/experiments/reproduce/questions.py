@@ -214,7 +214,7 @@ class Length(Question):
             f"After {short:,} bytes the models of [recall](recall.md) recall of three kinds of needles: "
             f"{begins}.",
             f"The one that recalls furthest, {best}, has {found} bytes.",
-            f"The longest text that each was asked about, with what it recalled: {ends}.",
+            f"The longest text that each was asked about in all three, with what it recalled: {ends}.",
         ]
 
     def draw(self, cells: Cells, axes: Any) -> None:

@@ -200,7 +200,8 @@ class PaperTable(Experiment):
             count = f"{len(good)} ({lost} diverged)" if lost else f"{len(good)}"
             counted = f"{good[0]['parameters']:,}" if good and "parameters" in good[0] else size
             rows.append([title(label), counted, count, *figures])
-        shown = [warning] * bool(warning) + [markdown(head, rows)] * bool(rows)
+        notes = [note for note in (of_older_recipe(results, self.recipe_of(results.budget)), warning) if note]
+        shown = notes + [markdown(head, rows)] * bool(rows)
         return "\n\n".join(
             [self.about(results), *shown, "## Verdicts", verdict_table(self.verdicts(results))]
         )
@@ -225,6 +226,17 @@ def parts(cell: str) -> tuple[str, str, int]:
     """Label, size and seed of a cell's name."""
     label, size, seed = cell.rsplit(", ", 2)
     return label, size, int(seed.removeprefix("seed "))
+
+
+def of_older_recipe(results: Results, recipe: Recipe) -> str:
+    """How many cells were measured by another recipe than the present one; empty for none."""
+    if not (older := sum(cell.get("recipe") != recipe.digest for cell in results.cells.values())):
+        return ""
+    return (
+        f"**Of an older recipe**: {older} of {len(results.cells)} cells, whose learning rates or number of "
+        f"validation tokens (now {recipe.validation:,}) were others. A run of today gives other figures, and "
+        "`--resume` measures these cells again."
+    )
 
 
 def at_the_edge(results: Results) -> str:
