@@ -152,17 +152,17 @@ def forward_kernel(
             if DEPTH == 2:
                 at = begin * DIM + up
                 w = _from_rows(tl.load(weights_up + before + at))
-                s = _from_rows(tl.load(moments_up + before + at))
-                anchor = w
-                if MARKED:
-                    anchor = _from_rows(tl.load(weights_up + anchored + at))
-                outputs = _times(anchor, k, PRECISION)
                 read = _times(w, q, PRECISION) * tl.load(read_weights + layer * CHUNK + step)[None, :]
-                read += _times(s, q, PRECISION) * tl.load(read_momentum + layer * CHUNK + step)[None, :]
+                total = w
+                if MARKED:
+                    total = _from_rows(tl.load(weights_up + anchored + at))
                 if HAS_BASE:
                     b = _from_rows(tl.load(base_up + at))
-                    outputs += _times(b, k, PRECISION)
                     read += _times(b, q, PRECISION)
+                    total += b
+                outputs = _times(total, k, PRECISION)
+                s = _from_rows(tl.load(moments_up + before + at))
+                read += _times(s, q, PRECISION) * tl.load(read_momentum + layer * CHUNK + step)[None, :]
                 tl.store(tape_outputs + seen + begin + wide, _to_columns(outputs))
                 tl.store(tape_read + seen + begin + wide, _to_columns(read))
                 hidden = _activation(outputs, ACTIVATION)
@@ -208,22 +208,15 @@ def forward_kernel(
         closes = True
         if MARKED:
             closes = tl.load(complete + here) != 0
-        by_base, by_weigh, by_carry = features * 0, features * 0, features * 0
-        row_squares = tl.zeros([BLOCK // 16, 8, DIM], dtype)
         mixing = tl.load(overlaps + here * CHUNK * CHUNK + square)
         similarity = mixing
-        if DEPTH == 2:
-            mixing *= tl.load(read_steps + layer * CHUNK * CHUNK + square)
-            turned = tl.load(keys + arrived + _tile(CHUNK, DIM))
-            k_end = turned * tl.load(end_steps + layer * CHUNK + step)[:, None]
-            k_past = turned * tl.load(momentum_steps + layer * CHUNK + step)[:, None]
-        d_end = tl.trans(d) * tl.load(end_steps + last * CHUNK + step)[:, None]
-        d_past = tl.trans(d) * tl.load(momentum_steps + last * CHUNK + step)[:, None]
         # The outputs above, which another thread may have written.
         tl.debug_barrier()
-        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
-            at, into, lying = begin * DIM + up, begin + down, begin + across
-            if DEPTH == 2:
+        if DEPTH == 2:
+            mixing *= tl.load(read_steps + layer * CHUNK * CHUNK + square)
+            k_rows = tl.load(keys + arrived + _tile(CHUNK, DIM))
+            for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
+                at, into = begin * DIM + up, begin + down
                 outputs = _from_columns(tl.load(tape_outputs + seen + begin + wide))
                 total = _from_columns(
                     _with_base(tl.load(weights_down + anchored + into), base_down + into, HAS_BASE)
@@ -235,8 +228,9 @@ def forward_kernel(
                 w = _from_rows(tl.load(weights_up + before + at))
                 s = _from_rows(tl.load(moments_up + before + at))
                 w, s = _written(
-                    w, s, d_up, k_end, k_past, layer, end_weights, end_momentum, momentum_momentum, PRECISION
-                )
+                    w, s, d_up, k_rows, layer, end_weights, end_momentum, end_steps, momentum_momentum,
+                    momentum_steps, PRECISION,
+                )  # fmt: skip
                 if RESCALE:
                     factors, kept = _row_scale(tl.sum(w * w, 1), RADIUS)
                     w *= tl.where(closes, factors, 1.0)[:, None]
@@ -251,20 +245,38 @@ def forward_kernel(
                 if MARKED and not TAPE:  # noqa: SIM102
                     if closes:
                         tl.store(weights_up + own + at, _to_rows(w))
-                hidden, read = _activation(outputs, ACTIVATION), _activation(read, ACTIVATION)
+            # What was read, which another thread may have written.
+            tl.debug_barrier()
+        # The layers in loops of their own, since each has tokens' factors of its own to keep.
+        d_rows = tl.trans(d)
+        out = tl.zeros([DIM, CHUNK], dtype)
+        row_squares = tl.zeros([BLOCK // 16, 8, DIM], dtype)
+        for begin in tl.range(0, num_units, BLOCK, disable_licm=True):
+            into, lying = begin + down, begin + across
+            if DEPTH == 2:
+                read = _from_columns(tl.load(tape_read + seen + begin + wide))
+                read = _activation(read, ACTIVATION)
             else:
-                hidden = _from_columns(tl.load(keys + arrived + begin + wide))
                 read = _from_columns(tl.load(queries + arrived + begin + wide))
             asked = _in_order(read)
-            by_weigh += _dot(tl.load(weights_down + before + lying), asked, PRECISION)
-            by_carry += _dot(tl.load(moments_down + before + lying), asked, PRECISION)
+            # In this order: a product that a later one adds to has its warps one above the other.
             if HAS_BASE:
-                by_base += _dot(tl.load(base_down + lying), asked, PRECISION)
+                out += _dot(tl.load(base_down + lying), asked, PRECISION)
+            found = _dot(tl.load(weights_down + before + lying), asked, PRECISION)
+            out += found * tl.load(read_weights + last * CHUNK + step)[None, :]
+            found = _dot(tl.load(moments_down + before + lying), asked, PRECISION)
+            out += found * tl.load(read_momentum + last * CHUNK + step)[None, :]
+            if DEPTH == 2:
+                outputs = _from_columns(tl.load(tape_outputs + seen + begin + wide))
+                hidden = _activation(outputs, ACTIVATION)
+            else:
+                hidden = _from_columns(tl.load(keys + arrived + begin + wide))
             w = _from_columns(tl.load(weights_down + before + into))
             s = _from_columns(tl.load(moments_down + before + into))
             w, s = _written(
-                w, s, hidden, d_end, d_past, last, end_weights, end_momentum, momentum_momentum, PRECISION
-            )
+                w, s, hidden, d_rows, last, end_weights, end_momentum, end_steps, momentum_momentum,
+                momentum_steps, PRECISION,
+            )  # fmt: skip
             tl.store(weights_down + after + into, _to_columns(w))
             tl.store(moments_down + after + into, _to_columns(s))
             if RESCALE:
@@ -282,8 +294,6 @@ def forward_kernel(
             similarity = tl.sum(parts, 0)
         if TAPE:
             tl.store(tape_similarity + here * CHUNK * CHUNK + square, similarity)
-        out = by_base + by_weigh * tl.load(read_weights + last * CHUNK + step)[None, :]
-        out += by_carry * tl.load(read_momentum + last * CHUNK + step)[None, :]
         out += _dot(d, similarity * tl.load(read_steps + last * CHUNK * CHUNK + square), PRECISION)
         if NORM:
             if TAPE:

@@ -143,13 +143,17 @@ def _overlaps(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _written(
-    w, s, d, h_end, h_past, layer, end_weights, end_momentum, momentum_momentum, PRECISION: tl.constexpr
-):
-    """A tile of weights and its momentum after a chunk, to which d h_end and d h_past are added.
+    w, s, d, h, layer, end_weights, end_momentum, end_steps, momentum_momentum, momentum_steps,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of weights and its momentum after a chunk, to which d h is added.
 
-    d: (its rows, CHUNK). h_…: (CHUNK, its columns), the tokens' factors with the coefficients of their steps.
+    d: (its rows, CHUNK). h: (CHUNK, its columns), which both products share: a step's coefficients go to d,
+    which is in registers, so that no second h takes room beside the first.
     """
+    step = layer * h.shape[0] + tl.arange(0, h.shape[0])
     # In this order: where all is forgotten, nothing is left to round.
     w += w * tl.load(end_weights + layer) + s * tl.load(end_momentum + layer)
-    w += _times(d, h_end, PRECISION)
-    return w, s * tl.load(momentum_momentum + layer) + _times(d, h_past, PRECISION)
+    w += _times(d * tl.load(end_steps + step)[None, :], h, PRECISION)
+    s = s * tl.load(momentum_momentum + layer)
+    return w, s + _times(d * tl.load(momentum_steps + step)[None, :], h, PRECISION)

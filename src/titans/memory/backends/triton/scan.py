@@ -99,14 +99,14 @@ class Tile(NamedTuple):
 def forward_tile(chunk: int, dim: int, hidden: int, precision: str, on_hopper: bool) -> Tile:
     """16 hidden units for each warp, so that products take their tiles as they are loaded (`fragments.py`).
 
-    As many as shared memory has room for (lab notebook on these kernels, forward).
+    As many as registers and shared memory have room for (lab notebook on these kernels, forward). Four of
+    Hopper's warps multiply together, which takes 64.
     """
-    size = chunk * dim
-    if precision != "tf32x3" and on_hopper and (dim <= 64 or size <= SMALL_SIZE):
-        units = 128
+    if on_hopper:
+        units = 64 if precision == "tf32x3" else 128
     else:
         room = {"tf32x3": SMALL_SIZE, "bf16": 4 * SMALL_SIZE}.get(precision, 2 * SMALL_SIZE)
-        units = 64 if size <= room else 32
+        units = 64 if chunk * dim <= room else 32
     return Tile(min(units, hidden), 8 if min(units, hidden) > 64 else 4)
 
 
