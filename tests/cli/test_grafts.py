@@ -116,7 +116,11 @@ def test_a_graft_of_a_model_in_memory_is_loaded_with_it(
     for given in (model, base, str(base)):
         again, tokenizer = titans.load(folder, base=given)
         assert torch.equal(again(ids).logits, expected) and len(tokenizer) == 256
-    assert again.base is not model and titans.load(grafted, base=model)[0].base is model
+    named = titans.load(grafted, base=model)[0]
+    assert again.base is not model and named.base is model
+    caplog.clear()
+    named.save_pretrained(tmp_path / "named")
+    assert "made in memory" not in caplog.text
     with pytest.raises(ValueError, match="is no graft: leave it out"):
         titans.load(base, base=model)
 

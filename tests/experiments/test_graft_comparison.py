@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def test_systems_that_share_a_base_read_as_each_alone_would(tiny: None) -> None:
         for name in ("window", "cache", "adaptation"):
             alone = systems.System(systems.READERS[name](base), tokenizer)
             system = systems.system(name, Request(), dtype)
-            ids = system.encode(TEXT)[:1100]
+            # The same piece twice: what is shared depends on what was read before it.
+            ids = system.encode(TEXT)[:512].repeat(3)[:1100]
             found, expected = system.losses(ids)[0], alone.losses(ids)[0]
             assert found.equal(expected), name
             answers = [
@@ -101,7 +103,14 @@ def test_systems_that_share_a_base_read_as_each_alone_would(tiny: None) -> None:
             assert answers[0] == answers[1], name
             assert system.shared is first.shared and system.shared is not None
             assert system.shared.spared > spared
-            spared = system.shared.spared
+            spared, began = system.shared.spared, time.process_time()
+            assert system.seconds() >= began + spared
+    base, _ = systems._opened(systems.base, torch.float32)
+    assert systems._share(systems.grafted(base, lora={"rank": 2}), Request(), torch.float32) is None
+    torch.manual_seed(1)
+    foreign = AutoModelForCausalLM.from_config(base.config)
+    with pytest.raises(ValueError, match="other weights"):
+        systems._share(systems.grafted(foreign), Request(), torch.float32)
 
 
 def test_a_model_with_positions_reads_the_end_and_retrieval_finds_the_fact(tiny: None) -> None:
