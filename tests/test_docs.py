@@ -57,7 +57,7 @@ RUN = {
     "start/first-training": 1,
     "guides/read": 8,
     "guides/library": 1,
-    "guides/extend": 10,
+    "guides/extend": 11,
     "guides/graft": 2,
     "reference/options": 2,
     "reference/hf": 1,

@@ -21,6 +21,7 @@ Read `reference.py` first: it is the method. `chunkwise/` is the same function, 
 
 from titans.memory.backends import BACKENDS, Backend
 from titans.memory.chunkwise.columns import assume_aligned
+from titans.memory.decay import decay_products
 from titans.memory.inner import InnerProblem
 from titans.memory.network import MemoryNetwork
 from titans.memory.objectives import (
@@ -43,6 +44,7 @@ from titans.memory.rules import (
     Omega,
     UpdateRule,
 )
+from titans.memory.rules.coefficients import ChunkCoefficients
 from titans.memory.scan import memory_read, memory_scan
 from titans.memory.state import MemoryState
 
@@ -53,6 +55,7 @@ __all__ = [
     "AdaptiveHuber",
     "Atlas",
     "Backend",
+    "ChunkCoefficients",
     "DotProduct",
     "Huber",
     "InnerProblem",
@@ -69,6 +72,7 @@ __all__ = [
     "UpdateRule",
     "Yaad",
     "assume_aligned",
+    "decay_products",
     "memory_read",
     "memory_scan",
 ]
