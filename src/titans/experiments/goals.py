@@ -1,4 +1,4 @@
-"""The goals for recall, endless streams and language, with the figures that the other experiments have found,
+"""The goals for grafts, recall, endless streams and language, with what the other experiments have found,
 missed goals first. Measures nothing: it reads the results in its own folder.
 """
 
@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from titans import zoo
 from titans.evaluate.needle import wilson
 from titans.experiments.endless import BACK, EARLY, MARKS, ROWS
+from titans.experiments.goal import Goal
+from titans.experiments.goals_of_grafts import graft_goals
 from titans.experiments.needles import pooled, recalled, rows_of
 from titans.experiments.results import Numbers, Results
 from titans.experiments.runner import Cell, Experiment, Progress, Request
@@ -39,16 +40,6 @@ PLAIN = {
 FEWEST = 20
 
 
-class Goal(NamedTuple):
-    """Reached is None where nothing was measured, or too little."""
-
-    what: str
-    wanted: str
-    figures: str
-    reached: bool | None
-    experiment: str
-
-
 class Goals(Experiment):
     """No cells: a page of what the others have found."""
 
@@ -71,16 +62,17 @@ class Goals(Experiment):
             return Results(results.path.with_name(f"{name}.json"), results.budget).cells
 
         goals = [
+            *graft_goals(cells("graft-comparison"), cells("graft-training")),
             *needle_goals(Results(results.path.with_name("recall.json"), results.budget)),
             *endless_goals(cells("endless")),
             *language_goals(cells("language"), cells("learning")),
             *synthetic_goals(cells("synthetic")),
         ]
         parts = [
-            "A recall goal is reached if the best of the models reaches it. A token is a byte; % with 95 % "
-            "interval, in italics where attention may reach some of the facts. A model of a commit: by the "
-            "recipe of then. Each experiment's page has all its figures; attempts at the missed goals: "
-            "[how a small model learns to recall](../how/recall.md).",
+            "A recall goal of the small models is reached if the best of them reaches it; their tokens are "
+            "bytes. % with 95 % interval, in italics where attention may reach some of the facts. A model of "
+            "a commit: by the recipe of then. Each experiment's page has all its figures; attempts at the "
+            "missed goals: [how a small model learns to recall](../how/recall.md).",
         ]
         if kept := cells("synthetic").get("fuzzy recall, transformer, seed 0"):
             parts.append(

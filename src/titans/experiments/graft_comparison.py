@@ -69,7 +69,7 @@ _OF_TRAINED = (3.8, 1.5)
 # Tried on the first tokens of one document: weights and sharpnesses of a cache; rates of dynamic evaluation.
 TUNING_TOKENS = {"cache": 8192, "dynamic": 2048}
 WEIGHTS, SHARPNESSES = (0.02, 0.05, 0.1, 0.2), (10.0, 20.0, 40.0)
-RATES = {"SGD": (1e-3, 3e-3, 1e-2), "Adam": (3e-6, 1e-5, 3e-5), "LoRA": (3e-4, 1e-3, 3e-3)}
+RATES = {"SGD": (1e-3, 3e-3, 1e-2), "Adam": (3e-6, 1e-5, 3e-5, 1e-4), "LoRA": (3e-4, 1e-3, 3e-3)}
 
 
 class Measured(NamedTuple):

@@ -136,7 +136,7 @@ def grafted(model: Any, **settings: Any) -> Reader:
 # Chosen on one document, by the cells named "tuning": for caches with all entries and with few, and for each
 # way of dynamic evaluation.
 CACHE, SMALL_CACHE = ContinuousCache(0.05, 20.0), ContinuousCache(0.02, 20.0)
-RATES = {"SGD": 3e-3, "Adam": 1e-5, "LoRA": 1e-3}
+RATES = {"SGD": 3e-3, "Adam": 3e-5, "LoRA": 1e-3}
 
 
 def small_cache(model: Any) -> ContinuousCache:
