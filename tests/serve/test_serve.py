@@ -268,8 +268,6 @@ def test_a_causal_model_of_transformers_remembers_and_answers_many_at_once(
     assert found == [said(conversation.fork(), message) for message in asked] and len(set(found)) > 2
     for message in asked[:2]:
         assert ask(message) == said(conversation, message)
-        # Without a template an answer ends with its line.
-        conversation.session.feed("\n")
     assert_same(saved_session(server, "llama", memory, tmp_path / "memory"), conversation.session)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from titans.train.checkpoint import write_bytes
 
-LIMIT = 100_000
+LIMIT = 120_000
 # Significant digits, and fewer where a file would be larger than the limit.
 DIGITS = (7, 6, 5, 4, 3)
 
@@ -38,7 +38,7 @@ def rounded(value: Any, digits: int) -> Any:
 
 
 def encoded(head: Mapping[str, Any], entries: Mapping[str, Any] | list[Any], name: str) -> bytes:
-    """JSON with a line for each entry, in at most 100 kB.
+    """JSON with a line for each entry, in at most 120 kB.
 
     Args:
         head: other fields. entries: the field `name`, which comes last.
@@ -86,7 +86,7 @@ class Results:
         """Keep a cell: afterwards the file holds it, or is unchanged.
 
         Raises:
-            ValueError: if the file would exceed 100 kB, or a number is not finite.
+            ValueError: if the file would exceed 120 kB, or a number is not finite.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
