@@ -34,7 +34,7 @@ def test_every_kind_of_a_fact_counts_and_trainings_are_averaged() -> None:
         for seed, right in enumerate((94, 97))
     }
     found = {goal.what: goal for goal in graft_goals(comparison, training)}
-    alike = found["facts told alike in 4,096 tokens, four numbers or four words, generated"]
+    alike = found["facts stated alike in 4,096 tokens, four numbers or four words, generated"]
     assert (alike.figures, alike.reached) == ("26 of 32", True)
     near = found["facts recalled after 1,024 tokens, wordings of training, mean of 2 trainings"]
     assert (near.figures, near.reached) == ("95.5 %", True)

@@ -49,7 +49,7 @@ class Chat(Sampling, ModelOptions):
     """Folder of a Titans model, a graft or any causal model of transformers, or a name of the library:
     titans-smollm2-135m, smollm2-135m, titans-lmm-tiny, titans-mag-tiny, titans-mac-tiny."""
     memory: Path | None = None
-    """Start from this file, written before by `titans memorize` or /save. It stays as it is: only /save
+    """Start from this file, written before by `titans memorize` or /save. It is not changed: only /save
     writes."""
     max_new_tokens: int = 400
     """The most tokens of an answer."""

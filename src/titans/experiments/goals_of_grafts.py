@@ -97,7 +97,7 @@ def _recall_goals(comparison: Cells, training: Cells) -> Iterator[Goal]:
             )
     for what, key, percent in (
         ("single facts recalled in 262,144 tokens, generated", "one, 262144", 80),
-        ("facts told alike in 4,096 tokens, four numbers or four words, generated", "four, 4096", 80),
+        ("facts stated alike in 4,096 tokens, four numbers or four words, generated", "four, 4096", 80),
     ):
         cell = comparison.get(f"{key}, {TRAINED}, seed 0")
         counts = cell["right"].values() if cell else []

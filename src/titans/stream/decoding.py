@@ -90,7 +90,7 @@ class Decoding:
         """Read the last token of each member; `choose` comes next.
 
         Returns the logits after it, (members, vocab_size), and the errors of members whose text the model
-        fails at. These have left, as they were before that token, and have no row.
+        fails at. These have left, with what they held before that token, and have no row.
         """
         found, failed = [], {}
         for rows, members in self._groups:
@@ -215,7 +215,7 @@ class _CausalRows:
         return logits
 
     def errors(self, ids: Tensor) -> dict[int, Exception]:
-        # A cache of transformers is changed in place, layer by layer: none is as it was.
+        # A cache of transformers is changed in place, layer by layer: none is unchanged.
         return {}
 
     def leave(self, index: int, read: list[int]) -> CausalCache:

@@ -149,7 +149,7 @@ def _written(
     """A tile of weights and its momentum after a chunk, to which d h is added.
 
     d: (its rows, CHUNK). h: (CHUNK, its columns), which both products share: a step's coefficients go to d,
-    which is in registers, so that no second h takes room beside the first.
+    which is in registers, so that no second h takes room next to the first.
     """
     step = layer * h.shape[0] + tl.arange(0, h.shape[0])
     # In this order: where all is forgotten, nothing is left to round.
