@@ -80,7 +80,7 @@ def test_results_stay_small_and_finite(tmp_path: Path) -> None:
     results = Results(tmp_path / "big.json")
     with pytest.raises(ValueError, match="not a result"):
         results.add("infinite", {"x": float("inf")}, "today", "here")
-    numbers = {"x": torch.rand(13_000, dtype=torch.float64).tolist()}
+    numbers = {"x": torch.rand(11_000, dtype=torch.float64).tolist()}
     results.add("many", numbers, "today", "here")
     assert len((tmp_path / "big.json").read_bytes()) <= LIMIT
     assert results.cells["many"] == rounded(numbers, 6), "rounded no more than the limit asks for"
@@ -89,6 +89,15 @@ def test_results_stay_small_and_finite(tmp_path: Path) -> None:
         results.add("more", {"x": numbers["x"] * 2}, "today", "here")
     assert (tmp_path / "big.json").read_bytes() == before
     assert len(encoded({}, [[x] for x in numbers["x"]], "rows")) <= LIMIT
+
+
+def test_names_that_several_cells_list_are_written_once(tmp_path: Path) -> None:
+    results = Results(tmp_path / "texts.json")
+    cells = {str(i): {"texts": ["King Lear", "Essays"], "given": [f"answer {i}"], "x": i} for i in range(3)}
+    for name, cell in cells.items():
+        results.add(name, cell, "today", "here")
+    assert results.cells == Results(results.path).cells == cells
+    assert results.path.read_text().count("King Lear") == 1
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 from titans.train.checkpoint import write_bytes
 
-LIMIT = 120_000
+LIMIT = 100_000
 # Significant digits, and fewer where a file would be larger than the limit.
 DIGITS = (7, 6, 5, 4, 3)
+# Stands in a file for a list of names that its head has.
+_LIST = "list"
 
 Numbers = dict[str, Any]
 
@@ -38,7 +41,7 @@ def rounded(value: Any, digits: int) -> Any:
 
 
 def encoded(head: Mapping[str, Any], entries: Mapping[str, Any] | list[Any], name: str) -> bytes:
-    """JSON with a line for each entry, in at most 120 kB.
+    """JSON with a line for each entry, in at most 100 kB.
 
     Args:
         head: other fields. entries: the field `name`, which comes last.
@@ -86,7 +89,7 @@ class Results:
         """Keep a cell: afterwards the file holds it, or is unchanged.
 
         Raises:
-            ValueError: if the file would exceed 120 kB, or a number is not finite.
+            ValueError: if the file would exceed 100 kB, or a number is not finite.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
@@ -102,8 +105,17 @@ class Results:
 
     def _write(self, cells: Mapping[str, Numbers], made: Mapping[str, tuple[str, str]]) -> None:
         places = sorted({made[name] for name in cells})
-        head = {"experiment": self.path.stem, "budget": self.budget, "made": places}
-        entries = {n: {"made": places.index(made[n]), **cell} for n, cell in cells.items()}
+        head: dict[str, Any] = {"experiment": self.path.stem, "budget": self.budget, "made": places}
+        # Names that several cells list, such as those of their texts, are written once.
+        counts = Counter(tuple(v) for cell in cells.values() for v in cell.values() if _are_names(v))
+        lists = [list(names) for names, count in counts.items() if count > 1]
+        if lists:
+            head["lists"] = lists
+        entries = {
+            name: {"made": places.index(made[name])}
+            | {key: {_LIST: lists.index(v)} if v in lists else v for key, v in cell.items()}
+            for name, cell in cells.items()
+        }
         write_bytes(self.path, encoded(head, entries, "cells"))
         self._read()
 
@@ -122,7 +134,18 @@ class Results:
             )
         cells: dict[str, Numbers] = content["cells"]
         self.made = {name: tuple(content["made"][cell.pop("made")]) for name, cell in cells.items()}
-        self.cells = cells
+        lists = content.get("lists", [])
+        self.cells = {
+            name: {
+                key: list(lists[v[_LIST]]) if isinstance(v, dict) and _LIST in v else v
+                for key, v in cell.items()
+            }
+            for name, cell in cells.items()
+        }
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 @contextmanager
